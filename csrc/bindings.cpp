@@ -1,0 +1,56 @@
+// Operator schemas, and the Python module sbf_dist._C, which tells how the extension was built.
+// The CPU and CUDA implementations register themselves; fakes, autograd and FLOPs are in ops.py.
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+TORCH_LIBRARY(sbf, m) {
+  m.def(
+      "expand(Tensor z, Tensor transforms, Tensor sources, Tensor order, Tensor? bias)"
+      " -> Tensor");
+  // The gradient of z, and of transforms, given that of expand's output.
+  m.def(
+      "expand_grad_input(Tensor grad, Tensor transforms, Tensor sources, Tensor order) -> Tensor");
+  m.def(
+      "expand_grad_transforms(Tensor grad, Tensor z, Tensor sources, Tensor order, int size)"
+      " -> Tensor");
+}
+
+#ifndef WITH_CUDA
+namespace {
+
+void built_without_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      false, op.schema().name(),
+      " got CUDA tensors, but sbf_dist._C was built without CUDA. Build it with a CUDA build of "
+      "PyTorch and nvcc on the PATH: SBF_DIST_CUDA=1 pip install --no-build-isolation -e .");
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(sbf, CUDA, m) {
+  for (const char* name : {"expand", "expand_grad_input", "expand_grad_transforms"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&built_without_cuda>());
+  }
+}
+#endif
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "Operators torch.ops.sbf.*, registered on import";
+  m.def(
+      "build_info",
+      [] {
+        pybind11::dict info;
+#ifdef WITH_CUDA
+        info["cuda"] = true;
+        info["cuda_archs"] = SBF_CUDA_ARCHS;
+#else
+        info["cuda"] = false;
+        info["cuda_archs"] = "";
+#endif
+        info["compiler"] = __VERSION__;
+        info["torch"] = TORCH_VERSION;
+        return info;
+      },
+      "How this extension was built: cuda, cuda_archs, compiler, torch (the version built against)");
+}

@@ -1,0 +1,109 @@
+"""What a user sees while a run works: bars on a terminal, plain lines elsewhere."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import TimeRemainingColumn
+from rich.table import Table
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class Display:
+    """The one writer to the terminal."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False)
+        self._bars = Progress(
+            TextColumn("  {task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[detail]}"),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self._task: TaskID | None = None
+        self._title = ""
+        self._last_line = 0.0
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bars.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line above the bars."""
+        self.console.print(text)
+
+    def show(self, record: Mapping[str, Any]) -> None:
+        """Show progress: "title", "step" of "steps", and a training's loss, rate and time left."""
+        title, step, steps = record["title"], record["step"], record["steps"]
+        detail = _detail(record)
+        if not self.console.is_terminal:
+            now = time.monotonic()
+            changed = title != self._title
+            if changed or step == steps or now - self._last_line > SECONDS_BETWEEN_LINES:
+                self.say(f"  {title}: {step}/{steps}{detail and '  ' + detail}")
+                self._last_line = now
+            self._title = title
+            return
+        if self._task is None or title != self._title:
+            self._clear()
+            self._task = self._bars.add_task(title, total=steps, detail="")
+            self._title = title
+        self._bars.update(self._task, completed=step, total=steps, detail=detail)
+
+    @contextmanager
+    def stage(self, number: int, of: int, name: str) -> Iterator[None]:
+        """Announce a stage, and tell how long it took."""
+        self.say(f"[bold]\\[{number}/{of}] {name}[/bold]")
+        start = time.monotonic()
+        yield
+        self._clear()
+        self.say(f"  done in {time.monotonic() - start:.1f} s")
+
+    def _clear(self) -> None:
+        if self._task is not None:
+            self._bars.remove_task(self._task)
+            self._task = None
+        self._title = ""
+
+
+def _detail(record: Mapping[str, Any]) -> str:
+    if "parts" not in record:
+        return ""
+    return (
+        f"loss {record['parts']['loss']:.3f}  {record['images_per_s']:.0f} images/s  "
+        f"{record['seconds_left']:.0f} s left"
+    )
+
+
+def results_table(rows: list[Mapping[str, Any]]) -> Table:
+    """Return the table of results: accuracy in percent, millions of MACs and parameters."""
+    table = Table(title_justify="left")
+    table.add_column("network")
+    for heading in ("top-1 %", "MACs (M)", "parameters (k)", "latency (ms)"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row["name"],
+            f"{100 * row['top1']:.1f}",
+            f"{row['macs'] / 1e6:.2f}",
+            f"{row['params'] / 1e3:.1f}",
+            f"{row['latency_ms']:.2f}",
+        )
+    return table

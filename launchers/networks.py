@@ -1,0 +1,162 @@
+"""Which networks a recipe makes: how each is built, trained and named in the tables."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from launchers.layout import RunFolder
+from sbf_dist.distill.teachers import View
+from sbf_dist.recipe import Recipe, Teacher, Training
+
+ENSEMBLE = "ensemble"
+DENSE = "dense-labels"
+ZEROED = "zeroed"
+ONE_SHOT = "sbf-one-shot"
+SBF_LABELS = "sbf-labels"
+STUDENT = "sbf-distilled"
+
+TITLES = {
+    ENSEMBLE: "ensemble",
+    DENSE: "dense student, labels only",
+    ZEROED: "channels zeroed, no training",
+    ONE_SHOT: "SBF one-shot, no training",
+    SBF_LABELS: "SBF student, labels only",
+    STUDENT: "SBF student, distilled",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: which network, from which weights, towards what."""
+
+    name: str
+    model: str
+    training: Training
+    targets: Literal["labels", "stored", "live"]
+    view: View
+    start_from: str | None = None  # a network whose weights it starts from
+    planned: bool = False  # the network is SBF, by the run's plan
+    label_weight: float = 1.0
+    labelled_share: float = 1.0
+    seed: int = 0
+
+
+def student_view(recipe: Recipe) -> View:
+    """Return how the student sees an image."""
+    return View(recipe.data.image_size, recipe.data.mean, recipe.data.std)
+
+
+def teacher_view(recipe: Recipe, teacher: Teacher) -> View:
+    """Return how a teacher sees an image."""
+    return View(
+        teacher.image_size or recipe.data.image_size,
+        teacher.mean or recipe.data.mean,
+        teacher.std or recipe.data.std,
+    )
+
+
+def compressed_teacher(recipe: Recipe) -> Teacher:
+    """Return the teacher that becomes the student."""
+    return next(t for t in recipe.teachers if t.name == recipe.compress.teacher)
+
+
+def teacher_jobs(recipe: Recipe) -> list[Job]:
+    """Return the trainings of the stage teachers: all that need nothing but labels."""
+    jobs = [
+        Job(
+            name=teacher.name,
+            model=teacher.model,
+            training=teacher.training,
+            targets="labels",
+            view=teacher_view(recipe, teacher),
+            seed=recipe.seed + index,
+        )
+        for index, teacher in enumerate(recipe.teachers)
+        if teacher.training is not None
+    ]
+    if recipe.baselines is not None:
+        jobs.append(
+            Job(
+                name=DENSE,
+                model=compressed_teacher(recipe).model,
+                training=recipe.baselines,
+                targets="labels",
+                view=student_view(recipe),
+                seed=recipe.seed + len(recipe.teachers),
+            )
+        )
+    return jobs
+
+
+def distill_jobs(recipe: Recipe) -> list[Job]:
+    """Return the trainings of the stage distill: all that start from the one-shot student."""
+    model = compressed_teacher(recipe).model
+    jobs = [
+        Job(
+            name=STUDENT,
+            model=model,
+            training=recipe.distill.training,
+            targets=recipe.distill.targets,
+            view=student_view(recipe),
+            start_from=ONE_SHOT,
+            planned=True,
+            label_weight=recipe.distill.label_weight,
+            labelled_share=recipe.distill.labelled_share,
+            seed=recipe.seed,
+        )
+    ]
+    if recipe.baselines is not None:
+        jobs.append(
+            Job(
+                name=SBF_LABELS,
+                model=model,
+                training=recipe.baselines,
+                targets="labels",
+                view=student_view(recipe),
+                start_from=ONE_SHOT,
+                planned=True,
+                seed=recipe.seed,
+            )
+        )
+    return jobs
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table of results."""
+
+    network: str
+    title: str
+    members: tuple[str, ...]  # the networks that answer together; one, but for the ensemble
+
+
+def rows(recipe: Recipe) -> list[Row]:
+    """Return the table's lines in its order."""
+    teachers = [t.name for t in recipe.teachers]
+    found = [Row(name, name, (name,)) for name in teachers]
+    if len(teachers) > 1:
+        found.append(Row(ENSEMBLE, TITLES[ENSEMBLE], tuple(teachers)))
+    names = [ZEROED, ONE_SHOT, STUDENT]
+    if recipe.baselines is not None:
+        names = [DENSE, ZEROED, ONE_SHOT, SBF_LABELS, STUDENT]
+    return found + [Row(name, TITLES[name], (name,)) for name in names]
+
+
+def is_planned(network: str) -> bool:
+    """Tell whether a network is SBF by the run's plan."""
+    return network in (ONE_SHOT, SBF_LABELS, STUDENT)
+
+
+def weights_of(recipe: Recipe, run: RunFolder, network: str):
+    """Return the file that holds a network's weights."""
+    for teacher in recipe.teachers:
+        if teacher.name == network and teacher.weights is not None:
+            return teacher.weights
+    return run.weights(network)
+
+
+def model_of(recipe: Recipe, network: str) -> str:
+    """Return the name of the architecture that a network is built from."""
+    for teacher in recipe.teachers:
+        if teacher.name == network:
+            return teacher.model
+    return compressed_teacher(recipe).model

@@ -1,0 +1,399 @@
+"""The stages of a run: what each one does, and what is done already."""
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from launchers import networks, ray_train
+from launchers.display import Display
+from launchers.layout import RunFolder
+from launchers.local_ray import local_ray
+from launchers.worker import build_network, evaluate_networks, train_networks, write_pseudo_labels
+from pipelines.index import DataIndex
+from pipelines.loader import EvalLoader
+from pipelines.sources import digits
+from pipelines.sources.folder import index_folder
+from sbf_dist import models, tracking
+from sbf_dist.compress.cost import count, latency
+from sbf_dist.compress.plan import DenseLayer, Plan
+from sbf_dist.compress.reconstruct import compress
+from sbf_dist.compress.zeroed import zero_channels
+from sbf_dist.distill import pseudo_labels
+from sbf_dist.distill.selection import select
+from sbf_dist.errors import UserError
+from sbf_dist.export.fold import fold_batchnorm
+from sbf_dist.export.onnx import to_onnx, verify_onnx
+from sbf_dist.export.saved import ONNX, Card, save_student
+from sbf_dist.recipe import Recipe
+from sbf_dist.report.chart import accuracy_over_macs
+
+Result = dict[str, Any]
+
+VERIFIED_IMAGES = 64
+LARGEST_ONNX_DIFFERENCE = 1e-4
+
+
+@dataclass
+class Run:
+    """A run at work: its recipe, its folder, and what its stages need from outside."""
+
+    recipe: Recipe
+    folder: RunFolder
+    display: Display
+    parent: tracking.Run
+    resources: ExitStack
+    _ray_runs: bool = field(default=False, init=False)
+
+    def launch(
+        self, worker: Callable[[Result], Result], stage: str, log_to: tracking.Run
+    ) -> Result:
+        """Run `worker` on all ranks, with Ray started when the first stage needs it."""
+        workers = self.recipe.workers
+        if not self._ray_runs:
+            self.resources.enter_context(local_ray(workers.count, workers.cpus, workers.gpus))
+            self._ray_runs = True
+        config = {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "runs": str(self.folder.runs),
+            "stage": stage,
+            "tracking": list(log_to.address),
+        }
+        return ray_train.run_workers(
+            worker,
+            config,
+            name=stage,
+            storage=self.folder.checkpoints,
+            workers=workers.count,
+            cpus_per_worker=workers.cpus,
+            gpus_per_worker=workers.gpus,
+            max_failures=workers.max_failures,
+            on_progress=self.display.show,
+        )
+
+
+# --- the stages ----------------------------------------------------------------------------------
+
+
+def prepare(run: Run, log: tracking.Run) -> Result:
+    """Find and check the images, and divide them into parts."""
+    data = run.recipe.data
+    root = data.root
+    if data.source == "digits":
+        root = root or run.folder.runs / "data" / "digits"
+        digits.write(root)
+    assert root is not None
+    index = index_folder(
+        root,
+        labelled_per_class=data.labelled_per_class,
+        validation=data.validation,
+        seed=run.recipe.seed,
+        progress=lambda done, of: run.display.show({"title": "images", "step": done, "steps": of}),
+    )
+    index.save(run.folder.index)
+    counts = {part: len(ids) for part, ids in index.parts.items()}
+    run.display.say(
+        f"  {root}: {len(index.classes)} classes, "
+        + ", ".join(f"{number} {part}" for part, number in counts.items())
+        + (f", {len(index.skipped)} files skipped: {index.skipped[0]}" if index.skipped else "")
+    )
+    log.log_params({"data": {"root": str(root), "digest": index.digest, **counts}})
+    if index.skipped:
+        log.log_text("\n".join(index.skipped) + "\n", "skipped.txt")
+    return {"digest": index.digest, "classes": len(index.classes), **counts}
+
+
+def teachers(run: Run, log: tracking.Run) -> Result:
+    """Train the teachers on the labels, and check the weights of those that are given."""
+    classes = len(DataIndex.load(run.folder.index).classes)
+    for teacher in run.recipe.teachers:
+        if teacher.weights is not None:
+            models.load_weights(models.build(teacher.model, classes), teacher.weights)
+    jobs = networks.teacher_jobs(run.recipe)
+    return _train(run, "teachers", log) if jobs else {}
+
+
+def write_labels(run: Run, log: tracking.Run) -> Result:
+    """Let the ensemble write its word on every training image."""
+    result = run.launch(write_pseudo_labels, "pseudo-labels", log)
+    settings = run.recipe.pseudo_labels
+    index = DataIndex.load(run.folder.index)
+    stored = pseudo_labels.load(
+        run.folder.pseudo_labels, pseudo_labels.origin(run.recipe, index.digest)
+    )
+    confidence = stored.probabilities[:, 0]
+    used = select(
+        stored.classes[:, 0],
+        confidence,
+        threshold=settings.threshold,
+        per_class=settings.per_class,
+    )
+    result |= {"used": int(used.sum()), "mean_confidence": round(float(confidence.mean()), 4)}
+    run.display.say(
+        f"  {result['images']} images, {result['used']} used, "
+        f"mean confidence {result['mean_confidence']:.3f}"
+    )
+    log.log_metrics(result, 0)
+    return result
+
+
+def compress_teacher(run: Run, log: tracking.Run) -> Result:
+    """Plan and fit the SBF student; zero channels to the same budget for comparison."""
+    settings = run.recipe.compress
+    teacher = networks.compressed_teacher(run.recipe)
+    index = DataIndex.load(run.folder.index)
+    dense = build_network(run.recipe, run.folder, teacher.name, start_from=teacher.name)
+    images = _calibration_images(run, index)
+    student, plan = compress(
+        dense,
+        images,
+        model_name=teacher.model,
+        classes=len(index.classes),
+        macs=settings.macs,
+        sources=settings.sources,
+        transform_size=settings.transform_size,
+        floor=settings.floor,
+        seed=run.recipe.seed,
+        progress=lambda title, done, of: run.display.show(
+            {"title": title, "step": done, "steps": of}
+        ),
+    )
+    reached = plan.macs_after / plan.macs_before
+    convertible = [
+        name
+        for name, layer in plan.layers.items()
+        if not isinstance(layer, DenseLayer) or layer.convertible
+    ]
+    zeroed, zeroed_macs, zeroed_params = zero_channels(dense, convertible, images, reached)
+    models.save_weights(student, run.folder.weights(networks.ONE_SHOT))
+    models.save_weights(zeroed, run.folder.weights(networks.ZEROED))
+    plan.save(run.folder.plan)
+    converted = sum(layer.kind == "sbf" for layer in plan.layers.values())
+    run.display.say(
+        f"  {converted} of {len(plan.layers)} convolutions converted, "
+        f"{plan.macs_before / 1e6:.2f} → {plan.macs_after / 1e6:.2f} M multiply-adds"
+    )
+    log.log_artifact(run.folder.plan)
+    log.log_metrics({"macs": plan.macs_after, "params": plan.params_after}, 0)
+    return {
+        "macs": plan.macs_after,
+        "share": reached,
+        "zeroed": {"macs": zeroed_macs, "params": zeroed_params},
+    }
+
+
+def distill(run: Run, log: tracking.Run) -> Result:
+    """Train the student on labels and the teachers' word."""
+    return _train(run, "distill", log)
+
+
+def evaluate(run: Run, log: tracking.Run) -> Result:
+    """Measure every network of the table: accuracy over the workers, cost and latency here."""
+    scores = run.launch(evaluate_networks, "evaluate", log)
+    compressed = json.loads(run.folder.result("compress").read_text())
+    shape = (3, run.recipe.data.image_size, run.recipe.data.image_size)
+    table = []
+    for row in networks.rows(run.recipe):
+        members = [
+            build_network(run.recipe, run.folder, name, start_from=name) for name in row.members
+        ]
+        shapes = [_input_shape(run, name, shape) for name in row.members]
+        costs = [count(member, own) for member, own in zip(members, shapes, strict=True)]
+        macs, params = sum(c.macs for c in costs), sum(c.params for c in costs)
+        if row.network == networks.ZEROED:
+            macs, params = compressed["zeroed"]["macs"], compressed["zeroed"]["params"]
+        times = [
+            latency(fold_batchnorm(member), own)
+            for member, own in zip(members, shapes, strict=True)
+        ]
+        table.append(
+            {
+                "name": row.title,
+                "network": row.network,
+                **scores[row.network],
+                "macs": macs,
+                "params": params,
+                "latency_ms": round(sum(times), 4),
+            }
+        )
+        log.log_metrics(
+            {
+                f"{row.network}/{key}": table[-1][key]
+                for key in ("top1", "macs", "params", "latency_ms")
+            },
+            0,
+        )
+    return {"rows": table, "threads": torch.get_num_threads()}
+
+
+def export(run: Run, log: tracking.Run) -> Result:
+    """Write the student as ONNX and as safetensors + plan, and store it in MLflow."""
+    index = DataIndex.load(run.folder.index)
+    plan = Plan.load(run.folder.plan)
+    student = build_network(
+        run.recipe, run.folder, networks.STUDENT, start_from=networks.STUDENT
+    ).eval()
+    rows = json.loads(run.folder.result("evaluate").read_text())["rows"]
+    top1 = next(row["top1"] for row in rows if row["network"] == networks.STUDENT)
+    data = run.recipe.data
+    card = Card.of(plan, classes=index.classes, mean=data.mean, std=data.std, top1=top1)
+    save_student(run.folder.student, student, plan, card)
+    onnx = run.folder.student / ONNX
+    to_onnx(student, onnx, card)
+    images = _images(run, index, index.parts["validation"][:VERIFIED_IMAGES])
+    difference = verify_onnx(onnx, student, images)
+    if difference > LARGEST_ONNX_DIFFERENCE:
+        raise RuntimeError(
+            f"{onnx}: differs from the student by {difference:.2e} in the logits of "
+            f"{len(images)} images, more than {LARGEST_ONNX_DIFFERENCE:.0e}"
+        )
+    uri = tracking.log_student(run.parent, onnx)
+    log.log_artifact(run.folder.student, "student")
+    log.log_metrics({"onnx_difference": difference}, 0)
+    run.display.say(f"  ONNX Runtime agrees within {difference:.1e} on {len(images)} images")
+    _write(run.folder.summary, {"rows": rows})
+    chart = accuracy_over_macs(rows)
+    chart.savefig(run.folder.root / "summary.png", dpi=120)
+    run.parent.log_figure(chart, "summary.png")
+    run.parent.log_artifact(run.folder.summary)
+    return {"model_uri": uri, "onnx_difference": difference}
+
+
+STAGES: dict[str, Callable[[Run, tracking.Run], Result]] = {
+    "prepare": prepare,
+    "teachers": teachers,
+    "pseudo-labels": write_labels,
+    "compress": compress_teacher,
+    "distill": distill,
+    "evaluate": evaluate,
+    "export": export,
+}
+
+
+# --- what is done --------------------------------------------------------------------------------
+
+
+def perform(run: Run, until: str) -> None:
+    """Do the stages up to `until` that are not done yet."""
+    wanted = list(STAGES)[: list(STAGES).index(until) + 1]
+    for number, name in enumerate(wanted, 1):
+        if run.folder.result(name).exists():
+            run.display.say(f"[bold]\\[{number}/{len(wanted)}] {name}[/bold]: done before")
+            continue
+        with run.display.stage(number, len(wanted), name), run.parent.stage(name) as log:
+            start = time.monotonic()
+            result = STAGES[name](run, log)
+            seconds = round(time.monotonic() - start, 2)
+            log.log_metrics({"seconds": seconds}, 0)
+        _write(run.folder.result(name), {**result, "seconds": seconds, **tracking.origin()})
+
+
+def forget(recipe: Recipe, folder: RunFolder, first: str) -> None:
+    """Remove the results of the stage `first` and of those after it, so that they are done anew."""
+    made: dict[str, list[Path]] = {
+        "prepare": [folder.index],
+        "teachers": [folder.weights(job.name) for job in networks.teacher_jobs(recipe)],
+        "pseudo-labels": [folder.pseudo_labels],
+        "compress": [folder.plan, *(folder.weights(n) for n in (networks.ONE_SHOT, networks.ZEROED))],
+        "distill": [folder.weights(job.name) for job in networks.distill_jobs(recipe)],
+        "evaluate": [],
+        "export": [folder.student, folder.summary],
+    }
+    names = list(STAGES)
+    for name in names[names.index(first) :]:
+        # The result first: without it the stage is not done, whatever else is left of it.
+        for path in (folder.result(name), folder.checkpoints / name, *made[name]):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _train(run: Run, stage: str, log: tracking.Run) -> Result:
+    trained = run.launch(train_networks, stage, log)
+    for name, result in trained.items():
+        resumed = f", resumed at step {result['from_step']}" if result["from_step"] else ""
+        run.display.say(f"  {name}: top-1 {100 * result['top1']:.1f} %{resumed}")
+    return {"trainings": trained}
+
+
+def _write(path: Path, content: Result) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    partial.replace(path)
+
+
+def _input_shape(run: Run, network: str, student: tuple[int, int, int]) -> tuple[int, int, int]:
+    for teacher in run.recipe.teachers:
+        if teacher.name == network:
+            size = networks.teacher_view(run.recipe, teacher).size
+            return (3, size, size)
+    return student
+
+
+def _calibration_images(run: Run, index: DataIndex) -> torch.Tensor:
+    """Return random training images as the student sees them in evaluation."""
+    ids = np.sort(np.concatenate([index.parts[part] for part in ("labelled", "unlabelled")]))
+    generator = np.random.default_rng(run.recipe.seed)
+    wanted = min(run.recipe.compress.images, len(ids))
+    return _images(run, index, np.sort(generator.choice(ids, wanted, replace=False)))
+
+
+def _images(run: Run, index: DataIndex, ids: np.ndarray) -> torch.Tensor:
+    """Return the evaluation views of `ids`, (N, 3, H, W), in channels_last."""
+    none = ids[:0]
+    view = networks.student_view(run.recipe)
+    loader = EvalLoader(
+        dataclasses.replace(
+            index, parts={"labelled": none, "unlabelled": none, "validation": ids}
+        ),
+        "validation",
+        batch_size=64,
+        image_size=view.size,
+        crop=run.recipe.data.crop,
+        mean=view.mean,
+        std=view.std,
+        rank=0,
+        world_size=1,
+        threads=run.recipe.data.threads,
+    )
+    # DALI takes its buffers back when a batch dies.
+    return torch.cat([batch["image"].clone() for batch in loader])
+
+
+def check_identity(recipe: Recipe, folder: RunFolder) -> None:
+    """Refuse a folder that was made from another recipe; UserError names the first difference."""
+    if not folder.recipe.exists():
+        _write(folder.recipe, recipe.identity())
+        return
+    before, now = json.loads(folder.recipe.read_text()), recipe.identity()
+    difference = _first_difference(before, now)
+    if difference is not None:
+        key, old, new = difference
+        raise UserError(
+            f"run folder {folder.root} was made with {key} = {old!r}, the recipe says {new!r}; "
+            f"give another name (name=…) or remove the folder"
+        )
+
+
+def _first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    if isinstance(old, dict) and isinstance(new, dict):
+        pairs = [(name, old.get(name), new.get(name)) for name in sorted(old.keys() | new.keys())]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [(str(i), a, b) for i, (a, b) in enumerate(zip(old, new, strict=True))]
+    else:
+        return None if old == new else (key, old, new)
+    for name, a, b in pairs:
+        found = _first_difference(a, b, f"{key}.{name}" if key else name)
+        if found is not None:
+            return found
+    return None

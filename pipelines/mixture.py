@@ -1,0 +1,42 @@
+"""Two streams of training batches as one: labelled images beside unlabelled ones."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from pipelines.loader import Batch, TrainLoader
+
+
+class MixedLoader:
+    """An endless iterator that joins one batch of each loader into one batch.
+
+    The state is the loaders' states, in their order.
+    """
+
+    def __init__(self, loaders: Sequence[TrainLoader]) -> None:
+        assert loaders, "a mixture needs a loader"
+        self._loaders = list(loaders)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        batches = [next(loader) for loader in self._loaders]
+        if len(batches) == 1:
+            return batches[0]
+        return {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold."""
+        return {"streams": [loader.state_dict() for loader in self._loaders]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken; UserError as TrainLoader's."""
+        for loader, own in zip(self._loaders, state["streams"], strict=True):
+            loader.load_state_dict(own)
+
+    def close(self) -> None:
+        """Let go of DALI's threads and buffers."""
+        for loader in self._loaders:
+            loader.close()

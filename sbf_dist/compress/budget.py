@@ -1,0 +1,55 @@
+"""Sharing a global budget out among layers."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from sbf_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to build a layer: its basis size and sources, its cost, the loss it causes."""
+
+    kept: int
+    sources: int
+    cost: float
+    loss: float
+
+
+def allocate(options: dict[str, list[Option]], fixed: float, budget: float) -> dict[str, Option]:
+    """Choose one option per layer so that the summed loss is least and the cost within `budget`.
+
+    `fixed` is the cost of everything that has no options. The multiple-choice knapsack problem is
+    solved exactly (mixed-integer programming, HiGHS). Raises UserError, naming the smallest
+    budget that works, if even the cheapest options exceed it.
+    """
+    cheapest = fixed + sum(min(option.cost for option in row) for row in options.values())
+    if cheapest > budget:
+        raise UserError(
+            f"budget of {budget:.4g} multiply-adds is below what the layers' floors allow: "
+            f"the smallest that works is {cheapest:.4g}"
+        )
+    flat = [option for row in options.values() for option in row]
+    loss = np.array([option.loss for option in flat])
+    cost = np.array([option.cost for option in flat])
+    membership = np.zeros((len(options), len(flat)))
+    start = 0
+    for index, row in enumerate(options.values()):
+        membership[index, start : start + len(row)] = 1
+        start += len(row)
+    # Scaled to about one: HiGHS' tolerances are absolute.
+    result = milp(
+        loss / max(loss.max(), 1e-30),
+        constraints=[
+            LinearConstraint(membership, 1, 1),
+            LinearConstraint(cost[None] / budget, -np.inf, 1 - fixed / budget),
+        ],
+        integrality=np.ones(len(flat)),
+        bounds=Bounds(0, 1),
+        options={"mip_rel_gap": 1e-4},
+    )
+    assert result.success, result.message
+    chosen = np.flatnonzero(result.x > 0.5)
+    return {name: flat[index] for name, index in zip(options, chosen, strict=True)}

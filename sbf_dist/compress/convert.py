@@ -1,0 +1,51 @@
+"""Model surgery: apply a plan to a network."""
+
+import copy
+
+import torch
+from torch import nn
+
+from sbf_dist.compress.plan import Plan, SBFLayer
+from sbf_dist.errors import UserError
+from sbf_dist.layers import SBFConv2d
+
+
+def convert(model: nn.Module, plan: Plan) -> nn.Module:
+    """Return a copy of `model` whose planned convolutions are SBF layers.
+
+    Kept filters and biases are copied; transformations have their initial values until they are
+    fitted (`compress.reconstruct`) or loaded. `model` itself is not changed. Raises UserError,
+    naming the first layer that differs, if the plan was made for another network.
+    """
+    student = copy.deepcopy(model)
+    convolutions = {name for name, module in student.named_modules() if type(module) is nn.Conv2d}
+    for name in convolutions - plan.layers.keys():
+        raise UserError(f"plan does not know layer {name}: it was made for {plan.model!r}")
+    for name, layer in plan.layers.items():
+        if name not in convolutions:
+            raise UserError(
+                f"plan names layer {name}, which this network does not have: "
+                f"it was made for {plan.model!r}"
+            )
+        if isinstance(layer, SBFLayer):
+            replace(student, name, layer)
+    return student
+
+
+def replace(model: nn.Module, name: str, layer: SBFLayer) -> SBFConv2d:
+    """Replace the convolution `name` of `model` in place, and return its SBF layer.
+
+    The SBF layer always has a bias: the means of what is rebuilt go there.
+    """
+    conv = model.get_submodule(name)
+    assert isinstance(conv, nn.Conv2d)
+    if conv.out_channels != layer.channels:
+        raise UserError(
+            f"plan gives layer {name} {layer.channels} channels, this network "
+            f"{conv.out_channels}: the plan was made for another network"
+        )
+    sbf = SBFConv2d.from_conv(conv, layer.kept, layer.sources, layer.transform_size)
+    if sbf.bias is None:
+        sbf.bias = nn.Parameter(torch.zeros(conv.out_channels).to(conv.weight))
+    model.set_submodule(name, sbf, strict=True)
+    return sbf

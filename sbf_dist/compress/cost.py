@@ -1,0 +1,66 @@
+"""What a network costs: multiply-adds and parameters by tracing, latency by measuring."""
+
+import copy
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one forward pass of one image.
+
+    `macs` counts the multiply-adds of convolutions, SBF layers and matrix products (batch norm,
+    activations and pooling are left out, as is usual); `layers` gives them by module name, each
+    including its children.
+    """
+
+    macs: int
+    params: int
+    layers: dict[str, int]
+
+
+def count(model: nn.Module, input_shape: tuple[int, int, int]) -> Cost:
+    """Count `model` on one image of `input_shape` (channels, height, width) without computing it.
+
+    The network runs once on meta tensors, so that every operator, however it is called, is seen
+    by PyTorch's own counter.
+    """
+    shadow = copy.deepcopy(model).to("meta").eval()
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        shadow(torch.empty(1, *input_shape, device="meta"))
+    root = type(shadow).__name__
+    counts = counter.get_flop_counts()
+    layers = {
+        name.removeprefix(f"{root}."): sum(flops.values()) // 2
+        for name, flops in counts.items()
+        if name.startswith(f"{root}.")
+    }
+    return Cost(
+        macs=counter.get_total_flops() // 2,
+        params=sum(parameter.numel() for parameter in model.parameters()),
+        layers=layers,
+    )
+
+
+def latency(
+    model: nn.Module, input_shape: tuple[int, int, int], *, batch: int = 1, repeats: int = 50
+) -> float:
+    """Measure the median milliseconds of a forward pass in eval mode on the model's own device."""
+    device = next(model.parameters()).device
+    shadow = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
+    images = torch.randn(batch, *input_shape, device=device).to(memory_format=torch.channels_last)
+    times = []
+    with torch.inference_mode():
+        for _ in range(repeats + 5):
+            start = time.perf_counter()
+            shadow(images)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times[5:])

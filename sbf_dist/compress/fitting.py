@@ -1,0 +1,112 @@
+"""Choosing basis and sources of one layer, and fitting its transformations by least squares."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sbf_dist.compress.statistics import Moments
+
+RIDGE = 1e-4  # relative to the mean variance of the features that a system contains
+
+
+def rank_channels(moments: Moments, weights: Tensor) -> list[int]:
+    """Order all channels so that each prefix is a good basis.
+
+    Greedy maximisation of the variance, weighted by `weights` (C,), that is explained when every
+    channel outside the basis is rebuilt from its single best source. This objective is
+    submodular, so a prefix reaches at least 1 - 1/e of the best basis of its size (Nemhauser et
+    al. 1978).
+    """
+    explained = _explained_by_pairs(moments)
+    channels = len(weights)
+    explained.fill_diagonal_(0.0)
+    explained += torch.diag(moments.yy)
+    best = torch.zeros(channels, dtype=torch.double)
+    ranking: list[int] = []
+    for _ in range(channels):
+        gains = (weights[:, None] * (explained - best[:, None]).clamp(min=0)).sum(0)
+        gains[ranking] = -1.0
+        chosen = int(gains.argmax())
+        ranking.append(chosen)
+        best = torch.maximum(best, explained[:, chosen])
+    return ranking
+
+
+def _explained_by_pairs(moments: Moments) -> Tensor:
+    """Variance of target c that the shifts of candidate b alone explain, (C targets, C)."""
+    taps = moments.size**2
+    candidates = len(moments.zz) // taps
+    blocks = torch.stack(
+        [
+            moments.zz[b * taps : (b + 1) * taps, b * taps : (b + 1) * taps]
+            for b in range(candidates)
+        ]
+    )
+    cross = moments.zy.view(candidates, taps, -1)
+    solution = torch.linalg.solve(_with_ridge(blocks), cross)
+    return (solution * cross).sum(1).T.contiguous()
+
+
+def _with_ridge(gram: Tensor) -> Tensor:
+    """Add a multiple of the mean variance to the diagonal of (…, n, n)."""
+    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    ridge = (RIDGE * mean + torch.finfo(torch.double).tiny**0.5).expand(gram.shape[:-1])
+    return gram + torch.diag_embed(ridge)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Sources and transformations of P rebuilt channels.
+
+    sources: (P, S) positions in the basis; transforms: (P, S, m, m); bias: (P,); error: (P, S),
+    the variance left when only the first s sources are used.
+    """
+
+    sources: Tensor
+    transforms: Tensor
+    bias: Tensor
+    error: Tensor
+
+
+def fit_transforms(moments: Moments, targets: list[int], sources: int) -> Fit:
+    """Rebuild `targets` from the candidates of `moments` with `sources` sources each.
+
+    Orthogonal matching pursuit over groups of m x m taps: each step adds, for every target, the
+    candidate whose taps explain most of what is left, and solves the least-squares problem of all
+    chosen taps anew. Means go into the bias.
+    """
+    taps = moments.size**2
+    candidates = len(moments.zz) // taps
+    gram = moments.zz
+    cross = moments.zy[:, targets].T.contiguous()  # (P, candidates · taps)
+    blocks = torch.stack(
+        [gram[b * taps : (b + 1) * taps, b * taps : (b + 1) * taps] for b in range(candidates)]
+    )
+    factors = torch.linalg.cholesky(_with_ridge(blocks))
+    variance = moments.yy[targets]
+    count = len(targets)
+    chosen = torch.empty(count, 0, dtype=torch.long)
+    residual = cross
+    errors = []
+    for _ in range(min(sources, candidates)):
+        grouped = residual.view(count, candidates, taps).permute(1, 2, 0)
+        whitened = torch.linalg.solve_triangular(factors, grouped, upper=False)
+        score = whitened.square().sum(1).T.scatter(1, chosen, -1.0)
+        chosen = torch.cat([chosen, score.argmax(1, keepdim=True)], 1)
+        rows = (chosen[:, :, None] * taps + torch.arange(taps)).reshape(count, -1)
+        system = _with_ridge(gram[rows[:, :, None], rows[:, None, :]])
+        right = cross.gather(1, rows)
+        solution = torch.linalg.solve(system, right[..., None])[..., 0]
+        taken = torch.zeros_like(cross).scatter_(1, rows, solution)
+        residual = cross - taken @ gram
+        # E|y - t·z|² for any t, also where the ridge has moved it from the optimum
+        error = variance - (taken * (cross + residual)).sum(1)
+        errors.append(error.clamp(min=0))
+    bias = moments.y_mean[targets] - (solution * moments.z_mean[rows]).sum(1)
+    return Fit(
+        sources=chosen,
+        transforms=solution.view(count, -1, moments.size, moments.size),
+        bias=bias,
+        error=torch.stack(errors, 1),
+    )

@@ -1,0 +1,113 @@
+"""The plan: which channels of which layer are kept, and what the others are rebuilt from.
+
+A plan is plain JSON that a person can read, diff and edit. It holds no weights: together with a
+state dict it makes a converted network.
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sbf_dist.errors import UserError
+
+FORMAT = 1
+
+
+class SBFLayer(BaseModel):
+    """A convolution that becomes an SBF layer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["sbf"] = "sbf"
+    channels: int = Field(gt=0, description="output channels of the layer")
+    kept: list[int] = Field(description="output channels that keep their filter, ascending")
+    sources: list[list[int]] = Field(
+        description="for each other channel, ascending, the kept channels it is rebuilt from"
+    )
+    transform_size: int = Field(description="m: side of the m x m transformations, odd")
+    macs_before: int
+    macs_after: int
+    error: float = Field(
+        description="share of the variance of the dense layer's output that is not rebuilt"
+    )
+    reason: str = Field(description="why the layer has these numbers")
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> "SBFLayer":
+        kept = set(self.kept)
+        if self.kept != sorted(kept) or not kept <= set(range(self.channels)) or not kept:
+            raise ValueError(f"kept must be ascending channels out of {self.channels}")
+        if len(self.sources) != self.channels - len(kept):
+            raise ValueError(
+                f"sources has {len(self.sources)} rows for "
+                f"{self.channels - len(kept)} rebuilt channels"
+            )
+        if len({len(row) for row in self.sources}) > 1:
+            raise ValueError("every rebuilt channel must have equally many sources")
+        if any(source not in kept for row in self.sources for source in row):
+            raise ValueError("a source must be a kept channel")
+        if self.transform_size < 1 or self.transform_size % 2 == 0:
+            raise ValueError(f"transform_size = {self.transform_size} must be odd")
+        return self
+
+
+class DenseLayer(BaseModel):
+    """A convolution that stays as it is, and why."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["dense"] = "dense"
+    reason: str
+    macs: int
+    convertible: bool = Field(description="whether it could have been an SBF layer")
+
+
+Layer = Annotated[SBFLayer | DenseLayer, Field(discriminator="kind")]
+
+
+class Plan(BaseModel):
+    """All convolutions of one network, by module name in forward order."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal[1] = FORMAT
+    model: str = Field(description="name of the dense network, as sbf_dist.models.build takes it")
+    classes: int
+    input_shape: tuple[int, int, int] = Field(description="channels, height, width")
+    budget: dict[str, float] = Field(description="what was asked for, e.g. {'macs': 0.5}")
+    macs_before: int
+    macs_after: int
+    params_before: int
+    params_after: int
+    layers: dict[str, Layer]
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the plan's canonical JSON, 64 hexadecimal digits."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write the plan as JSON, one line for each short list."""
+        path.write_text(_readable_json(self))
+
+    @classmethod
+    def load(cls, path: Path) -> "Plan":
+        """Read a plan; UserError if the file is missing or not a plan."""
+        try:
+            return cls.model_validate_json(path.read_text())
+        except FileNotFoundError:
+            raise UserError(f"plan {path} does not exist") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"] if part not in ("sbf", "dense"))
+            raise UserError(f"plan {path}: {where or 'file'}: {first['msg']}") from None
+
+
+def _readable_json(plan: Plan) -> str:
+    """JSON with two-space indentation in which lists of numbers stay on one line."""
+    text = json.dumps(plan.model_dump(), indent=2)
+    number_list = re.compile(r"\[[\s\d,]+\]")
+    return number_list.sub(lambda match: re.sub(r"\s+", " ", match[0]), text) + "\n"

@@ -1,0 +1,57 @@
+"""What a student is trained on: labels, and the word of the teachers."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Batch = dict[str, Tensor]
+UNLABELLED = -1
+
+
+class DistillationTask(nn.Module):
+    """The student with its loss.
+
+    forward takes a batch with "image" (N, 3, H, W), "label" (N,), -1 where unknown, and, where
+    there are teachers, "teacher" (N, classes), their probabilities. It returns "loss" and its
+    parts: "cross_entropy" on the labelled images and "divergence", KL(teacher || student), on all
+    images. Both are means over the images that they are about.
+    """
+
+    def __init__(self, student: nn.Module, *, label_weight: float = 1.0) -> None:
+        super().__init__()
+        self.student = student
+        self.label_weight = label_weight
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the loss and its parts, all scalars."""
+        scores = self.student(batch["image"]).float().log_softmax(1)
+        labelled = batch["label"] != UNLABELLED
+        # A sum over a mask instead of indexing: no wait for the device, and no NaN where no image
+        # is labelled.
+        picked = F.nll_loss(scores, batch["label"], ignore_index=UNLABELLED, reduction="sum")
+        cross_entropy = picked / labelled.sum().clamp(min=1)
+        if "teacher" not in batch:
+            return {"loss": cross_entropy}
+        divergence = F.kl_div(scores, batch["teacher"], reduction="batchmean")
+        return {
+            "loss": self.label_weight * cross_entropy + divergence,
+            "cross_entropy": cross_entropy,
+            "divergence": divergence,
+        }
+
+
+def stored_targets(ids: Tensor, probabilities: Tensor) -> Callable[[Batch], Batch]:
+    """Return a function that adds "teacher" to a batch by sample id.
+
+    ids: (n,) ascending; probabilities: (n, classes). A batch with a sample that has no
+    pseudo-label is our own bug.
+    """
+
+    def annotate(batch: Batch) -> Batch:
+        place = torch.searchsorted(ids, batch["id"]).clamp(max=len(ids) - 1)
+        assert bool((ids[place] == batch["id"]).all()), "an image has no pseudo-label"
+        return batch | {"teacher": probabilities[place]}
+
+    return annotate

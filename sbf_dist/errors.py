@@ -1,0 +1,9 @@
+"""The one kind of error that is the user's to mend."""
+
+
+class UserError(Exception):
+    """A mistake of the user's, told in one line: the thing, its value, what would be right.
+
+    The command line prints the line and exits with 2; anything else that is raised is our own bug
+    and keeps its traceback.
+    """

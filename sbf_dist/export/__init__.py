@@ -1,0 +1,1 @@
+"""The finished student outside the system: folded, as ONNX, and as a folder without pickle."""

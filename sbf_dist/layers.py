@@ -1,0 +1,253 @@
+"""SBFConv2d: a convolution that computes some of its channels and rebuilds the others."""
+
+import math
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from sbf_dist.ops import expand
+
+
+class SBFConv2d(nn.Module):
+    """Convolution of which `kept` channels are computed and the others rebuilt from these.
+
+    A drop-in for nn.Conv2d: same input and output shapes and channel order. With the basis
+    features z = basis(x), a kept channel is its z, and a rebuilt channel is the sum over its S
+    sources of z[source] cross-correlated with an m x m kernel (zero padding, stride 1), all plus
+    bias (Miles and Mikolajczyk, arXiv 2110.12844).
+
+    kept: numbers of the output channels that are kept, ascending; with groups, equally many of
+    each group. sources: for each rebuilt channel, in ascending order, the S kept channels (output
+    channel numbers) that it is rebuilt from. transform_size: m, odd. The other arguments are
+    nn.Conv2d's; padding_mode concerns the basis convolution only. Raises ValueError, naming the
+    argument and its value, if these do not fit together.
+
+    Parameters: basis.weight (B, in_channels / groups, k, k), transforms (P, S, m, m), bias
+    (out_channels,) or None. Initially the basis and bias are nn.Conv2d's, and a transform is
+    1 / sqrt(S) in its centre and zero elsewhere: a rebuilt channel is the sum of its sources,
+    scaled so that uncorrelated sources of equal variance give their own variance.
+    """
+
+    sources: Tensor
+    order: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        kept: Sequence[int],
+        sources: Sequence[Sequence[int]],
+        transform_size: int = 3,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_wiring(out_channels, groups, kept, sources, transform_size)
+        self.basis = nn.Conv2d(
+            in_channels,
+            len(kept),
+            kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            bias=False,
+            padding_mode=padding_mode,
+            device=device,
+            dtype=dtype,
+        )
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = self.basis.kernel_size
+        self.stride = self.basis.stride
+        self.padding = self.basis.padding
+        self.dilation = self.basis.dilation
+        self.groups = groups
+        self.padding_mode = padding_mode
+        self.kept = tuple(kept)
+        self.transform_size = transform_size
+
+        position = {channel: b for b, channel in enumerate(kept)}
+        rebuilt = [channel for channel in range(out_channels) if channel not in position]
+        entry = position | {channel: len(kept) + p for p, channel in enumerate(rebuilt)}
+        per_channel = len(sources[0]) if rebuilt else 1
+        # The wiring is given by the constructor's arguments, like a kernel size: no parameters.
+        self.register_buffer(
+            "sources",
+            torch.tensor(
+                [[position[source] for source in row] for row in sources],
+                dtype=torch.int64,
+                device=device,
+            ).reshape(len(rebuilt), per_channel),
+            persistent=False,
+        )
+        self.register_buffer(
+            "order",
+            torch.tensor(
+                [entry[channel] for channel in range(out_channels)],
+                dtype=torch.int64,
+                device=device,
+            ),
+            persistent=False,
+        )
+        self.transforms = nn.Parameter(
+            torch.empty(
+                len(rebuilt),
+                per_channel,
+                transform_size,
+                transform_size,
+                device=device,
+                dtype=dtype,
+            )
+        )
+        self.bias = (
+            nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
+        )
+        self.reset_own_parameters()
+
+    @classmethod
+    def from_conv(
+        cls,
+        conv: nn.Conv2d,
+        kept: Sequence[int],
+        sources: Sequence[Sequence[int]],
+        transform_size: int = 3,
+    ) -> Self:
+        """Make the layer that keeps these filters of `conv`; transforms have their initial values.
+
+        Filters and bias are copied, with dtype, device, memory format, training mode and
+        requires_grad. Raises ValueError as the constructor does.
+        """
+        layer = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            kept,
+            sources,
+            transform_size,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            bias=conv.bias is not None,
+            padding_mode=conv.padding_mode,
+            device=conv.weight.device,
+            dtype=conv.weight.dtype,
+        )
+        with torch.no_grad():
+            # Indexing keeps the filters' own memory format.
+            layer.basis.weight = nn.Parameter(conv.weight[list(kept)].clone())
+            if layer.bias is not None:
+                layer.bias.copy_(conv.bias)
+                layer.bias.requires_grad_(conv.bias.requires_grad)
+        layer.basis.weight.requires_grad_(conv.weight.requires_grad)
+        layer.transforms.requires_grad_(conv.weight.requires_grad)
+        return layer.train(conv.training)
+
+    def reset_parameters(self) -> None:
+        """Give all parameters their initial values."""
+        self.basis.reset_parameters()
+        self.reset_own_parameters()
+
+    @torch.no_grad()
+    def reset_own_parameters(self) -> None:
+        """Give transforms and bias, but not the basis, their initial values."""
+        middle = self.transform_size // 2
+        self.transforms.zero_()
+        self.transforms[:, :, middle, middle] = 1 / math.sqrt(self.transforms.shape[1])
+        if self.bias is not None:
+            fan_in = self.in_channels // self.groups * math.prod(self.kernel_size)
+            bound = 1 / math.sqrt(fan_in) if fan_in > 0 else 0.0
+            self.bias.uniform_(-bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) -> (N, out_channels, H', W'), as nn.Conv2d, in x's layout."""
+        return expand(self.basis(x), self.transforms, self.sources, self.order, self.bias)
+
+    @torch.no_grad()
+    def effective_filter(self) -> Tensor:
+        """Give the dense filter that equals the layer wherever its support meets no border.
+
+        Returns (out_channels, in_channels, k + s(m-1), k + s(m-1)) for filters of size k and
+        stride s (per axis). A convolution with it needs s(m-1)/2 more padding than the layer's.
+        Raises ValueError if dilation or groups is not 1.
+        """
+        if self.dilation != (1, 1) or self.groups != 1:
+            raise ValueError(
+                f"effective_filter needs dilation 1 and groups 1, got dilation {self.dilation} "
+                f"and groups {self.groups}"
+            )
+        weight, m = self.basis.weight, self.transform_size
+        (k_h, k_w), (s_h, s_w) = self.kernel_size, self.stride
+        kept, *_ = weight.shape
+        shape = (self.in_channels, k_h + s_h * (m - 1), k_w + s_w * (m - 1))
+        entries = weight.new_zeros((self.out_channels, *shape))
+        top, left = s_h * (m - 1) // 2, s_w * (m - 1) // 2
+        entries[:kept, :, top : top + k_h, left : left + k_w] = weight
+        filters = weight[self.sources]
+        for a in range(m):
+            for b in range(m):
+                entries[kept:, :, a * s_h : a * s_h + k_h, b * s_w : b * s_w + k_w] += torch.einsum(
+                    "ps,ps...->p...", self.transforms[:, :, a, b], filters
+                )
+        return entries[self.order]
+
+    def extra_repr(self) -> str:
+        """Tell the layer's shape as nn.Conv2d does, and what of it is rebuilt."""
+        rebuilt, per_channel = self.sources.shape
+        parts = [
+            f"{self.in_channels}, {self.out_channels}",
+            f"kept={len(self.kept)}",
+            f"rebuilt={rebuilt}",
+            f"sources={per_channel}",
+            f"transform_size={self.transform_size}",
+        ]
+        if self.bias is None:
+            parts.append("bias=False")
+        return ", ".join(parts)
+
+
+def check_wiring(
+    out_channels: int,
+    groups: int,
+    kept: Sequence[int],
+    sources: Sequence[Sequence[int]],
+    transform_size: int,
+) -> None:
+    """Raise ValueError, naming argument and value, unless these describe an SBFConv2d."""
+    if transform_size < 1 or transform_size % 2 == 0:
+        raise ValueError(f"transform_size is {transform_size}: it must be odd and positive")
+    if groups < 1 or out_channels % groups != 0:
+        raise ValueError(f"out_channels is {out_channels}: it must be a multiple of groups, {groups}")
+    if list(kept) != sorted(set(kept)) or not kept:
+        raise ValueError(f"kept is {list(kept)}: it must name channels in ascending order")
+    if kept[0] < 0 or kept[-1] >= out_channels:
+        raise ValueError(f"kept is {list(kept)}: its channels must lie in [0, {out_channels})")
+    per_group = [0] * groups
+    for channel in kept:
+        per_group[channel * groups // out_channels] += 1
+    if len(set(per_group)) > 1:
+        raise ValueError(f"kept has {per_group} channels of each group: they must be equally many")
+    rebuilt = out_channels - len(kept)
+    if len(sources) != rebuilt:
+        raise ValueError(
+            f"sources has {len(sources)} rows: there must be one for each of the {rebuilt} "
+            "channels that are not kept"
+        )
+    lengths = sorted({len(row) for row in sources})
+    if lengths and (len(lengths) > 1 or lengths[0] == 0):
+        raise ValueError(
+            f"sources has rows of lengths {lengths}: all must be equally long, and at least 1"
+        )
+    strangers = sorted({source for row in sources for source in row} - set(kept))
+    if strangers:
+        raise ValueError(f"sources names channels {strangers}: they are not in kept")

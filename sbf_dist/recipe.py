@@ -1,0 +1,318 @@
+"""The recipe: everything that a run is made of, read from YAML, checked field by field."""
+
+import difflib
+import hashlib
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sbf_dist.errors import UserError
+
+Positive = typing.Annotated[int, Field(ge=1)]
+Share = typing.Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of a recipe; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Augmentation(Section):
+    """How a training image is varied; see pipelines.augmentation for the meaning in detail."""
+
+    min_scale: Share = Field(0.35, description="least share of the image's area in a crop")
+    max_scale: Share = Field(1.0, description="largest share of the image's area in a crop")
+    min_ratio: float = Field(3 / 4, gt=0, description="least width/height of a crop")
+    max_ratio: float = Field(4 / 3, gt=0, description="largest width/height of a crop")
+    flip: bool = Field(True, description="mirror half of the images")
+    rotate: float = Field(0.0, ge=0, le=180, description="largest rotation, degrees")
+    shift: float = Field(0.0, ge=0, le=1, description="largest shift, share of the side")
+    color: float = Field(0.0, ge=0, le=1, description="jitter of brightness, contrast, saturation")
+
+
+class Data(Section):
+    """Which images there are and how the network sees them."""
+
+    source: Literal["digits", "folder"] = Field(
+        "folder", description="'digits' writes scikit-learn's digits as JPEG files first"
+    )
+    root: Path | None = Field(None, description="folder of images; needed for source: folder")
+    labelled_per_class: Positive | None = Field(
+        None, description="use so many labels per class, the rest is unlabelled; null: all"
+    )
+    validation: Positive | float | None = Field(
+        None, description="images (or share) held out where the folder has no val/"
+    )
+    image_size: int = Field(224, ge=8, description="side of the square that the student sees")
+    crop: Share = Field(0.875, description="share of the short side in an evaluation crop")
+    mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="of [0, 1] pixels")
+    std: tuple[float, float, float] = Field((0.229, 0.224, 0.225), description="of [0, 1] pixels")
+    augmentation: Augmentation = Field(default_factory=Augmentation)
+    threads: Positive = Field(1, description="DALI threads per worker")
+
+    @model_validator(mode="after")
+    def _has_root(self) -> "Data":
+        if self.source == "folder" and self.root is None:
+            raise ValueError("root must name a folder of images for source: folder")
+        return self
+
+
+class Workers(Section):
+    """The processes that Ray Train starts. Not part of a run's identity: they may change."""
+
+    count: Positive = Field(1, description="worker processes")
+    cpus: Positive = Field(1, description="CPUs (and threads) per worker")
+    gpus: float = Field(0, ge=0, description="GPUs per worker")
+    max_failures: int = Field(2, ge=0, description="restarts from the last checkpoint per stage")
+
+
+class Optimizer(Section):
+    """How parameters are stepped."""
+
+    name: Literal["sgd", "adamw"] = Field("sgd", description="SGD with Nesterov momentum, or AdamW")
+    lr: float = Field(0.1, gt=0, description="peak learning rate")
+    weight_decay: float = Field(1e-4, ge=0, description="of weights; not of biases and norms")
+    momentum: float = Field(0.9, ge=0, lt=1, description="sgd only")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="adamw only")
+    clip: float | None = Field(None, gt=0, description="largest norm of the whole gradient")
+
+
+class Training(Section):
+    """Length and manner of one training."""
+
+    steps: Positive = Field(description="optimizer steps")
+    batch_size: Positive = Field(64, description="images per step over all workers")
+    accumulation: Positive = Field(1, description="backward passes per step")
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    schedule: Literal["constant", "cosine", "step"] = Field("cosine", description="after warm-up")
+    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of forward passes")
+    zero_stage: Literal[0, 1, 2] = Field(1, description="DeepSpeed ZeRO stage")
+    log_every: Positive = Field(10, description="steps between two records")
+    checkpoint_every: Positive = Field(500, description="steps between two checkpoints")
+
+    @model_validator(mode="after")
+    def _warms_up_in_time(self) -> "Training":
+        if self.warmup >= self.steps:
+            raise ValueError(f"warmup = {self.warmup} must be less than steps = {self.steps}")
+        return self
+
+
+class Teacher(Section):
+    """One member of the ensemble: trained on the labels, or loaded from a file."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$", description="of its files and table row")
+    model: str = Field(description="as sbf_dist.models.build takes it")
+    training: Training | None = Field(None, description="how it is trained")
+    weights: Path | None = Field(None, description="safetensors file, instead of a training")
+    image_size: int | None = Field(None, ge=8, description="its input size; null: the student's")
+    mean: tuple[float, float, float] | None = Field(None, description="null: the student's")
+    std: tuple[float, float, float] | None = Field(None, description="null: the student's")
+    weight: float = Field(1.0, gt=0, description="in the mean of the ensemble")
+
+    @model_validator(mode="after")
+    def _comes_from_somewhere(self) -> "Teacher":
+        if (self.training is None) == (self.weights is None):
+            raise ValueError("give either training or weights")
+        return self
+
+
+class PseudoLabels(Section):
+    """What the ensemble writes on the images, and which of them are used."""
+
+    temperature: float = Field(1.0, gt=0, description="softens each teacher's probabilities")
+    top_k: Positive = Field(10, description="classes stored per image")
+    threshold: float = Field(0.0, ge=0, lt=1, description="least confidence of a used image")
+    per_class: Positive | None = Field(
+        None, description="use only the so many most confident images of each predicted class"
+    )
+
+
+class Compress(Section):
+    """From a dense network to an SBF network."""
+
+    teacher: str = Field(description="the teacher that is compressed to become the student")
+    macs: Share = Field(0.5, description="multiply-adds to reach, as a share of the dense network")
+    sources: Positive = Field(4, description="largest number S of sources per rebuilt channel")
+    transform_size: Positive = Field(3, description="m: side of the transformations, odd")
+    floor: Share = Field(0.125, description="least share of a layer's channels that is kept")
+    images: Positive = Field(512, description="calibration images, no labels needed")
+
+    @model_validator(mode="after")
+    def _is_odd(self) -> "Compress":
+        if self.transform_size % 2 == 0:
+            raise ValueError(f"transform_size = {self.transform_size} must be odd")
+        return self
+
+
+class Distill(Section):
+    """Training of the SBF student."""
+
+    training: Training
+    targets: Literal["stored", "live"] = Field(
+        "stored", description="pseudo-labels, or the teachers' word on the very crop"
+    )
+    label_weight: float = Field(0.5, ge=0, description="of the cross-entropy on labelled images")
+    labelled_share: float = Field(0.25, ge=0, le=1, description="of labelled images in a batch")
+
+
+class Tracking(Section):
+    """Where MLflow keeps the run. Not part of a run's identity."""
+
+    uri: str | None = Field(None, description="null: MLFLOW_TRACKING_URI, or SQLite under runs/")
+    experiment: str = Field("sbf-dist", description="name of the MLflow experiment")
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$", description="of the run's folder")
+    seed: int = Field(0, ge=0, description="of everything random")
+    data: Data
+    workers: Workers = Field(default_factory=Workers)
+    teachers: list[Teacher] = Field(min_length=1)
+    pseudo_labels: PseudoLabels = Field(default_factory=PseudoLabels)
+    compress: Compress
+    distill: Distill
+    baselines: Training | None = Field(
+        None, description="also train a dense and an SBF student on the labels alone, to compare"
+    )
+    tracking: Tracking = Field(default_factory=Tracking)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Recipe":
+        names = [teacher.name for teacher in self.teachers]
+        if len(set(names)) < len(names):
+            raise ValueError(f"teachers: names must differ, they are {', '.join(names)}")
+        if self.compress.teacher not in names:
+            raise ValueError(
+                f"compress.teacher = {self.compress.teacher!r} must be one of {', '.join(names)}"
+            )
+        for where, training in self.trainings().items():
+            for count in (self.workers.count, self.workers.count * training.accumulation):
+                if training.batch_size % count:
+                    raise ValueError(
+                        f"{where}.batch_size = {training.batch_size} must be a multiple of "
+                        f"workers x accumulation = {count}"
+                    )
+        return self
+
+    def trainings(self) -> dict[str, Training]:
+        """All trainings, by their place in the recipe."""
+        found = {
+            f"teachers.{index}.training": teacher.training
+            for index, teacher in enumerate(self.teachers)
+            if teacher.training is not None
+        }
+        found["distill.training"] = self.distill.training
+        if self.baselines is not None:
+            found["baselines"] = self.baselines
+        return found
+
+    def identity(self) -> dict[str, Any]:
+        """What results depend on: all but the workers and the tracking."""
+        return self.model_dump(mode="json", exclude={"workers", "tracking"})
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the identity, 64 hexadecimal digits."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+
+def load(path: Path, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """Read a recipe; `overrides` are KEY=VALUE with dots in KEY and YAML in VALUE.
+
+    Raises UserError that names the key, its value, and what would be right.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"recipe {path} does not exist") from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"recipe {path} must be a mapping of keys to values")
+    for override in overrides:
+        _override(content, override)
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"recipe {path}: {_explain(error)}") from None
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r} must look like distill.training.steps=100")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: {text!r} is not a YAML value") from None
+    *parents, last = key.split(".")
+    place: Any = content
+    for depth, part in enumerate(parents):
+        place = _step(place, part, override, ".".join(parents[:depth]))
+        if place is None:
+            raise UserError(f"override {override!r}: give the whole of {'.'.join(parents)} instead")
+    if isinstance(place, list):
+        _step(place, last, override, ".".join(parents))
+        place[int(last)] = value
+    elif isinstance(place, dict):
+        place[last] = value
+    else:
+        raise UserError(f"override {override!r}: {'.'.join(parents)} has no keys")
+
+
+def _step(place: Any, part: str, override: str, where: str) -> Any:
+    if isinstance(place, list):
+        if not part.isdigit() or int(part) >= len(place):
+            raise UserError(f"override {override!r}: {where} has the entries 0 to {len(place) - 1}")
+        return place[int(part)]
+    if isinstance(place, dict):
+        return place.setdefault(part, {})
+    raise UserError(f"override {override!r}: {where} has no keys")
+
+
+def _explain(error: ValidationError) -> str:
+    """Put the first thing that is wrong with a recipe in one line."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+        return f"{key} is not a known key; {hint}"
+    if first["type"] == "missing":
+        return f"{key} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    message = message[0].lower() + message[1:].replace("Input ", "")
+    return f"{key} = {first['input']!r} {_demand(message)}"
+
+
+def _demand(message: str) -> str:
+    """Turn pydantic's 'input should be …' into 'must be …'."""
+    return message.removeprefix("input ").replace("should", "must", 1)
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields of the section at `location`."""
+    section: Any = Recipe
+    for part in location:
+        if isinstance(part, int):
+            continue
+        section = _section_of(section.model_fields[part].annotation)
+    return list(section.model_fields)
+
+
+def _section_of(annotation: Any) -> Any:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return annotation
+    candidates = [_section_of(inner) for inner in typing.get_args(annotation)]
+    return next(c for c in candidates if isinstance(c, type) and issubclass(c, Section))

@@ -1,0 +1,239 @@
+"""Training checkpoints: DeepSpeed's shards, each rank's state, and a manifest that covers them.
+
+A checkpoint is a folder:
+
+    manifest.json                step, ranks, digests, every file with its size and SHA-256
+    deepspeed/state/*.pt         weights (from rank 0) and each rank's optimizer shard
+    ranks/00000.json             loader state and Python's random state of rank 0, and so on
+    ranks/00000.safetensors      PyTorch's and NumPy's random state of rank 0, and so on
+
+The manifest is written last, so a folder without one is not a checkpoint. verify() compares every
+file with it before anything is read. Our own files are JSON and safetensors; DeepSpeed's .pt files
+are read with weights_only, so that a checkpoint from a stranger cannot run code.
+"""
+
+import hashlib
+import json
+import logging
+import random
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import load_file, save_file
+
+from sbf_dist.errors import UserError
+from sbf_dist.train.engine import load_shards, save_shards
+
+FORMAT = 1
+_MANIFEST = "manifest.json"
+_SHARDS = "deepspeed"
+_TAG = "state"
+
+_log = logging.getLogger(__name__)
+
+
+class FileEntry(BaseModel):
+    """One file of a checkpoint."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    size: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """What manifest.json says. `digests` name what the run was made from: plan, recipe, data."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: int
+    step: int
+    world_size: int
+    digests: dict[str, str]
+    files: dict[str, FileEntry]
+
+
+class Restored(BaseModel):
+    """What load() gives back to the caller."""
+
+    step: int
+    loader_state: dict[str, Any]  # of this rank, or of rank 0 if the number of ranks has changed
+    optimizer: bool  # whether the optimizer's state came along
+
+
+def save(
+    engine: Any,
+    folder: Path,
+    *,
+    step: int,
+    loader_state: Mapping[str, Any],
+    digests: Mapping[str, str],
+) -> None:
+    """Write this rank's part of a checkpoint into `folder`; every rank calls it, at the same step.
+
+    `folder` may be one that all ranks share, or one per rank whose contents are merged afterwards.
+    `loader_state` must be JSON. Batch norm statistics are stored as they are on rank 0: call
+    synchronise_batchnorm first.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f".rank-{_rank()}-") as made:
+        own = Path(made)
+        save_shards(engine, own / _SHARDS, _TAG)
+        _write_rank_state(own / "ranks", loader_state)
+        files = {
+            path.relative_to(own).as_posix(): _entry(path)
+            for path in sorted(own.rglob("*"))
+            if path.is_file()
+        }
+        for name in files:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (own / name).replace(folder / name)
+    per_rank: list[dict[str, FileEntry]] = [{} for _ in range(_world_size())]
+    if dist.is_initialized():
+        dist.all_gather_object(per_rank, files)
+    else:
+        per_rank = [files]
+    if _rank() == 0:
+        manifest = Manifest(
+            format=FORMAT,
+            step=step,
+            world_size=_world_size(),
+            digests=dict(digests),
+            files={name: entry for rank_files in per_rank for name, entry in rank_files.items()},
+        )
+        partial = folder / (_MANIFEST + ".partial")
+        partial.write_text(manifest.model_dump_json(indent=1))
+        partial.replace(folder / _MANIFEST)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the checkpoint in `folder`. UserError if there is none that we can read."""
+    path = folder / _MANIFEST
+    if not path.is_file():
+        raise UserError(f"checkpoint {folder}: has no {_MANIFEST}, so it is none, or was cut short")
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "JSON"
+        raise UserError(f"checkpoint {path}: is damaged: {where}: {first['msg']}") from error
+    if manifest.format != FORMAT:
+        raise UserError(f"checkpoint {path}: format {manifest.format}, this version reads {FORMAT}")
+    return manifest
+
+
+def verify(folder: Path) -> Manifest:
+    """Compare every file of the checkpoint in `folder` with its manifest, which is returned.
+
+    UserError names the first file that is missing or is not what was written.
+    """
+    manifest = read_manifest(folder)
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"checkpoint {folder}: {name} is missing; use an earlier checkpoint")
+        size = path.stat().st_size
+        if size != entry.size:
+            raise UserError(
+                f"checkpoint {folder}: {name} is damaged: {size} bytes instead of {entry.size}; "
+                "use an earlier checkpoint"
+            )
+        if _sha256(path) != entry.sha256:
+            raise UserError(
+                f"checkpoint {folder}: {name} is damaged: its SHA-256 is not the one written; "
+                "use an earlier checkpoint"
+            )
+    return manifest
+
+
+def load(engine: Any, folder: Path, *, digests: Mapping[str, str]) -> Restored:
+    """Put engine and random states back to where `folder` was saved; every rank calls it.
+
+    Every file is verified before it is opened. On as many ranks as before everything is restored;
+    on another number of ranks all but the random states, and at ZeRO stage 3 the optimizer's state,
+    which is logged as a warning and told by `Restored.optimizer`.
+
+    UserError: `folder` is no checkpoint or is damaged, or `digests` are not those it was saved
+    with.
+    """
+    manifest = verify(folder)
+    for name, digest in digests.items():
+        saved = manifest.digests.get(name)
+        if saved != digest:
+            raise UserError(
+                f"checkpoint {folder}: was made with {name} {saved}, this run has {digest}; give "
+                f"the same {name}, or start under another name"
+            )
+    same_ranks = manifest.world_size == _world_size()
+    optimizer = load_shards(engine, folder / _SHARDS, _TAG, ranks=manifest.world_size)
+    if not optimizer:
+        _log.warning(
+            "checkpoint %s: was made by %d workers and goes on with %d: at ZeRO stage 3 the "
+            "weights are restored and the optimizer's state starts anew",
+            folder,
+            manifest.world_size,
+            _world_size(),
+        )
+    loader_state = _read_rank_state(
+        folder / "ranks", _rank() if same_ranks else 0, restore_random=same_ranks
+    )
+    return Restored(step=manifest.step, loader_state=loader_state, optimizer=optimizer)
+
+
+def _write_rank_state(folder: Path, loader_state: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True)
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state = {
+        "loader": dict(loader_state),
+        "python_random": [version, list(words), gauss],
+        "numpy_random": [name, position, has_gauss, cached],
+    }
+    (folder / f"{_rank():05d}.json").write_text(json.dumps(state))
+    tensors = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.from_numpy(np.asarray(keys, np.int64)),
+    }
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    save_file(tensors, folder / f"{_rank():05d}.safetensors")
+
+
+def _read_rank_state(folder: Path, rank: int, *, restore_random: bool) -> dict[str, Any]:
+    state = json.loads((folder / f"{rank:05d}.json").read_text())
+    if restore_random:
+        tensors = load_file(folder / f"{rank:05d}.safetensors")
+        version, words, gauss = state["python_random"]
+        random.setstate((version, tuple(words), gauss))
+        name, position, has_gauss, cached = state["numpy_random"]
+        keys = tensors["numpy"].numpy().astype(np.uint32)
+        np.random.set_state((name, keys, position, has_gauss, cached))
+        torch.set_rng_state(tensors["torch"])
+        if "cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["cuda"])
+    return state["loader"]
+
+
+def _entry(path: Path) -> FileEntry:
+    return FileEntry(size=path.stat().st_size, sha256=_sha256(path))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1

@@ -1,0 +1,274 @@
+"""The DeepSpeed engine around a task. The only file that knows DeepSpeed."""
+
+import importlib
+import logging
+import os
+import pickle
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from sbf_dist.errors import UserError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+class OptimizerConfig(BaseModel):
+    """How the student's parameters are stepped."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Literal["sgd", "adamw"] = Field("sgd", description="The optimizer.")
+    lr: float = Field(0.05, gt=0, description="Peak learning rate; the schedule scales it.")
+    weight_decay: float = Field(5e-4, ge=0, description="See parameter_groups for what decays.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Nesterov momentum; sgd only.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="Moment decay; adamw only.")
+    clip: float | None = Field(None, gt=0, description="Largest norm of the whole gradient.")
+
+
+def parameter_groups(task: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trainable parameters of `task` as two optimizer groups: those that decay and the rest.
+
+    Weights of convolutions and linear layers decay. Not so parameters with fewer than two
+    dimensions (biases, batch norm) nor parameters called "transforms" (the small kernels of an SBF
+    layer, whose scale is tied to the fitted features and not to the size of the weights).
+    """
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for name, parameter in task.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        exempt = parameter.ndim < 2 or name.rpartition(".")[2] == "transforms"
+        (free if exempt else decayed).append(parameter)
+    groups = [(decayed, weight_decay), (free, 0.0)]
+    return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
+
+
+def build_engine(
+    task: nn.Module,
+    optimizer: OptimizerConfig,
+    *,
+    micro_batch: int,
+    accumulation: int = 1,
+    zero_stage: int = 1,
+    precision: Precision = "fp32",
+) -> Any:
+    """The DeepSpeedEngine that trains `task` on the device where its parameters are.
+
+    `micro_batch` is images per rank and backward pass, `accumulation` backward passes per step.
+    The parameters and buffers of rank 0 are given to all ranks. A process group that is there
+    (Ray Train's, say) is used; otherwise one is made from torchrun's variables, or of this process
+    alone. bf16 and fp16 are torch.autocast: weights, batch norm and the optimizer stay fp32.
+
+    UserError: nothing to train; fp16 on the CPU; a ZeRO stage that does not exist.
+    """
+    devices = {parameter.device for parameter in task.parameters() if parameter.requires_grad}
+    if not devices:
+        raise UserError("task: has no parameter with requires_grad, so there is nothing to train")
+    assert len(devices) == 1, f"the task's parameters are on several devices: {devices}"
+    device = devices.pop()
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("precision fp16: needs a GPU; use fp32 or bf16 on the CPU")
+    if zero_stage not in (0, 1, 2, 3):
+        raise UserError(f"zero_stage {zero_stage}: must be 0, 1, 2 or 3")
+
+    join_process_group(device)
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed insists on it
+    deepspeed = _load_deepspeed(device)
+    for buffer in task.buffers():  # DeepSpeed broadcasts the parameters, but no buffers
+        dist.broadcast(buffer, src=0)
+    with torch.device(device):
+        engine, *_ = deepspeed.initialize(
+            model=task,
+            optimizer=_torch_optimizer(task, optimizer),
+            config=_config(optimizer, micro_batch, accumulation, zero_stage, precision),
+            dist_init_required=False,
+        )
+    engine.checkpoint_engine = _restricted_checkpoint_engine()
+    return engine
+
+
+def join_process_group(device: torch.device) -> None:
+    """Make sure that torch.distributed is ready: gloo for CPU tensors, nccl for CUDA tensors."""
+    if dist.is_initialized():
+        return
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _torch_optimizer(task: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    groups = parameter_groups(task, config.weight_decay)
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+    return torch.optim.SGD(
+        groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0
+    )
+
+
+def _config(
+    optimizer: OptimizerConfig,
+    micro_batch: int,
+    accumulation: int,
+    zero_stage: int,
+    precision: Precision,
+) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": optimizer.clip or 0.0,
+        "zero_optimization": {"stage": zero_stage},
+        "zero_allow_untested_optimizer": True,  # SGD
+        "steps_per_print": sys.maxsize,
+        "wall_clock_breakdown": False,
+    }
+    if precision != "fp32":
+        # DeepSpeed's own bf16 and fp16 modes cast the whole module, and batch norm on the CPU
+        # refuses inputs and statistics of different types.
+        dtype = {"bf16": "bfloat16", "fp16": "float16"}[precision]
+        config["torch_autocast"] = {"enabled": True, "dtype": dtype}
+    return config
+
+
+def _load_deepspeed(device: torch.device) -> ModuleType:
+    """Import DeepSpeed for `device`, without what it does on the side.
+
+    Its autotuner imports MLflow if it can, which costs each worker two seconds: here it finds none.
+    Its Muon optimizer, which it imports at the first step whatever the optimizer is, compiles its
+    functions, which costs another two seconds for torch's compiler: here it leaves them as they
+    are. On the CPU it builds a shared-memory operator at the first start, with ninja and a C++
+    compiler; gloo does the same work, so none of its operators is declared usable.
+    """
+    os.environ["DS_ACCELERATOR"] = device.type
+    log = logging.getLogger("DeepSpeed")
+    log.setLevel(logging.WARNING)
+    log.addFilter(_worth_telling)
+    # One for every collective of ZeRO 3: DeepSpeed calls functions by their old names.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
+    with _hidden("mlflow"), mock.patch.object(torch, "compile", _uncompiled):
+        deepspeed = importlib.import_module("deepspeed")
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    if device.type == "cpu":
+        all_ops = importlib.import_module("deepspeed.ops.op_builder.all_ops").ALL_OPS
+        deepspeed.ops.__compatible_ops__ = dict.fromkeys(all_ops, False)
+    return deepspeed
+
+
+@contextmanager
+def _hidden(name: str) -> Iterator[None]:
+    """Let `import name` fail for a while, unless the module is loaded already."""
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
+def _uncompiled(function: Callable[..., Any] | None = None, **_: Any) -> Any:
+    """In place of torch.compile, as @torch.compile and as @torch.compile(…)."""
+    return function if function is not None else lambda decorated: decorated
+
+
+def _worth_telling(record: logging.LogRecord) -> bool:
+    return "untested optimizer" not in record.getMessage()  # ZeRO with SGD: our tests train with it
+
+
+def _restricted_checkpoint_engine() -> Any:
+    """DeepSpeed's reader and writer of .pt files, which unpickles nothing but what it wrote.
+
+    DeepSpeed calls torch.load with weights_only=False, which runs whatever a file asks for.
+    """
+    torch_engine = importlib.import_module(
+        "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine"
+    )
+    loss_scaler = importlib.import_module("deepspeed.runtime.fp16.loss_scaler")
+    fragment = importlib.import_module("deepspeed.utils.tensor_fragment")
+    zero = importlib.import_module("deepspeed.runtime.zero.config")
+    allowed = [
+        loss_scaler.LossScaler,
+        loss_scaler.DynamicLossScaler,
+        fragment.fragment_address,
+        zero.ZeroStageEnum,
+    ]
+
+    class RestrictedCheckpointEngine(torch_engine.TorchCheckpointEngine):  # type: ignore[name-defined]
+        def save(self, state_dict: dict[str, Any], path: str) -> None:
+            torch.save(state_dict, path)
+
+        def load(self, path: str, map_location: Any = None) -> Any:
+            with torch.serialization.safe_globals(allowed):
+                try:
+                    return torch.load(path, map_location=map_location, weights_only=True)
+                except pickle.UnpicklingError as error:
+                    raise UserError(
+                        f"checkpoint file {path}: holds more than tensors and numbers, which could "
+                        "run code; do not use it"
+                    ) from error
+
+    return RestrictedCheckpointEngine()
+
+
+def save_shards(engine: Any, folder: Path, tag: str) -> None:
+    """Write this rank's shards below folder/tag; every rank calls it with the same tag."""
+    engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+    # DeepSpeed puts scripts of its own beside the shards; a checkpoint should hold no code.
+    for script in folder.glob("*.py"):
+        script.unlink()
+
+
+def load_shards(engine: Any, folder: Path, tag: str, *, ranks: int) -> bool:
+    """Read the weights and the optimizer's state that save_shards wrote on `ranks` ranks.
+
+    False if the optimizer's state could not be read: at ZeRO stage 3 on another number of ranks.
+    """
+    stage = engine.zero_optimization_stage()
+    divided_alike = ranks == dist.get_world_size() or stage == 0
+    path, _ = engine.load_checkpoint(str(folder), tag=tag, load_optimizer_states=divided_alike)
+    if path is None:  # DeepSpeed only warns
+        raise UserError(f"checkpoint {folder / tag}: DeepSpeed finds nothing to load there")
+    if not divided_alike and stage < 3:
+        _divide_anew(engine, folder / tag, ranks)
+    return divided_alike or stage < 3
+
+
+def _divide_anew(engine: Any, folder: Path, ranks: int) -> None:
+    """Give this rank its part of the optimizer's state of `ranks` ranks, at ZeRO stage 1 or 2.
+
+    Such a stage lays the parameters of a group end to end, with zeros behind the last, and cuts
+    them into equal parts, one per rank. DeepSpeed refuses to load them on another number of ranks,
+    and its way round that ("universal checkpoints") does not know SGD's momentum.
+    """
+    shards = [
+        engine.checkpoint_engine.load(
+            str(folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"), map_location="cpu"
+        )["optimizer_state_dict"]["base_optimizer_state"]["state"]
+        for rank in range(ranks)
+    ]
+    zero = engine.optimizer
+    for number, group in enumerate(zero.optimizer.param_groups):
+        (part,) = group["params"]
+        state = zero.optimizer.state[part]
+        total = sum(parameter.numel() for parameter in zero.bit16_groups[number])
+        for key, value in shards[0][number].items():
+            if not torch.is_tensor(value) or value.ndim == 0:  # a count of steps
+                state[key] = value
+                continue
+            whole = torch.cat([shard[number][key] for shard in shards])[:total]
+            mine = whole[dist.get_rank() * part.numel() :][: part.numel()]
+            state[key] = torch.zeros_like(part)
+            state[key][: len(mine)] = mine.to(part.device)

@@ -1,0 +1,119 @@
+"""Accuracy and predictions over all ranks, and batch norm statistics that all ranks share."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares of `count` images in [0, 1], and the mean cross-entropy in nats."""
+
+    top1: float
+    top5: float | None  # None for five classes and fewer
+    loss: float
+    count: int
+
+
+class Predictions(NamedTuple):
+    """On the CPU: ids int64 (n,), probabilities float32 (n, classes)."""
+
+    ids: Tensor
+    probabilities: Tensor
+
+
+def accuracy(
+    model: nn.Module, batches: Iterable[dict[str, Tensor]], device: torch.device | str
+) -> Accuracy:
+    """How well `model` classifies the images of all ranks' `batches` ("image", "label").
+
+    Sums and counts are added over the ranks, so images that are shared out unevenly count alike;
+    a rank may have none. Every rank gets the same result. Labels below 0 (unknown) are left out.
+    """
+    totals = torch.zeros(4, dtype=torch.float64, device=device)  # top-1, top-5, loss, count
+    classes = torch.zeros((), dtype=torch.int64, device=device)
+    for batch, every in _forward(model, batches, device):
+        known = batch["label"].to(device) >= 0
+        logits, label = every[known], batch["label"].to(device)[known]
+        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == label[:, None]
+        totals[0] += ranked[:, 0].sum()
+        totals[1] += ranked.sum()
+        totals[2] += F.cross_entropy(logits, label, reduction="sum")
+        totals[3] += len(label)
+        classes.fill_(logits.shape[1])
+    if dist.is_initialized():
+        dist.all_reduce(totals)
+        dist.all_reduce(classes, op=dist.ReduceOp.MAX)
+    top1, top5, loss, count = totals.tolist()
+    assert count > 0, "no rank has a labelled image to evaluate on"
+    return Accuracy(top1 / count, top5 / count if classes > 5 else None, loss / count, round(count))
+
+
+def predict(
+    model: nn.Module, batches: Iterable[dict[str, Tensor]], device: torch.device | str
+) -> Predictions:
+    """This rank's `batches` ("id", "image") through softmax, in their order; no rank is asked."""
+    ids, probabilities = [torch.empty(0, dtype=torch.int64)], []
+    for batch, logits in _forward(model, batches, device):
+        ids.append(batch["id"].cpu())
+        probabilities.append(logits.softmax(dim=1).cpu())
+    return Predictions(
+        torch.cat(ids), torch.cat(probabilities) if probabilities else torch.empty(0, 0)
+    )
+
+
+def _forward(
+    model: nn.Module, batches: Iterable[dict[str, Tensor]], device: torch.device | str
+) -> Iterable[tuple[dict[str, Tensor], Tensor]]:
+    """Each batch with its logits in fp32; the model is put back into the mode that it was in."""
+    training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            with torch.no_grad():
+                logits = model(batch["image"].to(device, non_blocking=True))
+            yield batch, logits.float()
+    finally:
+        model.train(training)
+
+
+def synchronise_batchnorm(model: nn.Module) -> None:
+    """Give every rank the batch norm statistics of all ranks' images together, in place.
+
+    With mean μ_r and variance v_r on rank r of R, the mean is E[μ] and the variance is
+    E[v] + E[μ²] − E[μ]² (the law of total variance; every rank has seen equally many images).
+    SyncBatchNorm and layers without statistics are left alone. Without a process group nothing
+    has to be done.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    layers = [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, _BatchNorm)
+        and not isinstance(layer, nn.SyncBatchNorm)
+        and layer.running_mean is not None
+    ]
+    if not layers:
+        return
+    # One message for all layers, in fp64: E[μ²] − E[μ]² cancels.
+    means = torch.cat([layer.running_mean for layer in layers]).double()  # type: ignore[misc]
+    variances = torch.cat([layer.running_var for layer in layers]).double()  # type: ignore[misc]
+    moments = torch.stack([means, variances + means.square()])
+    dist.all_reduce(moments)
+    moments /= dist.get_world_size()
+    mean, second = moments
+    sizes = [layer.num_features for layer in layers]
+    for layer, m, v in zip(
+        layers, mean.split(sizes), (second - mean.square()).split(sizes), strict=True
+    ):
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        layer.running_mean.copy_(m)
+        layer.running_var.copy_(v.clamp_min(0))

@@ -1,0 +1,159 @@
+"""The training loop. It knows tensors and an engine: no launcher, no tracker, no data loader."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sbf_dist.errors import UserError
+
+Batch = dict[str, Tensor]
+
+
+class Engine(Protocol):
+    """What the loop asks of an engine; a DeepSpeedEngine has it."""
+
+    device: torch.device
+    optimizer: Any  # has param_groups
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]: ...
+    def backward(self, loss: Tensor) -> Any: ...
+    def step(self) -> None: ...
+    def gradient_accumulation_steps(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class LogRecord:
+    """The training since the record before, over all ranks."""
+
+    step: int  # steps done
+    steps: int  # steps in all
+    parts: dict[str, float]  # mean of each entry of the task's answer, "loss" first
+    lr: float  # of the last step
+    images_per_s: float  # over all ranks
+    seconds_left: float  # at the speed since the record before
+
+
+def fit(
+    engine: Engine,
+    batches: Iterable[Batch],
+    *,
+    steps: int,
+    lr_at: Callable[[int], float],
+    on_log: Callable[[LogRecord], None],
+    start_step: int = 0,
+    log_every: int = 10,
+    on_checkpoint: Callable[[int], None] | None = None,
+    checkpoint_every: int | None = None,
+    annotate: Callable[[Batch], Batch] | None = None,
+) -> LogRecord | None:
+    """Train from `start_step` to `steps` optimizer steps; the last record, None if none was left.
+
+    A batch is a dict of tensors with "image" (b, …); its tensors are moved to the engine's device,
+    `annotate` (the teachers) may add to it, and engine(batch) answers with "loss" and other named
+    scalars. Step k, counted from 0, runs with the learning rate lr_at(k) and takes as many batches
+    as the engine accumulates. `on_log` gets a record every `log_every` steps and after the last
+    one; `on_checkpoint` gets the number of steps done every `checkpoint_every` steps and after the
+    last one. Both are called on all ranks at the same step.
+
+    UserError: the loss is not finite (noticed at the next record, before the next checkpoint, and
+    raised on all ranks alike), or `batches` ends too early.
+    """
+    assert log_every > 0, f"log_every = {log_every}"
+    assert checkpoint_every is None or checkpoint_every > 0, f"{checkpoint_every=}"
+    stream = iter(batches)
+    meter = _Meter(engine.device)
+    record = None
+    for step in range(start_step, steps):
+        lr = lr_at(step)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = lr
+        for _ in range(engine.gradient_accumulation_steps()):
+            batch = _next_batch(stream, step, engine.device)
+            parts = engine(annotate(batch) if annotate else batch)
+            engine.backward(parts["loss"])
+            engine.step()  # counts; it steps once all gradients are there
+            meter.add(parts, images=len(batch["image"]), step=step, lr=lr)
+        done = step + 1
+        saving = done == steps or (checkpoint_every is not None and done % checkpoint_every == 0)
+        if done % log_every == 0 or saving:
+            record = meter.record(done, steps, lr)
+            on_log(record)
+        if saving and on_checkpoint is not None:
+            on_checkpoint(done)
+            meter.restart_clock()
+    return record
+
+
+def _next_batch(stream: Iterator[Batch], step: int, device: torch.device) -> Batch:
+    batch = next(stream, None)
+    if batch is None:
+        raise UserError(f"training data: ended at step {step}; give batches without an end")
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+class _Meter:
+    """Sums since the last record. They stay on the device: reading them would stall a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._names: list[str] = []
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sums: Tensor | None = None
+        self._batches = 0
+        self._images = 0
+        self._first_step: int | None = None
+        self._rates: dict[int, float] = {}
+        self._bad_step = torch.full((), float("inf"), dtype=torch.float64, device=self._device)
+        self._since = time.monotonic()
+
+    def add(self, parts: dict[str, Tensor], *, images: int, step: int, lr: float) -> None:
+        self._names = ["loss", *(name for name in parts if name != "loss")]
+        values = torch.stack([parts[name].detach().double().reshape(()) for name in self._names])
+        self._sums = values if self._sums is None else self._sums + values
+        here = torch.full_like(self._bad_step, step)
+        self._bad_step = torch.where(
+            values[0].isfinite(), self._bad_step, torch.minimum(self._bad_step, here)
+        )
+        self._rates[step] = lr
+        self._first_step = step if self._first_step is None else self._first_step
+        self._batches += 1
+        self._images += images
+
+    def restart_clock(self) -> None:
+        """Leave what was done since the last record out of the speed."""
+        self._since = time.monotonic()
+
+    def record(self, done: int, steps: int, lr: float) -> LogRecord:
+        """Means over the ranks since the last record. UserError if a loss was not finite."""
+        assert self._sums is not None
+        assert self._first_step is not None
+        totals = torch.cat([self._sums, self._sums.new_tensor([self._batches, self._images])])
+        if dist.is_initialized():
+            dist.all_reduce(totals)
+            dist.all_reduce(self._bad_step, op=dist.ReduceOp.MIN)
+        bad = self._bad_step.item()
+        if bad != float("inf"):
+            raise UserError(
+                f"loss: is not a finite number at step {int(bad)} (learning rate "
+                f"{self._rates[int(bad)]:.3g}); lower the learning rate, lengthen the warm-up, "
+                "clip the gradient or use a wider precision"
+            )
+        *sums, count, images = totals.tolist()
+        elapsed = time.monotonic() - self._since
+        record = LogRecord(
+            step=done,
+            steps=steps,
+            parts={name: value / count for name, value in zip(self._names, sums, strict=True)},
+            lr=lr,
+            images_per_s=images / elapsed,
+            seconds_left=(steps - done) * elapsed / (done - self._first_step),
+        )
+        self._reset()
+        return record

@@ -1,0 +1,66 @@
+"""Learning rates: pure functions of the step, counted from 0."""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal
+
+from sbf_dist.errors import UserError
+
+ScheduleName = Literal["constant", "cosine", "step"]
+
+
+def warmed_up(step: int, lr: float, warmup: int) -> float:
+    """`lr`, after a linear rise over the first `warmup` steps: lr/warmup, 2 lr/warmup, … lr."""
+    return lr * min(1.0, (step + 1) / warmup) if warmup else lr
+
+
+def constant(step: int, *, lr: float, warmup: int = 0) -> float:
+    """The same learning rate throughout, after the warm-up."""
+    return warmed_up(step, lr, warmup)
+
+
+def cosine(step: int, *, lr: float, steps: int, warmup: int = 0, final: float = 0.0) -> float:
+    """Half a cosine from lr at the end of the warm-up to final · lr at the last of `steps` steps.
+
+    Loshchilov and Hutter 2017, "SGDR", equation 5, without restarts.
+    """
+    if step < warmup:
+        return warmed_up(step, lr, warmup)
+    progress = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
+    return lr * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def step_decay(
+    step: int, *, lr: float, milestones: Sequence[int], factor: float = 0.1, warmup: int = 0
+) -> float:
+    """The learning rate times `factor` for every milestone (a step number) that is reached."""
+    return warmed_up(step, lr, warmup) * factor ** sum(step >= m for m in milestones)
+
+
+def schedule(
+    name: ScheduleName,
+    *,
+    lr: float,
+    steps: int,
+    warmup: int = 0,
+    milestones: Sequence[float] = (0.5, 0.75),
+    factor: float = 0.1,
+) -> Callable[[int], float]:
+    """The function step -> learning rate for a run of `steps` steps.
+
+    `milestones` are fractions of the run; they and `factor` matter to "step" alone.
+    UserError: a warm-up as long as the run, or an unknown name.
+    """
+    if not 0 <= warmup < max(1, steps):
+        raise UserError(f"warmup {warmup}: must be at least 0 and less than the {steps} steps")
+    match name:
+        case "constant":
+            return partial(constant, lr=lr, warmup=warmup)
+        case "cosine":
+            return partial(cosine, lr=lr, steps=steps, warmup=warmup)
+        case "step":
+            at = [max(1, round(fraction * steps)) for fraction in milestones]
+            return partial(step_decay, lr=lr, milestones=at, factor=factor, warmup=warmup)
+        case _:
+            raise UserError(f"schedule {name!r}: must be constant, cosine or step")

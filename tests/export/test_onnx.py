@@ -1,0 +1,110 @@
+import json
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from students import half_of_every_block, make_student
+from torch import Tensor, nn
+
+from sbf_dist.compress.plan import Plan
+from sbf_dist.errors import UserError
+from sbf_dist.export.fold import UnscaledSBFConv2d, fold_batchnorm
+from sbf_dist.export.onnx import OPSET, to_onnx, verify_onnx, with_standard_operators
+from sbf_dist.export.saved import Card
+from sbf_dist.layers import SBFConv2d
+
+
+@pytest.fixture(scope="module")
+def exported(plan: Plan, card: Card, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("export") / "new folder" / "student.onnx"
+    to_onnx(make_student(plan), path, card)
+    return path
+
+
+def test_file_agrees_with_the_network_for_every_batch_size(
+    exported: Path, student: nn.Module
+) -> None:
+    for batch in (1, 3, 64):
+        images = torch.randn(batch, 3, 16, 16)
+        assert verify_onnx(exported, student, images) <= 1e-4
+
+
+def test_file_has_standard_operators_and_no_trace_of_its_origin(exported: Path) -> None:
+    proto = onnx.load(exported)
+    assert [(entry.domain, entry.version) for entry in proto.opset_import] == [("", OPSET)]
+    assert "BatchNormalization" not in {node.op_type for node in proto.graph.node}
+    content = exported.read_bytes()
+    assert b"stack_trace" not in content
+    assert str(Path(torch.__file__).parents[1]).encode() not in content
+    assert [entry.name for entry in exported.parent.iterdir()] == [exported.name]
+
+
+def test_metadata_tells_what_a_user_needs(exported: Path, card: Card) -> None:
+    session = onnxruntime.InferenceSession(exported)
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["sbf.classes"]) == card.classes
+    assert json.loads(metadata["sbf.mean"]) == card.mean
+    assert json.loads(metadata["sbf.std"]) == card.std
+    assert json.loads(metadata["sbf.input_shape"]) == [3, 16, 16]
+    assert json.loads(metadata["sbf.plan_digest"]) == card.plan_digest
+
+
+def test_batch_size_is_fixed_on_request(tmp_path: Path) -> None:
+    plan = half_of_every_block(sources=1)
+    student = make_student(plan)
+    card = Card.of(plan, classes=list("0123456789"), mean=[0.5] * 3, std=[0.2] * 3)
+    path = tmp_path / "student.onnx"
+    to_onnx(student, path, card, dynamic_batch=False)
+    assert onnxruntime.InferenceSession(path).get_inputs()[0].shape == [1, 3, 16, 16]
+    assert verify_onnx(path, student, torch.randn(3, 3, 16, 16)) <= 1e-4
+
+
+def test_difference_between_file_and_network_is_seen(exported: Path, student: nn.Module) -> None:
+    images = torch.randn(64, 3, 16, 16)
+    with torch.no_grad():
+        student.head.bias[3] += 0.25
+    assert verify_onnx(exported, student, images) == pytest.approx(0.25, abs=1e-4)
+
+
+def test_layer_with_hidden_basis_features_is_exported(card: Card, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer = SBFConv2d(3, 10, 3, [0, 1, 4], [[1, 4]] * 7, 3, padding=1)
+    nn.init.normal_(layer.transforms)
+    norm = nn.BatchNorm2d(10)
+    with torch.no_grad():
+        norm.weight[1] = 0
+    model = nn.Sequential(layer, norm, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    assert isinstance(fold_batchnorm(model)[0], UnscaledSBFConv2d)
+    to_onnx(model, tmp_path / "student.onnx", card)
+    assert verify_onnx(tmp_path / "student.onnx", model, torch.randn(5, 3, 16, 16)) <= 1e-4
+
+
+def test_form_of_standard_operators_equals_the_layer_in_double_precision() -> None:
+    torch.manual_seed(0)
+    sources = [[0, 3, 2], [3, 0, 3], [2, 2, 0]]
+    layer = SBFConv2d(4, 6, 3, [0, 2, 3], sources, 5, stride=2, padding=1)
+    nn.init.normal_(layer.transforms)
+    nn.init.normal_(layer.bias)
+    model = nn.Sequential(layer).double()
+    x = torch.randn(2, 4, 9, 7, dtype=torch.float64)
+    torch.testing.assert_close(with_standard_operators(model)(x), model(x))
+
+
+class BranchOnData(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+def test_network_that_cannot_be_exported_is_refused_by_name(card: Card, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'cifar_resnet8' cannot be exported as ONNX"):
+        to_onnx(BranchOnData(), tmp_path / "student.onnx", card)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_file_is_refused_by_name(student: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "student.onnx"
+    path.write_bytes(b"not a model")
+    with pytest.raises(UserError, match=r"student\.onnx cannot be read"):
+        verify_onnx(path, student, torch.zeros(1, 3, 16, 16))

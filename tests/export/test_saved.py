@@ -1,0 +1,133 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from students import half_of_every_block, randomise
+from torch import nn
+
+from sbf_dist import models
+from sbf_dist.compress.plan import Plan
+from sbf_dist.errors import UserError
+from sbf_dist.export.saved import (
+    CARD,
+    ONNX,
+    PLAN,
+    WEIGHTS,
+    Card,
+    load_card,
+    load_student,
+    save_student,
+)
+
+
+@pytest.fixture
+def saved(student: nn.Module, plan: Plan, card: Card, tmp_path: Path) -> Path:
+    folder = tmp_path / "student"
+    save_student(folder, student, plan, card)
+    return folder
+
+
+def test_loaded_student_is_bit_for_bit_the_saved_one(saved: Path, student: nn.Module) -> None:
+    loaded = load_student(saved)
+    images = torch.randn(8, 3, 16, 16)
+    assert not loaded.training
+    assert torch.equal(loaded(images), student(images))
+
+
+def test_folder_holds_three_files_and_nothing_is_left_beside_it(saved: Path) -> None:
+    assert {entry.name for entry in saved.iterdir()} == {WEIGHTS, PLAN, CARD}
+    assert [entry.name for entry in saved.parent.iterdir()] == [saved.name]
+
+
+def test_card_comes_back(saved: Path, card: Card) -> None:
+    assert load_card(saved).model_copy(update={"weights_digest": None}) == card
+
+
+def test_student_in_channels_last_is_saved(
+    student: nn.Module, plan: Plan, card: Card, tmp_path: Path
+) -> None:
+    student = student.to(memory_format=torch.channels_last)
+    save_student(tmp_path / "student", student, plan, card)
+    loaded = load_student(tmp_path / "student").state_dict()
+    assert all(torch.equal(loaded[n], t) for n, t in student.state_dict().items())
+
+
+def test_older_student_is_replaced_with_its_onnx_file(
+    saved: Path, student: nn.Module, plan: Plan, card: Card
+) -> None:
+    (saved / ONNX).write_bytes(b"of the older student")
+    with torch.no_grad():
+        student.head.bias += 1
+    save_student(saved, student, plan, card)
+    assert torch.equal(load_student(saved).head.bias, student.head.bias)
+    assert not (saved / ONNX).exists()
+
+
+def test_folder_with_other_things_is_not_overwritten(
+    saved: Path, student: nn.Module, plan: Plan, card: Card
+) -> None:
+    (saved / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match=r"thesis\.tex"):
+        save_student(saved, student, plan, card)
+    assert (saved / "thesis.tex").exists()
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+
+
+def change_a_source(path: Path) -> None:
+    content = json.loads(path.read_text())
+    content["layers"]["stages.0.0.conv1"]["sources"][0][0] = 2
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, PLAN, CARD])
+@pytest.mark.parametrize("damage", [Path.unlink, cut])
+def test_missing_or_cut_file_is_refused_by_name(
+    saved: Path, name: str, damage: Callable[[Path], None]
+) -> None:
+    damage(saved / name)
+    with pytest.raises(UserError, match=name):
+        load_student(saved)
+
+
+@pytest.mark.parametrize(("name", "damage"), [(WEIGHTS, flip_a_bit), (PLAN, change_a_source)])
+def test_file_that_differs_from_what_was_saved_is_refused_by_name(
+    saved: Path, name: str, damage: Callable[[Path], None]
+) -> None:
+    damage(saved / name)
+    with pytest.raises(UserError, match=name):
+        load_student(saved)
+
+
+def test_missing_folder_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a saved student"):
+        load_student(tmp_path / "nothing")
+
+
+def test_network_that_the_plan_does_not_make_is_not_saved(
+    plan: Plan, card: Card, tmp_path: Path
+) -> None:
+    dense = randomise(models.build(plan.model, 10))
+    with pytest.raises(ValueError, match="by the plan"):
+        save_student(tmp_path / "student", dense, plan, card)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_card_of_another_plan_is_not_saved(student: nn.Module, card: Card, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="another plan"):
+        save_student(tmp_path / "student", student, half_of_every_block(2), card)
+
+
+def test_card_must_name_every_class(plan: Plan) -> None:
+    with pytest.raises(ValueError, match="3 class names for a plan of 10 classes"):
+        Card.of(plan, classes=["a", "b", "c"], mean=[0.5] * 3, std=[0.2] * 3)

@@ -1,0 +1,52 @@
+import pytest
+import torch
+from pydantic import ValidationError
+from tiny import TinyTask
+from torch import nn
+
+from sbf_dist.errors import UserError
+from sbf_dist.train.engine import OptimizerConfig, build_engine, parameter_groups
+
+
+def test_only_weights_of_convolutions_and_linear_layers_decay() -> None:
+    task = TinyTask()
+    decayed, free = parameter_groups(task, 0.1)
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
+    assert [p.shape for p in decayed["params"]] == [(8, 3, 3, 3), (7, 32)]
+    assert len(free["params"]) == 4  # two biases, the batch norm's scale and shift
+
+
+def test_the_small_kernels_of_an_sbf_layer_do_not_decay() -> None:
+    task = nn.Module()
+    task.basis = nn.Conv2d(3, 4, 3, bias=False)
+    task.transforms = nn.Parameter(torch.zeros(2, 1, 3, 3))
+    decayed, free = parameter_groups(task, 0.1)
+    assert [p.shape for p in free["params"]] == [(2, 1, 3, 3)]
+    assert [p.shape for p in decayed["params"]] == [(4, 3, 3, 3)]
+
+
+def test_frozen_parameters_are_in_no_group_and_no_group_is_empty() -> None:
+    task = TinyTask().requires_grad_(False)
+    task.student[5].weight.requires_grad_(True)
+    assert [group["params"] for group in parameter_groups(task, 0.1)] == [[task.student[5].weight]]
+
+
+def test_a_task_without_trainable_parameters_is_refused() -> None:
+    task = TinyTask().requires_grad_(False)
+    with pytest.raises(UserError, match="nothing to train"):
+        build_engine(task, OptimizerConfig(), micro_batch=1)
+
+
+def test_fp16_on_the_cpu_is_refused() -> None:
+    with pytest.raises(UserError, match="precision fp16: needs a GPU"):
+        build_engine(TinyTask(), OptimizerConfig(), micro_batch=1, precision="fp16")
+
+
+def test_a_zero_stage_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(UserError, match="zero_stage 4"):
+        build_engine(TinyTask(), OptimizerConfig(), micro_batch=1, zero_stage=4)
+
+
+def test_a_misspelt_setting_of_the_optimizer_is_refused() -> None:
+    with pytest.raises(ValidationError, match="wd"):
+        OptimizerConfig(wd=0.1)  # type: ignore[call-arg]

@@ -1,0 +1,127 @@
+"""The loop with an engine that only keeps a diary."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sbf_dist.errors import UserError
+from sbf_dist.train.loop import Batch, LogRecord, fit
+
+
+class DiaryEngine:
+    """Its loss is the mean of the images; it notes the learning rate of each backward pass."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, accumulation: int = 1) -> None:
+        self.optimizer: Any = self
+        self.param_groups = [{"lr": -1.0}, {"lr": -1.0}]
+        self.accumulation = accumulation
+        self.rates: list[tuple[float, float]] = []
+        self.seen: list[float] = []
+        self.steps = 0
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        self.seen.append(batch["image"].mean().item())
+        return {"extra": batch["image"].mean() * 10, "loss": batch["image"].mean()}
+
+    def backward(self, loss: Tensor) -> None:
+        self.rates.append((self.param_groups[0]["lr"], self.param_groups[1]["lr"]))
+
+    def step(self) -> None:
+        self.steps += 1
+
+    def gradient_accumulation_steps(self) -> int:
+        return self.accumulation
+
+
+def numbered(values: Any = range(1000)) -> Iterator[Batch]:
+    for value in values:
+        yield {"image": torch.full((4, 1), float(value))}
+
+
+def run(engine: DiaryEngine, batches: Any = None, **options: Any) -> list[LogRecord]:
+    records: list[LogRecord] = []
+    options = {"steps": 10, "lr_at": lambda step: 0.5, "log_every": 4} | options
+    fit(engine, batches or numbered(), on_log=records.append, **options)
+    return records
+
+
+def test_each_step_runs_with_its_own_rate_in_all_groups() -> None:
+    engine = DiaryEngine()
+    run(engine, steps=3, lr_at=lambda step: step / 10)
+    assert engine.rates == [(0.0, 0.0), (0.1, 0.1), (0.2, 0.2)]
+
+
+def test_records_come_at_every_interval_and_at_the_end() -> None:
+    assert [record.step for record in run(DiaryEngine())] == [4, 8, 10]
+
+
+def test_a_record_has_the_means_since_the_one_before_with_the_loss_first() -> None:
+    first, second, last = run(DiaryEngine())
+    assert list(first.parts) == ["loss", "extra"]
+    assert [r.parts["loss"] for r in (first, second, last)] == [1.5, 5.5, 8.5]
+    assert last.parts["extra"] == 85.0
+
+
+def test_a_record_knows_the_speed_and_the_time_that_is_left() -> None:
+    first, _, last = run(DiaryEngine())
+    # 4 steps of 4 images were done, 6 steps are left.
+    assert first.seconds_left == pytest.approx(6 * 4 / first.images_per_s)
+    assert last.seconds_left == 0
+    assert last.lr == 0.5
+
+
+def test_a_resumed_run_does_the_remaining_steps_only() -> None:
+    engine = DiaryEngine()
+    assert [record.step for record in run(engine, start_step=7)] == [8, 10]
+    assert engine.steps == 3
+
+
+def test_a_finished_run_does_nothing() -> None:
+    engine = DiaryEngine()
+    assert fit(engine, numbered(), steps=5, start_step=5, lr_at=lambda _: 1, on_log=print) is None
+    assert engine.steps == 0
+
+
+def test_checkpoints_come_at_their_interval_and_at_the_end_after_the_record() -> None:
+    order: list[str] = []
+    fit(
+        DiaryEngine(),
+        numbered(),
+        steps=5,
+        lr_at=lambda step: 0.1,
+        log_every=100,
+        on_log=lambda record: order.append(f"log {record.step}"),
+        checkpoint_every=2,
+        on_checkpoint=lambda step: order.append(f"save {step}"),
+    )
+    assert order == ["log 2", "save 2", "log 4", "save 4", "log 5", "save 5"]
+
+
+def test_a_step_takes_as_many_batches_as_the_engine_accumulates() -> None:
+    engine = DiaryEngine(accumulation=3)
+    records = run(engine, steps=2, log_every=2)
+    assert engine.seen == [0, 1, 2, 3, 4, 5]
+    assert records[0].parts["loss"] == 2.5
+
+
+def test_annotate_may_add_to_a_batch() -> None:
+    engine = DiaryEngine()
+    run(engine, steps=2, annotate=lambda batch: {"image": batch["image"] + 100})
+    assert engine.seen == [100, 101]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_step_and_rate(bad: float) -> None:
+    values = [1.0, 1.0, bad, 1.0, bad, 1.0]
+    with pytest.raises(UserError, match=r"not a finite number at step 2 \(learning rate 0.2\)"):
+        run(DiaryEngine(), numbered(values), steps=6, lr_at=lambda step: step / 10)
+
+
+def test_data_that_ends_too_early_is_told() -> None:
+    with pytest.raises(UserError, match="training data: ended at step 3"):
+        run(DiaryEngine(), numbered(range(3)))

@@ -1,0 +1,51 @@
+import pytest
+
+from sbf_dist.errors import UserError
+from sbf_dist.train.schedule import constant, cosine, schedule, step_decay
+
+
+def test_the_warmup_rises_by_equal_steps_to_the_peak() -> None:
+    rates = [constant(step, lr=0.4, warmup=4) for step in range(6)]
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+
+
+def test_cosine_begins_at_the_peak_is_half_way_in_the_middle_and_ends_at_the_final_rate() -> None:
+    def at(step: int) -> float:
+        return cosine(step, lr=2.0, steps=21, final=0.1)
+
+    assert [at(0), at(10), at(20)] == pytest.approx([2.0, 1.1, 0.2])
+    assert at(500) == pytest.approx(0.2)
+
+
+def test_cosine_after_a_warmup_falls_from_its_end_on() -> None:
+    rates = [cosine(step, lr=1.0, steps=12, warmup=3) for step in range(12)]
+    assert rates[2] == rates[3] == 1.0
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+    assert rates[11] == pytest.approx(0)
+
+
+def test_step_decay_takes_the_factor_once_per_milestone() -> None:
+    rates = [step_decay(step, lr=1.0, milestones=[2, 4], factor=0.1) for step in range(6)]
+    assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_milestones_of_a_schedule_are_fractions_of_the_run() -> None:
+    lr_at = schedule("step", lr=1.0, steps=100, milestones=[0.5], factor=0.5)
+    assert [lr_at(49), lr_at(50)] == [1.0, 0.5]
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("name", ["constant", "cosine", "step"])
+def test_very_short_runs_begin_at_the_peak(name: str, steps: int) -> None:
+    lr_at = schedule(name, lr=0.1, steps=steps)  # type: ignore[arg-type]
+    assert lr_at(0) == pytest.approx(0.1)
+
+
+def test_a_warmup_as_long_as_the_run_is_refused() -> None:
+    with pytest.raises(UserError, match="warmup 10: must be at least 0 and less than the 10 steps"):
+        schedule("cosine", lr=0.1, steps=10, warmup=10)
+
+
+def test_an_unknown_schedule_is_refused() -> None:
+    with pytest.raises(UserError, match="'linear': must be constant, cosine or step"):
+        schedule("linear", lr=0.1, steps=10)  # type: ignore[arg-type]
