@@ -43,7 +43,7 @@ def cuda_libraries() -> Path:
         raise NoCudaError(f"{nvcc} does not exist: set CUDA_HOME")
     release = re.search(r"release (\d+)\.(\d+)", run(nvcc, "--version"))
     if release is None or release[1] != torch.version.cuda.split(".")[0]:
-        raise NoCudaError(f"{nvcc} is not of CUDA {torch.version.cuda}, which PyTorch is built with")
+        raise NoCudaError(f"{nvcc} is not CUDA {torch.version.cuda}, as PyTorch is")
     # nvcc may be a wrapper: it knows itself where its toolkit lies.
     top = re.search(r"^#\$ TOP=(.+)$", run(nvcc, "--dryrun", "-x", "cu", os.devnull), re.MULTILINE)
     root = Path(top[1]) if top else Path(cpp_extension.CUDA_HOME)

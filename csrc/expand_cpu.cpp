@@ -12,6 +12,8 @@ namespace {
 
 // A tile should stay in the second-level cache; below four rows the borders cost too much.
 constexpr int64_t kTileBytes = 512 * 1024;
+// The sums of a block of channels should stay in the first-level cache.
+constexpr int64_t kSumBytes = 16 * 1024;
 constexpr int64_t kTileRows = 4;
 // Partial sums of the transforms' gradient: a fixed number, so that threads do not change it.
 constexpr int64_t kSlices = 64;
@@ -60,39 +62,46 @@ void mix_tiles(const at::Tensor& output, const at::Tensor& input, const Wiring& 
   const float* shift = bias.has_value() ? bias->const_data_ptr<float>() : nullptr;
   const Blocks blocks(shape, inputs, pitch, at::get_num_threads());
 
+  // Sums stay in the first-level cache, and so does what is stored around the same pixels.
+  const int64_t sum_rows = std::clamp<int64_t>(
+      kSumBytes / (kBlock * pitch * static_cast<int64_t>(sizeof(float))), 1, blocks.rows);
+
   at::parallel_for(0, shape.batch * blocks.each, 1, [&](int64_t first, int64_t last) {
     Tile tile(inputs, blocks.rows, shape.width, border, pitch);
-    std::vector<float> sums(kBlock * blocks.rows * pitch), pixels(kBlock * shape.width);
+    std::vector<float> sums(kBlock * sum_rows * pitch), pixels(kBlock * shape.width);
     for (int64_t task = first; task < last; ++task) {
-      const int64_t n = blocks.image(task), h0 = blocks.begin(task), h1 = blocks.end(task);
-      const int64_t count = (h1 - h0) * pitch;
-      tile.load(image_of<scalar_t>(input, n, channels_last), h0);
+      const int64_t n = blocks.image(task), top = blocks.begin(task), bottom = blocks.end(task);
+      tile.load(image_of<scalar_t>(input, n, channels_last), top);
       const auto image = mutable_image_of<scalar_t>(output, n, channels_last);
-      for (int64_t c0 = 0; c0 < outputs; c0 += kBlock) {
-        const int64_t block = std::min<int64_t>(kBlock, outputs - c0);
-        const float* planes[kBlock];
-        for (int64_t c = 0; c < block; ++c) {
-          const Mix mix = wiring.mix(c0 + c);
-          const float* copied =
-              mix.copied < 0 ? nullptr : tile.plane(mix.copied) + tile.origin();
-          if (mix.first == mix.last && copied != nullptr) {
-            planes[c] = copied;
-            continue;
+      for (int64_t h0 = top; h0 < bottom; h0 += sum_rows) {
+        const int64_t h1 = std::min(bottom, h0 + sum_rows);
+        const int64_t count = (h1 - h0) * pitch, shifted = (h0 - top) * pitch;
+        for (int64_t c0 = 0; c0 < outputs; c0 += kBlock) {
+          const int64_t block = std::min<int64_t>(kBlock, outputs - c0);
+          const float* planes[kBlock];
+          for (int64_t c = 0; c < block; ++c) {
+            const Mix mix = wiring.mix(c0 + c);
+            const float* copied =
+                mix.copied < 0 ? nullptr : tile.plane(mix.copied) + shifted + tile.origin();
+            if (mix.first == mix.last && copied != nullptr) {
+              planes[c] = copied;
+              continue;
+            }
+            float* sum = sums.data() + c * sum_rows * pitch;
+            if (copied == nullptr) {
+              std::fill_n(sum, count, 0.0F);
+            } else {
+              std::copy_n(copied, count, sum);
+            }
+            for (int64_t link = mix.first; link < mix.last; ++link) {
+              add_shifted(sum, tile.plane(wiring.input(link)) + shifted, count, pitch,
+                          tap + wiring.term(link) * tap_count, shape.m);
+            }
+            planes[c] = sum;
           }
-          float* sum = sums.data() + c * blocks.rows * pitch;
-          if (copied == nullptr) {
-            std::fill_n(sum, count, 0.0F);
-          } else {
-            std::copy_n(copied, count, sum);
-          }
-          for (int64_t link = mix.first; link < mix.last; ++link) {
-            add_shifted(sum, tile.plane(wiring.input(link)), count, pitch,
-                        tap + wiring.term(link) * tap_count, shape.m);
-          }
-          planes[c] = sum;
+          store(image, c0, block, h0, h1, planes, pitch, shift == nullptr ? nullptr : shift + c0,
+                pixels.data());
         }
-        store(image, c0, block, h0, h1, planes, pitch, shift == nullptr ? nullptr : shift + c0,
-              pixels.data());
       }
     }
   });

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -33,20 +33,20 @@ class SBFConv2d(nn.Module):
     sources: Tensor
     order: Tensor
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 -- nn.Conv2d's own arguments, in its order
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | tuple[int, int],
+        kernel_size: int | tuple[int, ...],
         kept: Sequence[int],
         sources: Sequence[Sequence[int]],
         transform_size: int = 3,
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = 0,
-        dilation: int | tuple[int, int] = 1,
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] | str = 0,
+        dilation: int | tuple[int, ...] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -74,35 +74,16 @@ class SBFConv2d(nn.Module):
         self.groups = groups
         self.padding_mode = padding_mode
         self.kept = tuple(kept)
+        self.rebuilt_from = tuple(tuple(row) for row in sources)
         self.transform_size = transform_size
 
-        position = {channel: b for b, channel in enumerate(kept)}
-        rebuilt = [channel for channel in range(out_channels) if channel not in position]
-        entry = position | {channel: len(kept) + p for p, channel in enumerate(rebuilt)}
-        per_channel = len(sources[0]) if rebuilt else 1
-        # The wiring is given by the constructor's arguments, like a kernel size: no parameters.
-        self.register_buffer(
-            "sources",
-            torch.tensor(
-                [[position[source] for source in row] for row in sources],
-                dtype=torch.int64,
-                device=device,
-            ).reshape(len(rebuilt), per_channel),
-            persistent=False,
-        )
-        self.register_buffer(
-            "order",
-            torch.tensor(
-                [entry[channel] for channel in range(out_channels)],
-                dtype=torch.int64,
-                device=device,
-            ),
-            persistent=False,
-        )
+        # The wiring is given by the constructor's arguments, like a kernel size, so it is no state.
+        positions, order = self.wiring()
+        self.register_buffer("sources", positions.to(device), persistent=False)
+        self.register_buffer("order", order.to(device), persistent=False)
         self.transforms = nn.Parameter(
             torch.empty(
-                len(rebuilt),
-                per_channel,
+                *positions.shape,
                 transform_size,
                 transform_size,
                 device=device,
@@ -146,17 +127,37 @@ class SBFConv2d(nn.Module):
         with torch.no_grad():
             # Indexing keeps the filters' own memory format.
             layer.basis.weight = nn.Parameter(conv.weight[list(kept)].clone())
-            if layer.bias is not None:
+            if layer.bias is not None and conv.bias is not None:
                 layer.bias.copy_(conv.bias)
                 layer.bias.requires_grad_(conv.bias.requires_grad)
         layer.basis.weight.requires_grad_(conv.weight.requires_grad)
         layer.transforms.requires_grad_(conv.weight.requires_grad)
         return layer.train(conv.training)
 
+    def wiring(self) -> tuple[Tensor, Tensor]:
+        """Give `sources` (P, S) and `order` (out_channels,) as `expand` wants them, on the CPU."""
+        kept = {channel: b for b, channel in enumerate(self.kept)}
+        rebuilt = [channel for channel in range(self.out_channels) if channel not in kept]
+        entry = kept | {channel: len(kept) + p for p, channel in enumerate(rebuilt)}
+        per_channel = len(self.rebuilt_from[0]) if rebuilt else 1
+        positions = [kept[channel] for row in self.rebuilt_from for channel in row]
+        order = [entry[channel] for channel in range(self.out_channels)]
+        return (
+            torch.tensor(positions, dtype=torch.int64, device="cpu").view(-1, per_channel),
+            torch.tensor(order, dtype=torch.int64, device="cpu"),
+        )
+
     def reset_parameters(self) -> None:
-        """Give all parameters their initial values."""
+        """Give all parameters their initial values, and the buffers theirs.
+
+        After `to_empty`, a layer that was made on the meta device needs this before its weights are
+        loaded: the wiring is not in a state dict.
+        """
         self.basis.reset_parameters()
         self.reset_own_parameters()
+        positions, order = self.wiring()
+        self.sources.copy_(positions)
+        self.order.copy_(order)
 
     @torch.no_grad()
     def reset_own_parameters(self) -> None:
@@ -227,7 +228,9 @@ def check_wiring(
     if transform_size < 1 or transform_size % 2 == 0:
         raise ValueError(f"transform_size is {transform_size}: it must be odd and positive")
     if groups < 1 or out_channels % groups != 0:
-        raise ValueError(f"out_channels is {out_channels}: it must be a multiple of groups, {groups}")
+        raise ValueError(
+            f"out_channels is {out_channels}: it must be a multiple of groups, {groups}"
+        )
     if list(kept) != sorted(set(kept)) or not kept:
         raise ValueError(f"kept is {list(kept)}: it must name channels in ascending order")
     if kept[0] < 0 or kept[-1] >= out_channels:
@@ -236,7 +239,7 @@ def check_wiring(
     for channel in kept:
         per_group[channel * groups // out_channels] += 1
     if len(set(per_group)) > 1:
-        raise ValueError(f"kept has {per_group} channels of each group: they must be equally many")
+        raise ValueError(f"kept has {per_group} channels in its groups: they must be equally many")
     rebuilt = out_channels - len(kept)
     if len(sources) != rebuilt:
         raise ValueError(

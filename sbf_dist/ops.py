@@ -37,7 +37,7 @@ def expand(
 ) -> Tensor:
     """Rebuild channels from basis features and put all in their original order.
 
-    Entry b < B of the output is z[:, b] itself; entry B + p is the sum over s of z[:, sources[p, s]]
+    Entry b < B is z[:, b] itself; entry B + p is the sum over s of z[:, sources[p, s]]
     cross-correlated with transforms[p, s], stride 1, zero padding (m - 1) / 2. Output channel c is
     entry order[c], plus bias[c].
 
@@ -98,9 +98,11 @@ def _(z, transforms, sources, order, bias):
     )
     torch._check(
         z.shape[1] + sources.shape[0] == order.shape[0],
-        lambda: f"order must have length B + P = {z.shape[1] + sources.shape[0]} "
-        f"(z has B = {z.shape[1]} channels, sources P = {sources.shape[0]} rows), "
-        f"got {order.shape[0]}",
+        lambda: (
+            f"order must have length B + P = {z.shape[1] + sources.shape[0]} "
+            f"(z has B = {z.shape[1]} channels, sources P = {sources.shape[0]} rows), "
+            f"got {order.shape[0]}"
+        ),
     )
     return _like(z, order.shape[0])
 
@@ -178,9 +180,7 @@ def _grad_transforms_backward(ctx, outer):
     return grad_grad, grad_z, None, None, None
 
 
-torch.library.register_autograd(
-    "sbf::expand", _expand_backward, setup_context=_save_for_expand
-)
+torch.library.register_autograd("sbf::expand", _expand_backward, setup_context=_save_for_expand)
 torch.library.register_autograd(
     "sbf::expand_grad_input", _grad_input_backward, setup_context=_save_for_grad_input
 )
@@ -195,21 +195,21 @@ torch.library.register_autograd(
 
 
 @register_flop_formula(torch.ops.sbf.expand)
-def _(z_shape, transforms_shape, *args, out_shape=None, **kwargs) -> int:
+def _(z_shape, transforms_shape, *args, **kwargs) -> int:
     n, _, h, w = z_shape
     p, s, m, _ = transforms_shape
     return 2 * n * h * w * p * s * m * m
 
 
 @register_flop_formula(torch.ops.sbf.expand_grad_input)
-def _(grad_shape, transforms_shape, *args, out_shape=None, **kwargs) -> int:
+def _(grad_shape, transforms_shape, *args, **kwargs) -> int:
     n, _, h, w = grad_shape
     p, s, m, _ = transforms_shape
     return 2 * n * h * w * p * s * m * m
 
 
 @register_flop_formula(torch.ops.sbf.expand_grad_transforms)
-def _(grad_shape, z_shape, sources_shape, order_shape, size, out_shape=None, **kwargs) -> int:
+def _(grad_shape, z_shape, sources_shape, order_shape, size, **kwargs) -> int:
     n, _, h, w = grad_shape
     p, s = sources_shape
     return 2 * n * h * w * p * s * size * size

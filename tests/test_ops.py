@@ -19,6 +19,7 @@ GPU = pytest.param(
     ],
 )
 DEVICES = ["cpu", GPU]
+SHAPES = [(2, 6, 5, 4, 7), (1, 1, 1, 1, 1), (0, 3, 2, 4, 4), (2, 4, 0, 3, 3)]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 # Largest error allowed, relative to the largest value.
 TOLERANCES = {
@@ -149,9 +150,7 @@ def test_kept_channels_are_copied_exactly(dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_sums_are_accumulated_in_float_and_rounded_once(dtype):
     z, transforms, sources, order, bias = arguments(1, 4, 6, 8, 8, per_channel=4, dtype=dtype)
-    exact = expand_reference(
-        z.float(), transforms.float(), sources, order, bias.float()
-    )
+    exact = expand_reference(z.float(), transforms.float(), sources, order, bias.float())
     error = (expand(z, transforms, sources, order, bias).float() - exact).abs()
     half_ulp = torch.finfo(dtype).eps / 2
     assert (error <= half_ulp * exact.abs() + 1e-5).all()
@@ -217,7 +216,7 @@ def test_gradients_equal_finite_differences_to_second_order(layout, device, size
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(2, 6, 5, 4, 7), (1, 1, 1, 1, 1), (0, 3, 2, 4, 4), (2, 4, 0, 3, 3)])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_operators_keep_their_contract_with_pytorch(shape, layout, device):
     z, transforms, sources, order, bias = arguments(
         *shape, per_channel=2, layout=layout, device=device
@@ -227,9 +226,7 @@ def test_operators_keep_their_contract_with_pytorch(shape, layout, device):
         leaf.requires_grad_()
     torch.library.opcheck(torch.ops.sbf.expand, (z, transforms, sources, order, bias))
     torch.library.opcheck(torch.ops.sbf.expand, (z, transforms, sources, order, None))
-    torch.library.opcheck(
-        torch.ops.sbf.expand_grad_input, (grad, transforms, sources, order)
-    )
+    torch.library.opcheck(torch.ops.sbf.expand_grad_input, (grad, transforms, sources, order))
     torch.library.opcheck(torch.ops.sbf.expand_grad_transforms, (grad, z, sources, order, 3))
 
 
@@ -353,7 +350,10 @@ class TestCuda:
         )
         z, transforms, sources, order, bias = case
         exact = expand_reference(
-            z.double().cpu(), transforms.double().cpu(), sources.cpu(), order.cpu(),
+            z.double().cpu(),
+            transforms.double().cpu(),
+            sources.cpu(),
+            order.cpu(),
             bias.double().cpu(),
         )
         # What is left over in the allocator's memory must not look like a result.
@@ -388,7 +388,7 @@ class TestCuda:
             torch.testing.assert_close(got, wanted)
 
     def test_results_are_the_same_every_time(self):
-        z, transforms, sources, order, bias = arguments(8, 64, 64, 28, 28, device="cuda")
+        z, _, sources, order, _ = arguments(8, 64, 64, 28, 28, device="cuda")
         grad = torch.randn(8, 128, 28, 28, device="cuda")
         results = [
             torch.ops.sbf.expand_grad_transforms(grad, z, sources, order, 3) for _ in range(5)

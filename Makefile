@@ -1,0 +1,37 @@
+# Each target does all the set-up it needs; a second call re-uses it.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test lint bench clean
+
+setup: .venv/built
+
+# Packages: made anew when the lock changes.
+.venv/installed: requirements.lock
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --no-build-isolation --requirement requirements.build.lock
+	$(BIN)/pip install --quiet --no-build-isolation --requirement requirements.lock
+	touch $@
+
+# The extension: built anew when a source changes.
+.venv/built: .venv/installed setup.py pyproject.toml $(wildcard csrc/*)
+	$(BIN)/pip install --no-build-isolation --no-deps --editable .
+	$(BIN)/python -c "from sbf_dist import _C; info = _C.build_info(); print('sbf_dist._C:', info)"
+	touch $@
+
+demo: setup
+	$(BIN)/sbf run recipes/digits.yaml
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python benchmarks/digits.py --json benchmarks/results/digits.json
+
+clean:
+	rm -rf build *.egg-info .venv sbf_dist/*.so

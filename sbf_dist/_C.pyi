@@ -1,0 +1,9 @@
+from typing import TypedDict
+
+class BuildInfo(TypedDict):
+    cuda: bool
+    cuda_archs: str
+    compiler: str
+    torch: str
+
+def build_info() -> BuildInfo: ...

@@ -1,0 +1,236 @@
+import copy
+import io
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sbf_dist.layers import SBFConv2d
+
+KEPT = [0, 2, 5, 6]
+SOURCES = [[0, 2], [5, 6], [6, 0], [2, 2]]
+
+
+def layer(**arguments):
+    """Make a layer of 4 kept and 4 rebuilt channels, with transforms that all differ."""
+    torch.manual_seed(0)
+    made = SBFConv2d(
+        **(
+            {
+                "in_channels": 4,
+                "out_channels": 8,
+                "kernel_size": 3,
+                "kept": KEPT,
+                "sources": SOURCES,
+            }
+            | arguments
+        )
+    )
+    nn.init.normal_(made.transforms)
+    return made
+
+
+def composed(sbf, x):
+    """Compute the layer channel by channel, straight from its definition."""
+    z = sbf.basis(x)
+    position = {channel: b for b, channel in enumerate(sbf.kept)}
+    rebuilt = iter(range(len(sbf.rebuilt_from)))
+    channels = []
+    for channel in range(sbf.out_channels):
+        if channel in position:
+            y = z[:, position[channel]]
+        else:
+            p = next(rebuilt)
+            y = sum(
+                F.conv2d(z[:, [position[source]]], t[None, None], padding=sbf.transform_size // 2)[
+                    :, 0
+                ]
+                for source, t in zip(sbf.rebuilt_from[p], sbf.transforms[p], strict=True)
+            )
+        channels.append(y if sbf.bias is None else y + sbf.bias[channel])
+    return torch.stack(channels, dim=1)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"stride": 2, "padding": 1},
+        {"padding": "same", "dilation": 2},
+        {"kernel_size": (1, 5), "padding": (0, 2), "stride": (2, 1)},
+        {"groups": 2, "padding": 1},
+        {"padding": 1, "padding_mode": "reflect", "bias": False},
+        {"transform_size": 1},
+        {"transform_size": 5, "padding": 1},
+    ],
+)
+def test_layer_follows_its_definition_and_has_the_shape_of_conv2d(arguments):
+    sbf = layer(**arguments)
+    conv_arguments = {k: v for k, v in arguments.items() if k != "transform_size"}
+    dense = nn.Conv2d(**({"in_channels": 4, "out_channels": 8, "kernel_size": 3} | conv_arguments))
+    x = torch.randn(2, 4, 11, 12)
+    assert sbf(x).shape == dense(x).shape
+    torch.testing.assert_close(sbf(x), composed(sbf, x))
+    for name in ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"):
+        assert getattr(sbf, name) == getattr(dense, name)
+
+
+def test_all_channels_kept_is_the_dense_convolution():
+    conv = nn.Conv2d(3, 5, 3, padding=1)
+    sbf = SBFConv2d.from_conv(conv, range(5), [])
+    x = torch.randn(2, 3, 7, 7)
+    torch.testing.assert_close(sbf(x), conv(x))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_in_the_interior_the_layer_is_a_convolution_with_the_effective_filter(size, stride):
+    sbf = layer(transform_size=size, stride=stride, padding=1).double()
+    x = torch.randn(2, 4, 40, 40, dtype=torch.float64)
+    reach = stride * (size - 1)
+    dense = sbf.effective_filter()
+    assert dense.shape == (8, 4, 3 + reach, 3 + reach)
+    expected = F.conv2d(x, dense, sbf.bias, stride=stride, padding=1 + reach // 2)
+    inside = (..., slice(size, -size), slice(size, -size))
+    torch.testing.assert_close(sbf(x)[inside], expected[inside])
+
+
+@pytest.mark.parametrize("arguments", [{"dilation": 2}, {"groups": 2}])
+def test_effective_filter_of_dilated_or_grouped_layers_is_refused(arguments):
+    with pytest.raises(ValueError, match="dilation 1 and groups 1, got"):
+        layer(**arguments).effective_filter()
+
+
+def test_initial_transforms_keep_the_variance():
+    made = SBFConv2d(4, 8, 3, KEPT, [[0, 2], [5, 6], [6, 0], [2, 5]])
+    expected = torch.zeros(4, 2, 3, 3)
+    expected[:, :, 1, 1] = 1 / math.sqrt(2)
+    assert torch.equal(made.transforms, expected)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_from_conv_copies_filters_bias_and_settings(layout):
+    conv = nn.Conv2d(
+        4,
+        8,
+        (3, 5),
+        stride=(1, 2),
+        padding=(2, 1),
+        groups=2,
+        padding_mode="circular",
+        dtype=torch.float64,
+    ).to(memory_format=layout)
+    conv.weight.requires_grad_(False)
+    conv.eval()
+    sbf = SBFConv2d.from_conv(conv, KEPT, SOURCES, 3)
+    x = torch.randn(2, 4, 9, 9, dtype=torch.float64)
+    kept = list(sbf.kept)
+    torch.testing.assert_close(sbf(x)[:, kept], conv(x)[:, kept])
+    assert torch.equal(sbf.bias, conv.bias) and sbf.bias is not conv.bias
+    assert sbf.basis.weight.is_contiguous(memory_format=layout)
+    assert not sbf.training and not sbf.basis.weight.requires_grad and sbf.bias.requires_grad
+    assert sbf.basis.weight.data_ptr() != conv.weight.data_ptr()
+
+
+def test_channels_last_images_give_channels_last_features():
+    sbf = layer(padding=1).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 4, 9, 9).to(memory_format=torch.channels_last)
+    assert sbf(x).is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(sbf(x), sbf(x.contiguous()))
+
+
+def test_training_reaches_every_parameter():
+    sbf = layer()
+    sbf(torch.randn(2, 4, 9, 9)).square().sum().backward()
+    assert sorted(name for name, _ in sbf.named_parameters()) == [
+        "basis.weight",
+        "bias",
+        "transforms",
+    ]
+    assert all(p.grad.abs().min() > 0 for p in sbf.parameters())
+
+
+def test_layer_compiles_to_one_graph():
+    sbf = layer(padding=1)
+    compiled = torch.compile(sbf, fullgraph=True)
+    results = []
+    for function in (sbf, compiled):
+        sbf.zero_grad()
+        x = torch.randn(2, 4, 9, 9, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y = function(x)
+        y.square().sum().backward()
+        results.append([y, x.grad, *(p.grad.clone() for p in sbf.parameters())])
+    for eager, traced in zip(*results, strict=True):
+        torch.testing.assert_close(eager, traced)
+
+
+def test_autocast_computes_in_bfloat16_and_trains_in_float():
+    sbf = layer(padding=1)
+    x = torch.randn(2, 4, 9, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = sbf(x)
+    assert y.dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in sbf.parameters())
+    torch.testing.assert_close(y.float(), sbf(x), rtol=0, atol=0.05 * sbf(x).abs().max().item())
+
+
+def test_state_dict_holds_parameters_only_and_loads_without_pickle():
+    sbf, other = layer(), layer()
+    nn.init.normal_(other.transforms)
+    file = io.BytesIO()
+    torch.save(sbf.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    assert set(state) == {"basis.weight", "transforms", "bias"}
+    other.load_state_dict(state)
+    x = torch.randn(2, 4, 9, 9)
+    assert torch.equal(sbf(x), other(x))
+
+
+def test_deepcopy_is_independent():
+    sbf = layer()
+    x = torch.randn(2, 4, 9, 9)
+    before = sbf(x).detach()
+    other = copy.deepcopy(sbf)
+    assert torch.equal(other(x), before)
+    with torch.no_grad():
+        other.transforms.zero_()
+    assert torch.equal(sbf(x), before)
+
+
+def test_layer_made_on_the_meta_device_works_once_it_is_reset():
+    sbf = layer()
+    made = SBFConv2d(4, 8, 3, KEPT, SOURCES, device="meta")
+    assert made(torch.empty(2, 4, 9, 9, device="meta")).shape == (2, 8, 7, 7)
+    made.to_empty(device="cpu")
+    made.reset_parameters()
+    made.load_state_dict(sbf.state_dict())
+    x = torch.randn(2, 4, 9, 9)
+    assert torch.equal(made(x), sbf(x))
+
+
+def test_repr_tells_what_is_kept_and_what_is_rebuilt():
+    assert "SBFConv2d(\n  4, 8, kept=4, rebuilt=4, sources=2, transform_size=3\n" in repr(layer())
+    assert "bias=False" in layer(bias=False).extra_repr()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"transform_size": 2}, r"transform_size is 2: it must be odd"),
+        ({"out_channels": 9, "groups": 2}, r"out_channels is 9: .* multiple of groups, 2"),
+        ({"kept": [2, 0, 3, 6]}, r"kept is \[2, 0, 3, 6\]: .*ascending"),
+        ({"kept": []}, r"kept is \[\]"),
+        ({"kept": [0, 2, 3, 8]}, r"kept is \[0, 2, 3, 8\]: .*\[0, 8\)"),
+        ({"kept": [0, 1, 2, 6], "groups": 2}, r"kept has \[3, 1\] channels in its groups"),
+        ({"sources": SOURCES[:3]}, r"sources has 3 rows: .*each of the 4 channels"),
+        ({"sources": [[0], [2], [5], [0, 2]]}, r"lengths \[1, 2\]"),
+        ({"sources": [[0], [2], [5], [1]]}, r"sources names channels \[1\]"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        layer(**arguments)
