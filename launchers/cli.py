@@ -176,7 +176,9 @@ def finish(display: Display, folder: RunFolder, uri: str) -> None:
         return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
     shown = uri.replace(f"{here}/", "") if uri.startswith("sqlite:///") else uri
-    display.say(f"\nstudent   {near(folder.student)}/ (student.onnx, weights.safetensors, plan.json)")
+    display.say(
+        f"\nstudent   {near(folder.student)}/ (student.onnx, weights.safetensors, plan.json)"
+    )
     display.say(f"summary   {near(folder.summary)}, {near(folder.root)}/summary.png")
     display.say(f"MLflow    mlflow ui --backend-store-uri {shown}")
 

@@ -68,14 +68,14 @@ def available_cpus() -> int:
 
 def available_gpus() -> int:
     """The GPUs that PyTorch sees."""
-    import torch  # noqa: PLC0415  takes seconds: only who asks for GPUs has to wait
+    import torch
 
     return torch.cuda.device_count()
 
 
 def runs_locally() -> bool:
     """Whether the Ray that this process has joined is one of local_ray's own."""
-    import ray  # noqa: PLC0415
+    import ray
 
     return ray.util.get_node_ip_address() == LOOPBACK
 
@@ -111,7 +111,7 @@ def local_ray(
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     }
     with _temporary_folder() as folder, _environment({**environment, "TMPDIR": str(folder)}):
-        import ray  # noqa: PLC0415  it takes two seconds
+        import ray
 
         try:
             with _as_small_as_can_be():
@@ -159,12 +159,12 @@ def _as_small_as_can_be() -> Iterator[None]:
     ray.init has no switch for them; where Ray renames these methods they are started again.
     What Ray has read from the environment at an import before now is read again.
     """
-    import ray  # noqa: PLC0415
-    from ray._private.node import Node  # noqa: PLC0415
-    from ray._raylet import (  # type: ignore[attr-defined]  # noqa: PLC0415
+    import ray
+    from ray._private.node import Node
+    from ray._raylet import (  # type: ignore[attr-defined]
         AuthenticationTokenLoader,
     )
-    from ray._raylet import Config as RayletConfig  # type: ignore[attr-defined]  # noqa: PLC0415
+    from ray._raylet import Config as RayletConfig  # type: ignore[attr-defined]
 
     AuthenticationTokenLoader.instance().reset_cache()
     RayletConfig.initialize("")
@@ -184,7 +184,7 @@ def _start_nothing(node: Any, **_: Any) -> None:
 @contextmanager
 def _joined(address: str) -> Iterator[None]:
     _knock(address)
-    import ray  # noqa: PLC0415
+    import ray
 
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)

@@ -53,7 +53,7 @@ class _ProcessGroup(Backend):
 
 def _rendezvous() -> str:
     """Where the ranks meet, decided on rank 0: a file on one machine, else a port of rank 0's."""
-    from ray.train._internal.utils import get_address_and_port  # noqa: PLC0415
+    from ray.train._internal.utils import get_address_and_port
 
     host, port = get_address_and_port()
     if host == LOOPBACK:
@@ -62,9 +62,9 @@ def _rendezvous() -> str:
 
 
 def _join(address: str, backend: str, rank: int, world_size: int) -> None:
-    import torch  # noqa: PLC0415  see above
-    import torch.distributed as dist  # noqa: PLC0415
-    from ray import train  # noqa: PLC0415
+    import torch
+    import torch.distributed as dist
+    from ray import train
 
     context = train.get_context()
     os.environ.update(
@@ -77,7 +77,7 @@ def _join(address: str, backend: str, rank: int, world_size: int) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     if backend == "nccl":
-        from ray.train.torch import get_device  # noqa: PLC0415
+        from ray.train.torch import get_device
 
         torch.cuda.set_device(get_device())
     dist.init_process_group(

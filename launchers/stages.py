@@ -244,7 +244,7 @@ def export(run: Run, log: tracking.Run) -> Result:
     rows = json.loads(run.folder.result("evaluate").read_text())["rows"]
     top1 = next(row["top1"] for row in rows if row["network"] == networks.STUDENT)
     data = run.recipe.data
-    card = Card.of(plan, classes=index.classes, mean=data.mean, std=data.std, top1=top1)
+    card = Card.of(plan, classes=index.classes, mean=list(data.mean), std=list(data.std), top1=top1)
     save_student(run.folder.student, student, plan, card)
     onnx = run.folder.student / ONNX
     to_onnx(student, onnx, card)
@@ -302,7 +302,10 @@ def forget(recipe: Recipe, folder: RunFolder, first: str) -> None:
         "prepare": [folder.index],
         "teachers": [folder.weights(job.name) for job in networks.teacher_jobs(recipe)],
         "pseudo-labels": [folder.pseudo_labels],
-        "compress": [folder.plan, *(folder.weights(n) for n in (networks.ONE_SHOT, networks.ZEROED))],
+        "compress": [
+            folder.plan,
+            *(folder.weights(n) for n in (networks.ONE_SHOT, networks.ZEROED)),
+        ],
         "distill": [folder.weights(job.name) for job in networks.distill_jobs(recipe)],
         "evaluate": [],
         "export": [folder.student, folder.summary],
@@ -353,9 +356,7 @@ def _images(run: Run, index: DataIndex, ids: np.ndarray) -> torch.Tensor:
     none = ids[:0]
     view = networks.student_view(run.recipe)
     loader = EvalLoader(
-        dataclasses.replace(
-            index, parts={"labelled": none, "unlabelled": none, "validation": ids}
-        ),
+        dataclasses.replace(index, parts={"labelled": none, "unlabelled": none, "validation": ids}),
         "validation",
         batch_size=64,
         image_size=view.size,

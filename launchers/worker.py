@@ -17,7 +17,8 @@ from ray import train as ray_train
 from ray.train.torch import get_device
 from torch import Tensor, nn
 
-from launchers import networks, ray_train as launcher
+from launchers import networks
+from launchers import ray_train as launcher
 from launchers.layout import RunFolder
 from launchers.networks import Job, Row
 from pipelines.augmentation import Augmentation
@@ -214,9 +215,7 @@ def _ensemble(here: Context, members: tuple[str, ...]) -> TeacherEnsemble:
     teachers = [t for t in here.recipe.teachers if t.name in members]
     return TeacherEnsemble(
         [
-            build_network(here.recipe, here.run, t.name, start_from=t.name).to(
-                here.device, memory_format=torch.channels_last
-            )
+            build_network(here.recipe, here.run, t.name, start_from=t.name).to(here.device)
             for t in teachers
         ],
         [networks.teacher_view(here.recipe, t) for t in teachers],
@@ -337,7 +336,7 @@ def _row_model(here: Context, row: Row) -> tuple[nn.Module, View]:
         if teacher.name == row.network:
             view = networks.teacher_view(here.recipe, teacher)
     model = build_network(here.recipe, here.run, row.network, start_from=row.network)
-    return model.to(here.device, memory_format=torch.channels_last), view
+    return model.to(here.device), view
 
 
 def _validation(here: Context, view: View) -> EvalLoader:

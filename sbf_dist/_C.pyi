@@ -1,3 +1,4 @@
+# ruff: noqa: N999 -- an extension's customary name
 from typing import TypedDict
 
 class BuildInfo(TypedDict):

@@ -33,17 +33,17 @@ class SBFConv2d(nn.Module):
     sources: Tensor
     order: Tensor
 
-    def __init__(  # noqa: PLR0917 -- nn.Conv2d's own arguments, in its order
+    def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | tuple[int, ...],
+        kernel_size: int | tuple[int, int],
         kept: Sequence[int],
         sources: Sequence[Sequence[int]],
         transform_size: int = 3,
-        stride: int | tuple[int, ...] = 1,
-        padding: int | tuple[int, ...] | str = 0,
-        dilation: int | tuple[int, ...] = 1,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
         padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
@@ -108,16 +108,17 @@ class SBFConv2d(nn.Module):
         Filters and bias are copied, with dtype, device, memory format, training mode and
         requires_grad. Raises ValueError as the constructor does.
         """
+        # PyTorch types the attributes of its own layers more loosely than their arguments.
         layer = cls(
             conv.in_channels,
             conv.out_channels,
-            conv.kernel_size,
+            conv.kernel_size,  # type: ignore[arg-type]
             kept,
             sources,
             transform_size,
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
+            stride=conv.stride,  # type: ignore[arg-type]
+            padding=conv.padding,  # type: ignore[arg-type]
+            dilation=conv.dilation,  # type: ignore[arg-type]
             groups=conv.groups,
             bias=conv.bias is not None,
             padding_mode=conv.padding_mode,

@@ -115,7 +115,9 @@ class BasicBlock(nn.Module):
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write the state dict of `model` as safetensors, in one step."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     save_file(state, partial)

@@ -53,7 +53,7 @@ class Data(Section):
     crop: Share = Field(0.875, description="share of the short side in an evaluation crop")
     mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="of [0, 1] pixels")
     std: tuple[float, float, float] = Field((0.229, 0.224, 0.225), description="of [0, 1] pixels")
-    augmentation: Augmentation = Field(default_factory=Augmentation)
+    augmentation: Augmentation = Augmentation()
     threads: Positive = Field(1, description="DALI threads per worker")
 
     @model_validator(mode="after")
@@ -89,7 +89,7 @@ class Training(Section):
     steps: Positive = Field(description="optimizer steps")
     batch_size: Positive = Field(64, description="images per step over all workers")
     accumulation: Positive = Field(1, description="backward passes per step")
-    optimizer: Optimizer = Field(default_factory=Optimizer)
+    optimizer: Optimizer = Optimizer()
     schedule: Literal["constant", "cosine", "step"] = Field("cosine", description="after warm-up")
     warmup: int = Field(0, ge=0, description="steps of linear warm-up")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of forward passes")
@@ -175,15 +175,15 @@ class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$", description="of the run's folder")
     seed: int = Field(0, ge=0, description="of everything random")
     data: Data
-    workers: Workers = Field(default_factory=Workers)
+    workers: Workers = Workers()
     teachers: list[Teacher] = Field(min_length=1)
-    pseudo_labels: PseudoLabels = Field(default_factory=PseudoLabels)
+    pseudo_labels: PseudoLabels = PseudoLabels()
     compress: Compress
     distill: Distill
     baselines: Training | None = Field(
         None, description="also train a dense and an SBF student on the labels alone, to compare"
     )
-    tracking: Tracking = Field(default_factory=Tracking)
+    tracking: Tracking = Tracking()
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Recipe":

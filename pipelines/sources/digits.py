@@ -34,7 +34,7 @@ def write(root: Path) -> None:
     present = _present(root)
     if len(present) == TRAIN + VALIDATION and all(map(_OURS.fullmatch, present)):
         return
-    from sklearn.datasets import load_digits  # noqa: PLC0415  slow to import, and only needed here
+    from sklearn.datasets import load_digits
 
     digits = load_digits()
     names = _names(digits.target)

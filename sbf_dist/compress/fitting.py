@@ -51,7 +51,7 @@ def _explained_by_pairs(moments: Moments) -> Tensor:
 def _with_ridge(gram: Tensor) -> Tensor:
     """Add a multiple of the mean variance to the diagonal of (…, n, n)."""
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
-    ridge = (RIDGE * mean + torch.finfo(torch.double).tiny**0.5).expand(gram.shape[:-1])
+    ridge = (RIDGE * mean + torch.finfo(torch.double).tiny ** 0.5).expand(gram.shape[:-1])
     return gram + torch.diag_embed(ridge)
 
 

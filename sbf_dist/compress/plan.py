@@ -14,8 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from sbf_dist.errors import UserError
 
-FORMAT = 1
-
 
 class SBFLayer(BaseModel):
     """A convolution that becomes an SBF layer."""
@@ -74,7 +72,7 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     model: str = Field(description="name of the dense network, as sbf_dist.models.build takes it")
     classes: int
     input_shape: tuple[int, int, int] = Field(description="channels, height, width")
@@ -100,6 +98,8 @@ class Plan(BaseModel):
             return cls.model_validate_json(path.read_text())
         except FileNotFoundError:
             raise UserError(f"plan {path} does not exist") from None
+        except (UnicodeDecodeError, IsADirectoryError) as error:
+            raise UserError(f"plan {path} is not a plan: {error}") from None
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"] if part not in ("sbf", "dense"))

@@ -204,7 +204,9 @@ def _options(
     expected = dense(probe).log_softmax(1)
     scales = []
     for share in (0.25, 0.5, 0.75):
-        option = min(estimated, key=lambda o: abs(o.cost - share * cost.layers[name]) - 1e-9 * o.sources)
+        option = min(
+            estimated, key=lambda o: abs(o.cost - share * cost.layers[name]) - 1e-9 * o.sources
+        )
         trial = copy.deepcopy(dense)
         _install(trial, name, moments, sorted(ranking[: option.kept]), option.sources)
         divergence = F.kl_div(

@@ -26,7 +26,7 @@ def zero_channels(
     """
     dense = copy.deepcopy(model).eval()
     norms = _following_norms(dense, images[:2])
-    most = max(dense.get_submodule(name).weight.shape[0] for name in layers)  # type: ignore[union-attr]
+    most = max(_convolution(dense, name).out_channels for name in layers)
     total = effective_macs(dense, images[:BATCH])
     low, high = 0, most  # in steps of one channel of the widest layer
     while low < high:
@@ -73,13 +73,10 @@ def effective_macs(model: nn.Module, images: Tensor) -> int:
     return total
 
 
-def _zeroed(
-    dense: nn.Module, layers: list[str], norms: dict[str, str], share: float
-) -> nn.Module:
+def _zeroed(dense: nn.Module, layers: list[str], norms: dict[str, str], share: float) -> nn.Module:
     network = copy.deepcopy(dense)
     for name in layers:
-        conv = network.get_submodule(name)
-        assert isinstance(conv, nn.Conv2d)
+        conv = _convolution(network, name)
         size = conv.weight.abs().sum((1, 2, 3))
         removed = size.argsort(descending=True)[max(1, round(share * len(size))) :]
         parts = [conv] if name not in norms else [conv, network.get_submodule(norms[name])]
@@ -87,6 +84,12 @@ def _zeroed(
             for parameter in part.parameters():
                 parameter[removed] = 0.0
     return network
+
+
+def _convolution(model: nn.Module, name: str) -> nn.Conv2d:
+    conv = model.get_submodule(name)
+    assert isinstance(conv, nn.Conv2d), f"{name} is a {type(conv).__name__}"
+    return conv
 
 
 def _following_norms(model: nn.Module, images: Tensor) -> dict[str, str]:
