@@ -52,5 +52,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         info["torch"] = TORCH_VERSION;
         return info;
       },
-      "How this extension was built: cuda, cuda_archs, compiler, torch (the version built against)");
+      "How this extension was built: cuda, cuda_archs, compiler, torch (its version then)");
 }

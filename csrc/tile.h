@@ -86,8 +86,8 @@ void dot_shifted(float* __restrict dot, const float* __restrict grad, const floa
   }
 }
 
-// Transposition in 8 x 8 blocks, for channels_last. The vectors are the compiler's own, so that each
-// version of a function gets the widest that it has.
+// Transposition in 8 x 8 blocks, for channels_last. The vectors are the compiler's own, so that
+// each version of a function gets the widest that it has.
 typedef float Vector8 __attribute__((vector_size(32)));
 typedef float UnalignedVector8 __attribute__((vector_size(32), aligned(4)));
 

@@ -21,8 +21,8 @@ from sbf_dist.compress.plan import DenseLayer, Layer, Plan, SBFLayer
 from sbf_dist.compress.statistics import Moments, gather_moments, output_sensitivity, run_until
 from sbf_dist.errors import UserError
 
-PROBES = 128
 BATCH = 64  # calibration images at a time; bounds the memory
+PROBES = 128  # images on which the effect of an option is measured
 
 Progress = Callable[[str, int, int], None]
 
@@ -60,7 +60,7 @@ def compress(
 
     sensitivity = output_sensitivity(dense, candidates, batches, seed)
     options: dict[str, list[Option]] = {}
-    for index, name in enumerate(candidates):
+    for index, name in enumerate(candidates, 1):
         _tell(progress, "measure layers", index, len(candidates))
         options[name] = _options(
             dense, name, images, cost, sensitivity[name], sources, transform_size, floor
@@ -70,8 +70,9 @@ def compress(
 
     student = copy.deepcopy(dense)
     layers: dict[str, Layer] = {}
-    for index, name in enumerate(forward_order(dense, images)):
-        _tell(progress, "fit layers", index, len(cost.layers))
+    order = forward_order(dense, images)
+    for index, name in enumerate(order, 1):
+        _tell(progress, "fit layers", index, len(order))
         if name in reasons:
             layers[name] = DenseLayer(
                 reason=reasons[name], macs=cost.layers[name], convertible=False
@@ -200,13 +201,15 @@ def _options(
             total = kept * per_filter + len(rebuilt) * used * size**2 * per_tap
             if total < cost.layers[name]:
                 estimated.append(Option(kept, used, total, losses[used - 1]))
+    dense_option = Option(kept=channels, sources=0, cost=cost.layers[name], loss=0.0)
+    if not estimated:
+        return [dense_option]
     probe = images[:PROBES]
     expected = dense(probe).log_softmax(1)
     scales = []
     for share in (0.25, 0.5, 0.75):
-        option = min(
-            estimated, key=lambda o: abs(o.cost - share * cost.layers[name]) - 1e-9 * o.sources
-        )
+        wanted = share * cost.layers[name]
+        option = min(estimated, key=lambda o: abs(o.cost - wanted))
         trial = copy.deepcopy(dense)
         _install(trial, name, moments, sorted(ranking[: option.kept]), option.sources)
         divergence = F.kl_div(
@@ -217,7 +220,7 @@ def _options(
         dataclasses.replace(o, loss=o.loss * min(scales, key=lambda s: abs(s[0] - o.cost))[1])
         for o in estimated
     ]
-    return [Option(kept=channels, sources=0, cost=cost.layers[name], loss=0.0), *scaled]
+    return [dense_option, *scaled]
 
 
 def _fit_layer(

@@ -122,8 +122,9 @@ def output_sensitivity(
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: tuple[Tensor, ...], result: Tensor) -> None:
+        def hook(_: nn.Module, __: tuple[Tensor, ...], result: Tensor) -> Tensor:
             outputs[name] = result
+            return result.clone()  # which an activation may overwrite in place
 
         return hook
 
@@ -132,7 +133,7 @@ def output_sensitivity(
     try:
         for images in batches():
             with torch.enable_grad():
-                logits = model(images.requires_grad_())
+                logits = model(images.detach().requires_grad_())
                 drawn = torch.multinomial(logits.softmax(1).cpu(), 1, generator=generator)
                 loss = F.cross_entropy(logits, drawn[:, 0].to(logits.device), reduction="sum")
                 gradients = torch.autograd.grad(loss, [outputs[name] for name in names])
