@@ -16,7 +16,9 @@ setup: .venv/built
 # The extension: built anew when a source changes.
 .venv/built: .venv/installed setup.py pyproject.toml $(wildcard csrc/*)
 	$(BIN)/pip install --no-build-isolation --no-deps --editable .
-	$(BIN)/python -c "from sbf_dist import _C; info = _C.build_info(); print('sbf_dist._C:', info)"
+	@$(BIN)/python -c "import torch; from sbf_dist import _C; info = _C.build_info(); print( \
+	    f'CUDA kernels: built for {info[\"cuda_archs\"]}' if info['cuda'] else \
+	    'CUDA kernels: NOT built; SBF_DIST_CUDA=1 make setup tells why')"
 	touch $@
 
 demo: setup

@@ -1,6 +1,7 @@
 """The `sbf` command."""
 
 import fcntl
+import json
 import logging
 import os
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.exceptions import TyperException
 
 from launchers.display import Display, results_table
 from launchers.layout import RunFolder
@@ -20,9 +22,8 @@ from sbf_dist.recipe import Recipe
 
 app = typer.Typer(
     help="SBF-Dist: CNNs at half the cost, compressed by spatial basis filters and distilled "
-    "from a teacher ensemble.",
+    "from a teacher ensemble. To begin: sbf run recipes/digits.yaml",
     add_completion=False,
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -40,11 +41,11 @@ class StageName(StrEnum):
     EXPORT = "export"
 
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe.")]
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...",
+        metavar="KEY=VALUE",
         help="Changes to the recipe, e.g. distill.training.steps=200 workers.count=1.",
     ),
 ]
@@ -62,7 +63,7 @@ def root(
     )
 
 
-@app.command()
+@app.command(short_help="Run a recipe: from images to an exported student.")
 def run(
     recipe_file: RecipeFile,
     overrides: Overrides = None,
@@ -85,21 +86,41 @@ def run(
     recipe = recipes.load(recipe_file, overrides or ())
     runs = runs.absolute()
     folder = RunFolder(runs, recipe.name)
-    check(recipe)
+    check(recipe, indexed=folder.result("prepare").exists() and again is not StageName.PREPARE)
     if dry_run:
         describe(recipe)
         return
     execute(recipe, folder, until.value, again.value if again else None)
 
 
-def check(recipe: Recipe) -> None:
-    """Refuse what can be refused before anything is started: machine and model names."""
+def check(recipe: Recipe, *, indexed: bool) -> None:
+    """Refuse what can be refused before anything is started or written.
+
+    That is: names that the table of results uses itself, a machine that is too small, images that
+    are not there (unless they are `indexed` already), unknown models.
+    """
     from launchers.local_ray import check_machine
+    from launchers.networks import TITLES
+    from pipelines.sources.folder import check_folder
     from sbf_dist import models
 
+    for index, teacher in enumerate(recipe.teachers):
+        if teacher.name in TITLES:
+            raise UserError(
+                f"teachers.{index}.name = {teacher.name!r} must not be one of {', '.join(TITLES)}"
+            )
     if not os.environ.get("RAY_ADDRESS"):
         workers = recipe.workers
         check_machine(workers.count, workers.cpus, workers.gpus)
+    data = recipe.data
+    if data.source == "folder" and not indexed:
+        assert data.root is not None
+        check_folder(
+            data.root,
+            labelled_per_class=data.labelled_per_class,
+            validation=data.validation,
+            seed=recipe.seed,
+        )
     for teacher in recipe.teachers:
         models.build(teacher.model, classes=2)
 
@@ -119,19 +140,18 @@ def describe(recipe: Recipe) -> None:
 
 def execute(recipe: Recipe, folder: RunFolder, until: str, again: str | None) -> None:
     """Do the stages of a run, with its folder locked and its MLflow run open."""
-    import json
-
-    import torch
-
-    from launchers import stages
-    from launchers.local_ray import available_cpus
-    from sbf_dist import tracking
-
-    torch.set_num_threads(available_cpus())
-    display = Display()
     folder.root.mkdir(parents=True, exist_ok=True)
     with ExitStack() as resources:
         resources.enter_context(locked(folder))
+        # These take seconds: not before it is known that the folder is free.
+        import torch
+
+        from launchers import stages
+        from launchers.local_ray import available_cpus
+        from sbf_dist import tracking
+
+        torch.set_num_threads(available_cpus())
+        display = Display()
         stages.check_identity(recipe, folder)
         if again is not None:
             stages.forget(recipe, folder, again)
@@ -161,8 +181,6 @@ def execute(recipe: Recipe, folder: RunFolder, until: str, again: str | None) ->
 
 def finish(display: Display, folder: RunFolder, uri: str) -> None:
     """Show the table, and say where things are."""
-    import json
-
     result = json.loads(folder.result("evaluate").read_text())
     display.console.print()
     display.console.print(results_table(result["rows"]))
@@ -200,7 +218,9 @@ def locked(folder: RunFolder) -> Iterator[None]:
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
     try:
-        app()
-    except UserError as error:
-        print(f"sbf: {error}", file=sys.stderr)
+        code = app(sys.argv[1:] or ["--help"], prog_name="sbf", standalone_mode=False)
+    except (UserError, TyperException) as error:
+        told = error.format_message() if isinstance(error, TyperException) else str(error)
+        print(f"sbf: {told.replace('Value error, ', '')}", file=sys.stderr)
         sys.exit(2)
+    sys.exit(code)

@@ -51,9 +51,9 @@ class Display:
     ) -> None:
         self._bars.stop()
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, style: str | None = None) -> None:
         """Print a line above the bars."""
-        self.console.print(text)
+        self.console.print(text, style=style, markup=False, soft_wrap=True)
 
     def show(self, record: Mapping[str, Any]) -> None:
         """Show progress: "title", "step" of "steps", and a training's loss, rate and time left."""
@@ -76,7 +76,7 @@ class Display:
     @contextmanager
     def stage(self, number: int, of: int, name: str) -> Iterator[None]:
         """Announce a stage, and tell how long it took."""
-        self.say(f"[bold]\\[{number}/{of}] {name}[/bold]")
+        self.say(f"[{number}/{of}] {name}", style="bold")
         start = time.monotonic()
         yield
         self._clear()
@@ -100,9 +100,9 @@ def _detail(record: Mapping[str, Any]) -> str:
 
 def results_table(rows: list[Mapping[str, Any]]) -> Table:
     """Return the table of results: accuracy in percent, millions of MACs and parameters."""
-    table = Table(title_justify="left")
-    table.add_column("network")
-    for heading in ("top-1 %", "MACs (M)", "parameters (k)", "latency (ms)"):
+    table = Table()
+    table.add_column("network", no_wrap=True)
+    for heading in ("top-1 %", "MACs (M)", "params (k)", "latency (ms)"):
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(

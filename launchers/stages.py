@@ -286,7 +286,7 @@ def perform(run: Run, until: str) -> None:
     wanted = list(STAGES)[: list(STAGES).index(until) + 1]
     for number, name in enumerate(wanted, 1):
         if run.folder.result(name).exists():
-            run.display.say(f"[bold]\\[{number}/{len(wanted)}] {name}[/bold]: done before")
+            run.display.say(f"[{number}/{len(wanted)}] {name}: done before", style="bold")
             continue
         with run.display.stage(number, len(wanted), name), run.parent.stage(name) as log:
             start = time.monotonic()

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from pipelines.loader import Batch, TrainLoader
+from sbf_dist.errors import UserError
 
 
 class MixedLoader:
@@ -32,7 +33,12 @@ class MixedLoader:
         return {"streams": [loader.state_dict() for loader in self._loaders]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken; UserError as TrainLoader's."""
+        """Go on where `state` was taken; UserError as TrainLoader's, or for another mixture."""
+        if len(state["streams"]) != len(self._loaders):
+            raise UserError(
+                f"checkpoint: training read {len(state['streams'])} streams of images, now it "
+                f"reads {len(self._loaders)}; give as many workers as before"
+            )
         for loader, own in zip(self._loaders, state["streams"], strict=True):
             loader.load_state_dict(own)
 

@@ -31,10 +31,12 @@ def build(name: str, classes: int) -> nn.Module:
     match = CIFAR_NAME.fullmatch(name)
     if match is None:
         raise UserError(f"model {name!r} is unknown; names look like {EXAMPLES}")
-    depth = int(match["depth"])
+    depth, width = int(match["depth"]), int(match["width"] or 16)
     if depth < 8 or (depth - 2) % 6:
         raise UserError(f"model {name!r}: the depth must be 6n + 2 (8, 14, 20, 26, …)")
-    return CifarResNet((depth - 2) // 6, int(match["width"] or 16), classes)
+    if width < 1:
+        raise UserError(f"model {name!r}: the width must be at least 1")
+    return CifarResNet((depth - 2) // 6, width, classes)
 
 
 def _timm(name: str, classes: int) -> nn.Module:
@@ -46,10 +48,11 @@ def _timm(name: str, classes: int) -> nn.Module:
 
 
 def _torchvision(name: str, classes: int) -> nn.Module:
+    import torchvision
     from torchvision.models import get_model, list_models
 
-    known = [model for model in list_models() if "." not in model]
-    if name not in list_models():
+    known = list_models(module=torchvision.models)  # classification only
+    if name not in known:
         raise UserError(f"model 'torchvision:{name}' is unknown{_nearest(name, known)}")
     return get_model(name, weights=None, num_classes=classes)
 

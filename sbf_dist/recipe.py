@@ -9,18 +9,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sbf_dist.errors import UserError
 
 Positive = typing.Annotated[int, Field(ge=1)]
 Share = typing.Annotated[float, Field(gt=0, le=1)]
+Above0 = typing.Annotated[float, Field(gt=0)]
+# No dot in front: "." and ".." are folders that exist.
+Name = typing.Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
 
 
 class Section(BaseModel):
     """A part of a recipe; unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Augmentation(Section):
@@ -35,6 +38,14 @@ class Augmentation(Section):
     shift: float = Field(0.0, ge=0, le=1, description="largest shift, share of the side")
     color: float = Field(0.0, ge=0, le=1, description="jitter of brightness, contrast, saturation")
 
+    @model_validator(mode="after")
+    def _has_ranges(self) -> "Augmentation":
+        for low, high in (("min_scale", "max_scale"), ("min_ratio", "max_ratio")):
+            least, most = getattr(self, low), getattr(self, high)
+            if least > most:
+                raise ValueError(f"{low} = {least} must not be above {high} = {most}")
+        return self
+
 
 class Data(Section):
     """Which images there are and how the network sees them."""
@@ -46,15 +57,26 @@ class Data(Section):
     labelled_per_class: Positive | None = Field(
         None, description="use so many labels per class, the rest is unlabelled; null: all"
     )
-    validation: Positive | float | None = Field(
+    validation: int | float | None = Field(
         None, description="images (or share) held out where the folder has no val/"
     )
     image_size: int = Field(224, ge=8, description="side of the square that the student sees")
     crop: Share = Field(0.875, description="share of the short side in an evaluation crop")
     mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="of [0, 1] pixels")
-    std: tuple[float, float, float] = Field((0.229, 0.224, 0.225), description="of [0, 1] pixels")
+    std: tuple[Above0, Above0, Above0] = Field(
+        (0.229, 0.224, 0.225), description="of [0, 1] pixels"
+    )
     augmentation: Augmentation = Augmentation()
     threads: Positive = Field(1, description="DALI threads per worker")
+
+    @field_validator("validation", mode="before")
+    @classmethod
+    def _counts_or_shares(cls, value: Any) -> Any:
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        share = isinstance(value, float) and 0 < value < 1
+        if not (value is None or whole or share):
+            raise ValueError(f"{value!r} must be a number of images or a share between 0 and 1")
+        return value
 
     @model_validator(mode="after")
     def _has_root(self) -> "Data":
@@ -107,13 +129,13 @@ class Training(Section):
 class Teacher(Section):
     """One member of the ensemble: trained on the labels, or loaded from a file."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$", description="of its files and table row")
+    name: Name = Field(description="of its files and table row")
     model: str = Field(description="as sbf_dist.models.build takes it")
     training: Training | None = Field(None, description="how it is trained")
     weights: Path | None = Field(None, description="safetensors file, instead of a training")
     image_size: int | None = Field(None, ge=8, description="its input size; null: the student's")
     mean: tuple[float, float, float] | None = Field(None, description="null: the student's")
-    std: tuple[float, float, float] | None = Field(None, description="null: the student's")
+    std: tuple[Above0, Above0, Above0] | None = Field(None, description="null: the student's")
     weight: float = Field(1.0, gt=0, description="in the mean of the ensemble")
 
     @model_validator(mode="after")
@@ -172,7 +194,7 @@ class Tracking(Section):
 class Recipe(Section):
     """A whole run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$", description="of the run's folder")
+    name: Name = Field(description="of the run's folder")
     seed: int = Field(0, ge=0, description="of everything random")
     data: Data
     workers: Workers = Workers()
@@ -237,12 +259,22 @@ def load(path: Path, overrides: typing.Sequence[str] = ()) -> Recipe:
         raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"recipe {path} must be a mapping of keys to values")
+    content = _unshared(content)
     for override in overrides:
         _override(content, override)
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
         raise UserError(f"recipe {path}: {_explain(error)}") from None
+
+
+def _unshared(content: Any) -> Any:
+    """Copy what YAML's aliases share, so that an override changes one place only."""
+    if isinstance(content, dict):
+        return {key: _unshared(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_unshared(value) for value in content]
+    return content
 
 
 def _override(content: dict[str, Any], override: str) -> None:
@@ -258,7 +290,8 @@ def _override(content: dict[str, Any], override: str) -> None:
     for depth, part in enumerate(parents):
         place = _step(place, part, override, ".".join(parents[:depth]))
         if place is None:
-            raise UserError(f"override {override!r}: give the whole of {'.'.join(parents)} instead")
+            empty = ".".join(parents[: depth + 1])
+            raise UserError(f"override {override!r}: {empty} is not set; give the whole of it")
     if isinstance(place, list):
         _step(place, last, override, ".".join(parents))
         place[int(last)] = value
@@ -270,8 +303,9 @@ def _override(content: dict[str, Any], override: str) -> None:
 
 def _step(place: Any, part: str, override: str, where: str) -> Any:
     if isinstance(place, list):
-        if not part.isdigit() or int(part) >= len(place):
-            raise UserError(f"override {override!r}: {where} has the entries 0 to {len(place) - 1}")
+        if not part.isdecimal() or int(part) >= len(place):
+            entries = f"the entries 0 to {len(place) - 1}" if place else "no entries"
+            raise UserError(f"override {override!r}: {where} has {entries}")
         return place[int(part)]
     if isinstance(place, dict):
         return place.setdefault(part, {})
@@ -280,7 +314,9 @@ def _step(place: Any, part: str, override: str, where: str) -> Any:
 
 def _explain(error: ValidationError) -> str:
     """Put the first thing that is wrong with a recipe in one line."""
-    first = error.errors()[0]
+    errors = error.errors()
+    # A key that is wrongly written is missing as well: say what was written.
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         known = _fields_at(first["loc"][:-1])
@@ -292,13 +328,20 @@ def _explain(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return f"{key}: {message}" if key else message
-    message = message[0].lower() + message[1:].replace("Input ", "")
-    return f"{key} = {first['input']!r} {_demand(message)}"
+    return f"{key} = {first['input']!r} {_demand(first['type'], message)}"
 
 
-def _demand(message: str) -> str:
-    """Turn pydantic's 'input should be …' into 'must be …'."""
-    return message.removeprefix("input ").replace("should", "must", 1)
+def _demand(kind: str, message: str) -> str:
+    """Turn pydantic's 'Input should be …' into 'must be …'."""
+    if kind in ("model_type", "model_attributes_type"):
+        return "must be a mapping of keys to values"
+    if kind == "path_type":
+        return "must be a path"
+    if kind == "string_pattern_mismatch":
+        return "must be letters, digits, '_', '-' and '.', with no '.' in front"
+    if "should" not in message:
+        return f"is wrong: {message[0].lower()}{message[1:]}"
+    return "must" + message.partition("should")[2]
 
 
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:

@@ -81,6 +81,26 @@ def index_folder(
     return index
 
 
+def check_folder(
+    root: Path, *, labelled_per_class: int | None, validation: int | float | None, seed: int
+) -> None:
+    """Raise what index_folder would raise before it reads an image: mistakes of layout and number.
+
+    Files that cannot be decoded are only found by reading them, so index_folder may still raise.
+    """
+    root = Path(root).expanduser().absolute()
+    classes, found = _find(root)
+    _parts(
+        root,
+        classes,
+        np.array([label for _, _, label in found], dtype=np.int64),
+        np.array([role for _, role, _ in found]),
+        labelled_per_class=labelled_per_class,
+        validation=validation,
+        seed=seed,
+    )
+
+
 def share_out(counts: NDArray[np.int64], take: int, caps: NDArray[np.int64]) -> NDArray[np.int64]:
     """Split `take` over groups in proportion to their counts, by largest remainder.
 

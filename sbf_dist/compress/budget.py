@@ -1,5 +1,6 @@
 """Sharing a global budget out among layers."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,18 +19,23 @@ class Option:
     loss: float
 
 
-def allocate(options: dict[str, list[Option]], fixed: float, budget: float) -> dict[str, Option]:
-    """Choose one option per layer so that the summed loss is least and the cost within `budget`.
+def allocate(
+    options: dict[str, list[Option]], *, fixed: float, dense: float, share: float
+) -> dict[str, Option]:
+    """Choose one option per layer so that the summed loss is least and the cost within the budget.
 
-    `fixed` is the cost of everything that has no options. The multiple-choice knapsack problem is
-    solved exactly (mixed-integer programming, HiGHS). Raises UserError, naming the smallest
-    budget that works, if even the cheapest options exceed it.
+    `fixed` is the cost of everything that has no options, `dense` that of the whole dense network,
+    of which `share` is the budget. The multiple-choice knapsack problem is solved by mixed-integer
+    programming (HiGHS) to a relative gap of 1e-4. Raises UserError, naming the smallest share that
+    works, if even the cheapest options exceed it.
     """
+    budget = share * dense
     cheapest = fixed + sum(min(option.cost for option in row) for row in options.values())
     if cheapest > budget:
+        smallest = math.ceil(1e4 * cheapest / dense) / 1e4
         raise UserError(
-            f"budget of {budget:.4g} multiply-adds is below what the layers' floors allow: "
-            f"the smallest that works is {cheapest:.4g}"
+            f"macs = {share:g} of the dense network is less than the layers' floors allow: the "
+            f"smallest that works is {smallest:g}"
         )
     flat = [option for row in options.values() for option in row]
     loss = np.array([option.loss for option in flat])

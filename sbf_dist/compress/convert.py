@@ -18,9 +18,10 @@ def convert(model: nn.Module, plan: Plan) -> nn.Module:
     naming the first layer that differs, if the plan was made for another network.
     """
     student = copy.deepcopy(model)
-    convolutions = {name for name, module in student.named_modules() if type(module) is nn.Conv2d}
-    for name in convolutions - plan.layers.keys():
-        raise UserError(f"plan does not know layer {name}: it was made for {plan.model!r}")
+    convolutions = [n for n, module in student.named_modules() if isinstance(module, nn.Conv2d)]
+    for name in convolutions:
+        if name not in plan.layers:
+            raise UserError(f"plan does not know layer {name}: it was made for {plan.model!r}")
     for name, layer in plan.layers.items():
         if name not in convolutions:
             raise UserError(
@@ -38,13 +39,19 @@ def replace(model: nn.Module, name: str, layer: SBFLayer) -> SBFConv2d:
     The SBF layer always has a bias: the means of what is rebuilt go there.
     """
     conv = model.get_submodule(name)
-    assert isinstance(conv, nn.Conv2d)
+    if type(conv) is not nn.Conv2d:
+        raise UserError(
+            f"plan makes an SBF layer of {name}, a {type(conv).__name__}: it must stay dense"
+        )
     if conv.out_channels != layer.channels:
         raise UserError(
             f"plan gives layer {name} {layer.channels} channels, this network "
             f"{conv.out_channels}: the plan was made for another network"
         )
-    sbf = SBFConv2d.from_conv(conv, layer.kept, layer.sources, layer.transform_size)
+    try:
+        sbf = SBFConv2d.from_conv(conv, layer.kept, layer.sources, layer.transform_size)
+    except ValueError as error:  # a plan that was edited: what its own checks cannot know
+        raise UserError(f"plan, layer {name}: {error}") from None
     if sbf.bias is None:
         sbf.bias = nn.Parameter(torch.zeros(conv.out_channels).to(conv.weight))
     model.set_submodule(name, sbf, strict=True)

@@ -8,6 +8,8 @@ from torch import Tensor
 from sbf_dist.compress.statistics import Moments
 
 RIDGE = 1e-4  # relative to the mean variance of the features that a system contains
+# Relative to the largest variance of all: what is below is rounding, not a feature.
+FLOOR = 1e-12
 
 
 def rank_channels(moments: Moments, weights: Tensor) -> list[int]:
@@ -44,15 +46,18 @@ def _explained_by_pairs(moments: Moments) -> Tensor:
         ]
     )
     cross = moments.zy.view(candidates, taps, -1)
-    solution = torch.linalg.solve(_with_ridge(blocks), cross)
+    solution = torch.linalg.solve(_with_ridge(blocks, _floor(moments)), cross)
     return (solution * cross).sum(1).T.contiguous()
 
 
-def _with_ridge(gram: Tensor) -> Tensor:
-    """Add a multiple of the mean variance to the diagonal of (…, n, n)."""
+def _floor(moments: Moments) -> float:
+    return FLOOR * float(moments.zz.diagonal().max()) + torch.finfo(torch.double).tiny ** 0.5
+
+
+def _with_ridge(gram: Tensor, floor: float) -> Tensor:
+    """Add a multiple of the mean variance, and `floor`, to the diagonal of (…, n, n)."""
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
-    ridge = (RIDGE * mean + torch.finfo(torch.double).tiny ** 0.5).expand(gram.shape[:-1])
-    return gram + torch.diag_embed(ridge)
+    return gram + torch.diag_embed((RIDGE * mean + floor).expand(gram.shape[:-1]))
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,8 @@ def fit_transforms(moments: Moments, targets: list[int], sources: int) -> Fit:
     blocks = torch.stack(
         [gram[b * taps : (b + 1) * taps, b * taps : (b + 1) * taps] for b in range(candidates)]
     )
-    factors = torch.linalg.cholesky(_with_ridge(blocks))
+    floor = _floor(moments)
+    factors = torch.linalg.cholesky(_with_ridge(blocks, floor))
     variance = moments.yy[targets]
     count = len(targets)
     chosen = torch.empty(count, 0, dtype=torch.long)
@@ -95,7 +101,7 @@ def fit_transforms(moments: Moments, targets: list[int], sources: int) -> Fit:
         score = whitened.square().sum(1).T.scatter(1, chosen, -1.0)
         chosen = torch.cat([chosen, score.argmax(1, keepdim=True)], 1)
         rows = (chosen[:, :, None] * taps + torch.arange(taps)).reshape(count, -1)
-        system = _with_ridge(gram[rows[:, :, None], rows[:, None, :]])
+        system = _with_ridge(gram[rows[:, :, None], rows[:, None, :]], floor)
         right = cross.gather(1, rows)
         solution = torch.linalg.solve(system, right[..., None])[..., 0]
         taken = torch.zeros_like(cross).scatter_(1, rows, solution)

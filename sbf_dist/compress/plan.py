@@ -46,6 +46,8 @@ class SBFLayer(BaseModel):
             )
         if len({len(row) for row in self.sources}) > 1:
             raise ValueError("every rebuilt channel must have equally many sources")
+        if [] in self.sources:
+            raise ValueError("a rebuilt channel must have a source")
         if any(source not in kept for row in self.sources for source in row):
             raise ValueError("a source must be a kept channel")
         if self.transform_size < 1 or self.transform_size % 2 == 0:
@@ -102,12 +104,13 @@ class Plan(BaseModel):
             raise UserError(f"plan {path} is not a plan: {error}") from None
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"] if part not in ("sbf", "dense"))
+            # The third part is the kind of layer, which the file does not have as a key.
+            where = ".".join(str(p) for i, p in enumerate(first["loc"]) if i != 2)
             raise UserError(f"plan {path}: {where or 'file'}: {first['msg']}") from None
 
 
 def _readable_json(plan: Plan) -> str:
     """JSON with two-space indentation in which lists of numbers stay on one line."""
     text = json.dumps(plan.model_dump(), indent=2)
-    number_list = re.compile(r"\[[\s\d,]+\]")
+    number_list = re.compile(r"\[\n[\s\d,]+\]")  # a string holds no raw newline
     return number_list.sub(lambda match: re.sub(r"\s+", " ", match[0]), text) + "\n"

@@ -11,14 +11,19 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import update_bn
 
 from sbf_dist.compress.budget import Option, allocate
 from sbf_dist.compress.convert import replace
 from sbf_dist.compress.cost import Cost, count
 from sbf_dist.compress.fitting import fit_transforms, rank_channels
 from sbf_dist.compress.plan import DenseLayer, Layer, Plan, SBFLayer
-from sbf_dist.compress.statistics import Moments, gather_moments, output_sensitivity, run_until
+from sbf_dist.compress.statistics import (
+    Moments,
+    gather_moments,
+    measure_batch_norm,
+    output_sensitivity,
+    run_until,
+)
 from sbf_dist.errors import UserError
 
 BATCH = 64  # calibration images at a time; bounds the memory
@@ -46,8 +51,9 @@ def compress(
     `images` (N, C, H, W) are normalised calibration images; labels are not needed. `sources` is
     the largest S, `floor` the least share of a layer's channels that is kept, `progress` is told
     (what, done, of). Returns the network in eval mode and its plan. Raises UserError if the
-    budget cannot be met.
+    budget cannot be met, the network holds no number everywhere, or nothing can be converted.
     """
+    _check_finite(model, model_name)
     dense = copy.deepcopy(model).eval()
     input_shape = (images.shape[1], images.shape[2], images.shape[3])
     cost = count(dense, input_shape)
@@ -66,7 +72,7 @@ def compress(
             dense, name, images, cost, sensitivity[name], sources, transform_size, floor
         )
     fixed = cost.macs - sum(cost.layers[name] for name in candidates)
-    chosen = allocate(options, fixed, macs * cost.macs)
+    chosen = allocate(options, fixed=fixed, dense=cost.macs, share=macs)
 
     student = copy.deepcopy(dense)
     layers: dict[str, Layer] = {}
@@ -87,9 +93,13 @@ def compress(
             layers[name] = _fit_layer(
                 dense, student, name, images, chosen[name], sensitivity[name], transform_size, cost
             )
+    for name, module in dense.named_modules():
+        if isinstance(module, nn.Conv2d) and name not in layers:
+            layers[name] = DenseLayer(
+                reason="no forward pass in evaluation mode reaches it", macs=0, convertible=False
+            )
     # The rebuilt channels vary less than the dense ones (least squares shrinks): measured again.
-    update_bn(list(batches()), student)
-    student.eval()
+    measure_batch_norm(student, images, BATCH)
     after = count(student, input_shape)
     plan = Plan(
         model=model_name,
@@ -108,6 +118,16 @@ def compress(
 def _tell(progress: Progress | None, what: str, done: int, of: int) -> None:
     if progress is not None:
         progress(what, done, of)
+
+
+def _check_finite(model: nn.Module, name: str) -> None:
+    for key, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            what = "NaN" if tensor.isnan().any() else "infinity"
+            layer, _, kind = key.rpartition(".")
+            raise UserError(
+                f"model {name!r} has {what} in layer {layer} ({kind}): its weights must be numbers"
+            )
 
 
 def forward_order(model: nn.Module, images: Tensor) -> list[str]:
@@ -215,7 +235,8 @@ def _options(
         divergence = F.kl_div(
             trial(probe).log_softmax(1), expected, reduction="batchmean", log_target=True
         )
-        scales.append((option.cost, float(divergence) / max(option.loss, 1e-30)))
+        # Rounding may leave a divergence of nothing below zero.
+        scales.append((option.cost, max(float(divergence), 0.0) / max(option.loss, 1e-30)))
     scaled = [
         dataclasses.replace(o, loss=o.loss * min(scales, key=lambda s: abs(s[0] - o.cost))[1])
         for o in estimated

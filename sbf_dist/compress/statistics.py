@@ -1,14 +1,16 @@
-"""Second moments of layer outputs over calibration images, gathered as a stream.
+"""Statistics of a network over calibration images: moments, sensitivities, those of batch norm.
 
 Nothing here grows with the number of images: each batch is reduced to Gram matrices at once.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class _Reached(Exception):  # noqa: N818  (it is control flow, not an error)
@@ -35,9 +37,12 @@ def run_until(model: nn.Module, name: str, images: Tensor, *, output: bool) -> T
 
 
 def shifted(features: Tensor, size: int) -> Tensor:
-    """Lay out the size x size zero-padded neighbourhoods of (N, C, H, W) as (C·size², N·H·W)."""
+    """Lay out the size x size zero-padded neighbourhoods of (N, C, H, W) as (C·size², N·H·W).
+
+    The result is never a view of `features`.
+    """
     if size == 1:
-        return features.transpose(0, 1).reshape(features.shape[1], -1)
+        return features.transpose(0, 1).flatten(1).clone(memory_format=torch.contiguous_format)
     columns = F.unfold(features, size, padding=(size - 1) // 2)
     return columns.transpose(0, 1).reshape(columns.shape[1], -1)
 
@@ -76,11 +81,17 @@ class Moments:
 def gather_moments(batches: Iterator[tuple[Tensor, Tensor]], size: int) -> Moments:
     """Reduce batches of (candidates z, targets y), both (N, C, H, W), to their moments."""
     count = 0
+    centre = size**2 // 2
     sums: list[Tensor] = []
     for z, y in batches:
-        columns = shifted(z, size)
-        targets = y.transpose(0, 1).reshape(y.shape[1], -1)
-        difference = targets - z.transpose(0, 1).reshape(z.shape[1], -1)
+        columns, targets = shifted(z, size), shifted(y, 1)
+        if not sums:
+            # Covariances do not depend on the origin. One near the means keeps the difference of
+            # two large numbers, and so the images' precision, out of them.
+            z_origin, y_origin = columns.mean(1, keepdim=True), targets.mean(1, keepdim=True)
+        columns -= z_origin
+        targets -= y_origin
+        difference = targets - columns[centre :: size**2]
         count += targets.shape[1]
         # Products run in the images' precision, sums over batches in double.
         terms = [
@@ -95,14 +106,13 @@ def gather_moments(batches: Iterator[tuple[Tensor, Tensor]], size: int) -> Momen
         sums = [a + b for a, b in zip(sums, doubles, strict=True)] if sums else doubles
     # Small from here on, and full of small solves: the CPU's work.
     zz, zy, yy, z_mean, y_mean, drift = (term.cpu() / count for term in sums)
-    centre = size**2 // 2
     shift = y_mean - z_mean[centre :: size**2]
     return Moments(
         zz=zz - torch.outer(z_mean, z_mean),
         zy=zy - torch.outer(z_mean, y_mean),
         yy=(yy - y_mean.square()).clamp(min=0),
-        z_mean=z_mean,
-        y_mean=y_mean,
+        z_mean=z_mean + z_origin[:, 0].double().cpu(),
+        y_mean=y_mean + y_origin[:, 0].double().cpu(),
         drift=(drift - shift.square()).clamp(min=0),
         size=size,
     )
@@ -145,3 +155,24 @@ def output_sensitivity(
         for handle in handles:
             handle.remove()
     return {name: total.cpu() / count for name, total in totals.items()}
+
+
+@torch.no_grad()
+def measure_batch_norm(model: nn.Module, images: Tensor, batch: int) -> None:
+    """Measure the running statistics of all batch norms anew, and leave `model` in eval mode.
+
+    Only batch norms run in training mode, so that dropout does not disturb what is measured;
+    `images` (N, C, H, W) go through in equal parts of at most `batch`, so that all count alike.
+    """
+    model.eval()
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean over the parts
+        norm.train()
+    for part in images.tensor_split(math.ceil(len(images) / batch)):
+        model(part)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()

@@ -5,10 +5,12 @@ a channel that is zero is not counted in the layer that computes it, nor in thos
 """
 
 import copy
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
+
+from sbf_dist.compress.statistics import measure_batch_norm
 
 BATCH = 64
 
@@ -27,38 +29,52 @@ def zero_channels(
     dense = copy.deepcopy(model).eval()
     norms = _following_norms(dense, images[:2])
     most = max(_convolution(dense, name).out_channels for name in layers)
-    total = effective_macs(dense, images[:BATCH])
+    budget = macs * effective_cost(dense, images[:BATCH]).macs
     low, high = 0, most  # in steps of one channel of the widest layer
     while low < high:
         middle = (low + high + 1) // 2
         trial = _zeroed(dense, layers, norms, middle / most)
-        if effective_macs(trial, images[:BATCH]) <= macs * total:
+        if effective_cost(trial, images[:BATCH]).macs <= budget:
             low = middle
         else:
             high = middle - 1
     network = _zeroed(dense, layers, norms, low / most)
-    update_bn(images.split(BATCH), network)
-    network.eval()
-    params = sum(int(parameter.count_nonzero()) for parameter in network.parameters())
-    return network, effective_macs(network, images[:BATCH]), params
+    measure_batch_norm(network, images, BATCH)
+    cost = effective_cost(network, images[:BATCH])
+    return network, cost.macs, cost.params
 
 
-def effective_macs(model: nn.Module, images: Tensor) -> int:
-    """Count the multiply-adds per image of convolutions and linear layers, without zero channels.
+@dataclass(frozen=True)
+class EffectiveCost:
+    """Cost of a network of which what is zero is left out."""
 
-    An input channel that is zero on all of `images` and a filter of zeros cost nothing.
+    macs: int
+    params: int
+
+
+@torch.no_grad()
+def effective_cost(model: nn.Module, images: Tensor) -> EffectiveCost:
+    """Count the multiply-adds per image of convolutions and linear layers, and all parameters.
+
+    A filter of zeros costs nothing, nor do the weights that read an input channel that is zero on
+    all of `images` (but in grouped convolutions, which are counted with all that they read).
     """
-    total = 0
+    macs = 0
+    params = sum(int(parameter.count_nonzero()) for parameter in model.parameters())
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal total
+        nonlocal macs, params
         weight: Tensor = module.weight  # type: ignore[assignment]
         features = inputs[0]
-        alive = features.abs().amax([d for d in range(features.ndim) if d != 1]) > 0
-        used = weight[:, alive] if weight.shape[1] == len(alive) else weight  # grouped: all
-        filters = weight.flatten(1).any(1).sum()
-        positions = output[0, 0].numel() if output.ndim == 4 else 1
-        total += int(filters) * used[0].numel() * positions
+        axis = 1 if isinstance(module, nn.Conv2d) else features.ndim - 1
+        alive = features.abs().amax([d for d in range(features.ndim) if d != axis]) > 0
+        read = weight
+        if weight.shape[1] == len(alive):
+            read = weight[:, alive]
+            params -= int(weight[:, ~alive].count_nonzero())
+        filters = int(weight.flatten(1).any(1).sum())
+        positions = output[0].numel() // len(weight)
+        macs += filters * read[0].numel() * positions
 
     handles = [
         module.register_forward_hook(hook)
@@ -70,7 +86,7 @@ def effective_macs(model: nn.Module, images: Tensor) -> int:
     finally:
         for handle in handles:
             handle.remove()
-    return total
+    return EffectiveCost(macs, params)
 
 
 def _zeroed(dense: nn.Module, layers: list[str], norms: dict[str, str], share: float) -> nn.Module:

@@ -24,6 +24,7 @@ from sbf_dist.recipe import Recipe
 FORMAT = 1
 CHUNK = 1024  # images per file
 MANIFEST = "manifest.json"
+AGAIN = "make them again (--again pseudo-labels)"
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def begin(folder: Path, origin: Mapping[str, object]) -> None:
     """Open a store made from `origin` (digests, temperature); chunks of another are removed."""
     folder.mkdir(parents=True, exist_ok=True)
     origin_file = folder / "origin.json"
-    if not origin_file.exists() or json.loads(origin_file.read_text()) != dict(origin):
+    if _read_json(origin_file) != dict(origin):
         for path in (*folder.glob("chunk-*.parquet"), folder / MANIFEST):
             path.unlink(missing_ok=True)
         partial = folder / ".origin.json.partial"
@@ -127,30 +128,30 @@ def load(folder: Path, origin: Mapping[str, object]) -> PseudoLabels:
 
     Raises UserError if it is partial, damaged, or stale, naming what differs.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError:
+    if not (folder / MANIFEST).exists():
         raise UserError(
             f"pseudo-labels {folder} are not complete (no {MANIFEST}); run the stage pseudo-labels"
-        ) from None
-    except ValueError:
-        raise UserError(f"pseudo-labels {folder}: {MANIFEST} is damaged") from None
-    if manifest.get("format") != FORMAT:
+        )
+    manifest = _read_json(folder / MANIFEST)
+    if manifest is None or not {"format", "origin", "images", "chunks"} <= manifest.keys():
+        raise UserError(f"pseudo-labels {folder}: {MANIFEST} is damaged; {AGAIN}")
+    if manifest["format"] != FORMAT:
         raise UserError(
-            f"pseudo-labels {folder}: format {manifest.get('format')}, this version reads {FORMAT}"
+            f"pseudo-labels {folder}: format {manifest['format']}, this version reads {FORMAT}; "
+            f"{AGAIN}"
         )
     for key, value in origin.items():
         if manifest["origin"].get(key) != value:
             raise UserError(
                 f"pseudo-labels {folder} are stale: they were made with {key} = "
                 f"{manifest['origin'].get(key)!r}, this run has {value!r}; "
-                "run the stage pseudo-labels again"
+                f"{AGAIN}"
             )
     tables = [_read_chunk(chunk_path(folder, n)) for n in range(manifest["chunks"])]
     table = pa.concat_tables(tables)
     if len(table) != manifest["images"]:
         raise UserError(
-            f"pseudo-labels {folder}: {len(table)} images instead of {manifest['images']}"
+            f"pseudo-labels {folder}: {len(table)} images instead of {manifest['images']}; {AGAIN}"
         )
     return PseudoLabels(
         ids=table["id"].to_numpy(),
@@ -168,6 +169,16 @@ def _read_chunk(path: Path) -> pa.Table:
     try:
         return pq.read_table(pa.BufferReader(path.read_bytes()))
     except FileNotFoundError:
-        raise UserError(f"pseudo-labels: {path} is missing") from None
+        raise UserError(f"pseudo-labels: {path} is missing; {AGAIN}") from None
     except pa.ArrowException as error:
-        raise UserError(f"pseudo-labels: {path} is damaged: {error}") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"pseudo-labels: {path} is damaged ({reason}); {AGAIN}") from None
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """Return the mapping in a file, or None where there is none."""
+    try:
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None

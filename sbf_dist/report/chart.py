@@ -8,7 +8,11 @@ if TYPE_CHECKING:
 
 
 def accuracy_over_macs(rows: Sequence[Mapping[str, Any]]) -> "Figure":
-    """Draw each row ("name", "top1" in [0, 1], "macs") as a labelled point."""
+    """Draw each row as a labelled point.
+
+    A row has "name", "network" (those that begin with "sbf" have the accent colour), "top1" in
+    [0, 1], and "macs".
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")

@@ -1,0 +1,88 @@
+import itertools
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sbf_dist.compress.budget import Option, allocate
+from sbf_dist.errors import UserError
+
+
+def table(layers, data):
+    """Random options by layer; the first of each layer is the dense one."""
+    options = {}
+    for layer in range(layers):
+        dense = data.draw(st.integers(50, 200))
+        count = data.draw(st.integers(0, 4))
+        options[f"layer{layer}"] = [
+            Option(16, 0, dense, 0.0),
+            *(
+                Option(k, 1, data.draw(st.integers(5, dense - 1)), data.draw(st.floats(0.01, 10)))
+                for k in range(1, count + 1)
+            ),
+        ]
+    return options
+
+
+def brute_force(options, fixed, budget):
+    choices = itertools.product(*options.values())
+    losses = [
+        sum(o.loss for o in choice)
+        for choice in choices
+        if fixed + sum(o.cost for o in choice) <= budget
+    ]
+    return min(losses, default=None)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    layers=st.integers(1, 4),
+    fixed=st.integers(0, 100),
+    share=st.floats(0.05, 1.0),
+    data=st.data(),
+)
+def test_the_choice_is_as_good_as_the_best_of_all(layers, fixed, share, data):
+    options = table(layers, data)
+    dense = fixed + sum(row[0].cost for row in options.values())
+    best = brute_force(options, fixed, share * dense)
+    if best is None:
+        with pytest.raises(UserError):
+            allocate(options, fixed=fixed, dense=dense, share=share)
+        return
+    chosen = allocate(options, fixed=fixed, dense=dense, share=share)
+    assert list(chosen) == list(options)
+    assert all(option in options[name] for name, option in chosen.items())
+    cost = fixed + sum(option.cost for option in chosen.values())
+    assert cost <= share * dense * (1 + 1e-6)
+    assert sum(option.loss for option in chosen.values()) <= best * (1 + 1e-3) + 1e-5
+
+
+OPTIONS = {
+    "a": [Option(8, 0, 300, 0.0), Option(2, 1, 101, 1.0)],
+    "b": [Option(8, 0, 300, 0.0), Option(2, 1, 57, 9.0)],
+}
+
+
+def test_the_whole_budget_leaves_everything_dense():
+    chosen = allocate(OPTIONS, fixed=100, dense=700, share=1.0)
+    assert {option.sources for option in chosen.values()} == {0}
+
+
+def test_a_budget_below_the_floor_names_the_smallest_share_and_that_works():
+    with pytest.raises(UserError) as told:
+        allocate(OPTIONS, fixed=100, dense=700, share=0.2)
+    assert "macs = 0.2 of the dense network" in str(told.value)
+    smallest = float(re.search(r"smallest that works is (\S+)$", str(told.value))[1])
+    assert 258 / 700 <= smallest < 258 / 700 + 1e-3
+    chosen = allocate(OPTIONS, fixed=100, dense=700, share=smallest)
+    assert {option.sources for option in chosen.values()} == {1}
+
+
+def test_scale_of_losses_and_costs_does_not_matter():
+    small = {
+        name: [Option(o.kept, o.sources, o.cost * 1e9, o.loss * 1e-12) for o in row]
+        for name, row in OPTIONS.items()
+    }
+    chosen = allocate(small, fixed=100e9, dense=700e9, share=0.72)
+    assert {name: option.sources for name, option in chosen.items()} == {"a": 1, "b": 0}

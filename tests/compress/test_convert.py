@@ -1,0 +1,145 @@
+import copy
+
+import pytest
+import torch
+from small_networks import pictures, small
+from torch import nn
+
+from sbf_dist.compress.convert import convert
+from sbf_dist.compress.cost import count
+from sbf_dist.compress.plan import DenseLayer, Plan, SBFLayer
+from sbf_dist.errors import UserError
+from sbf_dist.layers import SBFConv2d
+
+
+def dense(convertible=True):
+    return DenseLayer(reason="test", macs=1, convertible=convertible)
+
+
+def every_other(channels, per_channel=2, **changes):
+    kept = list(range(0, channels, 2))
+    return SBFLayer(
+        **(
+            {
+                "channels": channels,
+                "kept": kept,
+                "sources": [
+                    [kept[(p + s) % len(kept)] for s in range(per_channel)]
+                    for p in range(channels - len(kept))
+                ],
+                "transform_size": 3,
+                "macs_before": 1,
+                "macs_after": 1,
+                "error": 0.0,
+                "reason": "test",
+            }
+            | changes
+        )
+    )
+
+
+def plan(**layers):
+    return Plan(
+        model="small",
+        classes=5,
+        input_shape=(3, 10, 10),
+        budget={"macs": 0.5},
+        macs_before=1,
+        macs_after=1,
+        params_before=1,
+        params_after=1,
+        layers=layers,
+    )
+
+
+def test_planned_layers_become_sbf_layers_and_the_others_stay():
+    model = small()
+    before = copy.deepcopy(model.state_dict())
+    student = convert(model, plan(stem=dense(), conv1=every_other(16), conv2=dense()))
+    assert isinstance(student.conv1, SBFConv2d)
+    assert student.conv1.kept == tuple(range(0, 16, 2))
+    assert type(student.conv2) is nn.Conv2d
+    # The model itself is not touched, nor shared.
+    assert type(model.conv1) is nn.Conv2d
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(1)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_kept_channels_are_those_of_the_dense_layer():
+    model = small(norm=False)
+    student = convert(model, plan(stem=dense(), conv1=dense(), conv2=every_other(16)))
+    x = torch.randn(2, 16, 9, 9)
+    torch.testing.assert_close(student.conv2(x)[:, ::2], model.conv2(x)[:, ::2])
+
+
+def test_a_converted_layer_has_a_bias_that_is_nothing_where_there_was_none():
+    student = convert(small(norm=True), plan(stem=dense(), conv1=every_other(16), conv2=dense()))
+    assert torch.equal(student.conv1.bias, torch.zeros(16))
+    assert student.conv1.bias.requires_grad
+    model = small(norm=False).double()
+    student = convert(model, plan(stem=dense(), conv1=every_other(16), conv2=dense()))
+    assert torch.equal(student.conv1.bias, model.conv1.bias)
+    assert student.conv1.bias.dtype == torch.float64
+
+
+def test_macs_of_the_converted_network_follow_the_formula():
+    model = small()
+    layers = plan(stem=dense(), conv1=every_other(16, per_channel=3), conv2=dense())
+    saved = 100 * 8 * 8 * 9 - 100 * 8 * 3 * 9
+    before, after = (count(m, (3, 10, 10)) for m in (model, convert(model, layers)))
+    assert before.macs - after.macs == saved
+
+
+@pytest.mark.parametrize("unknown", ["stem", "conv1", "conv2"])
+def test_a_network_with_a_layer_that_the_plan_does_not_know_is_refused(unknown):
+    layers = {name: dense() for name in ("stem", "conv1", "conv2") if name != unknown}
+    with pytest.raises(UserError, match=f"does not know layer {unknown}: .*'small'"):
+        convert(small(), plan(**layers))
+
+
+def test_of_several_unknown_layers_the_first_is_named():
+    with pytest.raises(UserError, match="does not know layer stem"):
+        convert(small(), plan())
+
+
+@pytest.mark.parametrize("name", ["conv3", "head", "norm1"])
+def test_a_plan_for_a_layer_that_is_no_convolution_of_the_network_is_refused(name):
+    layers = plan(stem=dense(), conv1=dense(), conv2=dense(), **{name: every_other(16)})
+    with pytest.raises(UserError, match=f"names layer {name}, which this network does not have"):
+        convert(small(), layers)
+
+
+def test_a_plan_with_other_channels_is_refused():
+    with pytest.raises(UserError, match="gives layer conv1 12 channels, this network 16"):
+        convert(small(), plan(stem=dense(), conv1=every_other(12), conv2=dense()))
+
+
+def test_a_plan_that_does_not_fit_the_groups_is_refused_in_one_line():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
+    layer = every_other(4, kept=[0, 1], sources=[[0], [1]])
+    with pytest.raises(UserError, match=r"^plan, layer 0: kept has \[2, 0\] channels in its gro"):
+        convert(model, plan(**{"0": layer}))
+
+
+class Standardised(nn.Conv2d):
+    """As timm's StdConv2d: not what its weights alone say."""
+
+
+def test_a_special_convolution_stays_dense_and_a_plan_may_not_replace_it():
+    model = nn.Sequential(Standardised(3, 4, 3))
+    student = convert(model, plan(**{"0": dense(convertible=False)}))
+    assert type(student[0]) is Standardised
+    with pytest.raises(UserError, match="SBF layer of 0, a Standardised: it must stay dense"):
+        convert(model, plan(**{"0": every_other(4)}))
+
+
+def test_plan_and_weights_make_the_same_network_again():
+    layers = plan(stem=dense(), conv1=every_other(16), conv2=every_other(16))
+    student = convert(small(seed=1), layers)
+    torch.nn.init.normal_(student.conv1.transforms)
+    again = convert(small(seed=2), Plan.model_validate_json(layers.model_dump_json()))
+    again.load_state_dict(student.state_dict())
+    x = pictures(2)
+    assert torch.equal(again(x), student(x))

@@ -1,0 +1,156 @@
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sbf_dist.compress.plan import DenseLayer, Plan, SBFLayer
+from sbf_dist.errors import UserError
+
+
+def sbf_layer(**changes):
+    return SBFLayer(
+        **(
+            {
+                "channels": 4,
+                "kept": [0, 2],
+                "sources": [[0, 2], [2, 0]],
+                "transform_size": 3,
+                "macs_before": 100,
+                "macs_after": 60,
+                "error": 0.125,
+                "reason": "test",
+            }
+            | changes
+        )
+    )
+
+
+def plan(layers):
+    return Plan(
+        model="cifar_resnet8",
+        classes=10,
+        input_shape=(3, 32, 32),
+        budget={"macs": 0.5},
+        macs_before=200,
+        macs_after=160,
+        params_before=20,
+        params_after=16,
+        layers=layers,
+    )
+
+
+@st.composite
+def layers(draw):
+    channels = draw(st.integers(1, 9))
+    kept = sorted(draw(st.sets(st.integers(0, channels - 1), min_size=1)))
+    count = draw(st.integers(1, 3))
+    rows = [
+        [draw(st.sampled_from(kept)) for _ in range(count)] for _ in range(channels - len(kept))
+    ]
+    return sbf_layer(
+        channels=channels,
+        kept=kept,
+        sources=rows,
+        transform_size=draw(st.sampled_from([1, 3, 5])),
+        error=draw(st.floats(0, 1)),
+        reason=draw(st.text(max_size=9) | st.text("[1, ]\n", max_size=9)),
+    )
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.text("abc.01", min_size=1), layers(), max_size=3))
+def test_a_saved_and_loaded_plan_is_the_same(tmp_path_factory, made):
+    path = tmp_path_factory.mktemp("plan") / "plan.json"
+    before = plan({**made, "stem": DenseLayer(reason="the stem", macs=40, convertible=False)})
+    before.save(path)
+    after = Plan.load(path)
+    assert after == before
+    assert list(after.layers) == list(before.layers)
+    assert after.digest() == before.digest()
+
+
+def test_a_person_can_read_and_edit_the_file(tmp_path: Path):
+    path = tmp_path / "plan.json"
+    made = plan({"conv": sbf_layer()})
+    made.save(path)
+    text = path.read_text()
+    assert '"kept": [ 0, 2 ],\n' in text
+    assert "        [ 2, 0 ]\n" in text
+    path.write_text(text.replace("[ 0, 2 ],\n        [ 2, 0 ]", "[ 2, 0 ],\n        [ 2, 0 ]"))
+    edited = Plan.load(path)
+    assert edited.layers["conv"].sources == [[2, 0], [2, 0]]
+    assert edited.digest() != made.digest()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kept": [2, 0]}, "kept must be ascending channels out of 4"),
+        ({"kept": [0, 0]}, "kept must be ascending"),
+        ({"kept": [0, 4]}, "kept must be ascending channels out of 4"),
+        ({"kept": [-1, 2]}, "kept must be ascending"),
+        ({"kept": []}, "kept must be ascending"),
+        ({"sources": [[0, 2]]}, "sources has 1 rows for 2 rebuilt channels"),
+        ({"sources": [[0], [0, 2]]}, "equally many sources"),
+        ({"sources": [[], []]}, "a rebuilt channel must have a source"),
+        ({"sources": [[1, 0], [0, 2]]}, "a source must be a kept channel"),
+        ({"transform_size": 2}, "transform_size = 2 must be odd"),
+        ({"transform_size": -1}, "transform_size = -1 must be odd"),
+        ({"channels": 0}, "channels: .*greater than 0"),
+        ({"kepd": [1]}, "kepd: Extra inputs are not permitted"),
+        ({"error": None}, "error: .*number"),
+    ],
+)
+def test_an_edit_that_makes_no_layer_is_refused_in_one_line_that_names_it(
+    tmp_path: Path, changes, message
+):
+    path = tmp_path / "plan.json"
+    content = json.loads(plan({"stages.0.dense": sbf_layer()}).model_dump_json())
+    content["layers"]["stages.0.dense"] |= changes
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message) as told:
+        Plan.load(path)
+    assert str(told.value).startswith(f"plan {path}: layers.stages.0.dense")
+    assert "\n" not in str(told.value)
+
+
+def test_a_layer_that_is_called_like_a_kind_is_named(tmp_path: Path):
+    content = json.loads(plan({"dense": sbf_layer()}).model_dump_json())
+    content["layers"]["dense"]["kept"] = "all"
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"layers\.dense\.kept: "):
+        Plan.load(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"not json", "file: Invalid JSON"),
+        (b"\xff\xfe", "is not a plan"),
+        (b"{}", "model: Field required"),
+        (b"[]", "file: "),
+    ],
+)
+def test_a_file_that_is_no_plan_is_refused(tmp_path: Path, content, message):
+    path = tmp_path / "plan.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as told:
+        Plan.load(path)
+    assert str(path) in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+def test_a_plan_that_is_missing_or_a_folder_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match="does not exist"):
+        Plan.load(tmp_path / "plan.json")
+    with pytest.raises(UserError, match="is not a plan"):
+        Plan.load(tmp_path)
+
+
+def test_a_plan_of_another_format_is_refused(tmp_path: Path):
+    content = json.loads(plan({}).model_dump_json()) | {"format": 2}
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="format: Input should be 1"):
+        Plan.load(tmp_path / "plan.json")
