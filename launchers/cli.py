@@ -96,19 +96,12 @@ def run(
 def check(recipe: Recipe, *, indexed: bool) -> None:
     """Refuse what can be refused before anything is started or written.
 
-    That is: names that the table of results uses itself, a machine that is too small, images that
-    are not there (unless they are `indexed` already), unknown models.
+    That is: a machine that is too small, images that are not there (unless they are `indexed`
+    already), names that the table of results uses itself, unknown models.
     """
     from launchers.local_ray import check_machine
-    from launchers.networks import TITLES
     from pipelines.sources.folder import check_folder
-    from sbf_dist import models
 
-    for index, teacher in enumerate(recipe.teachers):
-        if teacher.name in TITLES:
-            raise UserError(
-                f"teachers.{index}.name = {teacher.name!r} must not be one of {', '.join(TITLES)}"
-            )
     if not os.environ.get("RAY_ADDRESS"):
         workers = recipe.workers
         check_machine(workers.count, workers.cpus, workers.gpus)
@@ -121,7 +114,15 @@ def check(recipe: Recipe, *, indexed: bool) -> None:
             validation=data.validation,
             seed=recipe.seed,
         )
-    for teacher in recipe.teachers:
+    # PyTorch takes seconds to load: not before the above.
+    from launchers.networks import TITLES
+    from sbf_dist import models
+
+    for index, teacher in enumerate(recipe.teachers):
+        if teacher.name in TITLES:
+            raise UserError(
+                f"teachers.{index}.name = {teacher.name!r} must not be one of {', '.join(TITLES)}"
+            )
         models.build(teacher.model, classes=2)
 
 

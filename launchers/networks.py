@@ -1,6 +1,7 @@
 """Which networks a recipe makes: how each is built, trained and named in the tables."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from launchers.layout import RunFolder
@@ -146,7 +147,7 @@ def is_planned(network: str) -> bool:
     return network in (ONE_SHOT, SBF_LABELS, STUDENT)
 
 
-def weights_of(recipe: Recipe, run: RunFolder, network: str):
+def weights_of(recipe: Recipe, run: RunFolder, network: str) -> Path:
     """Return the file that holds a network's weights."""
     for teacher in recipe.teachers:
         if teacher.name == network and teacher.weights is not None:

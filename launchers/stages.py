@@ -34,7 +34,7 @@ from sbf_dist.export.fold import fold_batchnorm
 from sbf_dist.export.onnx import to_onnx, verify_onnx
 from sbf_dist.export.saved import ONNX, Card, save_student
 from sbf_dist.recipe import Recipe
-from sbf_dist.report.chart import accuracy_over_macs
+from sbf_dist.report.chart import accuracy_and_cost
 
 Result = dict[str, Any]
 
@@ -260,7 +260,7 @@ def export(run: Run, log: tracking.Run) -> Result:
     log.log_metrics({"onnx_difference": difference}, 0)
     run.display.say(f"  ONNX Runtime agrees within {difference:.1e} on {len(images)} images")
     _write(run.folder.summary, {"rows": rows})
-    chart = accuracy_over_macs(rows)
+    chart = accuracy_and_cost(rows)
     chart.savefig(run.folder.root / "summary.png", dpi=120)
     run.parent.log_figure(chart, "summary.png")
     run.parent.log_artifact(run.folder.summary)

@@ -81,7 +81,7 @@ def train_networks(config: dict[str, Any]) -> dict[str, Any]:
     jobs = (networks.teacher_jobs if stage == "teachers" else networks.distill_jobs)(here.recipe)
     results: dict[str, Any] = {}
     with launcher.latest_checkpoint() as folder:
-        resumed = checkpoint.verify(folder).digests["training"] if folder else None
+        resumed = checkpoint.read_manifest(folder).digests["training"] if folder else None
         for number, job in enumerate(jobs):
             done = here.run.weights(job.name).exists()
             dist.barrier()  # all have looked before rank 0 writes

@@ -133,7 +133,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         state = load_file(path)
     except FileNotFoundError:
         raise UserError(f"weights {path} do not exist") from None
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(f"weights {path} are not a safetensors file: {error}") from None
     own = model.state_dict()
     for name, tensor in own.items():

@@ -131,7 +131,7 @@ def output_sensitivity(
     totals: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Callable[..., None]:
+    def keep(name: str) -> Callable[..., Tensor]:
         def hook(_: nn.Module, __: tuple[Tensor, ...], result: Tensor) -> Tensor:
             outputs[name] = result
             return result.clone()  # which an activation may overwrite in place

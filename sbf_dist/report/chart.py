@@ -1,4 +1,4 @@
-"""The picture of a run: accuracy over cost."""
+"""The picture of a run: accuracy and cost of each network, side by side."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -7,47 +7,31 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def accuracy_over_macs(rows: Sequence[Mapping[str, Any]]) -> "Figure":
-    """Draw each row as a labelled point.
-
-    A row has "name", "network" (those that begin with "sbf" have the accent colour), "top1" in
-    [0, 1], and "macs".
-    """
+def accuracy_and_cost(rows: Sequence[Mapping[str, Any]]) -> "Figure":
+    """Draw one line for each row: "name", "network", "top1" in [0, 1], "macs" per image."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for row in rows:
-        sbf = row["network"].startswith("sbf")
-        axes.scatter(row["macs"] / 1e6, 100 * row["top1"], s=60, color="C0" if sbf else "C7")
-    _label(axes, rows)
-    axes.set_xlabel("multiply-adds per image (M)")
-    axes.set_ylabel("top-1 accuracy (%)")
-    axes.set_xlim(left=0)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure
-
-
-def _label(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write the names beside the points, apart from each other where points lie close."""
-    low = min(100 * row["top1"] for row in rows)
-    high = max(100 * row["top1"] for row in rows)
-    gap = max(high - low, 1.0) / 22
-    axes.set_ylim(low - 2 * gap, high + 3 * gap)
-    widest = max(row["macs"] for row in rows) / 1e6
-    placed: list[tuple[float, float]] = []
-    for row in sorted(rows, key=lambda row: row["top1"]):
-        x, y = row["macs"] / 1e6, 100 * row["top1"]
-        while any(abs(x - px) < 0.35 * widest and abs(y - py) < gap for px, py in placed):
-            y += gap / 4
-        placed.append((x, y))
-        right = x < 0.7 * widest
-        axes.annotate(
-            row["name"],
-            (x, 100 * row["top1"]),
-            xytext=(x + (0.015 if right else -0.015) * widest, y),
-            ha="left" if right else "right",
-            va="center",
-            fontsize=9,
+    figure = Figure(figsize=(9, 0.8 + 0.4 * len(rows)), layout="constrained")
+    accuracy, cost = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    places = range(len(rows))
+    colors = ["C0" if row["network"].startswith("sbf") else "0.55" for row in rows]
+    percent = [100 * row["top1"] for row in rows]
+    millions = [row["macs"] / 1e6 for row in rows]
+    accuracy.hlines(places, min(percent) - 2, percent, color=colors, alpha=0.35)
+    accuracy.scatter(percent, places, s=50, color=colors, zorder=3)
+    for place, value in zip(places, percent, strict=True):
+        accuracy.annotate(
+            f"{value:.1f}", (value, place), (6, 0), textcoords="offset points", va="center"
         )
+    accuracy.set_yticks(places, [row["name"] for row in rows])
+    accuracy.set_xlabel("top-1 accuracy (%)")
+    accuracy.set_xlim(min(percent) - 2, max(percent) + 0.12 * (max(percent) - min(percent) + 4))
+    accuracy.invert_yaxis()
+    bars = cost.barh(places, millions, color=colors, height=0.6)
+    cost.bar_label(bars, [f"{value:.1f}" for value in millions], padding=4)
+    cost.set_xlabel("multiply-adds per image (M)")
+    cost.set_xlim(0, 1.15 * max(millions))
+    for axes in (accuracy, cost):
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(left=False)
+    return figure

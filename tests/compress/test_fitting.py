@@ -40,9 +40,7 @@ def taps_of(z, b, size):
     border = size // 2
     padded = np.pad(z[:, b].numpy(), ((0, 0), (border, border), (border, border)))
     h, w = z.shape[2:]
-    shifts = [
-        padded[:, i : i + h, j : j + w].ravel() for i in range(size) for j in range(size)
-    ]
+    shifts = [padded[:, i : i + h, j : j + w].ravel() for i in range(size) for j in range(size)]
     return np.stack(shifts, 1)
 
 
@@ -68,9 +66,7 @@ def test_transforms_are_numpys_least_squares_solution(size, sources):
     moments = gather_moments(iter([(y, y)]), size).restrict([0, 1, 2])
     fit = fit_transforms(moments, [3, 4], sources)
     for p, target in enumerate((3, 4)):
-        columns = np.concatenate(
-            [taps_of(z, b, size) for b in fit.sources[p].tolist()], axis=1
-        )
+        columns = np.concatenate([taps_of(z, b, size) for b in fit.sources[p].tolist()], axis=1)
         wanted = y[:, target].numpy().ravel()
         solution, residual = ridge_lstsq(columns, wanted)
         np.testing.assert_allclose(fit.transforms[p].flatten(), solution, rtol=1e-6, atol=1e-9)
@@ -177,9 +173,7 @@ def explained(y, weights, basis, size):
         if c in basis:
             best = target.var()
         else:
-            best = max(
-                target.var() - residual_bound(y, target, b, size) for b in basis
-            )
+            best = max(target.var() - residual_bound(y, target, b, size) for b in basis)
         total += float(weights[c]) * best
     return total
 

@@ -12,7 +12,7 @@ from sbf_dist.compress.convert import convert
 from sbf_dist.compress.cost import count
 from sbf_dist.compress.plan import DenseLayer, Plan, SBFLayer
 from sbf_dist.compress.reconstruct import compress, forward_order
-from sbf_dist.compress.statistics import run_until
+from sbf_dist.compress.statistics import measure_batch_norm, run_until
 from sbf_dist.compress.zeroed import zero_channels
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
@@ -96,7 +96,8 @@ def copies(kernels):
         for conv in (model.conv1, model.conv2):
             points = torch.randn(4, conv.in_channels)
             filters = [points[:, :, None, None] * kernel for kernel in kernels]
-            conv.weight.copy_(torch.cat(filters))
+            # Small, so that the predictions are not all certain and every channel matters.
+            conv.weight.copy_(0.1 * torch.cat(filters))
     return model
 
 
@@ -140,7 +141,8 @@ def redundant(**settings):
     with torch.no_grad():
         for conv in (model.conv1, model.conv2):
             mixed = torch.einsum("ck,kiab->ciab", torch.randn(16, 4), conv.weight[:4])
-            conv.weight.copy_(mixed + 0.1 * conv.weight)
+            conv.weight.copy_(0.5 * mixed + 0.05 * conv.weight)
+    measure_batch_norm(model, pictures(64), 64)
     return model
 
 
@@ -148,7 +150,7 @@ def test_more_sources_leave_a_smaller_error():
     model, images = redundant(norm=False), pictures(48)
     errors = []
     for sources in (1, 4):
-        _, plan = shrink(model, images, macs=0.45, sources=sources)
+        _, plan = shrink(model, images, macs=0.7, sources=sources)
         used = {len(layer.sources[0]) for layer in plan.layers.values() if layer.kind == "sbf"}
         assert max(used) <= sources
         errors.append(sum(layer.error for layer in plan.layers.values() if layer.kind == "sbf"))
@@ -157,12 +159,12 @@ def test_more_sources_leave_a_smaller_error():
 
 def test_rebuilding_is_nearer_to_the_dense_network_than_zeroing_at_the_same_cost():
     model, images = redundant(), pictures(64)
-    student, plan = shrink(model, images, macs=0.5)
+    student, plan = shrink(model, images, macs=0.6)
     zeroed, macs, _ = zero_channels(
         model, ["conv1", "conv2"], images, plan.macs_after / plan.macs_before
     )
     assert macs <= plan.macs_after
-    assert divergence(model, student, images) < 0.3 * divergence(model, zeroed, images)
+    assert divergence(model, student, images) < 0.1 * divergence(model, zeroed, images)
 
 
 class Mixed(nn.Module):
@@ -223,12 +225,12 @@ def test_floor_is_the_least_share_that_is_kept():
 
 
 def test_a_floor_of_everything_leaves_nothing_to_choose():
-    with pytest.raises(UserError, match="smallest that works is 1$"):
+    with pytest.raises(UserError, match=r"smallest that works is 1$"):
         shrink(small(), macs=0.9, floor=1.0)
 
 
 def test_a_budget_that_is_too_small_names_the_smallest_share_and_that_works():
-    with pytest.raises(UserError, match="macs = 0.01 of the dense network") as told:
+    with pytest.raises(UserError, match=r"macs = 0\.01 of the dense network") as told:
         shrink(small(), macs=0.01)
     smallest = float(re.search(r"smallest that works is (\S+)$", str(told.value))[1])
     assert 0.01 < smallest < 0.5

@@ -16,7 +16,7 @@ from sbf_dist.compress.statistics import (
 
 def neighbourhoods(features, size):
     """(C · size², N · H · W) by slicing a padded array, tap by tap."""
-    n, channels, h, w = features.shape
+    _, channels, h, w = features.shape
     border = size // 2
     padded = np.pad(features, ((0, 0), (0, 0), (border, border), (border, border)))
     rows = [
@@ -153,6 +153,16 @@ def test_sensitivity_depends_on_the_seed_alone_and_leaves_no_gradients():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_an_activation_that_overwrites_its_input_changes_nothing():
+    conv, head = nn.Conv2d(3, 4, 3), nn.Linear(64, 5)
+    images = torch.randn(6, 3, 6, 6)
+    found = []
+    for inplace in (False, True):
+        model = nn.Sequential(conv, nn.ReLU(inplace), nn.Flatten(), head)
+        found.append(output_sensitivity(model, ["0"], lambda: iter([images]), seed=0)["0"])
+    assert torch.equal(*found)
+
+
 def test_a_channel_that_nothing_reads_has_no_sensitivity():
     model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Conv2d(2, 4, 4), nn.Flatten())
     with torch.no_grad():
@@ -168,9 +178,7 @@ def test_batch_norm_is_measured_on_all_images_alike():
     images = 5 + torch.randn(65, 2, 4, 4)
     images[-1] += 100
     measure_batch_norm(model, images, 64)
-    torch.testing.assert_close(
-        model[0].running_mean, images.mean((0, 2, 3)), rtol=0.02, atol=0
-    )
+    torch.testing.assert_close(model[0].running_mean, images.mean((0, 2, 3)), rtol=0.02, atol=0)
     assert model[0].momentum == 0.3
     assert not model.training
     assert not model[0].training

@@ -19,9 +19,7 @@ def cut(zeroed):
         ("conv2", "norm2", second, first),
     ):
         old = zeroed.get_submodule(conv)
-        new = nn.Conv2d(
-            old.weight[:, read].shape[1], int(kept.sum()), 3, old.stride, 1, bias=False
-        )
+        new = nn.Conv2d(old.weight[:, read].shape[1], int(kept.sum()), 3, old.stride, 1, bias=False)
         new.weight = nn.Parameter(old.weight[kept][:, read])
         setattr(pruned, conv, new)
         smaller = nn.BatchNorm2d(int(kept.sum()))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pictures import write_plain
 
-from pipelines.sources.folder import index_folder, share_out
+from pipelines.sources.folder import check_folder, index_folder, share_out
 from sbf_dist.errors import UserError
 
 
@@ -151,8 +151,23 @@ def layout(root: Path, **counts: int) -> Path:
     ],
 )
 def test_mistakes_are_told_with_their_numbers(tmp_path, counts, arguments, message):
-    with pytest.raises(UserError, match=message):
-        indexed(layout(tmp_path, **counts), **arguments)
+    root = layout(tmp_path, **counts)
+    with pytest.raises(UserError, match=message) as told:
+        indexed(root, **arguments)
+    # They are found without reading an image as well.
+    settings = {"labelled_per_class": None, "validation": 2, "seed": 0} | arguments
+    with pytest.raises(UserError) as early:
+        check_folder(root, **settings)
+    assert str(early.value) == str(told.value)
+
+
+def test_a_check_reads_no_image(tmp_path):
+    fill(tmp_path / "a", 3)
+    for path in (tmp_path / "a").iterdir():
+        path.write_text("no image")
+    check_folder(tmp_path, labelled_per_class=1, validation=1, seed=0)
+    with pytest.raises(UserError, match="3 of 3 images cannot be used"):
+        indexed(tmp_path)
 
 
 def test_a_root_that_is_not_there_is_told(tmp_path):

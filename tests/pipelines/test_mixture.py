@@ -1,0 +1,107 @@
+import pytest
+import torch
+
+from pipelines.augmentation import Augmentation
+from pipelines.loader import TrainLoader
+from pipelines.mixture import MixedLoader
+from sbf_dist.errors import UserError
+
+
+def loader(index, part, batch_size, seed=0, rank=0, world_size=1):
+    return TrainLoader(
+        index,
+        [part],
+        batch_size=batch_size,
+        image_size=8,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        augmentation=Augmentation(),
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        threads=1,
+    )
+
+
+@pytest.fixture
+def mixed(plain_index):
+    made = []
+
+    def make(labelled=2, unlabelled=5):
+        streams = {"labelled": labelled, "unlabelled": unlabelled}
+        made.append(MixedLoader([loader(plain_index, part, n) for part, n in streams.items() if n]))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def test_a_batch_is_the_labelled_images_beside_the_unlabelled(mixed, plain_index):
+    batches = mixed()
+    for _ in range(3):
+        batch = next(batches)
+        assert batch["image"].shape == (7, 3, 8, 8)
+        assert batch["image"].is_contiguous(memory_format=torch.channels_last)
+        ids, labels = batch["id"], batch["label"]
+        assert set(ids[:2].tolist()) <= set(plain_index.parts["labelled"].tolist())
+        assert set(ids[2:].tolist()) <= set(plain_index.parts["unlabelled"].tolist())
+        assert labels[:2].tolist() == plain_index.labels[ids[:2]].tolist()
+        assert labels[2:].tolist() == [-1] * 5
+
+
+def test_it_gives_what_its_loaders_give(mixed, plain_index):
+    batches = mixed()
+    labelled = loader(plain_index, "labelled", 2)
+    unlabelled = loader(plain_index, "unlabelled", 5)
+    for _ in range(2):
+        batch, one, other = next(batches), next(labelled), next(unlabelled)
+        for key in ("image", "label", "id"):
+            assert torch.equal(batch[key], torch.cat([one[key], other[key]]))
+    labelled.close()
+    unlabelled.close()
+
+
+def test_a_single_loader_is_passed_through(mixed):
+    batch = next(mixed(labelled=3, unlabelled=0))
+    assert batch["id"].shape == (3,)
+    assert (batch["label"] >= 0).all()
+
+
+def test_it_is_an_endless_iterator(mixed):
+    batches = mixed()
+    assert iter(batches) is batches
+    seen = [next(batches)["id"] for _ in range(12)]
+    assert len(seen) == 12
+
+
+def test_a_mixture_goes_on_where_its_state_was_taken(mixed):
+    batches = mixed()
+    for _ in range(3):
+        next(batches)
+    state = batches.state_dict()
+    wanted = [{k: v.clone() for k, v in next(batches).items()} for _ in range(3)]
+    again = mixed()
+    again.load_state_dict(state)
+    for batch in wanted:
+        other = next(again)
+        assert all(torch.equal(value, other[key]) for key, value in batch.items())
+
+
+def test_the_state_of_another_mixture_is_refused(mixed):
+    state = mixed(labelled=3, unlabelled=0).state_dict()
+    with pytest.raises(UserError, match="read 1 streams of images, now it reads 2"):
+        mixed().load_state_dict(state)
+
+
+def test_the_state_of_other_images_is_refused(mixed):
+    one = mixed()
+    state = one.state_dict()
+    state["streams"].reverse()
+    with pytest.raises(UserError):
+        mixed().load_state_dict(state)
+
+
+def test_a_mixture_of_nothing_is_our_own_bug():
+    with pytest.raises(AssertionError, match="a mixture needs a loader"):
+        MixedLoader([])

@@ -1,0 +1,308 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sbf_dist import recipe
+from sbf_dist.errors import UserError
+from sbf_dist.recipe import Recipe
+
+SHIPPED = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+
+MINIMAL = """
+name: tiny
+data: {source: digits, image_size: 16}
+teachers:
+  - {name: one, model: cifar_resnet8, training: {steps: 100}}
+  - {name: two, model: cifar_resnet14, weights: two.safetensors}
+compress: {teacher: one}
+distill: {training: {steps: 50}}
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    (tmp_path / "tiny.yaml").write_text(MINIMAL)
+    return tmp_path / "tiny.yaml"
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as told:
+        recipe.load(path, overrides)
+    message = str(told.value)
+    assert "\n" not in message
+    assert "pydantic" not in message
+    assert "nput" not in message, "pydantic's words, not the user's"
+    return message
+
+
+@pytest.mark.parametrize("shipped", SHIPPED, ids=lambda path: path.name)
+def test_shipped_recipes_load_and_their_runs_are_called_as_their_files(shipped):
+    assert recipe.load(shipped).name == shipped.stem
+
+
+def test_defaults_are_filled_in(path):
+    loaded = recipe.load(path)
+    assert loaded.compress.macs == 0.5
+    assert loaded.teachers[0].training.optimizer.lr == 0.1
+    assert loaded.teachers[1].weights == Path("two.safetensors")
+    assert loaded.baselines is None
+    assert loaded.workers.count == 1
+
+
+def test_trainings_are_found_by_their_place(path):
+    loaded = recipe.load(path, ["baselines={steps: 7}"])
+    assert {where: training.steps for where, training in loaded.trainings().items()} == {
+        "teachers.0.training": 100,
+        "distill.training": 50,
+        "baselines": 7,
+    }
+
+
+def test_a_recipe_survives_json(path):
+    loaded = recipe.load(path, ["data.validation=0.25", "data.root=/tmp/x"])
+    again = Recipe.model_validate(json.loads(json.dumps(loaded.model_dump(mode="json"))))
+    assert again == loaded
+    assert again.digest() == loaded.digest()
+
+
+# --- identity ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["workers.count=4", "workers={gpus: 1, max_failures: 0}", "tracking.experiment=other",
+     "tracking.uri=http://localhost:5000"],
+)  # fmt: skip
+def test_workers_and_tracking_are_no_part_of_the_identity(path, override):
+    assert recipe.load(path, [override]).digest() == recipe.load(path).digest()
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["name=other", "seed=1", "data.image_size=24", "teachers.0.model=cifar_resnet20",
+     "pseudo_labels.top_k=3", "compress.macs=0.4", "distill.label_weight=0.1",
+     "baselines={steps: 9}"],
+)  # fmt: skip
+def test_all_else_is_part_of_the_identity(path, override):
+    assert recipe.load(path, [override]).digest() != recipe.load(path).digest()
+
+
+def test_the_digest_does_not_depend_on_how_the_recipe_is_written(path, tmp_path):
+    content = yaml.safe_load(MINIMAL)
+    content["compress"]["macs"] = 0.5  # its default
+    other = tmp_path / "other.yaml"
+    other.write_text(json.dumps(dict(reversed(content.items()))))
+    assert recipe.load(other).digest() == recipe.load(path).digest()
+    assert re.fullmatch("[0-9a-f]{64}", recipe.load(path).digest())
+
+
+# --- overrides -----------------------------------------------------------------------------------
+
+
+def test_overrides_change_what_they_name_in_the_order_given(path):
+    loaded = recipe.load(
+        path,
+        [
+            "compress.macs=0.4",
+            "compress.macs=0.3",
+            "teachers.1.name=three",
+            "data.augmentation={flip: false, rotate: 10}",
+            "distill.training.optimizer.lr=1e-3",
+            "data.mean=[0, 0.5, 1]",
+            "tracking.uri=null",
+            "seed=5",
+        ],
+    )
+    assert loaded.compress.macs == 0.3
+    assert loaded.teachers[1].name == "three"
+    assert loaded.data.augmentation.rotate == 10
+    assert not loaded.data.augmentation.flip
+    assert loaded.distill.training.optimizer.lr == 1e-3
+    assert loaded.data.mean == (0, 0.5, 1)
+    assert (loaded.tracking.uri, loaded.seed) == (None, 5)
+
+
+def test_an_override_may_hold_equals_signs(path):
+    loaded = recipe.load(path, ["tracking.experiment=a=b"])
+    assert loaded.tracking.experiment == "a=b"
+
+
+def test_an_override_changes_one_place_where_the_recipe_repeats_itself(tmp_path):
+    path = tmp_path / "anchors.yaml"
+    path.write_text(
+        MINIMAL.replace("training: {steps: 100}", "training: &t {steps: 100, optimizer: {lr: 1}}")
+        .replace("weights: two.safetensors", "training: *t")
+        .replace("distill: {training: {steps: 50}}", "distill: {training: {<<: *t, steps: 50}}")
+    )
+    loaded = recipe.load(path, ["teachers.0.training.steps=9", "distill.training.optimizer.lr=0.5"])
+    assert [teacher.training.steps for teacher in loaded.teachers] == [9, 100]
+    assert [teacher.training.optimizer.lr for teacher in loaded.teachers] == [1, 1]
+    assert loaded.distill.training.optimizer.lr == 0.5
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("steps", "override 'steps' must look like distill.training.steps=100"),
+        ("=3", "override '=3' must look like"),
+        ("compress.macs=[0.5", "'[0.5' is not a YAML value"),
+        ("teachers.2.name=x", "teachers has the entries 0 to 1"),
+        ("teachers.-1.name=x", "teachers has the entries 0 to 1"),
+        ("teachers.one.name=x", "teachers has the entries 0 to 1"),
+        ("teachers.2={}", "teachers has the entries 0 to 1"),
+        ("name.first=x", "override 'name.first=x': name has no keys"),
+        ("name.first.second=x", "name has no keys"),
+    ],
+)
+def test_an_override_that_leads_nowhere_is_refused(path, override, message):
+    assert message in refusal(path, override)
+
+
+def test_an_override_inside_of_what_is_not_set_is_refused(path):
+    told = refusal(path, "baselines=null", "baselines.optimizer.lr=1")
+    assert told == (
+        "override 'baselines.optimizer.lr=1': baselines is not set; give the whole of it"
+    )
+
+
+def test_an_override_into_an_empty_list_is_refused(path):
+    assert "teachers has no entries" in refusal(path, "teachers=[]", "teachers.0.name=x")
+
+
+# --- messages ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("compress.mac=0.5", "compress.mac is not a known key; did you mean 'macs'?"),
+        ("distil.training.steps=5", "distil is not a known key; did you mean 'distill'?"),
+        ("teachers.1.wieght=2", "teachers.1.wieght is not a known key; did you mean 'weight'?"),
+        ("teachers.0.training.optimiser={}", "did you mean 'optimizer'?"),
+        ("distill.training.optimizer.learning_rate=1", "distill.training.optimizer.learning_rate"
+         " is not a known key; known are name, lr, weight_decay, momentum, betas, clip"),
+        ("workers.qqq=1", "workers.qqq is not a known key; known are count, cpus, gpus, max_fail"),
+    ],
+)  # fmt: skip
+def test_an_unknown_key_names_the_nearest_or_all(path, override, message):
+    assert message in refusal(path, override)
+
+
+def test_a_key_that_is_wrongly_written_comes_before_the_one_that_is_missing_for_it(path):
+    path.write_text(MINIMAL.replace("compress:", "compres:"))
+    assert "compres is not a known key; did you mean 'compress'?" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("compress.macs=1.5", "compress.macs = 1.5 must be less than or equal to 1"),
+        ("compress.macs=0", "compress.macs = 0 must be greater than 0"),
+        ("compress.macs=half", "compress.macs = 'half' must be a valid number"),
+        ("compress.transform_size=4", "compress: transform_size = 4 must be odd"),
+        ("compress.teacher=three", "compress.teacher = 'three' must be one of one, two"),
+        ("seed=-1", "seed = -1 must be greater than or equal to 0"),
+        ("seed=1.5", "seed = 1.5 must be a valid integer"),
+        ("name=a/b", "name = 'a/b' must be letters, digits, '_', '-' and '.'"),
+        ("name=..", "name = '..' must be letters"),
+        ("name=3", "name = 3 must be a valid string"),
+        ("teachers.0.name=../x", "teachers.0.name = '../x' must be letters"),
+        ("teachers.1.name=one", "teachers: names must differ, they are one, one"),
+        ("teachers.0.training=null", "teachers.0: give either training or weights"),
+        ("teachers.0.weights=x", "teachers.0: give either training or weights"),
+        ("teachers=[]", "teachers = [] must have at least 1 item"),
+        ("teachers=one", "teachers = 'one' must be a valid list"),
+        ("teachers.0=one", "teachers.0 = 'one' must be a mapping of keys to values"),
+        ("data=digits", "data = 'digits' must be a mapping of keys to values"),
+        ("data.source=imagenet", "data.source = 'imagenet' must be 'digits' or 'folder'"),
+        ("data.source=folder", "data: root must name a folder of images for source: folder"),
+        ("data.root=[1]", "data.root = [1] must be a path"),
+        ("data.validation=-3", "data.validation: -3 must be a number of images or a share"),
+        ("data.validation=1.0", "data.validation: 1.0 must be a number of images or a share"),
+        ("data.validation=true", "data.validation: True must be a number of images"),
+        ("data.validation=some", "data.validation: 'some' must be a number of images"),
+        ("data.labelled_per_class=0", "data.labelled_per_class = 0 must be greater than or equal"),
+        ("data.image_size=4", "data.image_size = 4 must be greater than or equal to 8"),
+        ("data.mean=[0.5, 0.5]", "data.mean.2 is missing"),
+        ("data.std=[0.5, 0, 0.5]", "data.std.1 = 0 must be greater than 0"),
+        ("data.crop=2", "data.crop = 2 must be less than or equal to 1"),
+        ("data.augmentation={min_scale: 0.9, max_scale: 0.8}",
+         "data.augmentation: min_scale = 0.9 must not be above max_scale = 0.8"),
+        ("data.augmentation={min_ratio: 2}",
+         "data.augmentation: min_ratio = 2.0 must not be above max_ratio = 1.33"),
+        ("data.augmentation.rotate=200", "data.augmentation.rotate = 200 must be less than or"),
+        ("workers.count=0", "workers.count = 0 must be greater than or equal to 1"),
+        ("workers.count=3", "teachers.0.training.batch_size = 64 must be a multiple of workers x "
+         "accumulation = 3"),
+        ("distill.training.accumulation=5", "distill.training.batch_size = 64 must be a multiple "
+         "of workers x accumulation = 5"),
+        ("distill.training.warmup=50", "distill.training: warmup = 50 must be less than steps ="),
+        ("distill.training={}", "distill.training.steps is missing"),
+        ("distill.targets=hard", "distill.targets = 'hard' must be 'stored' or 'live'"),
+        ("distill.training.zero_stage=3", "distill.training.zero_stage = 3 must be 0, 1 or 2"),
+        ("distill.training.precision=tf32", "distill.training.precision = 'tf32' must be 'fp32'"),
+        ("distill.training.optimizer.lr=.inf", "distill.training.optimizer.lr = inf must be a f"),
+        ("distill.training.optimizer.lr=.nan", "distill.training.optimizer.lr = nan must be a f"),
+        ("pseudo_labels.threshold=1", "pseudo_labels.threshold = 1 must be less than 1"),
+        ("distill.labelled_share=1.01", "distill.labelled_share = 1.01 must be less than or eq"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_told_with_its_key_and_what_would_be_right(path, override, message):
+    told = refusal(path, override)
+    assert told.startswith(f"recipe {path}: {message}"), told
+
+
+@pytest.mark.parametrize("validation", ["5", "0.2", "null"])
+def test_validation_is_a_number_of_images_or_a_share(path, validation):
+    loaded = recipe.load(path, [f"data.validation={validation}"])
+    assert loaded.data.validation == yaml.safe_load(validation)
+    assert type(loaded.data.validation) is type(yaml.safe_load(validation))
+
+
+@pytest.mark.parametrize("key", ["name", "data", "teachers", "compress", "distill"])
+def test_what_a_recipe_must_have_is_named_when_it_is_missing(path, key):
+    content = yaml.safe_load(MINIMAL)
+    del content[key]
+    path.write_text(json.dumps(content))
+    assert refusal(path) == f"recipe {path}: {key} is missing"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"name: [", "is not YAML: while parsing"),
+        (b"a: b: c", "is not YAML: mapping values are not allowed here"),
+        (b"\xff\xfe\x00", "is not YAML"),
+        (b"- 1\n- 2\n", "must be a mapping of keys to values"),
+        (b"", "must be a mapping of keys to values"),
+        (b"just text", "must be a mapping of keys to values"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(path, content, message):
+    path.write_bytes(content)
+    assert f"recipe {path} {message}" in refusal(path)
+
+
+def test_a_recipe_that_is_missing_or_a_folder_is_refused(tmp_path):
+    assert refusal(tmp_path / "x.yaml") == f"recipe {tmp_path / 'x.yaml'} does not exist"
+    assert f"recipe {tmp_path} is not YAML" in refusal(tmp_path)
+
+
+def test_every_field_says_what_it_is_for():
+    def sections(model):
+        for name, field in model.model_fields.items():
+            inner = [
+                a
+                for a in (field.annotation, *getattr(field.annotation, "__args__", ()))
+                if isinstance(a, type) and issubclass(a, recipe.Section)
+            ]
+            if not inner:
+                assert field.description, f"{model.__name__}.{name}"
+            for section in inner:
+                assert section.__doc__
+                sections(section)
+
+    sections(Recipe)
