@@ -72,7 +72,9 @@ def ratios(results: list[dict], compressed: str = "teacher-1") -> dict[str, list
         "one_shot_over_dense_teacher": [
             top1(r, "sbf-one-shot") / top1(r, compressed) for r in results
         ],
-        "distilled_minus_ensemble": [top1(r, "sbf-distilled") - top1(r, "ensemble") for r in results],
+        "distilled_minus_ensemble": [
+            top1(r, "sbf-distilled") - top1(r, "ensemble") for r in results
+        ],
         "distilled_minus_dense_labels": [
             top1(r, "sbf-distilled") - top1(r, "dense-labels") for r in results
         ],

@@ -75,7 +75,8 @@ def run(
         StageName | None, typer.Option(help="Do this stage and those after it anew.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the recipe, build the networks, and stop.")
+        bool,
+        typer.Option("--dry-run", help="Check the recipe, without machine and data, and stop."),
     ] = False,
 ) -> None:
     """Run a recipe: prepare, teachers, pseudo-labels, compress, distill, evaluate, export.
@@ -86,18 +87,20 @@ def run(
     recipe = recipes.load(recipe_file, overrides or ())
     runs = runs.absolute()
     folder = RunFolder(runs, recipe.name)
-    check(recipe, indexed=folder.result("prepare").exists() and again is not StageName.PREPARE)
     if dry_run:
+        check_models(recipe)
         describe(recipe)
         return
+    check_surroundings(
+        recipe, indexed=folder.result("prepare").exists() and again is not StageName.PREPARE
+    )
+    check_models(recipe)
     execute(recipe, folder, until.value, again.value if again else None)
 
 
-def check(recipe: Recipe, *, indexed: bool) -> None:
-    """Refuse what can be refused before anything is started or written.
-
-    That is: a machine that is too small, images that are not there (unless they are `indexed`
-    already), names that the table of results uses itself, unknown models.
+def check_surroundings(recipe: Recipe, *, indexed: bool) -> None:
+    """Refuse, before anything is started or written, a machine that is too small and images that
+    are not there (unless they are `indexed` already).
     """
     from launchers.local_ray import check_machine
     from pipelines.sources.folder import check_folder
@@ -114,7 +117,10 @@ def check(recipe: Recipe, *, indexed: bool) -> None:
             validation=data.validation,
             seed=recipe.seed,
         )
-    # PyTorch takes seconds to load: not before the above.
+
+
+def check_models(recipe: Recipe) -> None:
+    """Refuse unknown models, and names of teachers that the table of results uses itself."""
     from launchers.networks import TITLES
     from sbf_dist import models
 

@@ -224,13 +224,12 @@ def evaluate(run: Run, log: tracking.Run) -> Result:
                 "latency_ms": round(sum(times), 4),
             }
         )
-        log.log_metrics(
-            {
-                f"{row.network}/{key}": table[-1][key]
-                for key in ("top1", "macs", "params", "latency_ms")
-            },
-            0,
-        )
+        figures = {
+            f"{row.network}/{key}": table[-1][key]
+            for key in ("top1", "macs", "params", "latency_ms")
+        }
+        log.log_metrics(figures, 0)
+        run.parent.log_metrics(figures, 0)  # so that runs can be compared in one list
     return {"rows": table, "threads": torch.get_num_threads()}
 
 

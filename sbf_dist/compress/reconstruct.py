@@ -27,6 +27,7 @@ from sbf_dist.compress.statistics import (
 from sbf_dist.errors import UserError
 
 BATCH = 64  # calibration images at a time; bounds the memory
+LARGEST_GRAM = 4608  # shifted channels in a layer's Gram matrix: 512 channels with m = 3
 PROBES = 128  # images on which the effect of an option is measured
 
 Progress = Callable[[str, int, int], None]
@@ -49,9 +50,10 @@ def compress(
     """Convert `model` to a fitted SBF network of at most `macs` of its multiply-adds.
 
     `images` (N, C, H, W) are normalised calibration images; labels are not needed. `sources` is
-    the largest S, `floor` the least share of a layer's channels that is kept, `progress` is told
-    (what, done, of). Returns the network in eval mode and its plan. Raises UserError if the
-    budget cannot be met, the network holds no number everywhere, or nothing can be converted.
+    the largest S, `transform_size` m (1 in layers of more than LARGEST_GRAM / m² channels, whose
+    Gram matrices would be too large), `floor` the least share of a layer's channels that is kept,
+    `progress` is told (what, done, of). Returns the network in eval mode and its plan. Raises
+    UserError if the budget cannot be met, a weight is not finite, or nothing can be converted.
     """
     _check_finite(model, model_name)
     dense = copy.deepcopy(model).eval()
@@ -160,20 +162,26 @@ def _candidates(
         conv = model.get_submodule(name)
         assert isinstance(conv, nn.Conv2d)
         filter_cost = conv.weight[0].numel()
+        size = _size_for(conv, transform_size)
         if type(conv) is not nn.Conv2d:
             reasons[name] = f"{type(conv).__name__} is not a plain convolution"
         elif conv.groups > 1:
             reasons[name] = f"grouped convolution ({conv.groups} groups)"
         elif conv.in_channels == images.shape[1]:
             reasons[name] = "the stem: it reads the image itself"
-        elif filter_cost <= transform_size**2:
+        elif filter_cost <= size**2:
             reasons[name] = (
                 f"a filter costs {filter_cost} multiply-adds, rebuilding a channel at least "
-                f"{transform_size**2}"
+                f"{size**2}"
             )
         else:
             candidates.append(name)
     return reasons, candidates
+
+
+def _size_for(conv: nn.Conv2d, transform_size: int) -> int:
+    """Return the transformations' size in a layer: 1 where the layer is too wide to fit more."""
+    return transform_size if conv.out_channels * transform_size**2 <= LARGEST_GRAM else 1
 
 
 def _filter_macs(conv: nn.Conv2d, layer_macs: int) -> tuple[float, float]:
@@ -189,7 +197,7 @@ def _options(
     cost: Cost,
     sensitivity: Tensor,
     sources: int,
-    size: int,
+    transform_size: int,
     floor: float,
 ) -> list[Option]:
     """Estimate the loss of each (kept, sources) of one layer, all others being dense.
@@ -208,6 +216,7 @@ def _options(
             outputs = run_until(dense, name, batch, output=True)
             yield outputs - bias, outputs
 
+    size = _size_for(conv, transform_size)
     moments = gather_moments(pairs(), size)
     ranking = rank_channels(moments, sensitivity)
     per_filter, per_tap = _filter_macs(conv, cost.layers[name])
@@ -251,7 +260,7 @@ def _fit_layer(
     images: Tensor,
     option: Option,
     sensitivity: Tensor,
-    size: int,
+    transform_size: int,
     cost: Cost,
 ) -> SBFLayer:
     """Convert one layer of `student` in place, fitted on the inputs that `student` gives it."""
@@ -265,7 +274,7 @@ def _fit_layer(
             candidates = conv._conv_forward(inputs, conv.weight, None)
             yield candidates, run_until(dense, name, batch, output=True)
 
-    moments = gather_moments(pairs(), size)
+    moments = gather_moments(pairs(), _size_for(conv, transform_size))
     kept = sorted(rank_channels(moments, sensitivity)[: option.kept])
     return _install(student, name, moments, kept, option.sources, cost.layers[name])
 

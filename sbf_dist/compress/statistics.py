@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+POSITIONS = 512  # per image
+
 
 class _Reached(Exception):  # noqa: N818  (it is control flow, not an error)
     """Raised by a hook to leave a forward pass at the layer that was looked for."""
@@ -79,12 +81,21 @@ class Moments:
 
 
 def gather_moments(batches: Iterator[tuple[Tensor, Tensor]], size: int) -> Moments:
-    """Reduce batches of (candidates z, targets y), both (N, C, H, W), to their moments."""
+    """Reduce batches of (candidates z, targets y), both (N, C, H, W), to their moments.
+
+    Of each batch no more than POSITIONS positions per image are used, drawn at random: the
+    neighbours in a large feature map tell little more than the work that they cost.
+    """
+    generator = torch.Generator().manual_seed(0)
     count = 0
     centre = size**2 // 2
     sums: list[Tensor] = []
     for z, y in batches:
         columns, targets = shifted(z, size), shifted(y, 1)
+        enough = len(z) * POSITIONS
+        if targets.shape[1] > enough:
+            drawn = torch.randperm(targets.shape[1], generator=generator)[:enough]
+            columns, targets = columns[:, drawn], targets[:, drawn]
         if not sums:
             # Covariances do not depend on the origin. One near the means keeps the difference of
             # two large numbers, and so the images' precision, out of them.

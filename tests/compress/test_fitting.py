@@ -165,6 +165,15 @@ def test_a_channel_without_variance_is_harmless_and_never_a_source(size, constan
     )
 
 
+def test_sources_are_different_also_where_nothing_is_left_to_explain():
+    signal = torch.randn(4, 1, 8, 8, dtype=torch.double)
+    y = torch.cat([torch.zeros_like(signal), signal, torch.zeros_like(signal), 2 * signal], 1)
+    fit = fit_transforms(gather_moments(iter([(y, y)]), 3).restrict([0, 1, 2]), [3], 3)
+    assert fit.sources[0, 0] == 1
+    assert sorted(fit.sources[0].tolist()) == [0, 1, 2]
+    assert fit.error[0, -1] < 1e-6 * y[:, 3].var()
+
+
 def explained(y, weights, basis, size):
     """The objective of rank_channels, channel by channel."""
     total = 0.0

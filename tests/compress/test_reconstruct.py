@@ -215,6 +215,19 @@ def test_the_whole_budget_converts_nothing():
     assert student.state_dict().keys() == model.state_dict().keys()
 
 
+def test_batch_norm_is_measured_again_behind_what_was_rebuilt():
+    images = pictures(40)
+    student, plan = shrink(small(), images, macs=0.4)
+    assert plan.layers["conv2"].kind == "sbf"
+    seen = run_until(student, "conv2", images, output=True)
+    torch.testing.assert_close(
+        student.norm2.running_mean, seen.mean((0, 2, 3)), rtol=1e-3, atol=1e-4
+    )
+    torch.testing.assert_close(
+        student.norm2.running_var, seen.transpose(0, 1).flatten(1).var(1), rtol=1e-3, atol=1e-4
+    )
+
+
 def test_floor_is_the_least_share_that_is_kept():
     with pytest.raises(UserError):
         shrink(small(), macs=0.5, floor=0.75)

@@ -132,6 +132,12 @@ def test_a_resized_image_keeps_its_colour_and_its_place():
     assert small.mean().item() == pytest.approx(image.mean().item(), abs=1e-3)
 
 
+def test_a_smaller_view_is_not_aliased():
+    stripes = torch.tensor([1.0, 0, 0, 0]).repeat(4).expand(1, 3, 16, 16)
+    small = translate(stripes, View(16, PHOTO.mean, PHOTO.std), View(4, PHOTO.mean, PHOTO.std))
+    assert small[..., 1:3].mean().item() == pytest.approx(0.25, abs=0.1)
+
+
 def test_a_view_of_its_own_leaves_images_alone():
     x = torch.randn(1, 3, 8, 8)
     assert translate(x, PHOTO, PHOTO) is x

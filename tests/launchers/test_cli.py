@@ -90,7 +90,8 @@ COMMANDS = {
     "class without image": folder_of("gap"),
     "class with too few labels": [*folder_of("few"), "data.labelled_per_class=5"],
     "other recipe": ["run", "tiny.yaml"],
-    "dry run": ["run", "tiny.yaml", "--dry-run"],
+    # Also of a recipe that is meant for another machine.
+    "dry run": [*folder_of("nowhere"), *MANY_WORKERS, "--dry-run"],
 }
 
 
@@ -186,8 +187,8 @@ def test_a_dry_run_tells_what_would_be_done_and_does_nothing(told):
     answer = told["dry run"]
     assert (answer.code, answer.stderr, answer.changed) == (0, "", set())
     assert re.search(r"recipe tiny is valid \([0-9a-f]{12}\)", answer.stdout)
-    assert "one: cifar_resnet8, 10 steps of 64 images towards labels" in answer.stdout
-    assert "sbf-distilled: cifar_resnet8, 10 steps of 64 images towards stored" in answer.stdout
+    assert "one: cifar_resnet8, 10 steps of 1024 images towards labels" in answer.stdout
+    assert "sbf-distilled: cifar_resnet8, 10 steps of 1024 images towards stored" in answer.stdout
 
 
 def test_a_run_folder_in_use_is_refused_by_a_second_process(tmp_path):
@@ -265,7 +266,7 @@ def test_what_is_no_mistake_of_the_users_keeps_its_traceback(sbf, monkeypatch):
     def bug(*_, **__):
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr(cli, "check", bug)
+    monkeypatch.setattr(cli, "check_models", bug)
     monkeypatch.setattr(sys, "argv", ["sbf", "run", "tiny.yaml"])
     with pytest.raises(ZeroDivisionError, match="ours"):
         cli.main()

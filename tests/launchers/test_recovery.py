@@ -48,9 +48,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def started(runs: Path) -> Iterator[subprocess.Popen[str]]:
     """The stage distill at work, with two checkpoints: Ray knows of the first by then."""
-    subprocess.run(
-        command(runs, "--until", "compress", "--again", "distill"), cwd=ROOT, check=True
-    )
+    subprocess.run(command(runs, "--until", "compress", "--again", "distill"), cwd=ROOT, check=True)
     process = subprocess.Popen(
         command(runs, "--until", "distill"),
         cwd=ROOT,
