@@ -8,6 +8,7 @@ from small_networks import Small, pictures, small
 from torch import nn
 
 from sbf_dist import models
+from sbf_dist.compress import reconstruct
 from sbf_dist.compress.convert import convert
 from sbf_dist.compress.cost import count
 from sbf_dist.compress.plan import DenseLayer, Plan, SBFLayer
@@ -315,3 +316,15 @@ def test_progress_goes_up_to_the_end_of_each_part():
     assert [record for record in told if record[0] == "fit layers"] == [
         ("fit layers", done, 3) for done in (1, 2, 3)
     ]
+
+
+def test_a_layer_that_is_too_wide_for_shifts_gets_transformations_of_size_one(monkeypatch):
+    monkeypatch.setattr(reconstruct, "LARGEST_GRAM", 9 * 31)
+    _, plan = shrink(models.build("cifar_resnet8", 5).eval(), macs=0.4)
+    sizes = {
+        layer.channels: layer.transform_size
+        for layer in plan.layers.values()
+        if isinstance(layer, SBFLayer)
+    }
+    assert sizes[16] == 3
+    assert sizes[32] == sizes[64] == 1

@@ -190,3 +190,15 @@ def test_batch_norm_is_measured_without_dropout():
     measure_batch_norm(model, images, 8)
     torch.testing.assert_close(model[1].running_var, images.transpose(0, 1).flatten(1).var(1))
     assert not model[0].training
+
+
+def test_large_feature_maps_are_sampled_and_their_covariance_is_kept():
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.tensor([[1.0, 0.0], [0.8, 0.6]])
+    y = torch.einsum("cd,ndhw->nchw", mixing, torch.randn(8, 2, 60, 60, generator=generator))
+
+    moments = gather_moments(((part, part) for part in y.split(4)), 1)
+
+    expected = torch.cov(y.transpose(0, 1).flatten(1).double())
+    torch.testing.assert_close(moments.zz, expected, atol=0.06, rtol=0)
+    assert not torch.equal(moments.zz, expected), "all positions were used"
