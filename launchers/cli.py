@@ -205,7 +205,8 @@ def finish(display: Display, folder: RunFolder, uri: str) -> None:
         f"\nstudent   {near(folder.student)}/ (student.onnx, weights.safetensors, plan.json)"
     )
     display.say(f"summary   {near(folder.summary)}, {near(folder.root)}/summary.png")
-    display.say(f"MLflow    mlflow ui --backend-store-uri {shown}")
+    program = near(Path(sys.executable).with_name("mlflow"))
+    display.say(f"MLflow    {program} ui --backend-store-uri {shown}")
 
 
 @contextmanager
