@@ -60,6 +60,8 @@ class Display:
         title, step, steps = record["title"], record["step"], record["steps"]
         detail = _detail(record)
         if not self.console.is_terminal:
+            if "seconds_left" in record:  # a bar tells by itself
+                detail += f"  {record['seconds_left']:.0f} s left"
             now = time.monotonic()
             changed = title != self._title
             if changed or step == steps or now - self._last_line > SECONDS_BETWEEN_LINES:
@@ -92,10 +94,7 @@ class Display:
 def _detail(record: Mapping[str, Any]) -> str:
     if "parts" not in record:
         return ""
-    return (
-        f"loss {record['parts']['loss']:.3f}  {record['images_per_s']:.0f} images/s  "
-        f"{record['seconds_left']:.0f} s left"
-    )
+    return f"loss {record['parts']['loss']:.3f}  {record['images_per_s']:.0f} images/s"
 
 
 def results_table(rows: list[Mapping[str, Any]]) -> Table:

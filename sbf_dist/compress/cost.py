@@ -1,12 +1,11 @@
 """What a network costs: multiply-adds and parameters by tracing, latency by measuring."""
 
 import copy
-import statistics
-import time
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -49,18 +48,21 @@ def count(model: nn.Module, input_shape: tuple[int, int, int]) -> Cost:
 
 
 def latency(
-    model: nn.Module, input_shape: tuple[int, int, int], *, batch: int = 1, repeats: int = 50
+    model: nn.Module, input_shape: tuple[int, int, int], *, batch: int = 1, seconds: float = 0.5
 ) -> float:
-    """Measure the median milliseconds of a forward pass in eval mode on the model's own device."""
+    """Measure the median milliseconds of a forward pass in eval mode on the model's own device.
+
+    Images come in channels_last; the threads are PyTorch's present number. Measures for about
+    `seconds` after a warm-up.
+    """
     device = next(model.parameters()).device
     shadow = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
     images = torch.randn(batch, *input_shape, device=device).to(memory_format=torch.channels_last)
-    times = []
+    timer = Timer(
+        "model(images)",
+        globals={"model": shadow, "images": images},
+        num_threads=torch.get_num_threads(),
+    )
     with torch.inference_mode():
-        for _ in range(repeats + 5):
-            start = time.perf_counter()
-            shadow(images)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times[5:])
+        timer.timeit(5)
+        return 1e3 * timer.blocked_autorange(min_run_time=seconds).median

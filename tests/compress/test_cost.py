@@ -1,4 +1,3 @@
-import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -84,8 +83,7 @@ def test_nothing_is_computed_and_the_model_is_left_as_it_was():
     assert model[0].weight.device.type == "cpu"
 
 
-@pytest.mark.parametrize("repeats", [3, 8])
-def test_latency_is_measured_in_evaluation_mode_on_one_image(repeats):
+def test_latency_is_measured_in_evaluation_mode_on_one_image():
     seen = []
 
     class Notes(nn.Conv2d):
@@ -94,6 +92,6 @@ def test_latency_is_measured_in_evaluation_mode_on_one_image(repeats):
             return super().forward(x)
 
     model = nn.Sequential(Notes(3, 4, 3)).train()
-    assert 0 < latency(model, (3, 8, 9), repeats=repeats) < 1000
-    assert seen == [(False, (1, 3, 8, 9), True)] * (repeats + 5)
+    assert 0 < latency(model, (3, 8, 9), seconds=0.01) < 1000
+    assert set(seen) == {(False, (1, 3, 8, 9), True)}
     assert model.training
