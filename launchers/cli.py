@@ -150,6 +150,8 @@ def execute(recipe: Recipe, folder: RunFolder, until: str, again: str | None) ->
     folder.root.mkdir(parents=True, exist_ok=True)
     with ExitStack() as resources:
         resources.enter_context(locked(folder))
+        # torch.utils.benchmark loads this module, which warns of a CUDA toolkit without a GPU.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         # These take seconds: not before it is known that the folder is free.
         import torch
 

@@ -25,6 +25,7 @@ SBF = Path(sys.executable).with_name("sbf")
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {
     "OMP_NUM_THREADS": "1",
     "COLUMNS": "80",
+    "CUDA_HOME": "/usr",  # a toolkit, of which PyTorch warns where there is no GPU
 }
 RECIPE = """
 name: tiny
