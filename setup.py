@@ -59,7 +59,7 @@ def extension():
     if wanted not in (None, "0", "1"):
         raise SystemExit(f"SBF_DIST_CUDA is {wanted!r}: it must be 0, 1 or unset")
     sources = ["csrc/bindings.cpp", "csrc/expand_cpu.cpp"]
-    depends = ["csrc/arguments.h", "csrc/expand.h", "csrc/tile.h"]
+    depends = [str(header) for header in sorted(Path("csrc").glob("*.h"))]
     try:
         libraries = cuda_libraries()
     except NoCudaError as reason:

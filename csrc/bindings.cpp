@@ -8,6 +8,11 @@ TORCH_LIBRARY(sbf, m) {
   m.def(
       "expand(Tensor z, Tensor transforms, Tensor sources, Tensor order, Tensor? bias)"
       " -> Tensor");
+  // activation(expand(convolution(x, weight), ...) + bias + residual), for inference.
+  m.def(
+      "conv2d(Tensor x, Tensor weight, Tensor transforms, Tensor sources, Tensor order,"
+      " Tensor? bias, Tensor? residual, int[2] stride, int[2] padding, int[2] dilation, int groups,"
+      " str activation) -> Tensor");
   // The gradient of z, and of transforms, given that of expand's output.
   m.def(
       "expand_grad_input(Tensor grad, Tensor transforms, Tensor sources, Tensor order) -> Tensor");
@@ -29,7 +34,7 @@ void built_without_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(sbf, CUDA, m) {
-  for (const char* name : {"expand", "expand_grad_input", "expand_grad_transforms"}) {
+  for (const char* name : {"expand", "conv2d", "expand_grad_input", "expand_grad_transforms"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&built_without_cuda>());
   }
 }

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "arguments.h"
+#include "epilogue.h"
 #include "tile.h"
 
 namespace sbf {
@@ -289,10 +290,35 @@ at::Tensor expand_grad_transforms(const at::Tensor& grad_any, const at::Tensor& 
   return sums.to(z.scalar_type()).view(sizes);
 }
 
+at::Tensor conv2d(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& transforms,
+                  const at::Tensor& sources, const at::Tensor& order,
+                  const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& residual,
+                  at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                  int64_t groups, c10::string_view activation) {
+  const Activation after = activation_of(activation);
+  const at::Tensor z = at::conv2d(x, weight, {}, stride, padding, dilation, groups);
+  at::Tensor y = expand(z, transforms, sources, order, bias);
+  if (residual.has_value()) y.add_(*residual);
+  switch (after) {
+    case Activation::kNone:
+      return y;
+    case Activation::kReLU:
+      return y.relu_();
+    case Activation::kReLU6:
+      return y.clamp_(0, 6);
+    case Activation::kSiLU:
+      return at::silu_(y);
+    case Activation::kHardSwish:
+      return at::hardswish_(y);
+  }
+  return y;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(sbf, CPU, m) {
   m.impl("expand", &expand);
+  m.impl("conv2d", &conv2d);
   m.impl("expand_grad_input", &expand_grad_input);
   m.impl("expand_grad_transforms", &expand_grad_transforms);
 }

@@ -4,6 +4,9 @@ The kernels are in csrc/, reached as torch.ops.sbf.*; here are the plain PyTorch
 PyTorch must know of the operators: shapes (fake), gradients, FLOPs.
 """
 
+import math
+from typing import Literal, get_args
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -75,18 +78,90 @@ def expand_reference(
     return y
 
 
+Activation = Literal["none", "relu", "relu6", "silu", "hardswish"]
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+Pair = tuple[int, int]
+
+
+def sbf_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    transforms: Tensor,
+    sources: Tensor,
+    order: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+    activation: Activation = "none",
+) -> Tensor:
+    """Compute activation(expand(convolution of x) + bias + residual) in one operator.
+
+    For inference: it has no gradient. x: (N, C_in, H, W); weight: (B, C_in / groups, k_h, k_w), the
+    basis filters; transforms, sources, order, bias: as for `expand`; residual: (N, B + P, H', W').
+    All have x's dtype (float32, float64, float16 or bfloat16) and device, and the sums of half and
+    bfloat16 are accumulated in float. Returns (N, B + P, H', W') in x's memory format. Raises
+    RuntimeError, naming the argument, where these do not fit.
+    """
+    return torch.ops.sbf.conv2d(
+        x,
+        weight,
+        transforms,
+        sources,
+        order,
+        bias,
+        residual,
+        stride,
+        padding,
+        dilation,
+        groups,
+        activation,
+    )
+
+
+def sbf_conv2d_reference(
+    x: Tensor,
+    weight: Tensor,
+    transforms: Tensor,
+    sources: Tensor,
+    order: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+    activation: Activation = "none",
+) -> Tensor:
+    """Compute what `sbf_conv2d` does with PyTorch's own operators; same arguments and result."""
+    z = F.conv2d(x, weight, None, stride, padding, dilation, groups)
+    y = expand_reference(z, transforms, sources, order, bias)
+    if residual is not None:
+        y = y + residual
+    return _ACTIVATION_OF[activation](y)
+
+
+_ACTIVATION_OF = {
+    "none": lambda y: y,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+}
+
+
 # ---------------------------------------------------------------- shapes
 
 
-def _like(features: Tensor, channels: int) -> Tensor:
-    """Give a new tensor with other channels but the dtype, device and layout of `features`."""
-    n, _, h, w = features.shape
+def _like(features: Tensor, shape: tuple) -> Tensor:
+    """Give a new tensor of `shape` with the dtype, device and layout of `features`."""
     memory_format = torch._prims_common.suggest_memory_format(features)
     return torch.empty(
-        (n, channels, h, w),
-        dtype=features.dtype,
-        device=features.device,
-        memory_format=memory_format,
+        shape, dtype=features.dtype, device=features.device, memory_format=memory_format
     )
 
 
@@ -104,12 +179,32 @@ def _(z, transforms, sources, order, bias):
             f"got {order.shape[0]}"
         ),
     )
-    return _like(z, order.shape[0])
+    return _like(z, (z.shape[0], order.shape[0], *z.shape[2:]))
+
+
+@torch.library.register_fake("sbf::conv2d")
+def _(
+    x,
+    weight,
+    transforms,
+    sources,
+    order,
+    bias,
+    residual,
+    stride,
+    padding,
+    dilation,
+    groups,
+    activation,
+):
+    z = F.conv2d(x, weight, None, stride, padding, dilation, groups)
+    return _like(x, (z.shape[0], order.shape[0], *z.shape[2:]))
 
 
 @torch.library.register_fake("sbf::expand_grad_input")
 def _(grad, transforms, sources, order):
-    return _like(grad, order.shape[0] - sources.shape[0])
+    basis = order.shape[0] - sources.shape[0]
+    return _like(grad, (grad.shape[0], basis, *grad.shape[2:]))
 
 
 @torch.library.register_fake("sbf::expand_grad_transforms")
@@ -199,6 +294,29 @@ def _(z_shape, transforms_shape, *args, **kwargs) -> int:
     n, _, h, w = z_shape
     p, s, m, _ = transforms_shape
     return 2 * n * h * w * p * s * m * m
+
+
+@register_flop_formula(torch.ops.sbf.conv2d)
+def _(
+    x_shape,
+    weight_shape,
+    transforms_shape,
+    sources_shape,
+    order_shape,
+    bias_shape,
+    residual_shape,
+    stride,
+    padding,
+    dilation,
+    groups,
+    *args,
+    out_shape,
+    **kwargs,
+) -> int:
+    n, _, h, w = out_shape
+    p, s, m, _ = transforms_shape
+    per_pixel = math.prod(weight_shape) + p * s * m * m
+    return 2 * n * h * w * per_pixel
 
 
 @register_flop_formula(torch.ops.sbf.expand_grad_input)

@@ -1,0 +1,44 @@
+// What may follow a channel's sum: an activation, after bias and residual. For host and device.
+#pragma once
+
+#include <c10/macros/Macros.h>
+#include <c10/util/Exception.h>
+
+#include <cmath>
+#include <string_view>
+
+namespace sbf {
+
+enum class Activation : int { kNone, kReLU, kReLU6, kSiLU, kHardSwish };
+
+inline Activation activation_of(std::string_view name) {
+  if (name == "none") return Activation::kNone;
+  if (name == "relu") return Activation::kReLU;
+  if (name == "relu6") return Activation::kReLU6;
+  if (name == "silu") return Activation::kSiLU;
+  if (name == "hardswish") return Activation::kHardSwish;
+  TORCH_CHECK(false, "activation must be one of none, relu, relu6, silu, hardswish, got ", name);
+}
+
+// As PyTorch does, a NaN stays one: max(NaN, 0) must not be 0.
+template <typename acc_t>
+C10_HOST_DEVICE inline acc_t activate(Activation activation, acc_t value) {
+  const acc_t zero(0), six(6);
+  switch (activation) {
+    case Activation::kNone:
+      return value;
+    case Activation::kReLU:
+      return value < zero ? zero : value;
+    case Activation::kReLU6:
+      return value < zero ? zero : value > six ? six : value;
+    case Activation::kSiLU:
+      return value / (acc_t(1) + std::exp(-value));
+    case Activation::kHardSwish: {
+      const acc_t gate = value + acc_t(3);
+      return value * (gate < zero ? zero : gate > six ? six : gate) / six;
+    }
+  }
+  return value;
+}
+
+}  // namespace sbf
