@@ -14,7 +14,8 @@ from setuptools import find_packages, setup
 from torch.utils import cpp_extension
 
 CUDA_ARCHS = "8.0;9.0+PTX"
-# The CPU kernels choose their instruction set when they run, so no -march here.
+# The CPU kernels are compiled for several instruction sets, of which one is chosen when they run: so
+# no -march here.
 CXX = ["-O3", "-std=c++20", "-fopenmp", "-Wall", "-Wno-unknown-pragmas"]
 
 
@@ -58,7 +59,7 @@ def extension():
     wanted = os.environ.get("SBF_DIST_CUDA")
     if wanted not in (None, "0", "1"):
         raise SystemExit(f"SBF_DIST_CUDA is {wanted!r}: it must be 0, 1 or unset")
-    sources = ["csrc/bindings.cpp", "csrc/expand_cpu.cpp"]
+    sources = [str(source) for source in sorted(Path("csrc").glob("*.cpp"))]
     depends = [str(header) for header in sorted(Path("csrc").glob("*.h"))]
     try:
         libraries = cuda_libraries()

@@ -5,12 +5,23 @@
 #include <ATen/TensorUtils.h>
 
 #include <optional>
+#include <string_view>
 #include <tuple>
 #include <vector>
 
+#include "epilogue.h"
 #include "expand.h"
 
 namespace sbf {
+
+inline Activation activation_of(std::string_view name) {
+  if (name == "none") return Activation::kNone;
+  if (name == "relu") return Activation::kReLU;
+  if (name == "relu6") return Activation::kReLU6;
+  if (name == "silu") return Activation::kSiLU;
+  if (name == "hardswish") return Activation::kHardSwish;
+  TORCH_CHECK(false, "activation must be one of none, relu, relu6, silu, hardswish, got ", name);
+}
 
 struct Shape {
   int64_t batch, height, width;
@@ -133,6 +144,52 @@ inline Shape check_grad_transforms(const at::Tensor& grad, const at::Tensor& z,
   const std::vector<int64_t> sizes = {shape.batch, shape.channels, shape.height, shape.width};
   TORCH_CHECK(grad.sizes() == at::IntArrayRef(sizes), "grad must have shape ",
               at::IntArrayRef(sizes), ", got ", grad.sizes());
+  check_values(shape, sources, order);
+  return shape;
+}
+
+// Checks the arguments of conv2d; the shape is that of the basis features and the output.
+inline Shape check_conv2d(const at::Tensor& x, const at::Tensor& weight,
+                          const at::Tensor& transforms, const at::Tensor& sources,
+                          const at::Tensor& order, const std::optional<at::Tensor>& bias,
+                          const std::optional<at::Tensor>& residual, at::IntArrayRef stride,
+                          at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  check_transforms(transforms);
+  Shape shape = check_wiring("x", x, sources, order, transforms.size(3));
+  check_transforms(transforms, sources, "x", x);
+  check_like("weight", weight, "x", x);
+  TORCH_CHECK(weight.dim() == 4 && weight.size(0) == shape.basis,
+              "weight must have shape (B, C_in / groups, k_h, k_w) with B = ", shape.basis,
+              ", the length of order less the rows of sources, got ", weight.sizes());
+  TORCH_CHECK(groups > 0 && shape.basis % groups == 0, "groups must divide the ", shape.basis,
+              " basis filters, got ", groups);
+  TORCH_CHECK(x.size(1) == weight.size(1) * groups, "x must have ", weight.size(1) * groups,
+              " channels, those of weight times groups, got ", x.size(1));
+  const std::pair<const char*, at::IntArrayRef> pairs[] = {
+      {"stride", stride}, {"padding", padding}, {"dilation", dilation}};
+  for (const auto& [name, pair] : pairs) {
+    const int64_t least = name == pairs[1].first ? 0 : 1;
+    TORCH_CHECK(pair.size() == 2 && pair[0] >= least && pair[1] >= least, name,
+                " must be two numbers of at least ", least, ", got ", pair);
+  }
+  for (int axis = 0; axis < 2; ++axis) {
+    const int64_t reach = dilation[axis] * (weight.size(2 + axis) - 1) + 1;
+    const int64_t room = x.size(2 + axis) + 2 * padding[axis] - reach;
+    TORCH_CHECK(room >= 0, "x must be no smaller than the filters of weight, ", reach,
+                " with dilation, got ", x.sizes(), " with padding ", padding);
+    (axis == 0 ? shape.height : shape.width) = room / stride[axis] + 1;
+  }
+  if (bias.has_value()) {
+    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == shape.channels, "bias must have shape (",
+                shape.channels, ",), got ", bias->sizes());
+    check_like("bias", *bias, "x", x);
+  }
+  if (residual.has_value()) {
+    const std::vector<int64_t> sizes = {shape.batch, shape.channels, shape.height, shape.width};
+    TORCH_CHECK(residual->sizes() == at::IntArrayRef(sizes), "residual must have shape ",
+                at::IntArrayRef(sizes), ", got ", residual->sizes());
+    check_like("residual", *residual, "x", x);
+  }
   check_values(shape, sources, order);
   return shape;
 }

@@ -2,23 +2,12 @@
 #pragma once
 
 #include <c10/macros/Macros.h>
-#include <c10/util/Exception.h>
 
 #include <cmath>
-#include <string_view>
 
 namespace sbf {
 
 enum class Activation : int { kNone, kReLU, kReLU6, kSiLU, kHardSwish };
-
-inline Activation activation_of(std::string_view name) {
-  if (name == "none") return Activation::kNone;
-  if (name == "relu") return Activation::kReLU;
-  if (name == "relu6") return Activation::kReLU6;
-  if (name == "silu") return Activation::kSiLU;
-  if (name == "hardswish") return Activation::kHardSwish;
-  TORCH_CHECK(false, "activation must be one of none, relu, relu6, silu, hardswish, got ", name);
-}
 
 // As PyTorch does, a NaN stays one: max(NaN, 0) must not be 0.
 template <typename acc_t>

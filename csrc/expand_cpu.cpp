@@ -1,110 +1,176 @@
-// CPU kernels. float, bfloat16 and half work on padded float tiles (tile.h) and vectorise; double,
-// which serves gradient checks, takes the plain path that it shares with CUDA (expand.h).
+// CPU operators: float, bfloat16 and half work on tiles (tile.h), with the kernels of the best
+// instruction set that the CPU has; double, which serves gradient checks, takes the plain path that
+// it shares with CUDA (expand.h).
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/Version.h>
 #include <torch/library.h>
 
+#include <cstdlib>
+#include <memory>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "arguments.h"
-#include "epilogue.h"
 #include "tile.h"
 
 namespace sbf {
 namespace {
 
-// A tile should stay in the second-level cache; below four rows the borders cost too much.
+// What a thread works on at a time should stay in the second-level cache.
 constexpr int64_t kTileBytes = 512 * 1024;
-// The sums of a block of channels should stay in the first-level cache.
-constexpr int64_t kSumBytes = 16 * 1024;
-constexpr int64_t kTileRows = 4;
+// Planes lie pages apart: with small ones, address translation is what takes the time.
+constexpr int64_t kHugePage = 2 * 1024 * 1024;
 // Partial sums of the transforms' gradient: a fixed number, so that threads do not change it.
 constexpr int64_t kSlices = 64;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Images are cut into blocks of rows; (image, block) is the unit of parallel work.
-struct Blocks {
-  int64_t each, rows, height;
+// The kernels of this CPU; the environment's ATEN_CPU_CAPABILITY lowers it, as PyTorch's own.
+const TileKernels& tile_kernels() {
+  static const TileKernels& chosen = []() -> const TileKernels& {
+#if defined(__x86_64__)
+    const std::string capability = at::get_cpu_capability();
+    if (capability == "AVX512") return tile_kernels_avx512();
+    if (capability == "AVX2") return tile_kernels_avx2();
+#endif
+    return tile_kernels_generic();
+  }();
+  return chosen;
+}
 
-  // `least`: how many blocks there should be in all, at least.
-  Blocks(const Shape& shape, int64_t channels, int64_t pitch, int64_t least)
-      : height(shape.height) {
-    const int64_t fit =
-        kTileBytes / std::max<int64_t>(1, Tile::bytes_per_row(channels, pitch)) - (shape.m - 1);
-    each = ceil_div(height, std::max(kTileRows, fit));
-    each = std::min(height, std::max(each, ceil_div(least, shape.batch)));
-    rows = ceil_div(height, each);
-    each = ceil_div(height, rows);
+// A thread's own memory, which it keeps: allocating some hundred KiB anew costs page faults.
+float* workspace(int64_t floats) {
+  struct Free {
+    void operator()(float* memory) const { std::free(memory); }
+  };
+  thread_local std::unique_ptr<float, Free> memory;
+  thread_local int64_t size = 0;
+  if (floats > size) {
+    size = ceil_div(floats * sizeof(float), kHugePage) * kHugePage / sizeof(float);
+    memory.reset(static_cast<float*>(std::aligned_alloc(kHugePage, size * sizeof(float))));
+    TORCH_CHECK(memory != nullptr, "no memory for a workspace of ", size * sizeof(float), " bytes");
+#if defined(__linux__)
+    madvise(memory.get(), size * sizeof(float), MADV_HUGEPAGE);  // where the system has them
+#endif
   }
-  int64_t image(int64_t task) const { return task / each; }
-  int64_t begin(int64_t task) const { return task % each * rows; }
-  int64_t end(int64_t task) const { return std::min(height, begin(task) + rows); }
+  return memory.get();
+}
+
+Element element_of(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return Element::kFloat;
+    case at::kBFloat16:
+      return Element::kBFloat16;
+    case at::kHalf:
+      return Element::kHalf;
+    default:
+      TORCH_CHECK_NOT_IMPLEMENTED(false, "sbf operators are not implemented for ",
+                                  tensor.scalar_type());
+  }
+}
+
+// How images are cut into tiles. `bytes` is what a row needs in a tile.
+struct Tiling {
+  int64_t rows, blocks;
+
+  // `least`: how many tiles there should be in all, at least.
+  Tiling(const Shape& shape, int64_t bytes, int64_t least) {
+    const int64_t fit = kTileBytes / std::max<int64_t>(1, bytes) - (shape.m - 1);
+    blocks = ceil_div(shape.height, std::clamp<int64_t>(fit, 1, std::max<int64_t>(1, shape.height)));
+    blocks = std::clamp<int64_t>(ceil_div(least, std::max<int64_t>(shape.batch, 1)),
+                                 std::max<int64_t>(blocks, 1), std::max<int64_t>(shape.height, 1));
+    rows = ceil_div(shape.height, blocks);
+    blocks = ceil_div(shape.height, rows);
+  }
 };
 
-template <typename scalar_t>
-Image<const scalar_t> image_of(const at::Tensor& tensor, int64_t n, bool channels_last) {
-  return {tensor.const_data_ptr<scalar_t>() + n * tensor.stride(0), tensor.size(1), tensor.size(2),
-          tensor.size(3), channels_last};
-}
+// For each column of taps the pixels of a tile whose neighbour in that column lies in the row.
+struct Masks {
+  std::vector<int32_t> bits;
+  int64_t stride;
 
-template <typename scalar_t>
-Image<scalar_t> mutable_image_of(const at::Tensor& tensor, int64_t n, bool channels_last) {
-  return {tensor.mutable_data_ptr<scalar_t>() + n * tensor.stride(0), tensor.size(1),
-          tensor.size(2), tensor.size(3), channels_last};
-}
-
-// output = what the wiring makes of input, for float, bfloat16 and half.
-template <typename scalar_t, typename Wiring>
-void mix_tiles(const at::Tensor& output, const at::Tensor& input, const Wiring& wiring,
-               const at::Tensor& taps, const std::optional<at::Tensor>& bias, const Shape& shape,
-               bool channels_last) {
-  const int64_t border = (shape.m - 1) / 2, pitch = shape.width + 2 * border;
-  const int64_t inputs = input.size(1), outputs = output.size(1), tap_count = shape.m * shape.m;
-  const float* tap = taps.const_data_ptr<float>();
-  const float* shift = bias.has_value() ? bias->const_data_ptr<float>() : nullptr;
-  const Blocks blocks(shape, inputs, pitch, at::get_num_threads());
-
-  // Sums stay in the first-level cache, and so does what is stored around the same pixels.
-  const int64_t sum_rows = std::clamp<int64_t>(
-      kSumBytes / (kBlock * pitch * static_cast<int64_t>(sizeof(float))), 1, blocks.rows);
-
-  at::parallel_for(0, shape.batch * blocks.each, 1, [&](int64_t first, int64_t last) {
-    Tile tile(inputs, blocks.rows, shape.width, border, pitch);
-    std::vector<float> sums(kBlock * sum_rows * pitch), pixels(kBlock * shape.width);
-    for (int64_t task = first; task < last; ++task) {
-      const int64_t n = blocks.image(task), top = blocks.begin(task), bottom = blocks.end(task);
-      tile.load(image_of<scalar_t>(input, n, channels_last), top);
-      const auto image = mutable_image_of<scalar_t>(output, n, channels_last);
-      for (int64_t h0 = top; h0 < bottom; h0 += sum_rows) {
-        const int64_t h1 = std::min(bottom, h0 + sum_rows);
-        const int64_t count = (h1 - h0) * pitch, shifted = (h0 - top) * pitch;
-        for (int64_t c0 = 0; c0 < outputs; c0 += kBlock) {
-          const int64_t block = std::min<int64_t>(kBlock, outputs - c0);
-          const float* planes[kBlock];
-          for (int64_t c = 0; c < block; ++c) {
-            const Mix mix = wiring.mix(c0 + c);
-            const float* copied =
-                mix.copied < 0 ? nullptr : tile.plane(mix.copied) + shifted + tile.origin();
-            if (mix.first == mix.last && copied != nullptr) {
-              planes[c] = copied;
-              continue;
-            }
-            float* sum = sums.data() + c * sum_rows * pitch;
-            if (copied == nullptr) {
-              std::fill_n(sum, count, 0.0F);
-            } else {
-              std::copy_n(copied, count, sum);
-            }
-            for (int64_t link = mix.first; link < mix.last; ++link) {
-              add_shifted(sum, tile.plane(wiring.input(link)) + shifted, count, pitch,
-                          tap + wiring.term(link) * tap_count, shape.m);
-            }
-            planes[c] = sum;
-          }
-          store(image, c0, block, h0, h1, planes, pitch, shift == nullptr ? nullptr : shift + c0,
-                pixels.data());
-        }
+  Masks(int64_t rows, int64_t width, int m) : stride(rows * width + 256) {
+    bits.resize(m * stride);
+    for (int b = 0; b < m; ++b) {
+      const int64_t shift = b - (m - 1) / 2;
+      for (int64_t i = 0; i < rows * width; ++i) {
+        const int64_t neighbour = i % width + shift;
+        bits[b * stride + i] = neighbour >= 0 && neighbour < width ? -1 : 0;
       }
     }
+  }
+};
+
+// Which plane each output channel copies, and the links that it adds (see MixTask).
+struct Links {
+  std::vector<int32_t> copied, begin{0}, source;
+  std::vector<int64_t> tap;
+
+  template <typename Wiring>
+  Links(const Wiring& wiring, int64_t outputs, int m) {
+    for (int64_t c = 0; c < outputs; ++c) {
+      const Mix mix = wiring.mix(c);
+      copied.push_back(static_cast<int32_t>(mix.copied));
+      for (int64_t link = mix.first; link < mix.last; ++link) {
+        source.push_back(static_cast<int32_t>(wiring.input(link)));
+        tap.push_back(wiring.term(link) * m * m);
+      }
+      begin.push_back(static_cast<int32_t>(source.size()));
+    }
+  }
+};
+
+struct Epilogue {
+  std::optional<at::Tensor> bias, residual;
+  Activation activation = Activation::kNone;
+};
+
+// output = what the wiring makes of input, or of the planes that `product` makes of it.
+template <typename Wiring>
+void mix_tiles(const at::Tensor& output, const at::Tensor& input, int64_t inputs,
+               const Product* product, const Wiring& wiring, const at::Tensor& taps,
+               const Epilogue& epilogue, const Shape& shape, bool channels_last) {
+  const int64_t outputs = output.size(1);
+  int64_t floats_per_row = inputs * shape.width;
+  if (product != nullptr && !channels_last) floats_per_row += product->depth * shape.width;
+  const Tiling tiling(shape, floats_per_row * static_cast<int64_t>(sizeof(float)),
+                      at::get_num_threads());
+  const Masks masks(tiling.rows, shape.width, shape.m);
+  const Links links(wiring, outputs, shape.m);
+  const TileKernels& kernels = tile_kernels();
+  at::Tensor bias;
+  if (epilogue.bias.has_value()) {
+    bias = at::constant_pad_nd(epilogue.bias->to(at::kFloat), {0, kernels.lanes}).contiguous();
+  }
+  const MixTask task{
+      .output = output.mutable_data_ptr(),
+      .input = input.const_data_ptr(),
+      .residual = epilogue.residual.has_value() ? epilogue.residual->const_data_ptr() : nullptr,
+      .channels_last = channels_last,
+      .height = shape.height,
+      .width = shape.width,
+      .inputs = inputs,
+      .outputs = outputs,
+      .rows = tiling.rows,
+      .blocks = tiling.blocks,
+      .m = shape.m,
+      .copied = links.copied.data(),
+      .begin = links.begin.data(),
+      .source = links.source.data(),
+      .tap = links.tap.data(),
+      .taps = taps.const_data_ptr<float>(),
+      .bias = bias.defined() ? bias.const_data_ptr<float>() : nullptr,
+      .activation = epilogue.activation,
+      .mask = masks.bits.data(),
+      .mask_stride = masks.stride,
+  };
+  const Element element = element_of(input);
+  const int64_t floats = kernels.mix_workspace(task, product);
+  at::parallel_for(0, shape.batch * tiling.blocks, 1, [&](int64_t first, int64_t last) {
+    kernels.mix(task, product, element, first, last, workspace(floats));
   });
 }
 
@@ -112,9 +178,12 @@ void mix_tiles(const at::Tensor& output, const at::Tensor& input, const Wiring& 
 template <int M, typename Wiring>
 void mix_strips(const at::Tensor& output, const at::Tensor& input, const Wiring& wiring,
                 const Taps<double>& taps, int64_t term_stride,
-                const std::optional<at::Tensor>& bias, const Shape& shape, bool channels_last) {
+                const Epilogue& epilogue, const Shape& shape, bool channels_last) {
   const StripGrid grid{shape.batch, output.size(1), shape.height, shape.width, channels_last};
-  const double* shift = bias.has_value() ? bias->const_data_ptr<double>() : nullptr;
+  const at::Tensor bias = epilogue.bias.has_value() ? epilogue.bias->contiguous() : at::Tensor();
+  const double* shift = bias.defined() ? bias.const_data_ptr<double>() : nullptr;
+  const double* added =
+      epilogue.residual.has_value() ? epilogue.residual->const_data_ptr<double>() : nullptr;
   const double* in = input.const_data_ptr<double>();
   double* out = output.mutable_data_ptr<double>();
   const Strides in_strides = strides_of(input), out_strides = strides_of(output);
@@ -124,11 +193,13 @@ void mix_strips(const at::Tensor& output, const at::Tensor& input, const Wiring&
       double sum[kStrip];
       mix_strip<M>(sum, wiring, in, in_strides, shape.height, shape.width, taps, term_stride,
                    shape.m, strip.image, strip.channel, strip.h0, strip.w);
-      double* target = out + strip.image * out_strides.batch + strip.channel * out_strides.channel +
-                       strip.w * out_strides.column;
+      const int64_t column = strip.image * out_strides.batch +
+                             strip.channel * out_strides.channel + strip.w * out_strides.column;
       for (int64_t k = 0; k < kStrip && strip.h0 + k < shape.height; ++k) {
-        target[(strip.h0 + k) * out_strides.row] =
-            shift == nullptr ? sum[k] : sum[k] + shift[strip.channel];
+        const int64_t at = column + (strip.h0 + k) * out_strides.row;
+        if (shift != nullptr) sum[k] += shift[strip.channel];
+        if (added != nullptr) sum[k] += added[at];
+        out[at] = activate(epilogue.activation, sum[k]);
       }
     }
   });
@@ -137,61 +208,65 @@ void mix_strips(const at::Tensor& output, const at::Tensor& input, const Wiring&
 // `flip` turns the taps around: the gradient of a cross-correlation is one with flipped taps.
 template <typename Wiring>
 void mix(const at::Tensor& output, const at::Tensor& input, const Wiring& wiring,
-         const at::Tensor& transforms, bool flip, const std::optional<at::Tensor>& bias,
-         const Shape& shape, bool channels_last) {
+         const at::Tensor& transforms, bool flip, const Epilogue& epilogue, const Shape& shape,
+         bool channels_last) {
   if (output.numel() == 0) return;
   if (input.scalar_type() == at::kDouble) {
     const at::Tensor taps = transforms.contiguous();
-    const auto shift = bias.has_value() ? std::optional(bias->contiguous()) : std::nullopt;
     const double* data = taps.const_data_ptr<double>();
     const int64_t tap_count = shape.m * shape.m;
     const Taps<double> first{flip ? data + tap_count - 1 : data, flip ? -1 : 1};
     const auto run = shape.m == 3 ? mix_strips<3, Wiring> : mix_strips<1, Wiring>;
-    run(output, input, wiring, first, tap_count, shift, shape, channels_last);
+    run(output, input, wiring, first, tap_count, epilogue, shape, channels_last);
     return;
   }
   at::Tensor taps = transforms.to(at::kFloat);
   taps = (flip ? taps.flip({2, 3}) : taps).contiguous();
-  const auto shift =
-      bias.has_value() ? std::optional(bias->to(at::kFloat).contiguous()) : std::nullopt;
-  AT_DISPATCH_SWITCH(input.scalar_type(), "sbf::expand",
-                     AT_DISPATCH_CASE(at::kFloat, [&] {
-                       mix_tiles<scalar_t>(output, input, wiring, taps, shift, shape,
-                                           channels_last);
-                     })
-                     AT_DISPATCH_CASE_REDUCED_FLOATING_TYPES([&] {
-                       mix_tiles<scalar_t>(output, input, wiring, taps, shift, shape,
-                                           channels_last);
-                     }));
+  mix_tiles(output, input, input.size(1), nullptr, wiring, taps, epilogue, shape, channels_last);
 }
 
 // Gradient of the transforms, (P*S, m*m) float sums for float, bfloat16 and half.
-template <typename scalar_t>
 at::Tensor product_tiles(const at::Tensor& grad, const at::Tensor& z, const at::Tensor& sources,
                          const at::Tensor& position, const Shape& shape, bool channels_last) {
-  const int64_t border = (shape.m - 1) / 2, pitch = shape.width + 2 * border;
   const int64_t tap_count = shape.m * shape.m;
-  const Blocks blocks(shape, shape.basis + shape.channels, pitch, 1);
-  const int64_t tasks = shape.batch * blocks.each, slices = std::min(tasks, kSlices);
+  const Tiling tiling(shape, (shape.basis + shape.channels) * shape.width *
+                                 static_cast<int64_t>(sizeof(float)),
+                      /*least=*/1);
+  const int64_t tasks = shape.batch * tiling.blocks, slices = std::min(tasks, kSlices);
   const at::Tensor partial = at::zeros({slices, shape.terms(), tap_count}, at::kFloat);
   float* sums = partial.mutable_data_ptr<float>();
-  const int64_t* source = sources.const_data_ptr<int64_t>();
-  const int64_t* channel = position.const_data_ptr<int64_t>() + shape.basis;
-
+  const Masks masks(tiling.rows, shape.width, shape.m);
+  const int64_t* rebuilt = position.const_data_ptr<int64_t>() + shape.basis;
+  const int64_t* sources_data = sources.const_data_ptr<int64_t>();
+  std::vector<int32_t> channel(shape.terms()), source(shape.terms());
+  for (int64_t term = 0; term < shape.terms(); ++term) {
+    channel[term] = static_cast<int32_t>(rebuilt[term / shape.sources_each]);
+    source[term] = static_cast<int32_t>(sources_data[term]);
+  }
+  const DotTask task{
+      .grad = grad.const_data_ptr(),
+      .input = z.const_data_ptr(),
+      .channels_last = channels_last,
+      .height = shape.height,
+      .width = shape.width,
+      .inputs = shape.basis,
+      .outputs = shape.channels,
+      .rows = tiling.rows,
+      .blocks = tiling.blocks,
+      .links = shape.terms(),
+      .m = shape.m,
+      .channel = channel.data(),
+      .source = source.data(),
+      .mask = masks.bits.data(),
+      .mask_stride = masks.stride,
+  };
+  const TileKernels& kernels = tile_kernels();
+  const Element element = element_of(z);
+  const int64_t floats = kernels.dot_workspace(task);
   at::parallel_for(0, slices, 1, [&](int64_t first, int64_t last) {
-    Tile inputs(shape.basis, blocks.rows, shape.width, border, pitch);
-    Tile grads(shape.channels, blocks.rows, shape.width, 0, pitch);
     for (int64_t slice = first; slice < last; ++slice) {
-      float* sum = sums + slice * shape.terms() * tap_count;
-      for (int64_t task = slice; task < tasks; task += slices) {
-        const int64_t n = blocks.image(task), h0 = blocks.begin(task), h1 = blocks.end(task);
-        inputs.load(image_of<scalar_t>(z, n, channels_last), h0);
-        grads.load(image_of<scalar_t>(grad, n, channels_last), h0);
-        for (int64_t term = 0; term < shape.terms(); ++term) {
-          dot_shifted(sum + term * tap_count, grads.plane(channel[term / shape.sources_each]),
-                      inputs.plane(source[term]), (h1 - h0) * pitch, pitch, shape.m);
-        }
-      }
+      kernels.dot(task, element, slice, tasks, slices, sums + slice * shape.terms() * tap_count,
+                  workspace(floats));
     }
   });
   return partial.sum(0);
@@ -234,10 +309,10 @@ at::Tensor product_strips(const at::Tensor& grad, const at::Tensor& z, const at:
 
 // ---------------------------------------------------------------- operators
 
-at::Tensor expand(const at::Tensor& z_any, const at::Tensor& transforms,
-                  const at::Tensor& sources_any, const at::Tensor& order_any,
-                  const std::optional<at::Tensor>& bias) {
-  const Shape shape = check_expand(z_any, transforms, sources_any, order_any, bias);
+at::Tensor expanded(const at::Tensor& z_any, const at::Tensor& transforms,
+                    const at::Tensor& sources_any, const at::Tensor& order_any,
+                    const Epilogue& epilogue) {
+  const Shape shape = check_expand(z_any, transforms, sources_any, order_any, epilogue.bias);
   const auto format = z_any.suggest_memory_format();
   const at::Tensor z = z_any.contiguous(format);
   const at::Tensor sources = sources_any.contiguous(), order = order_any.contiguous();
@@ -245,8 +320,59 @@ at::Tensor expand(const at::Tensor& z_any, const at::Tensor& transforms,
       at::empty({shape.batch, shape.channels, shape.height, shape.width}, z.options(), format);
   const ForwardWiring wiring{order.const_data_ptr<int64_t>(), sources.const_data_ptr<int64_t>(),
                              shape.basis, shape.channels, shape.sources_each};
-  mix(y, z, wiring, transforms, /*flip=*/false, bias, shape, is_channels_last(z_any));
+  mix(y, z, wiring, transforms, /*flip=*/false, epilogue, shape, is_channels_last(z_any));
   return y;
+}
+
+at::Tensor expand(const at::Tensor& z, const at::Tensor& transforms, const at::Tensor& sources,
+                  const at::Tensor& order, const std::optional<at::Tensor>& bias) {
+  return expanded(z, transforms, sources, order, {bias, std::nullopt, Activation::kNone});
+}
+
+// A 1 x 1 convolution of float, of which each tile is expanded while it is in the cache.
+at::Tensor pointwise(const at::Tensor& x_any, const at::Tensor& weight, const at::Tensor& transforms,
+                     const at::Tensor& sources_any, const at::Tensor& order_any,
+                     const Epilogue& epilogue, at::IntArrayRef stride, const Shape& shape) {
+  const auto format = x_any.suggest_memory_format();
+  const at::Tensor x = x_any.contiguous(format);
+  const at::Tensor sources = sources_any.contiguous(), order = order_any.contiguous();
+  const at::Tensor y =
+      at::empty({shape.batch, shape.channels, shape.height, shape.width}, x.options(), format);
+  if (y.numel() == 0) return y;
+  const TileKernels& kernels = tile_kernels();
+  const int64_t depth = x.size(1), panels = ceil_div(shape.basis, kernels.lanes);
+  const at::Tensor filters = weight.reshape({shape.basis, depth}).contiguous();
+  const at::Tensor packed = at::empty({panels, depth, kernels.lanes}, x.options());
+  const float* from = filters.const_data_ptr<float>();
+  float* to = packed.mutable_data_ptr<float>();
+  at::parallel_for(0, panels, 1, [&](int64_t first, int64_t last) {
+    kernels.pack_weight(to, from, shape.basis, depth, first, last);
+  });
+  const Product product{to, depth, x.size(2), x.size(3), stride[0], stride[1]};
+  const ForwardWiring wiring{order.const_data_ptr<int64_t>(), sources.const_data_ptr<int64_t>(),
+                             shape.basis, shape.channels, shape.sources_each};
+  mix_tiles(y, x, shape.basis, &product, wiring, transforms.contiguous(), epilogue, shape,
+            is_channels_last(x_any));
+  return y;
+}
+
+at::Tensor conv2d(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& transforms,
+                  const at::Tensor& sources, const at::Tensor& order,
+                  const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& residual,
+                  at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                  int64_t groups, c10::string_view activation) {
+  const Shape shape = check_conv2d(x, weight, transforms, sources, order, bias, residual, stride,
+                                   padding, dilation, groups);
+  const auto format = x.suggest_memory_format();
+  Epilogue epilogue{bias, residual, activation_of(activation)};
+  if (residual.has_value()) epilogue.residual = residual->contiguous(format);
+  const bool is_pointwise = weight.size(2) == 1 && weight.size(3) == 1 && groups == 1 &&
+                            padding[0] == 0 && padding[1] == 0;
+  if (is_pointwise && x.scalar_type() == at::kFloat) {
+    return pointwise(x, weight, transforms, sources, order, epilogue, stride, shape);
+  }
+  const at::Tensor z = at::conv2d(x, weight, {}, stride, padding, dilation, groups);
+  return expanded(z.contiguous(format), transforms, sources, order, epilogue);
 }
 
 at::Tensor expand_grad_input(const at::Tensor& grad_any, const at::Tensor& transforms,
@@ -261,8 +387,7 @@ at::Tensor expand_grad_input(const at::Tensor& grad_any, const at::Tensor& trans
                               inverse.terms.const_data_ptr<int64_t>(),
                               inverse.begin.const_data_ptr<int64_t>(), shape.basis,
                               shape.sources_each};
-  mix(grad_z, grad, wiring, transforms, /*flip=*/true, std::nullopt, shape,
-      is_channels_last(grad_any));
+  mix(grad_z, grad, wiring, transforms, /*flip=*/true, {}, shape, is_channels_last(grad_any));
   return grad_z;
 }
 
@@ -280,38 +405,10 @@ at::Tensor expand_grad_transforms(const at::Tensor& grad_any, const at::Tensor& 
   if (z.scalar_type() == at::kDouble) {
     const auto run = shape.m == 3 ? product_strips<3> : product_strips<1>;
     sums = run(grad, z, sources, position, shape, channels_last);
-  } else if (z.scalar_type() == at::kFloat) {
-    sums = product_tiles<float>(grad, z, sources, position, shape, channels_last);
   } else {
-    AT_DISPATCH_REDUCED_FLOATING_TYPES(z.scalar_type(), "sbf::expand_grad_transforms", [&] {
-      sums = product_tiles<scalar_t>(grad, z, sources, position, shape, channels_last);
-    });
+    sums = product_tiles(grad, z, sources, position, shape, channels_last);
   }
   return sums.to(z.scalar_type()).view(sizes);
-}
-
-at::Tensor conv2d(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& transforms,
-                  const at::Tensor& sources, const at::Tensor& order,
-                  const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& residual,
-                  at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-                  int64_t groups, c10::string_view activation) {
-  const Activation after = activation_of(activation);
-  const at::Tensor z = at::conv2d(x, weight, {}, stride, padding, dilation, groups);
-  at::Tensor y = expand(z, transforms, sources, order, bias);
-  if (residual.has_value()) y.add_(*residual);
-  switch (after) {
-    case Activation::kNone:
-      return y;
-    case Activation::kReLU:
-      return y.relu_();
-    case Activation::kReLU6:
-      return y.clamp_(0, 6);
-    case Activation::kSiLU:
-      return at::silu_(y);
-    case Activation::kHardSwish:
-      return at::hardswish_(y);
-  }
-  return y;
 }
 
 }  // namespace

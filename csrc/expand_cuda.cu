@@ -10,7 +10,6 @@
 #include <torch/library.h>
 
 #include "arguments.h"
-#include "epilogue.h"
 
 namespace sbf {
 namespace {
