@@ -41,11 +41,14 @@ struct MixTask {
   int64_t mask_stride;
 };
 
-// Planes that are a 1 x 1 convolution of `input`, which has `depth` channels and is read at every
-// `stride`-th pixel. weight: packed by pack_weight.
+// Planes that are a convolution of `input`, whose images have these channels, height and width.
+// weight: packed by pack_weight, depths in the order (row, column, channel). Over NCHW images the
+// filters must be 1 x 1 without padding; over channels_last images larger ones need an even width
+// of the output.
 struct Product {
   const float* weight;
-  int64_t depth, height, width, stride_h, stride_w;
+  int64_t channels, height, width;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
 };
 
 // sums[l, a, b] += the products of the gradient's channel with the shifted plane source[l].

@@ -3,8 +3,9 @@
 #if defined(__x86_64__)
 #define SBF_VECTOR_BYTES 64
 #define SBF_TILE_KERNELS tile_kernels_avx512
-#include <cmath>
+#include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "epilogue.h"

@@ -1,0 +1,80 @@
+// The planes of a tile: where they lie and how they are loaded.
+#pragma once
+
+#include "tile.h"
+#include "tile_vector.h"
+
+namespace sbf {
+namespace {
+
+// Pixels that are summed at once for a block of L channels: the sums stay in the first-level cache.
+constexpr int64_t kChunk = 16 * L;
+
+// Where the planes of a tile are: row r of channel c begins at data + c*size + kGuard + r*width,
+// row 0 being `border` rows above the tile's first. Kernels may read kGuard floats before the first
+// row and behind the last one; what they make of those is not used.
+struct Planes {
+  float* data;
+  int64_t size, rows, width, border;
+
+  static constexpr int64_t kGuard = 2 * kChunk;
+
+  Planes(float* at, int64_t tile_rows, int64_t row_width, int m)
+      : data(at), rows(tile_rows + (m - 1)), width(row_width), border((m - 1) / 2) {
+    // An odd number of cache lines keeps the planes out of each other's cache sets.
+    size = 16 * ((rows * width + 2 * kGuard + 15) / 16 | 1);
+  }
+  float* row(int64_t channel, int64_t r) const { return data + channel * size + kGuard + r * width; }
+  int64_t floats(int64_t channels) const { return channels * size; }
+
+  void clear(int64_t channels, int64_t first, int64_t last) const {
+    for (int64_t c = 0; c < channels; ++c) {
+      std::memset(row(c, first), 0, sizeof(float) * (last - first) * width);
+    }
+  }
+  // Moves `count` pixels from row `first` on to the top.
+  void move_up(int64_t channels, int64_t first, int64_t count) const {
+    for (int64_t c = 0; c < channels; ++c) {
+      std::memmove(row(c, 0), row(c, first), sizeof(float) * count);
+    }
+  }
+
+  // Loads rows [h0, h1) of an image of `channels` channels as rows r, r + 1, ...
+  template <typename scalar_t>
+  void load_image(const scalar_t* image, bool channels_last, int64_t channels, int64_t height,
+                  int64_t h0, int64_t h1, int64_t r) const {
+    const int64_t pixels = (h1 - h0) * width;
+    if (!channels_last) {
+      for (int64_t c = 0; c < channels; ++c) {
+        const scalar_t* from = image + (c * height + h0) * width;
+        float* to = row(c, r);
+        for (int64_t i = 0; i < pixels; ++i) to[i] = as_float(from[i]);
+      }
+      return;
+    }
+    const scalar_t* from = image + h0 * width * channels;
+    for (int64_t i = 0; i < pixels; i += L) {
+      const int64_t some = least<int64_t>(L, pixels - i);
+      for (int64_t c = 0; c < channels; c += L) {
+        const int64_t few = least<int64_t>(L, channels - c);
+        Vector block[L];
+        const scalar_t* at = from + i * channels + c;
+        float* to = row(c, r) + i;
+        if (some == L && few == L) {
+          SBF_UNROLL
+          for (int k = 0; k < L; ++k) block[k] = load_as_float(at + k * channels);
+          transpose(block);
+          SBF_UNROLL
+          for (int k = 0; k < L; ++k) put(to + k * size, block[k]);
+          continue;
+        }
+        for (int64_t k = 0; k < few; ++k) {
+          for (int64_t j = 0; j < some; ++j) to[k * size + j] = as_float(at[j * channels + k]);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace sbf

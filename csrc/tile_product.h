@@ -1,0 +1,292 @@
+// Planes made by a convolution: its products are formed tile by tile and left in the cache.
+//
+// Sums are kept for L x L values: L pixels by the L filters of a panel. Over channels_last images
+// one vector is L filters at one depth, multiplied by each pixel's value, and the block of sums is
+// transposed into planes; over NCHW images (1 x 1 filters only) a vector is L pixels.
+#pragma once
+
+#include "tile_planes.h"
+
+namespace sbf {
+namespace {
+
+// Fetches cache lines a few at a time while the arithmetic units are busy: pieces of `length` lines
+// that begin `stride` bytes apart.
+struct Ahead {
+  const char* piece;
+  int64_t length, stride, each;  // each: lines a step
+  int64_t done = 0;
+
+  // Lines of `count` pieces of `bytes` bytes, in `steps` steps.
+  Ahead(const void* first, int64_t bytes, int64_t stride_bytes, int64_t count, int64_t steps)
+      : piece(static_cast<const char*>(first)), length((bytes + 63) / 64), stride(stride_bytes),
+        each((length * count + steps - 1) / steps) {}
+
+  template <int kLocality>
+  SBF_INLINE void step() {
+    for (int64_t i = 0; i < each; ++i) {
+      __builtin_prefetch(piece + 64 * done, 0, kLocality);
+      if (++done == length) {
+        done = 0;
+        piece += stride;
+      }
+    }
+  }
+};
+
+constexpr int64_t kDepthStep = 8;  // depths between two steps ahead
+
+// sums[r] += filter r of a panel on L pixels, each depth's pixels being a vector.
+SBF_INLINE void add_products_of_planes(Vector (&sums)[L], const float* panel, const float* pixels,
+                                       int64_t depth, Ahead& output) {
+  for (int64_t k0 = 0; k0 < depth; k0 += kDepthStep) {
+    output.step<2>();
+    for (int64_t k = k0; k < least(k0 + kDepthStep, depth); ++k, panel += L, pixels += L) {
+      const Vector x = load(pixels);
+      SBF_UNROLL
+      for (int r = 0; r < L; ++r) sums[r] += x * panel[r];
+    }
+  }
+}
+
+// L pixels as pairs of neighbours that lie `stride` floats apart: one register cannot address them
+// all, and one for each would be too many.
+struct Pairs {
+  const float* at[L / 2];
+  int64_t stride;
+};
+
+// sums[r] += all filters of a panel on pixel r, `shift` floats from where it is.
+SBF_INLINE void add_products_of_pixels(Vector (&sums)[L], const float* panel, const Pairs& pixels,
+                                       int64_t shift, int64_t depth, Ahead& output, Ahead& input) {
+  const float* pair[L / 2];
+  SBF_UNROLL
+  for (int q = 0; q < L / 2; ++q) pair[q] = pixels.at[q] + shift;
+  const int64_t stride = pixels.stride;
+  for (int64_t k0 = 0; k0 < depth; k0 += kDepthStep) {
+    output.step<2>();
+    input.step<2>();
+    for (int64_t k = k0; k < least(k0 + kDepthStep, depth); ++k, panel += L) {
+      const Vector w = load(panel);
+      SBF_UNROLL
+      for (int q = 0; q < L / 2; ++q) {
+        sums[2 * q] += w * pair[q][k];
+        sums[2 * q + 1] += w * pair[q][stride + k];
+      }
+    }
+  }
+}
+
+class Multiplier {
+ public:
+  Multiplier(const MixTask& task, const Product& product, const Planes& planes, float* workspace)
+      : task_(task), product_(product), planes_(planes), copied_(workspace),
+        panels_((task.inputs + L - 1) / L),
+        depth_(product.channels * product.kernel_h * product.kernel_w) {}
+
+  static int64_t workspace(const MixTask& task, const Product& product) {
+    // A tile's rows with their borders, and less than L pixels of the rows below.
+    const int64_t rows = task.rows + task.m - 1 + (L + task.width - 1) / task.width + 1;
+    if (!task.channels_last) return round_up(rows * task.width, L) * product.channels;
+    if (is_pointwise(product)) return L * spread(product.channels);
+    return ((rows - 1) * product.stride_h + reach(product.kernel_h, product.dilation_h)) *
+           row_width(task, product) * product.channels;
+  }
+
+  // Computes pixels [first, last) of an image's planes, the first of which is float `at` behind the
+  // planes' row 0. Meanwhile the lines of rows [h0, h1) of `target`, an image of the output, come
+  // into the cache.
+  void operator()(const float* image, int64_t first, int64_t last, int64_t at, const float* target,
+                  int64_t h0, int64_t h1) const {
+    const int64_t area = task_.height * task_.width, pixels = (h1 - h0) * task_.width;
+    const int64_t steps = (last - first + L - 1) / L * panels_ * steps_of_block();
+    if (!task_.channels_last) {
+      Ahead output(target + h0 * task_.width, 4 * pixels, 4 * area, task_.outputs, steps);
+      planes_of_planes(image, first, last, at, output);
+      return;
+    }
+    Ahead output(target + h0 * task_.width * task_.outputs, 4 * pixels * task_.outputs, 0, 1, steps);
+    if (is_pointwise(product_)) {
+      planes_of_pixels(image, first, last, at, output);
+    } else {
+      planes_of_patches(image, first, last, at, output);
+    }
+  }
+
+ private:
+  static bool is_pointwise(const Product& product) {
+    return product.kernel_h == 1 && product.kernel_w == 1 && product.pad_h == 0 &&
+           product.pad_w == 0;
+  }
+  static int64_t spread(int64_t depth) { return round_up(depth, 16) + 16; }
+  static int64_t reach(int64_t kernel, int64_t dilation) { return (kernel - 1) * dilation + 1; }
+  static int64_t row_width(const MixTask& task, const Product& product) {
+    return (task.width - 1) * product.stride_w + reach(product.kernel_w, product.dilation_w);
+  }
+  int64_t steps_of_block() const {
+    return (product_.channels + kDepthStep - 1) / kDepthStep * product_.kernel_h *
+           product_.kernel_w;
+  }
+
+  SBF_INLINE void put_sums(Vector (&sums)[L], int64_t filter, int64_t at, int64_t some) const {
+    float* to = planes_.row(filter, 0) + at;
+    const int64_t few = least<int64_t>(L, task_.inputs - filter);
+    if (some == L && few == L) {
+      SBF_UNROLL
+      for (int k = 0; k < L; ++k) put(to + k * planes_.size, sums[k]);
+      return;
+    }
+    float rows[L * L];
+    SBF_UNROLL
+    for (int k = 0; k < L; ++k) put(rows + k * L, sums[k]);
+    for (int64_t k = 0; k < few; ++k) {
+      std::memcpy(to + k * planes_.size, rows + k * L, sizeof(float) * some);
+    }
+  }
+
+  // The float of a channels_last image or of an NCHW plane (`each` = 1) that a 1 x 1 filter sees.
+  int64_t seen(int64_t pixel, int64_t each) const {
+    return (pixel / task_.width * product_.stride_h * product_.width +
+            pixel % task_.width * product_.stride_w) *
+           each;
+  }
+
+  void planes_of_planes(const float* image, int64_t first, int64_t last, int64_t at,
+                        Ahead& output) const {
+    const int64_t pixels = last - first;
+    const bool dense = product_.stride_h == 1 && product_.stride_w == 1;
+    for (int64_t k = 0; k < depth_; ++k) {
+      const float* plane = image + k * product_.height * product_.width;
+      int64_t i = 0;
+      if (dense) {
+        for (; i + L <= pixels; i += L) put(copied_ + i * depth_ + k * L, load(plane + first + i));
+      }
+      for (; i < pixels; ++i) {
+        copied_[i / L * L * depth_ + k * L + i % L] = plane[seen(first + i, 1)];
+      }
+    }
+    for (int64_t i = 0; i < pixels; i += L) {
+      for (int64_t filter = 0; filter < task_.inputs; filter += L) {
+        Vector sums[L] = {};
+        add_products_of_planes(sums, product_.weight + filter * depth_, copied_ + i * depth_, depth_,
+                               output);
+        put_sums(sums, filter, at + i, least<int64_t>(L, pixels - i));
+      }
+    }
+  }
+
+  // 1 x 1 filters: pixels are read where they are, or from a copy of L of them.
+  void planes_of_pixels(const float* image, int64_t first, int64_t last, int64_t at,
+                        Ahead& output) const {
+    const int64_t pixels = last - first;
+    const bool dense = product_.stride_h == 1 && product_.stride_w == 1;
+    // Pixels that lie a multiple of 2 KiB apart share few sets of the first-level cache.
+    const bool in_place = dense && depth_ % 512 != 0;
+    for (int64_t i = 0; i < pixels; i += L) {
+      const int64_t some = least<int64_t>(L, pixels - i);
+      const float* from = image + (first + i) * depth_;
+      Pairs pairs{{}, depth_};
+      if (!in_place || some < L) {
+        pairs.stride = spread(depth_);
+        for (int64_t k = 0; k < some; ++k) {
+          std::memcpy(copied_ + k * pairs.stride, image + seen(first + i + k, depth_),
+                      sizeof(float) * depth_);
+        }
+        from = copied_;
+      }
+      SBF_UNROLL
+      for (int q = 0; q < L / 2; ++q) pairs.at[q] = from + 2 * q * pairs.stride;
+      // The next pixels, which lie behind these.
+      Ahead input(image + (first + i + L) * depth_, 4 * L * depth_, 0, dense ? 1 : 0,
+                  panels_ * steps_of_block());
+      for (int64_t filter = 0; filter < task_.inputs; filter += L) {
+        Vector sums[L] = {};
+        add_products_of_pixels(sums, product_.weight + filter * depth_, pairs, 0, depth_, output,
+                               input);
+        transpose(sums);
+        put_sums(sums, filter, at + i, some);
+      }
+    }
+  }
+
+  // Larger filters: from a copy of the rows that they see, with its padding.
+  void planes_of_patches(const float* image, int64_t first, int64_t last, int64_t at,
+                         Ahead& output) const {
+    const int64_t channels = product_.channels, width = row_width(task_, product_);
+    const int64_t h0 = first / task_.width, h1 = (last - 1) / task_.width + 1;
+    copy_rows(image, h0 * product_.stride_h - product_.pad_h,
+              (h1 - h0 - 1) * product_.stride_h + reach(product_.kernel_h, product_.dilation_h));
+    Ahead no_input(nullptr, 0, 0, 0, 1);
+    for (int64_t i = first; i < last; i += L) {
+      Pairs pairs{{}, product_.stride_w * channels};
+      for (int q = 0; q < L / 2; ++q) {
+        const int64_t pixel = least(i + 2 * q, last - 2);
+        pairs.at[q] = copied_ + ((pixel / task_.width - h0) * product_.stride_h * width +
+                                 pixel % task_.width * product_.stride_w) *
+                                    channels;
+      }
+      for (int64_t filter = 0; filter < task_.inputs; filter += L) {
+        Vector sums[L] = {};
+        const float* panel = product_.weight + filter * depth_;
+        for (int64_t a = 0; a < product_.kernel_h; ++a) {
+          for (int64_t b = 0; b < product_.kernel_w; ++b, panel += channels * L) {
+            const int64_t shift =
+                (a * product_.dilation_h * width + b * product_.dilation_w) * channels;
+            add_products_of_pixels(sums, panel, pairs, shift, channels, output, no_input);
+          }
+        }
+        transpose(sums);
+        put_sums(sums, filter, at + i - first, least<int64_t>(L, last - i));
+      }
+    }
+  }
+
+  // Copies `count` rows of a channels_last image from row `top` on, which may lie outside, with the
+  // columns of padding.
+  void copy_rows(const float* image, int64_t top, int64_t count) const {
+    const int64_t channels = product_.channels, width = row_width(task_, product_);
+    const int64_t left = least(width, product_.pad_w);
+    for (int64_t row = 0; row < count; ++row) {
+      float* to = copied_ + row * width * channels;
+      const int64_t h = top + row;
+      const bool outside = h < 0 || h >= product_.height;
+      const int64_t inside = outside ? 0 : least(width - left, product_.width);
+      std::memset(to, 0, sizeof(float) * left * channels);
+      if (inside > 0) {
+        std::memcpy(to + left * channels, image + h * product_.width * channels,
+                    sizeof(float) * inside * channels);
+      }
+      std::memset(to + (left + inside) * channels, 0,
+                  sizeof(float) * (width - left - inside) * channels);
+    }
+  }
+
+  const MixTask& task_;
+  const Product& product_;
+  const Planes& planes_;
+  float* copied_;
+  int64_t panels_, depth_;
+};
+
+void pack_weight(float* packed, const float* weight, int64_t filters, int64_t depth, int64_t first,
+                 int64_t last) {
+  for (int64_t panel = first; panel < last; ++panel) {
+    float* to = packed + panel * L * depth;
+    const int64_t few = least<int64_t>(L, filters - panel * L);
+    const float* from = weight + panel * L * depth;
+    for (int64_t k = 0; k < depth; k += L) {
+      const int64_t some = least<int64_t>(L, depth - k);
+      Vector block[L];
+      for (int i = 0; i < L; ++i) {
+        block[i] = i >= few       ? Vector{}
+                   : some == L    ? load(from + i * depth + k)
+                                  : load_some(from + i * depth + k, some);
+      }
+      transpose(block);
+      for (int64_t i = 0; i < some; ++i) put(to + (k + i) * L, block[i]);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace sbf
