@@ -333,13 +333,13 @@ at::Tensor expand(const at::Tensor& z, const at::Tensor& transforms, const at::T
 
 // Whether the tiles' own product is the faster one: it is as fast as ATen's convolution while the
 // filters stay in the cache, and saves writing and reading the basis features.
-constexpr int64_t kFilterBytes = 640 * 1024;
+const int64_t kFilterBytes = getenv("KFB") ? atol(getenv("KFB")) : 640 * 1024;
 
 bool multiplies_tiles(const at::Tensor& x, const at::Tensor& weight, at::IntArrayRef padding,
                       int64_t groups, const Shape& shape) {
   if (x.scalar_type() != at::kFloat || groups != 1) return false;
   if (weight.size(2) == 1 && weight.size(3) == 1 && padding[0] == 0 && padding[1] == 0) return true;
-  return is_channels_last(x) && shape.width % 2 == 0 &&
+  return is_channels_last(x) &&
          weight.numel() * static_cast<int64_t>(sizeof(float)) <= kFilterBytes;
 }
 

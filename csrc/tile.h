@@ -43,8 +43,7 @@ struct MixTask {
 
 // Planes that are a convolution of `input`, whose images have these channels, height and width.
 // weight: packed by pack_weight, depths in the order (row, column, channel). Over NCHW images the
-// filters must be 1 x 1 without padding; over channels_last images larger ones need an even width
-// of the output.
+// filters must be 1 x 1 without padding.
 struct Product {
   const float* weight;
   int64_t channels, height, width;

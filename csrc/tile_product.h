@@ -34,14 +34,15 @@ struct Ahead {
   }
 };
 
-constexpr int64_t kDepthStep = 8;  // depths between two steps ahead
+constexpr int kDepthStep = 8;  // depths between two steps ahead
+constexpr int kUnrolled = L == 16 ? 8 : 4;
 
 // sums[r] += filter r of a panel on L pixels, each depth's pixels being a vector.
 SBF_INLINE void add_products_of_planes(Vector (&sums)[L], const float* panel, const float* pixels,
                                        int64_t depth, Ahead& output) {
   for (int64_t k0 = 0; k0 < depth; k0 += kDepthStep) {
     output.step<2>();
-    for (int64_t k = k0; k < least(k0 + kDepthStep, depth); ++k, panel += L, pixels += L) {
+    for (int64_t k = k0; k < least<int64_t>(k0 + kDepthStep, depth); ++k, panel += L, pixels += L) {
       const Vector x = load(pixels);
       SBF_UNROLL
       for (int r = 0; r < L; ++r) sums[r] += x * panel[r];
@@ -49,36 +50,44 @@ SBF_INLINE void add_products_of_planes(Vector (&sums)[L], const float* panel, co
   }
 }
 
-// L pixels as pairs of neighbours that lie `stride` floats apart: one register cannot address them
-// all, and one for each would be too many.
-struct Pairs {
-  const float* at[L / 2];
-  int64_t stride;
-};
-
-// sums[r] += all filters of a panel on pixel r, `shift` floats from where it is.
-SBF_INLINE void add_products_of_pixels(Vector (&sums)[L], const float* panel, const Pairs& pixels,
-                                       int64_t shift, int64_t depth, Ahead& output, Ahead& input) {
-  const float* pair[L / 2];
-  SBF_UNROLL
-  for (int q = 0; q < L / 2; ++q) pair[q] = pixels.at[q] + shift;
-  const int64_t stride = pixels.stride;
-  for (int64_t k0 = 0; k0 < depth; k0 += kDepthStep) {
+// sums[r] += all filters of a panel on pixels[r] + shift, for the first R pixels. Several depths at a
+// time: the pointers are more than there are registers, and are loaded once for them all.
+template <int R>
+SBF_INLINE void add_products_of_pixels(Vector (&sums)[L], const float* panel,
+                                       const float* const* pixels, int64_t shift, int64_t depth,
+                                       Ahead& output, Ahead& input) {
+  int64_t k = 0;
+  for (; k + kDepthStep <= depth; k += kDepthStep, panel += kDepthStep * L) {
     output.step<2>();
     input.step<2>();
-    for (int64_t k = k0; k < least(k0 + kDepthStep, depth); ++k, panel += L) {
-      const Vector w = load(panel);
+    SBF_UNROLL
+    for (int part = 0; part < kDepthStep; part += kUnrolled) {
+      Vector w[kUnrolled];
       SBF_UNROLL
-      for (int q = 0; q < L / 2; ++q) {
-        sums[2 * q] += w * pair[q][k];
-        sums[2 * q + 1] += w * pair[q][stride + k];
+      for (int u = 0; u < kUnrolled; ++u) {
+        w[u] = load(panel + (part + u) * L);
+        SBF_IN_REGISTER(w[u]);
+      }
+      SBF_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const float* pixel = pixels[r] + shift + k + part;
+        SBF_UNROLL
+        for (int u = 0; u < kUnrolled; ++u) sums[r] += w[u] * pixel[u];
       }
     }
+  }
+  for (; k < depth; ++k, panel += L) {
+    const Vector w = load(panel);
+    SBF_UNROLL
+    for (int r = 0; r < R; ++r) sums[r] += w * pixels[r][shift + k];
   }
 }
 
 class Multiplier {
  public:
+  static constexpr int64_t kLargestGroup = 4;
+  static constexpr int64_t kCachedFilterBytes = 384 * 1024;
+
   Multiplier(const MixTask& task, const Product& product, const Planes& planes, float* workspace)
       : task_(task), product_(product), planes_(planes), copied_(workspace),
         panels_((task.inputs + L - 1) / L),
@@ -88,9 +97,9 @@ class Multiplier {
     // A tile's rows with their borders, and less than L pixels of the rows below.
     const int64_t rows = task.rows + task.m - 1 + (L + task.width - 1) / task.width + 1;
     if (!task.channels_last) return round_up(rows * task.width, L) * product.channels;
-    if (is_pointwise(product)) return L * spread(product.channels);
+    if (is_pointwise(product)) return kLargestGroup * L * pixel_pitch(product);
     return ((rows - 1) * product.stride_h + reach(product.kernel_h, product.dilation_h)) *
-           row_width(task, product) * product.channels;
+           row_width(task, product) * pixel_pitch(product);
   }
 
   // Computes pixels [first, last) of an image's planes, the first of which is float `at` behind the
@@ -106,11 +115,7 @@ class Multiplier {
       return;
     }
     Ahead output(target + h0 * task_.width * task_.outputs, 4 * pixels * task_.outputs, 0, 1, steps);
-    if (is_pointwise(product_)) {
-      planes_of_pixels(image, first, last, at, output);
-    } else {
-      planes_of_patches(image, first, last, at, output);
-    }
+    planes_of_pixels(image, first, last, at, output);
   }
 
  private:
@@ -118,7 +123,16 @@ class Multiplier {
     return product.kernel_h == 1 && product.kernel_w == 1 && product.pad_h == 0 &&
            product.pad_w == 0;
   }
-  static int64_t spread(int64_t depth) { return round_up(depth, 16) + 16; }
+  // Pixels that lie a multiple of 2 KiB apart share few sets of the first-level cache.
+  static bool collides(int64_t depth) { return depth % 512 == 0; }
+  static int64_t pixel_pitch(const Product& product) {
+    return product.channels + (collides(product.channels) ? 16 : 0);
+  }
+  // Filters that do not fit the second-level cache are read once for several blocks of pixels.
+  static int64_t blocks_of_group(const Product& product, int64_t panels) {
+    const int64_t bytes = 4 * L * panels * product.channels * product.kernel_h * product.kernel_w;
+    return bytes > kCachedFilterBytes ? kLargestGroup : 1;
+  }
   static int64_t reach(int64_t kernel, int64_t dilation) { return (kernel - 1) * dilation + 1; }
   static int64_t row_width(const MixTask& task, const Product& product) {
     return (task.width - 1) * product.stride_w + reach(product.kernel_w, product.dilation_w);
@@ -175,68 +189,68 @@ class Multiplier {
     }
   }
 
-  // 1 x 1 filters: pixels are read where they are, or from a copy of L of them.
   void planes_of_pixels(const float* image, int64_t first, int64_t last, int64_t at,
                         Ahead& output) const {
-    const int64_t pixels = last - first;
-    const bool dense = product_.stride_h == 1 && product_.stride_w == 1;
-    // Pixels that lie a multiple of 2 KiB apart share few sets of the first-level cache.
-    const bool in_place = dense && depth_ % 512 != 0;
-    for (int64_t i = 0; i < pixels; i += L) {
-      const int64_t some = least<int64_t>(L, pixels - i);
-      const float* from = image + (first + i) * depth_;
-      Pairs pairs{{}, depth_};
-      if (!in_place || some < L) {
-        pairs.stride = spread(depth_);
-        for (int64_t k = 0; k < some; ++k) {
-          std::memcpy(copied_ + k * pairs.stride, image + seen(first + i + k, depth_),
-                      sizeof(float) * depth_);
+    const int64_t channels = product_.channels, pitch = pixel_pitch(product_);
+    const bool pointwise = is_pointwise(product_), copies = collides(channels);
+    const int64_t width = pointwise ? product_.width : row_width(task_, product_);
+    int64_t h0 = 0;  // the row of the output that the first copied row is for
+    if (!pointwise) {
+      h0 = first / task_.width;
+      copy_rows(image, h0 * product_.stride_h - product_.pad_h,
+                ((last - 1) / task_.width - h0) * product_.stride_h +
+                    reach(product_.kernel_h, product_.dilation_h));
+    }
+    const int64_t group = blocks_of_group(product_, panels_);
+    const bool dense = pointwise && product_.stride_h == 1 && product_.stride_w == 1;
+    for (int64_t i = first; i < last; i += group * L) {
+      const int64_t count = least(group * L, last - i);
+      const float* seen_pixels[kLargestGroup * L];
+      for (int64_t k = 0; k < group * L; ++k) {
+        const int64_t pixel = least(i + k, last - 1);
+        const int64_t place = (pixel / task_.width - h0) * product_.stride_h * width +
+                              pixel % task_.width * product_.stride_w;
+        if (!pointwise) {
+          seen_pixels[k] = copied_ + place * pitch;
+        } else if (!copies) {
+          seen_pixels[k] = image + place * channels;
+        } else {
+          seen_pixels[k] = copied_ + least(k, count - 1) * pitch;
+          if (k < count) {
+            std::memcpy(copied_ + k * pitch, image + place * channels, sizeof(float) * channels);
+          }
         }
-        from = copied_;
       }
-      SBF_UNROLL
-      for (int q = 0; q < L / 2; ++q) pairs.at[q] = from + 2 * q * pairs.stride;
       // The next pixels, which lie behind these.
-      Ahead input(image + (first + i + L) * depth_, 4 * L * depth_, 0, dense ? 1 : 0,
-                  panels_ * steps_of_block());
+      Ahead input(image + (i + group * L) * channels, 4 * group * L * channels, 0, dense ? 1 : 0,
+                  group * panels_ * steps_of_block());
       for (int64_t filter = 0; filter < task_.inputs; filter += L) {
-        Vector sums[L] = {};
-        add_products_of_pixels(sums, product_.weight + filter * depth_, pairs, 0, depth_, output,
-                               input);
-        transpose(sums);
-        put_sums(sums, filter, at + i, some);
+        for (int64_t j = 0; j < count; j += L) {
+          const int64_t some = least<int64_t>(L, count - j);
+          Vector sums[L] = {};
+          if (some > L / 2) {
+            add_taps<L>(sums, filter, seen_pixels + j, width, output, input);
+          } else if (some > L / 4) {
+            add_taps<L / 2>(sums, filter, seen_pixels + j, width, output, input);
+          } else {
+            add_taps<L / 4>(sums, filter, seen_pixels + j, width, output, input);
+          }
+          transpose(sums);
+          put_sums(sums, filter, at + i - first + j, some);
+        }
       }
     }
   }
 
-  // Larger filters: from a copy of the rows that they see, with its padding.
-  void planes_of_patches(const float* image, int64_t first, int64_t last, int64_t at,
-                         Ahead& output) const {
-    const int64_t channels = product_.channels, width = row_width(task_, product_);
-    const int64_t h0 = first / task_.width, h1 = (last - 1) / task_.width + 1;
-    copy_rows(image, h0 * product_.stride_h - product_.pad_h,
-              (h1 - h0 - 1) * product_.stride_h + reach(product_.kernel_h, product_.dilation_h));
-    Ahead no_input(nullptr, 0, 0, 0, 1);
-    for (int64_t i = first; i < last; i += L) {
-      Pairs pairs{{}, product_.stride_w * channels};
-      for (int q = 0; q < L / 2; ++q) {
-        const int64_t pixel = least(i + 2 * q, last - 2);
-        pairs.at[q] = copied_ + ((pixel / task_.width - h0) * product_.stride_h * width +
-                                 pixel % task_.width * product_.stride_w) *
-                                    channels;
-      }
-      for (int64_t filter = 0; filter < task_.inputs; filter += L) {
-        Vector sums[L] = {};
-        const float* panel = product_.weight + filter * depth_;
-        for (int64_t a = 0; a < product_.kernel_h; ++a) {
-          for (int64_t b = 0; b < product_.kernel_w; ++b, panel += channels * L) {
-            const int64_t shift =
-                (a * product_.dilation_h * width + b * product_.dilation_w) * channels;
-            add_products_of_pixels(sums, panel, pairs, shift, channels, output, no_input);
-          }
-        }
-        transpose(sums);
-        put_sums(sums, filter, at + i - first, least<int64_t>(L, last - i));
+  template <int R>
+  SBF_INLINE void add_taps(Vector (&sums)[L], int64_t filter, const float* const* pixels,
+                           int64_t width, Ahead& output, Ahead& input) const {
+    const float* panel = product_.weight + filter * depth_;
+    const int64_t channels = product_.channels, pitch = pixel_pitch(product_);
+    for (int64_t a = 0; a < product_.kernel_h; ++a) {
+      for (int64_t b = 0; b < product_.kernel_w; ++b, panel += channels * L) {
+        const int64_t shift = (a * product_.dilation_h * width + b * product_.dilation_w) * pitch;
+        add_products_of_pixels<R>(sums, panel, pixels, shift, channels, output, input);
       }
     }
   }
@@ -244,20 +258,25 @@ class Multiplier {
   // Copies `count` rows of a channels_last image from row `top` on, which may lie outside, with the
   // columns of padding.
   void copy_rows(const float* image, int64_t top, int64_t count) const {
-    const int64_t channels = product_.channels, width = row_width(task_, product_);
+    const int64_t channels = product_.channels, pitch = pixel_pitch(product_);
+    const int64_t width = row_width(task_, product_);
     const int64_t left = least(width, product_.pad_w);
     for (int64_t row = 0; row < count; ++row) {
-      float* to = copied_ + row * width * channels;
+      float* to = copied_ + row * width * pitch;
       const int64_t h = top + row;
       const bool outside = h < 0 || h >= product_.height;
       const int64_t inside = outside ? 0 : least(width - left, product_.width);
-      std::memset(to, 0, sizeof(float) * left * channels);
-      if (inside > 0) {
-        std::memcpy(to + left * channels, image + h * product_.width * channels,
-                    sizeof(float) * inside * channels);
+      std::memset(to, 0, sizeof(float) * left * pitch);
+      to += left * pitch;
+      const float* from = image + h * product_.width * channels;
+      if (pitch == channels && inside > 0) {
+        std::memcpy(to, from, sizeof(float) * inside * channels);
+      } else {
+        for (int64_t w = 0; w < inside; ++w) {
+          std::memcpy(to + w * pitch, from + w * channels, sizeof(float) * channels);
+        }
       }
-      std::memset(to + (left + inside) * channels, 0,
-                  sizeof(float) * (width - left - inside) * channels);
+      std::memset(to + inside * pitch, 0, sizeof(float) * (width - left - inside) * pitch);
     }
   }
 
