@@ -4,6 +4,10 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+namespace sbf {
+int cpu_lanes();  // expand_cpu.cpp
+}
+
 TORCH_LIBRARY(sbf, m) {
   m.def(
       "expand(Tensor z, Tensor transforms, Tensor sources, Tensor order, Tensor? bias)"
@@ -12,7 +16,9 @@ TORCH_LIBRARY(sbf, m) {
   m.def(
       "conv2d(Tensor x, Tensor weight, Tensor transforms, Tensor sources, Tensor order,"
       " Tensor? bias, Tensor? residual, int[2] stride, int[2] padding, int[2] dilation, int groups,"
-      " str activation) -> Tensor");
+      " str activation, Tensor? packed) -> Tensor");
+  // The filters of weight in the order that the CPU's kernels read them; what conv2d takes as packed.
+  m.def("pack_filters(Tensor weight) -> Tensor");
   // The gradient of z, and of transforms, given that of expand's output.
   m.def(
       "expand_grad_input(Tensor grad, Tensor transforms, Tensor sources, Tensor order) -> Tensor");
@@ -55,7 +61,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #endif
         info["compiler"] = __VERSION__;
         info["torch"] = TORCH_VERSION;
+        info["cpu_lanes"] = sbf::cpu_lanes();
         return info;
       },
-      "How this extension was built: cuda, cuda_archs, compiler, torch (its version then)");
+      "How this extension was built: cuda, cuda_archs, compiler, torch (its version then); and\n"
+      "cpu_lanes, how many floats a vector of the kernels chosen for this CPU has");
 }

@@ -333,18 +333,46 @@ at::Tensor expand(const at::Tensor& z, const at::Tensor& transforms, const at::T
 
 // Whether the tiles' own product is the faster one: it is as fast as ATen's convolution while the
 // filters stay in the cache, and saves writing and reading the basis features.
-const int64_t kFilterBytes = getenv("KFB") ? atol(getenv("KFB")) : 640 * 1024;
+constexpr int64_t kFilterBytes = 640 * 1024;
 
 bool multiplies_tiles(const at::Tensor& x, const at::Tensor& weight, at::IntArrayRef padding,
-                      int64_t groups, const Shape& shape) {
+                      int64_t groups, bool is_packed, const Shape& shape) {
   if (x.scalar_type() != at::kFloat || groups != 1) return false;
   if (weight.size(2) == 1 && weight.size(3) == 1 && padding[0] == 0 && padding[1] == 0) return true;
   return is_channels_last(x) &&
-         weight.numel() * static_cast<int64_t>(sizeof(float)) <= kFilterBytes;
+         (is_packed || weight.numel() * static_cast<int64_t>(sizeof(float)) <= kFilterBytes);
+}
+
+// weight (B, C_in, k_h, k_w) as panels of filters, (panels, k_h * k_w * C_in, lanes).
+at::Tensor pack_filters(const at::Tensor& weight) {
+  TORCH_CHECK(weight.dim() == 4 && weight.scalar_type() == at::kFloat,
+              "weight must be float of shape (B, C_in, k_h, k_w), got ", weight.scalar_type(), " ",
+              weight.sizes());
+  const TileKernels& kernels = tile_kernels();
+  const at::Tensor filters = weight.permute({0, 2, 3, 1}).contiguous();
+  const int64_t count = filters.size(0), panels = ceil_div(count, kernels.lanes);
+  const int64_t depth = weight.size(1) * weight.size(2) * weight.size(3);
+  const at::Tensor packed = at::empty({panels, depth, kernels.lanes}, weight.options());
+  const float* from = filters.const_data_ptr<float>();
+  float* to = packed.mutable_data_ptr<float>();
+  at::parallel_for(0, panels, 1, [&](int64_t first, int64_t last) {
+    kernels.pack_weight(to, from, count, depth, first, last);
+  });
+  return packed;
+}
+
+void check_packed(const at::Tensor& packed, const at::Tensor& weight) {
+  const int64_t lanes = tile_kernels().lanes;
+  const std::vector<int64_t> sizes = {ceil_div(weight.size(0), lanes),
+                                      weight.size(1) * weight.size(2) * weight.size(3), lanes};
+  TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == at::kFloat && packed.is_contiguous() &&
+                  packed.sizes() == at::IntArrayRef(sizes),
+              "packed must be what pack_filters makes of weight on this machine, float ",
+              at::IntArrayRef(sizes), ", got ", packed.scalar_type(), " ", packed.sizes());
 }
 
 // A convolution of float, of which each tile is expanded while it is in the cache.
-at::Tensor convolved(const at::Tensor& x_any, const at::Tensor& weight,
+at::Tensor convolved(const at::Tensor& x_any, const at::Tensor& weight, const at::Tensor& packed,
                      const at::Tensor& transforms, const at::Tensor& sources_any,
                      const at::Tensor& order_any, const Epilogue& epilogue, at::IntArrayRef stride,
                      at::IntArrayRef padding, at::IntArrayRef dilation, const Shape& shape) {
@@ -354,18 +382,8 @@ at::Tensor convolved(const at::Tensor& x_any, const at::Tensor& weight,
   const at::Tensor y =
       at::empty({shape.batch, shape.channels, shape.height, shape.width}, x.options(), format);
   if (y.numel() == 0) return y;
-  const TileKernels& kernels = tile_kernels();
-  const at::Tensor filters = weight.permute({0, 2, 3, 1}).contiguous();
-  const int64_t depth = filters.numel() / std::max<int64_t>(1, shape.basis);
-  const int64_t panels = ceil_div(shape.basis, kernels.lanes);
-  const at::Tensor packed = at::empty({panels, depth, kernels.lanes}, x.options());
-  const float* from = filters.const_data_ptr<float>();
-  float* to = packed.mutable_data_ptr<float>();
-  at::parallel_for(0, panels, 1, [&](int64_t first, int64_t last) {
-    kernels.pack_weight(to, from, shape.basis, depth, first, last);
-  });
   const Product product{
-      .weight = to,
+      .weight = packed.const_data_ptr<float>(),
       .channels = x.size(1),
       .height = x.size(2),
       .width = x.size(3),
@@ -389,14 +407,16 @@ at::Tensor conv2d(const at::Tensor& x, const at::Tensor& weight, const at::Tenso
                   const at::Tensor& sources, const at::Tensor& order,
                   const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& residual,
                   at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-                  int64_t groups, c10::string_view activation) {
+                  int64_t groups, c10::string_view activation,
+                  const std::optional<at::Tensor>& packed) {
   const Shape shape = check_conv2d(x, weight, transforms, sources, order, bias, residual, stride,
                                    padding, dilation, groups);
   const auto format = x.suggest_memory_format();
   Epilogue epilogue{bias, residual, activation_of(activation)};
   if (residual.has_value()) epilogue.residual = residual->contiguous(format);
-  if (multiplies_tiles(x, weight, padding, groups, shape)) {
-    return convolved(x, weight, transforms, sources, order, epilogue, stride, padding, dilation,
+  if (packed.has_value()) check_packed(*packed, weight);
+  if (multiplies_tiles(x, weight, padding, groups, packed.has_value(), shape)) {
+    return convolved(x, weight, packed.has_value() ? *packed : pack_filters(weight), transforms, sources, order, epilogue, stride, padding, dilation,
                      shape);
   }
   const at::Tensor z = at::conv2d(x, weight, {}, stride, padding, dilation, groups);
@@ -441,9 +461,12 @@ at::Tensor expand_grad_transforms(const at::Tensor& grad_any, const at::Tensor& 
 
 }  // namespace
 
+int cpu_lanes() { return tile_kernels().lanes; }
+
 TORCH_LIBRARY_IMPL(sbf, CPU, m) {
   m.impl("expand", &expand);
   m.impl("conv2d", &conv2d);
+  m.impl("pack_filters", &pack_filters);
   m.impl("expand_grad_input", &expand_grad_input);
   m.impl("expand_grad_transforms", &expand_grad_transforms);
 }

@@ -240,7 +240,8 @@ at::Tensor conv2d(const at::Tensor& x, const at::Tensor& weight, const at::Tenso
                   const at::Tensor& sources, const at::Tensor& order,
                   const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& residual,
                   at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-                  int64_t groups, c10::string_view activation) {
+                  int64_t groups, c10::string_view activation,
+                  const std::optional<at::Tensor>& /*packed: the CPU's*/) {
   const Activation after = activation_of(activation);
   const at::Tensor z = at::conv2d(x, weight, {}, stride, padding, dilation, groups);
   at::Tensor y = expand(z, transforms, sources, order, bias);

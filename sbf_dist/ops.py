@@ -97,13 +97,15 @@ def sbf_conv2d(
     dilation: Pair = (1, 1),
     groups: int = 1,
     activation: Activation = "none",
+    packed: Tensor | None = None,
 ) -> Tensor:
     """Compute activation(expand(convolution of x) + bias + residual) in one operator.
 
     For inference: it has no gradient. x: (N, C_in, H, W); weight: (B, C_in / groups, k_h, k_w), the
     basis filters; transforms, sources, order, bias: as for `expand`; residual: (N, B + P, H', W').
     All have x's dtype (float32, float64, float16 or bfloat16) and device, and the sums of half and
-    bfloat16 are accumulated in float. Returns (N, B + P, H', W') in x's memory format. Raises
+    bfloat16 are accumulated in float. packed: pack_filters(weight), which spares packing them at
+    each call on the CPU in float32; elsewhere it is not used. Returns (N, B + P, H', W') in x's memory format. Raises
     RuntimeError, naming the argument, where these do not fit.
     """
     return torch.ops.sbf.conv2d(
@@ -119,7 +121,16 @@ def sbf_conv2d(
         dilation,
         groups,
         activation,
+        packed,
     )
+
+
+def pack_filters(weight: Tensor) -> Tensor:
+    """Put float32 filters (B, C_in, k_h, k_w) in the order in which this CPU's kernels read them.
+
+    The result depends on the CPU's instruction set: make it where it is used, and do not store it.
+    """
+    return torch.ops.sbf.pack_filters(weight)
 
 
 def sbf_conv2d_reference(
@@ -196,9 +207,17 @@ def _(
     dilation,
     groups,
     activation,
+    packed,
 ):
     z = F.conv2d(x, weight, None, stride, padding, dilation, groups)
     return _like(x, (z.shape[0], order.shape[0], *z.shape[2:]))
+
+
+@torch.library.register_fake("sbf::pack_filters")
+def _(weight):
+    lanes = _C.build_info()["cpu_lanes"]
+    panels = (weight.shape[0] + lanes - 1) // lanes
+    return weight.new_empty((panels, math.prod(weight.shape[1:]), lanes))
 
 
 @torch.library.register_fake("sbf::expand_grad_input")

@@ -311,7 +311,7 @@ def test_cuda_tensors_without_a_cuda_build_are_refused_with_the_remedy(name):
 
 def test_build_information_tells_what_was_built():
     info = _C.build_info()
-    assert set(info) == {"cuda", "cuda_archs", "compiler", "torch"}
+    assert set(info) == {"cuda", "cuda_archs", "compiler", "torch", "cpu_lanes"}
     assert bool(info["cuda_archs"]) == info["cuda"]
 
 
