@@ -22,6 +22,8 @@ namespace {
 constexpr int64_t kTileBytes = 768 * 1024;
 // Planes lie pages apart: with small ones, address translation is what takes the time.
 constexpr int64_t kHugePage = 2 * 1024 * 1024;
+// Planes of an image that threads share: they should stay in their caches.
+constexpr int64_t kSharedFloats = 512 * 1024;
 // Partial sums of the transforms' gradient: a fixed number, so that threads do not change it.
 constexpr int64_t kSlices = 64;
 
@@ -40,7 +42,10 @@ const TileKernels& tile_kernels() {
   return chosen;
 }
 
-// A thread's own memory, which it keeps: allocating some hundred KiB anew costs page faults.
+// A thread's own memory, which it keeps: allocating some hundred KiB anew costs page faults. Planes
+// that threads share are the second of the calling thread's two.
+enum class Memory { kOwn, kShared };
+template <Memory>
 float* workspace(int64_t floats) {
   struct Free {
     void operator()(float* memory) const { std::free(memory); }
@@ -77,6 +82,7 @@ struct Tiling {
   int64_t rows, blocks;
 
   // `least`: how many tiles there should be in all, at least.
+  Tiling(int64_t tile_rows, int64_t tiles) : rows(tile_rows), blocks(tiles) {}
   Tiling(const Shape& shape, int64_t bytes, int64_t least) {
     const int64_t fit = kTileBytes / std::max<int64_t>(1, bytes) - (shape.m - 1);
     blocks = ceil_div(shape.height, std::clamp<int64_t>(fit, 1, std::max<int64_t>(1, shape.height)));
@@ -128,6 +134,34 @@ struct Epilogue {
   Activation activation = Activation::kNone;
 };
 
+// Few images, one after the other, by all threads: each makes some of the planes, then some of the
+// output's channels. Tiles of one image would each need the rows around it.
+void share_images(const MixTask& task, const Product& product, int64_t batch,
+                  const TileKernels& kernels, int64_t floats) {
+  const int64_t threads = at::get_num_threads();
+  const auto part = [&](int64_t thread, int64_t channels) {
+    const int64_t blocks = ceil_div(channels, kernels.lanes);
+    const auto bound = [&](int64_t t) {
+      return std::min(channels, blocks * t / threads * kernels.lanes);
+    };
+    return Range{bound(thread), bound(thread + 1)};
+  };
+  float* planes = workspace<Memory::kShared>(kernels.planes_floats(task));
+  for (int64_t n = 0; n < batch; ++n) {
+    at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; ++t) {
+        kernels.multiply(task, product, n, part(t, task.inputs), part(t, task.outputs), planes,
+                         workspace<Memory::kOwn>(floats));
+      }
+    });
+    at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; ++t) {
+        kernels.store(task, n, part(t, task.outputs), planes, workspace<Memory::kOwn>(floats));
+      }
+    });
+  }
+}
+
 // output = what the wiring makes of input, or of the planes that `product` makes of it.
 template <typename Wiring>
 void mix_tiles(const at::Tensor& output, const at::Tensor& input, int64_t inputs,
@@ -138,8 +172,13 @@ void mix_tiles(const at::Tensor& output, const at::Tensor& input, int64_t inputs
   if (product != nullptr && (!channels_last || product->kernel_h > 1)) {
     floats_per_row += product->channels * product->stride_h * product->stride_w * shape.width;
   }
-  const Tiling tiling(shape, floats_per_row * static_cast<int64_t>(sizeof(float)),
-                      at::get_num_threads());
+  const int64_t row_bytes = floats_per_row * static_cast<int64_t>(sizeof(float));
+  Tiling tiling(shape, row_bytes, at::get_num_threads());
+  const int64_t threads = at::get_num_threads(), panels = ceil_div(inputs, tile_kernels().lanes);
+  const bool even = panels % threads == 0 || panels >= 4 * threads;
+  const bool shared = product != nullptr && shape.batch < threads && even &&
+                      inputs * shape.width * shape.height <= kSharedFloats;
+  if (shared) tiling = {shape.height, 1};
   const Masks masks(tiling.rows, shape.width, shape.m);
   const Links links(wiring, outputs, shape.m);
   const TileKernels& kernels = tile_kernels();
@@ -171,8 +210,12 @@ void mix_tiles(const at::Tensor& output, const at::Tensor& input, int64_t inputs
   };
   const Element element = element_of(input);
   const int64_t floats = kernels.mix_workspace(task, product);
+  if (shared) {
+    share_images(task, *product, shape.batch, kernels, floats);
+    return;
+  }
   at::parallel_for(0, shape.batch * tiling.blocks, 1, [&](int64_t first, int64_t last) {
-    kernels.mix(task, product, element, first, last, workspace(floats));
+    kernels.mix(task, product, element, first, last, workspace<Memory::kOwn>(floats));
   });
 }
 
@@ -268,7 +311,7 @@ at::Tensor product_tiles(const at::Tensor& grad, const at::Tensor& z, const at::
   at::parallel_for(0, slices, 1, [&](int64_t first, int64_t last) {
     for (int64_t slice = first; slice < last; ++slice) {
       kernels.dot(task, element, slice, tasks, slices, sums + slice * shape.terms() * tap_count,
-                  workspace(floats));
+                  workspace<Memory::kOwn>(floats));
     }
   });
   return partial.sum(0);

@@ -63,6 +63,10 @@ struct DotTask {
   int64_t mask_stride;
 };
 
+struct Range {
+  int64_t first, last;
+};
+
 struct TileKernels {
   int lanes;  // floats in a vector
   // Floats that a thread needs as workspace, 64-byte aligned.
@@ -70,6 +74,13 @@ struct TileKernels {
   int64_t (*dot_workspace)(const DotTask&);
   // Do the tiles [first, last) of those of all images; product may be null.
   void (*mix)(const MixTask&, const Product*, Element, int64_t first, int64_t last, float* workspace);
+  // The two halves of mix for an image that is one tile (rows = height), so that threads can share
+  // it: planes of some filters (from a multiple of `lanes` on), and some channels of the output (as
+  // well), for which all planes are needed. planes: planes_floats; workspace: mix_workspace.
+  int64_t (*planes_floats)(const MixTask&);
+  void (*multiply)(const MixTask&, const Product&, int64_t image, Range filters, Range channels,
+                   float* planes, float* workspace);
+  void (*store)(const MixTask&, int64_t image, Range channels, float* planes, float* workspace);
   // Do the tiles first, first + step, ... below last.
   void (*dot)(const DotTask&, Element, int64_t first, int64_t last, int64_t step, float* sums,
               float* workspace);

@@ -62,7 +62,7 @@ void store_pixels(scalar_t* to, const float* const* sums, int64_t few, int64_t p
 
 template <Activation kActivation, typename scalar_t>
 void store_tile(const MixTask& task, const Planes& planes, int64_t n, int64_t h0, int64_t h1,
-                float* sums) {
+                Range channels, float* sums) {
   const Mixer mixer{task, planes};
   const int64_t area = task.height * task.width;
   const int64_t offset = n * task.outputs * area;
@@ -71,7 +71,7 @@ void store_tile(const MixTask& task, const Planes& planes, int64_t n, int64_t h0
       task.residual == nullptr ? nullptr : static_cast<const scalar_t*>(task.residual) + offset;
   const int64_t pixels = (h1 - h0) * task.width, start = h0 * task.width;
   if (!task.channels_last) {
-    for (int64_t c = 0; c < task.outputs; ++c) {
+    for (int64_t c = channels.first; c < channels.last; ++c) {
       const int64_t at = c * area + start;
       store_plane<kActivation>(image + at, mixer(sums, c, 0, pixels), pixels,
                                task.bias == nullptr ? 0.0F : task.bias[c],
@@ -81,8 +81,8 @@ void store_tile(const MixTask& task, const Planes& planes, int64_t n, int64_t h0
   }
   for (int64_t i = 0; i < pixels; i += kChunk) {
     const int64_t some = least(kChunk, pixels - i);
-    for (int64_t c = 0; c < task.outputs; c += L) {
-      const int64_t few = least<int64_t>(L, task.outputs - c);
+    for (int64_t c = channels.first; c < channels.last; c += L) {
+      const int64_t few = least<int64_t>(L, channels.last - c);
       const float* planes_of_block[L];
       for (int64_t k = 0; k < L; ++k) {
         planes_of_block[k] =
@@ -136,7 +136,8 @@ void mix_tiles(const MixTask& task, const Product* product, int64_t first, int64
         if constexpr (std::is_same_v<scalar_t, float>) {
           // Whole blocks of pixels, although some may belong to the next tile.
           const int64_t end = least(area, ready + round_up(bottom - ready, L));
-          Multiplier(task, *product, planes, workspace_of_product)(
+          Multiplier(task, *product, planes, {0, task.inputs}, {0, task.outputs},
+                     workspace_of_product)(
               static_cast<const float*>(task.input) +
                   n * product->channels * product->height * product->width,
               ready, end, ready - top, static_cast<const float*>(task.output) + n * task.outputs * area,
@@ -154,37 +155,68 @@ void mix_tiles(const MixTask& task, const Product* product, int64_t first, int64
       const int64_t below = least<int64_t>(border, h1 + border - task.height);
       planes.clear(task.inputs, h1 - h0 + 2 * border - below, h1 - h0 + 2 * border);
     }
-    store_tile<kActivation, scalar_t>(task, planes, n, h0, h1, sums);
+    store_tile<kActivation, scalar_t>(task, planes, n, h0, h1, {0, task.outputs}, sums);
   }
 }
 
-template <typename scalar_t>
-void mix_as(const MixTask& task, const Product* product, int64_t first, int64_t last,
-            float* workspace) {
-  switch (task.activation) {
+// Calls work with the activation as a constant.
+template <typename Work>
+SBF_INLINE void with_activation(Activation activation, const Work& work) {
+  switch (activation) {
     case Activation::kNone:
-      return mix_tiles<Activation::kNone, scalar_t>(task, product, first, last, workspace);
+      return work(std::integral_constant<Activation, Activation::kNone>());
     case Activation::kReLU:
-      return mix_tiles<Activation::kReLU, scalar_t>(task, product, first, last, workspace);
+      return work(std::integral_constant<Activation, Activation::kReLU>());
     case Activation::kReLU6:
-      return mix_tiles<Activation::kReLU6, scalar_t>(task, product, first, last, workspace);
+      return work(std::integral_constant<Activation, Activation::kReLU6>());
     case Activation::kSiLU:
-      return mix_tiles<Activation::kSiLU, scalar_t>(task, product, first, last, workspace);
+      return work(std::integral_constant<Activation, Activation::kSiLU>());
     case Activation::kHardSwish:
-      return mix_tiles<Activation::kHardSwish, scalar_t>(task, product, first, last, workspace);
+      return work(std::integral_constant<Activation, Activation::kHardSwish>());
   }
 }
 
 void mix(const MixTask& task, const Product* product, Element element, int64_t first, int64_t last,
          float* workspace) {
-  switch (element) {
-    case Element::kFloat:
-      return mix_as<float>(task, product, first, last, workspace);
-    case Element::kBFloat16:
-      return mix_as<BFloat16>(task, product, first, last, workspace);
-    case Element::kHalf:
-      return mix_as<_Float16>(task, product, first, last, workspace);
+  with_activation(task.activation, [&](auto activation) {
+    switch (element) {
+      case Element::kFloat:
+        return mix_tiles<activation.value, float>(task, product, first, last, workspace);
+      case Element::kBFloat16:
+        return mix_tiles<activation.value, BFloat16>(task, product, first, last, workspace);
+      case Element::kHalf:
+        return mix_tiles<activation.value, _Float16>(task, product, first, last, workspace);
+    }
+  });
+}
+
+// ---------------------------------------------------------------- an image shared by threads
+
+int64_t planes_floats(const MixTask& task) {
+  return Planes(nullptr, task.rows, task.width, task.m).floats(task.inputs);
+}
+
+void multiply(const MixTask& task, const Product& product, int64_t image, Range filters,
+              Range channels, float* at, float* workspace) {
+  const Planes planes(at, task.rows, task.width, task.m);
+  const int64_t area = task.height * task.width;
+  for (int64_t c = filters.first; c < filters.last; ++c) {
+    const int64_t border = sizeof(float) * planes.border * task.width;
+    std::memset(planes.row(c, 0), 0, border);
+    std::memset(planes.row(c, planes.border + task.height), 0, border);
   }
+  const int64_t input_size = product.channels * product.height * product.width;
+  Multiplier(task, product, planes, filters, channels, workspace)(
+      static_cast<const float*>(task.input) + image * input_size, 0, area,
+      planes.border * task.width, static_cast<const float*>(task.output) + image * task.outputs * area,
+      0, task.height);
+}
+
+void store(const MixTask& task, int64_t image, Range channels, float* at, float* workspace) {
+  const Planes planes(at, task.rows, task.width, task.m);
+  with_activation(task.activation, [&](auto activation) {
+    store_tile<activation.value, float>(task, planes, image, 0, task.height, channels, workspace);
+  });
 }
 
 // ---------------------------------------------------------------- gradient of the transforms
@@ -244,7 +276,15 @@ void dot(const DotTask& task, Element element, int64_t first, int64_t last, int6
 }  // namespace
 
 const TileKernels& SBF_TILE_KERNELS() {
-  static constexpr TileKernels kernels{L, mix_workspace, dot_workspace, mix, dot, pack_weight};
+  static constexpr TileKernels kernels{.lanes = L,
+                                       .mix_workspace = mix_workspace,
+                                       .dot_workspace = dot_workspace,
+                                       .mix = mix,
+                                       .planes_floats = planes_floats,
+                                       .multiply = multiply,
+                                       .store = store,
+                                       .dot = dot,
+                                       .pack_weight = pack_weight};
   return kernels;
 }
 

@@ -88,9 +88,11 @@ class Multiplier {
   static constexpr int64_t kLargestGroup = 4;
   static constexpr int64_t kCachedFilterBytes = 384 * 1024;
 
-  Multiplier(const MixTask& task, const Product& product, const Planes& planes, float* workspace)
-      : task_(task), product_(product), planes_(planes), copied_(workspace),
-        panels_((task.inputs + L - 1) / L),
+  // Makes the planes of `filters`. The lines of the output's `channels` are fetched meanwhile.
+  Multiplier(const MixTask& task, const Product& product, const Planes& planes, Range filters,
+             Range channels, float* workspace)
+      : task_(task), product_(product), planes_(planes), filters_(filters), channels_(channels),
+        copied_(workspace), panels_((filters.last - filters.first + L - 1) / L),
         depth_(product.channels * product.kernel_h * product.kernel_w) {}
 
   static int64_t workspace(const MixTask& task, const Product& product) {
@@ -110,11 +112,15 @@ class Multiplier {
     const int64_t area = task_.height * task_.width, pixels = (h1 - h0) * task_.width;
     const int64_t steps = (last - first + L - 1) / L * panels_ * steps_of_block();
     if (!task_.channels_last) {
-      Ahead output(target + h0 * task_.width, 4 * pixels, 4 * area, task_.outputs, steps);
+      Ahead output(target + channels_.first * area + h0 * task_.width, 4 * pixels, 4 * area,
+                   channels_.last - channels_.first, steps);
       planes_of_planes(image, first, last, at, output);
       return;
     }
-    Ahead output(target + h0 * task_.width * task_.outputs, 4 * pixels * task_.outputs, 0, 1, steps);
+    const int64_t bytes = 4 * (channels_.last - channels_.first), stride = 4 * task_.outputs;
+    const bool whole = bytes == stride;
+    Ahead output(target + h0 * task_.width * task_.outputs + channels_.first,
+                 whole ? pixels * bytes : bytes, stride, whole ? 1 : pixels, steps);
     planes_of_pixels(image, first, last, at, output);
   }
 
@@ -144,7 +150,7 @@ class Multiplier {
 
   SBF_INLINE void put_sums(Vector (&sums)[L], int64_t filter, int64_t at, int64_t some) const {
     float* to = planes_.row(filter, 0) + at;
-    const int64_t few = least<int64_t>(L, task_.inputs - filter);
+    const int64_t few = least<int64_t>(L, filters_.last - filter);
     if (some == L && few == L) {
       SBF_UNROLL
       for (int k = 0; k < L; ++k) put(to + k * planes_.size, sums[k]);
@@ -180,7 +186,7 @@ class Multiplier {
       }
     }
     for (int64_t i = 0; i < pixels; i += L) {
-      for (int64_t filter = 0; filter < task_.inputs; filter += L) {
+      for (int64_t filter = filters_.first; filter < filters_.last; filter += L) {
         Vector sums[L] = {};
         add_products_of_planes(sums, product_.weight + filter * depth_, copied_ + i * depth_, depth_,
                                output);
@@ -224,7 +230,7 @@ class Multiplier {
       // The next pixels, which lie behind these.
       Ahead input(image + (i + group * L) * channels, 4 * group * L * channels, 0, dense ? 1 : 0,
                   group * panels_ * steps_of_block());
-      for (int64_t filter = 0; filter < task_.inputs; filter += L) {
+      for (int64_t filter = filters_.first; filter < filters_.last; filter += L) {
         for (int64_t j = 0; j < count; j += L) {
           const int64_t some = least<int64_t>(L, count - j);
           Vector sums[L] = {};
@@ -283,6 +289,7 @@ class Multiplier {
   const MixTask& task_;
   const Product& product_;
   const Planes& planes_;
+  Range filters_, channels_;
   float* copied_;
   int64_t panels_, depth_;
 };
