@@ -20,6 +20,8 @@ namespace {
 
 // What a thread works on at a time should stay in the second-level cache.
 constexpr int64_t kTileBytes = 768 * 1024;
+// An image of this size is not cut: its tiles would lose more at their borders.
+constexpr int64_t kWholeImageBytes = 1536 * 1024;
 // Planes lie pages apart: with small ones, address translation is what takes the time.
 constexpr int64_t kHugePage = 2 * 1024 * 1024;
 // Planes of an image that threads share: they should stay in their caches.
@@ -86,6 +88,7 @@ struct Tiling {
   Tiling(const Shape& shape, int64_t bytes, int64_t least) {
     const int64_t fit = kTileBytes / std::max<int64_t>(1, bytes) - (shape.m - 1);
     blocks = ceil_div(shape.height, std::clamp<int64_t>(fit, 1, std::max<int64_t>(1, shape.height)));
+    if (shape.height * bytes <= kWholeImageBytes) blocks = 1;
     blocks = std::clamp<int64_t>(ceil_div(least, std::max<int64_t>(shape.batch, 1)),
                                  std::max<int64_t>(blocks, 1), std::max<int64_t>(shape.height, 1));
     rows = ceil_div(shape.height, blocks);

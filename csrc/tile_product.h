@@ -86,7 +86,7 @@ SBF_INLINE void add_products_of_pixels(Vector (&sums)[L], const float* panel,
 class Multiplier {
  public:
   static constexpr int64_t kLargestGroup = 4;
-  static constexpr int64_t kCachedFilterBytes = 384 * 1024;
+  static constexpr int64_t kCachedFilterBytes = 1024 * 1024;
 
   // Makes the planes of `filters`. The lines of the output's `channels` are fetched meanwhile.
   Multiplier(const MixTask& task, const Product& product, const Planes& planes, Range filters,
