@@ -1,4 +1,4 @@
-"""The table of measured latencies of layers: kept in a JSON file, interpolated between entries."""
+"""Measured latencies of layers: kept in a JSON file, interpolated where they are smooth."""
 
 import fcntl
 import functools
@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import platform
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from sbf_dist import _C
 from sbf_dist.compress.latency import Form, layer_latencies
 from sbf_dist.errors import UserError
 
-GRID = 5  # numbers of kept filters that are measured; those between are interpolated
+GRID = 4  # numbers of kept filters at which more sources are measured
 
 Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -50,8 +49,7 @@ class LatencyTable:
     `path` is the JSON file that keeps them, `batch` the images of a forward pass. Entries are told
     apart by all that they depend on: the processor, threads, PyTorch, the very build of the
     extension, dtype, layout, batch, the layer's shape and its form. Several processes may share
-    the file. A machine that was busy while it was measured is remembered as slow: delete the file
-    then.
+    the file.
     """
 
     path: Path = field(default_factory=default_path)
@@ -62,26 +60,24 @@ class LatencyTable:
     ) -> list[float]:
         """Return the milliseconds of each form of `conv` on images of (height, width).
 
-        Of forms that differ in B alone at most GRID are measured, if they are not in the table,
-        and the others interpolated linearly. Raises UserError, naming the file, if it is damaged
-        or cannot be read or written.
+        A convolution's time has steps in B, at the width of the processor's vectors, and those of
+        more sources have the same steps. So with the fewest sources every B is measured, if it is
+        not in the table; for each larger S only GRID of them, between which what S adds is
+        interpolated linearly in B. Raises UserError, naming the file, if it is damaged or cannot
+        be read or written, and if the machine is too busy to measure.
         """
         machine = environment(conv.weight)
         layer = _describe(conv, input_size, self.batch)
         known = self._read().milliseconds.get(machine, {}).get(layer, {})
-        rows = _grid(forms)
-        missing = [form for row in rows.values() for form in row if str(form) not in known]
+        rows = _rows(forms)
+        wanted = dict.fromkeys(form for row in rows.values() for form in (*row.base, *row.grid))
+        missing = [form for form in wanted if str(form) not in known]
         if missing:
             measured = layer_latencies(conv, input_size, missing, batch=self.batch)
             found = {str(form): ms for form, ms in zip(missing, measured, strict=True)}
             self._add(machine, layer, found)
             known = known | found
-        estimates = []
-        for form in forms:
-            row = rows[form.sources, form.transform_size]
-            kept, ms = [entry.kept for entry in row], [known[str(entry)] for entry in row]
-            estimates.append(float(np.interp(form.kept, kept, ms)))
-        return estimates
+        return [rows[f.sources, f.transform_size].interpolate(f.kept, known) for f in forms]
 
     def _read(self) -> _File:
         try:
@@ -116,17 +112,36 @@ class LatencyTable:
             ) from None
 
 
-def _grid(forms: Sequence[Form]) -> dict[tuple[int, int], list[Form]]:
-    """Choose the forms to measure, by (S, m): evenly spread over B, both ends included."""
-    rows: dict[tuple[int, int], set[Form]] = defaultdict(set)
-    for form in forms:
-        rows[form.sources, form.transform_size].add(form)
-    grid = {}
-    for key, members in rows.items():
-        row = sorted(members, key=lambda form: form.kept)
+@dataclass(frozen=True)
+class _Row:
+    """Forms of one S and m: those of `grid` are measured, and their like in `base` for every B."""
+
+    base: list[Form]
+    grid: list[Form]
+
+    def interpolate(self, kept: int, known: dict[str, float]) -> float:
+        base = {form.kept: known[str(form)] for form in self.base}
+        at = [form.kept for form in self.grid]
+        # More sources are more work: what says otherwise is noise.
+        added = [max(0.0, known[str(form)] - base[form.kept]) for form in self.grid]
+        return base[kept] + float(np.interp(kept, at, added))
+
+
+def _rows(forms: Sequence[Form]) -> dict[tuple[int, int], _Row]:
+    """Choose the forms to measure, by (S, m); a grid is evenly spread over B, with both ends."""
+    rows = {}
+    for sources, size in {(form.sources, form.transform_size) for form in forms}:
+        if sources == 0:
+            alike = [form for form in forms if form.sources == 0]
+        else:
+            alike = [form for form in forms if form.sources and form.transform_size == size]
+        fewest = min(form.sources for form in alike)
+        base = [Form(kept, fewest, size) for kept in sorted({form.kept for form in alike})]
+        row = sorted({form.kept for form in alike if form.sources == sources})
         places = np.linspace(0, len(row) - 1, min(GRID, len(row))).round().astype(int)
-        grid[key] = [row[place] for place in places]
-    return grid
+        grid = [Form(row[place], sources, size) for place in places]
+        rows[sources, size] = _Row(base, grid)
+    return rows
 
 
 def _describe(conv: nn.Conv2d, input_size: tuple[int, int], batch: int) -> str:
