@@ -9,6 +9,7 @@ from torch import nn
 
 from sbf_dist import models
 from sbf_dist.compress import reconstruct
+from sbf_dist.compress.budget import Budget
 from sbf_dist.compress.convert import convert
 from sbf_dist.compress.cost import count
 from sbf_dist.compress.plan import DenseLayer, Plan, SBFLayer
@@ -21,7 +22,9 @@ from sbf_dist.layers import SBFConv2d
 
 def shrink(model, images=None, *, macs=0.5, **settings):
     images = pictures() if images is None else images
-    return compress(model, images, model_name="small", classes=5, macs=macs, **settings)
+    return compress(
+        model, images, model_name="small", classes=5, budget=Budget(macs=macs), **settings
+    )
 
 
 def divergence(model, student, images):
