@@ -9,6 +9,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from sbf_dist.errors import UserError
 
+ROUNDING = 1e-9  # of a budget: sums of costs in another order differ by as much
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -86,7 +88,7 @@ def allocate(
     """
     limit = budget.limit(dense)
     cheapest = fixed + sum(min(option.cost for option in row) for row in options.values())
-    if cheapest > limit:
+    if cheapest > limit * (1 + ROUNDING):
         raise budget.refusal(cheapest, dense)
     flat = [option for row in options.values() for option in row]
     loss = np.array([option.loss for option in flat])
@@ -101,7 +103,7 @@ def allocate(
         loss / max(loss.max(), 1e-30),
         constraints=[
             LinearConstraint(membership, 1, 1),
-            LinearConstraint(cost[None] / limit, -np.inf, 1 - fixed / limit),
+            LinearConstraint(cost[None] / limit, -np.inf, 1 - fixed / limit + ROUNDING),
         ],
         integrality=np.ones(len(flat)),
         bounds=Bounds(0, 1),

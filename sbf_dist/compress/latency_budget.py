@@ -94,16 +94,21 @@ def allocate_time(
     whole, least = measure(cheapest)
     alone = sum(row[0].cost for row in priced.values())
     saved = alone - sum(option.cost for option in cheapest.values())
-    scale = max(0.0, (whole - least) / saved) if saved > 0 else 1.0
+    least = min(least, whole) if saved > 0 else whole
+    limit = budget.limit(whole)
+    if least > limit * (1 + TOLERANCE):
+        raise budget.refusal(least, whole)
+    scale = (whole - least) / saved if saved > 0 else 1.0
     scaled = {
         name: [dataclasses.replace(option, cost=scale * option.cost) for option in row]
         for name, row in priced.items()
     }
-    fixed = whole - scale * alone
-    limit = budget.limit(whole)
+    # What is left for the rest of the network if all layers are as cheap as they can be.
+    most = limit - scale * (alone - saved)
+    rest = whole - scale * alone
     tried: list[tuple[float, float, dict[str, Option]]] = []
     for _ in range(ROUNDS):
-        chosen = allocate(scaled, fixed=fixed, dense=whole, budget=budget)
+        chosen = allocate(scaled, fixed=min(rest, most), dense=whole, budget=budget)
         if any(chosen == before for *_, before in tried):
             break
         before, after = measure(chosen)
@@ -112,7 +117,7 @@ def allocate_time(
         tried.append((excess, sum(option.loss for option in chosen.values()), chosen))
         if abs(after / limit - 1) <= TOLERANCE:
             break
-        fixed = after - sum(option.cost for option in chosen.values())
+        rest = after - sum(option.cost for option in chosen.values())
     *_, best = min(tried, key=lambda entry: entry[:2])
     return TimedChoice(
         options={name: priced[name][scaled[name].index(best[name])] for name in priced},
