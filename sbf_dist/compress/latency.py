@@ -26,7 +26,7 @@ WARM_UP = 3  # runs
 # layer and one of them is not running, the other waits for it: a layer of 0.6 ms was seen to take
 # 30 ms beside one busy process.
 UNDISTURBED = 0.05
-PATIENCE = 5.0  # seconds for each model in which enough undisturbed blocks should be found
+PATIENCE = 2.0  # seconds for each model in which enough undisturbed blocks should be found
 
 
 def latency(
