@@ -23,7 +23,10 @@ from pipelines.loader import EvalLoader
 from pipelines.sources import digits
 from pipelines.sources.folder import index_folder
 from sbf_dist import models, tracking
-from sbf_dist.compress.cost import count, latency
+from sbf_dist.compress.budget import Budget
+from sbf_dist.compress.cost import count
+from sbf_dist.compress.latency import latency
+from sbf_dist.compress.latency_table import LatencyTable, default_path
 from sbf_dist.compress.plan import DenseLayer, Plan
 from sbf_dist.compress.reconstruct import compress
 from sbf_dist.compress.zeroed import zero_channels
@@ -157,7 +160,7 @@ def compress_teacher(run: Run, log: tracking.Run) -> Result:
         images,
         model_name=teacher.model,
         classes=len(index.classes),
-        macs=settings.macs,
+        budget=Budget(settings.macs, settings.latency, settings.latency_ms),
         sources=settings.sources,
         transform_size=settings.transform_size,
         floor=settings.floor,
@@ -165,6 +168,8 @@ def compress_teacher(run: Run, log: tracking.Run) -> Result:
         progress=lambda title, done, of: run.display.show(
             {"title": title, "step": done, "steps": of}
         ),
+        table=LatencyTable(settings.latency_table or default_path(), settings.latency_batch),
+        for_inference=fold_batchnorm,
     )
     reached = plan.macs_after / plan.macs_before
     convertible = [
@@ -176,13 +181,15 @@ def compress_teacher(run: Run, log: tracking.Run) -> Result:
     models.save_weights(student, run.folder.weights(networks.ONE_SHOT))
     models.save_weights(zeroed, run.folder.weights(networks.ZEROED))
     plan.save(run.folder.plan)
-    converted = sum(layer.kind == "sbf" for layer in plan.layers.values())
-    run.display.say(
-        f"  {converted} of {len(plan.layers)} convolutions converted, "
-        f"{plan.macs_before / 1e6:.2f} → {plan.macs_after / 1e6:.2f} M multiply-adds"
-    )
+    run.display.say(f"  {plan.summary()}")
     log.log_artifact(run.folder.plan)
-    log.log_metrics({"macs": plan.macs_after, "params": plan.params_after}, 0)
+    figures: dict[str, float] = {"macs": plan.macs_after, "params": plan.params_after}
+    if plan.latency is not None:
+        figures |= {
+            "latency_ms": plan.latency.ms_after,
+            "latency_ms_dense": plan.latency.ms_before,
+        }
+    log.log_metrics(figures, 0)
     return {
         "macs": plan.macs_after,
         "share": reached,

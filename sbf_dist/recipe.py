@@ -157,10 +157,20 @@ class PseudoLabels(Section):
 
 
 class Compress(Section):
-    """From a dense network to an SBF network."""
+    """From a dense network to an SBF network; the budget is exactly one of the first three."""
 
+    macs: Share | None = Field(
+        None, description="multiply-adds to reach, as a share of the dense network's"
+    )
+    latency: Share | None = Field(
+        None, description="time to reach as measured here, as a share of the dense network's"
+    )
+    latency_ms: Above0 | None = Field(None, description="time to reach here, milliseconds")
+    latency_batch: Positive = Field(1, description="images in a forward pass that is timed")
+    latency_table: Path | None = Field(
+        None, description="file of measured times; null: sbf-dist/latency.json in the user's cache"
+    )
     teacher: str = Field(description="the teacher that is compressed to become the student")
-    macs: Share = Field(0.5, description="multiply-adds to reach, as a share of the dense network")
     sources: Positive = Field(4, description="largest number S of sources per rebuilt channel")
     transform_size: Positive = Field(3, description="m: side of the transformations, odd")
     floor: Share = Field(0.125, description="least share of a layer's channels that is kept")
@@ -170,6 +180,15 @@ class Compress(Section):
     def _is_odd(self) -> "Compress":
         if self.transform_size % 2 == 0:
             raise ValueError(f"transform_size = {self.transform_size} must be odd")
+        return self
+
+    @model_validator(mode="after")
+    def _has_one_budget(self) -> "Compress":
+        budgets = {"macs": self.macs, "latency": self.latency, "latency_ms": self.latency_ms}
+        given = [f"{key} = {value:g}" for key, value in budgets.items() if value is not None]
+        if len(given) != 1:
+            told = f"not {' and '.join(given)} (null takes one away)" if given else "not none"
+            raise ValueError(f"give exactly one of macs, latency and latency_ms, {told}")
         return self
 
 
@@ -238,8 +257,13 @@ class Recipe(Section):
         return found
 
     def identity(self) -> dict[str, Any]:
-        """What results depend on: all but the workers and the tracking."""
-        return self.model_dump(mode="json", exclude={"workers", "tracking"})
+        """What results depend on: all but the workers, the tracking and the place of a cache."""
+        elsewhere: dict[str, bool | set[str]] = {
+            "workers": True,
+            "tracking": True,
+            "compress": {"latency_table"},
+        }
+        return self.model_dump(mode="json", exclude=elsewhere)
 
     def digest(self) -> str:
         """Return the SHA-256 of the identity, 64 hexadecimal digits."""

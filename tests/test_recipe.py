@@ -17,7 +17,7 @@ data: {source: digits, image_size: 16}
 teachers:
   - {name: one, model: cifar_resnet8, training: {steps: 100}}
   - {name: two, model: cifar_resnet14, weights: two.safetensors}
-compress: {teacher: one}
+compress: {teacher: one, macs: 0.5}
 distill: {training: {steps: 50}}
 """
 
@@ -61,6 +61,14 @@ def test_trainings_are_found_by_their_place(path):
     }
 
 
+@pytest.mark.parametrize("budget", [("latency", 0.6), ("latency_ms", 12.5)])
+def test_a_budget_of_time_takes_the_place_of_multiply_adds(path, budget):
+    key, value = budget
+    loaded = recipe.load(path, ["compress.macs=null", f"compress.{key}={value}"])
+    assert loaded.compress.macs is None
+    assert getattr(loaded.compress, key) == value
+
+
 def test_a_recipe_survives_json(path):
     loaded = recipe.load(path, ["data.validation=0.25", "data.root=/tmp/x"])
     again = Recipe.model_validate(json.loads(json.dumps(loaded.model_dump(mode="json"))))
@@ -74,17 +82,17 @@ def test_a_recipe_survives_json(path):
 @pytest.mark.parametrize(
     "override",
     ["workers.count=4", "workers={gpus: 1, max_failures: 0}", "tracking.experiment=other",
-     "tracking.uri=http://localhost:5000"],
+     "tracking.uri=http://localhost:5000", "compress.latency_table=t.json"],
 )  # fmt: skip
-def test_workers_and_tracking_are_no_part_of_the_identity(path, override):
+def test_workers_tracking_and_caches_are_no_part_of_the_identity(path, override):
     assert recipe.load(path, [override]).digest() == recipe.load(path).digest()
 
 
 @pytest.mark.parametrize(
     "override",
     ["name=other", "seed=1", "data.image_size=24", "teachers.0.model=cifar_resnet20",
-     "pseudo_labels.top_k=3", "compress.macs=0.4", "distill.label_weight=0.1",
-     "baselines={steps: 9}"],
+     "pseudo_labels.top_k=3", "compress.macs=0.4", "compress.latency_batch=2",
+     "distill.label_weight=0.1", "baselines={steps: 9}"],
 )  # fmt: skip
 def test_all_else_is_part_of_the_identity(path, override):
     assert recipe.load(path, [override]).digest() != recipe.load(path).digest()
@@ -92,7 +100,7 @@ def test_all_else_is_part_of_the_identity(path, override):
 
 def test_the_digest_does_not_depend_on_how_the_recipe_is_written(path, tmp_path):
     content = yaml.safe_load(MINIMAL)
-    content["compress"]["macs"] = 0.5  # its default
+    content["compress"]["sources"] = 4  # its default
     other = tmp_path / "other.yaml"
     other.write_text(json.dumps(dict(reversed(content.items()))))
     assert recipe.load(other).digest() == recipe.load(path).digest()
@@ -203,6 +211,14 @@ def test_a_key_that_is_wrongly_written_comes_before_the_one_that_is_missing_for_
         ("compress.macs=0", "compress.macs = 0 must be greater than 0"),
         ("compress.macs=half", "compress.macs = 'half' must be a valid number"),
         ("compress.transform_size=4", "compress: transform_size = 4 must be odd"),
+        ("compress.macs=null",
+         "compress: give exactly one of macs, latency and latency_ms, not none"),
+        ("compress.latency=0.6", "compress: give exactly one of macs, latency and latency_ms, not "
+         "macs = 0.5 and latency = 0.6 (null takes one away)"),
+        ("compress={teacher: one, latency: 1.5}",
+         "compress.latency = 1.5 must be less than or equal to 1"),
+        ("compress={teacher: one, latency_ms: 0}", "compress.latency_ms = 0 must be greater than"),
+        ("compress.latency_batch=0", "compress.latency_batch = 0 must be greater than or equal"),
         ("compress.teacher=three", "compress.teacher = 'three' must be one of one, two"),
         ("seed=-1", "seed = -1 must be greater than or equal to 0"),
         ("seed=1.5", "seed = 1.5 must be a valid integer"),

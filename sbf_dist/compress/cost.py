@@ -1,11 +1,10 @@
-"""What a network costs: multiply-adds and parameters by tracing, latency by measuring."""
+"""What a network costs in multiply-adds and parameters, by tracing."""
 
 import copy
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -45,24 +44,3 @@ def count(model: nn.Module, input_shape: tuple[int, int, int]) -> Cost:
         params=sum(parameter.numel() for parameter in model.parameters()),
         layers=layers,
     )
-
-
-def latency(
-    model: nn.Module, input_shape: tuple[int, int, int], *, batch: int = 1, seconds: float = 0.5
-) -> float:
-    """Measure the median milliseconds of a forward pass in eval mode on the model's own device.
-
-    Images come in channels_last; the threads are PyTorch's present number. Measures for about
-    `seconds` after a warm-up.
-    """
-    device = next(model.parameters()).device
-    shadow = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
-    images = torch.randn(batch, *input_shape, device=device).to(memory_format=torch.channels_last)
-    timer = Timer(
-        "model(images)",
-        globals={"model": shadow, "images": images},
-        num_threads=torch.get_num_threads(),
-    )
-    with torch.inference_mode():
-        timer.timeit(5)
-        return 1e3 * timer.blocked_autorange(min_run_time=seconds).median

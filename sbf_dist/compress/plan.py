@@ -29,6 +29,10 @@ class SBFLayer(BaseModel):
     transform_size: int = Field(description="m: side of the m x m transformations, odd")
     macs_before: int
     macs_after: int
+    ms_before: float | None = Field(
+        None, description="milliseconds of the dense layer alone; where time was the budget"
+    )
+    ms_after: float | None = Field(None, description="milliseconds of the SBF layer alone")
     error: float = Field(
         description="share of the variance of the dense layer's output that is not rebuilt"
     )
@@ -63,10 +67,22 @@ class DenseLayer(BaseModel):
     kind: Literal["dense"] = "dense"
     reason: str
     macs: int
+    ms: float | None = Field(None, description="milliseconds of the layer alone, if measured")
     convertible: bool = Field(description="whether it could have been an SBF layer")
 
 
 Layer = Annotated[SBFLayer | DenseLayer, Field(discriminator="kind")]
+
+
+class Latency(BaseModel):
+    """What the whole network took, dense and converted, measured side by side."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    machine: str = Field(description="processor, threads and software it was measured with")
+    batch: int = Field(gt=0, description="images in a forward pass")
+    ms_before: float
+    ms_after: float
 
 
 class Plan(BaseModel):
@@ -83,11 +99,23 @@ class Plan(BaseModel):
     macs_after: int
     params_before: int
     params_after: int
+    latency: Latency | None = Field(None, description="where time was the budget")
     layers: dict[str, Layer]
 
     def digest(self) -> str:
         """Return the SHA-256 of the plan's canonical JSON, 64 hexadecimal digits."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        return hashlib.sha256(self.model_dump_json(exclude_none=True).encode()).hexdigest()
+
+    def summary(self) -> str:
+        """Tell in one line what is converted and what it saves."""
+        converted = sum(isinstance(layer, SBFLayer) for layer in self.layers.values())
+        told = (
+            f"{converted} of {len(self.layers)} convolutions converted, "
+            f"{self.macs_before / 1e6:.2f} → {self.macs_after / 1e6:.2f} M multiply-adds"
+        )
+        if self.latency is not None:
+            told += f", {self.latency.ms_before:.2f} → {self.latency.ms_after:.2f} ms"
+        return told
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON, one line for each short list."""
@@ -111,6 +139,6 @@ class Plan(BaseModel):
 
 def _readable_json(plan: Plan) -> str:
     """JSON with two-space indentation in which lists of numbers stay on one line."""
-    text = json.dumps(plan.model_dump(), indent=2)
+    text = json.dumps(plan.model_dump(exclude_none=True), indent=2)
     number_list = re.compile(r"\[\n[\s\d,]+\]")  # a string holds no raw newline
     return number_list.sub(lambda match: re.sub(r"\s+", " ", match[0]), text) + "\n"

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sbf_dist.compress.budget import Option, allocate
+from sbf_dist.compress.budget import Budget, Option, allocate
 from sbf_dist.compress.convert import replace
 from sbf_dist.compress.cost import Cost, count
 from sbf_dist.compress.fitting import fit_transforms, rank_channels
-from sbf_dist.compress.plan import DenseLayer, Layer, Plan, SBFLayer
+from sbf_dist.compress.latency import latencies
+from sbf_dist.compress.latency_budget import TimedChoice, allocate_time
+from sbf_dist.compress.latency_table import LatencyTable, environment
+from sbf_dist.compress.plan import DenseLayer, Latency, Layer, Plan, SBFLayer
 from sbf_dist.compress.statistics import (
     Moments,
     gather_moments,
@@ -40,20 +43,25 @@ def compress(
     *,
     model_name: str,
     classes: int,
-    macs: float,
+    budget: Budget,
     sources: int = 4,
     transform_size: int = 3,
     floor: float = 0.125,
     seed: int = 0,
     progress: Progress | None = None,
+    table: LatencyTable | None = None,
+    for_inference: Callable[[nn.Module], nn.Module] | None = None,
 ) -> tuple[nn.Module, Plan]:
-    """Convert `model` to a fitted SBF network of at most `macs` of its multiply-adds.
+    """Convert `model` to a fitted SBF network within `budget`.
 
     `images` (N, C, H, W) are normalised calibration images; labels are not needed. `sources` is
     the largest S, `transform_size` m (1 in layers of more than LARGEST_GRAM / m² channels, whose
     Gram matrices would be too large), `floor` the least share of a layer's channels that is kept,
-    `progress` is told (what, done, of). Returns the network in eval mode and its plan. Raises
-    UserError if the budget cannot be met, a weight is not finite, or nothing can be converted.
+    `progress` is told (what, done, of). With a budget of time, layers and networks are measured on
+    the model's device at the images' size: `table` keeps the layers' latencies and says how many
+    images are in a forward pass, and a network is measured as `for_inference` makes it (as it is,
+    if that is None). Returns the network in eval mode and its plan. Raises UserError if the budget
+    cannot be met, a weight is not finite, or nothing can be converted.
     """
     _check_finite(model, model_name)
     dense = copy.deepcopy(model).eval()
@@ -73,8 +81,24 @@ def compress(
         options[name] = _options(
             dense, name, images, cost, sensitivity[name], sources, transform_size, floor
         )
-    fixed = cost.macs - sum(cost.layers[name] for name in candidates)
-    chosen = allocate(options, fixed=fixed, dense=cost.macs, share=macs)
+    table = table or LatencyTable()
+    for_inference = for_inference or _as_it_is
+    timed: TimedChoice | None = None
+    if budget.macs is not None:
+        fixed = cost.macs - sum(cost.layers[name] for name in candidates)
+        chosen = allocate(options, fixed=fixed, dense=cost.macs, budget=budget)
+    else:
+        timed = allocate_time(
+            dense,
+            options,
+            {name: _size_for(_convolution(dense, name), transform_size) for name in candidates},
+            images[:1],
+            budget,
+            table,
+            for_inference,
+            lambda done, of: _tell(progress, "measure latency", done, of),
+        )
+        chosen = timed.options
 
     student = copy.deepcopy(dense)
     layers: dict[str, Layer] = {}
@@ -95,6 +119,8 @@ def compress(
             layers[name] = _fit_layer(
                 dense, student, name, images, chosen[name], sensitivity[name], transform_size, cost
             )
+        if timed is not None and name in chosen:
+            layers[name] = _with_time(name, layers[name], timed)
     for name, module in dense.named_modules():
         if isinstance(module, nn.Conv2d) and name not in layers:
             layers[name] = DenseLayer(
@@ -103,18 +129,45 @@ def compress(
     # The rebuilt channels vary less than the dense ones (least squares shrinks): measured again.
     measure_batch_norm(student, images, BATCH)
     after = count(student, input_shape)
+    latency = None
+    if timed is not None:
+        ready = [for_inference(dense), for_inference(student)]
+        ms_before, ms_after = latencies(ready, input_shape, batch=table.batch)
+        latency = Latency(
+            machine=environment(_convolution(dense, candidates[0]).weight),
+            batch=table.batch,
+            ms_before=round(ms_before, 4),
+            ms_after=round(ms_after, 4),
+        )
     plan = Plan(
         model=model_name,
         classes=classes,
         input_shape=input_shape,
-        budget={"macs": macs},
+        budget=budget.given(),
         macs_before=cost.macs,
         macs_after=after.macs,
         params_before=cost.params,
         params_after=after.params,
+        latency=latency,
         layers=layers,
     )
     return student, plan
+
+
+def _as_it_is(model: nn.Module) -> nn.Module:
+    return model
+
+
+def _with_time(name: str, layer: Layer, timed: TimedChoice) -> Layer:
+    """Return the plan of a layer with its milliseconds, and with what they decided."""
+    before, after = round(timed.dense_ms[name], 4), round(timed.options[name].cost, 4)
+    if isinstance(layer, SBFLayer):
+        reason = f"{layer.reason}; {before:g} -> {after:g} ms"
+        return layer.model_copy(update={"ms_before": before, "ms_after": after, "reason": reason})
+    reason = layer.reason
+    if name in timed.never_faster:
+        reason = f"no SBF form measured faster than its {before:g} ms"
+    return layer.model_copy(update={"ms": before, "reason": reason})
 
 
 def _tell(progress: Progress | None, what: str, done: int, of: int) -> None:
@@ -159,8 +212,7 @@ def _candidates(
     reasons: dict[str, str] = {}
     candidates: list[str] = []
     for name in forward_order(model, images):
-        conv = model.get_submodule(name)
-        assert isinstance(conv, nn.Conv2d)
+        conv = _convolution(model, name)
         filter_cost = conv.weight[0].numel()
         size = _size_for(conv, transform_size)
         if type(conv) is not nn.Conv2d:
@@ -177,6 +229,12 @@ def _candidates(
         else:
             candidates.append(name)
     return reasons, candidates
+
+
+def _convolution(model: nn.Module, name: str) -> nn.Conv2d:
+    conv = model.get_submodule(name)
+    assert isinstance(conv, nn.Conv2d)
+    return conv
 
 
 def _size_for(conv: nn.Conv2d, transform_size: int) -> int:
@@ -206,8 +264,7 @@ def _options(
     those of different layers (errors that add up coherently over positions count for more), so
     they are scaled to the KL divergence measured with a few of the options in place.
     """
-    conv = dense.get_submodule(name)
-    assert isinstance(conv, nn.Conv2d)
+    conv = _convolution(dense, name)
     channels = conv.out_channels
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
@@ -264,8 +321,7 @@ def _fit_layer(
     cost: Cost,
 ) -> SBFLayer:
     """Convert one layer of `student` in place, fitted on the inputs that `student` gives it."""
-    conv = dense.get_submodule(name)
-    assert isinstance(conv, nn.Conv2d)
+    conv = _convolution(dense, name)
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
         for batch in images.split(BATCH):
@@ -288,8 +344,7 @@ def _install(
     macs: int = 0,
 ) -> SBFLayer:
     """Put a fitted SBF layer with the basis `kept` in the place of a convolution of `model`."""
-    conv = model.get_submodule(name)
-    assert isinstance(conv, nn.Conv2d)
+    conv = _convolution(model, name)
     size = moments.size
     rebuilt = sorted(set(range(conv.out_channels)) - set(kept))
     fit = fit_transforms(moments.restrict(kept), rebuilt, sources)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sbf_dist.compress.budget import Option, allocate
+from sbf_dist.compress.budget import Budget, Option, allocate
 from sbf_dist.errors import UserError
 
 
@@ -54,9 +54,9 @@ def test_the_choice_is_as_good_as_the_best_of_all(layers, fixed, share, scale, d
     best = brute_force(options, fixed, share * dense)
     if best is None:
         with pytest.raises(UserError):
-            allocate(options, fixed=fixed, dense=dense, share=share)
+            allocate(options, fixed=fixed, dense=dense, budget=Budget(macs=share))
         return
-    chosen = allocate(options, fixed=fixed, dense=dense, share=share)
+    chosen = allocate(options, fixed=fixed, dense=dense, budget=Budget(macs=share))
     assert list(chosen) == list(options)
     assert all(option in options[name] for name, option in chosen.items())
     cost = fixed + sum(option.cost for option in chosen.values())
@@ -71,17 +71,17 @@ OPTIONS = {
 
 
 def test_the_whole_budget_leaves_everything_dense():
-    chosen = allocate(OPTIONS, fixed=100, dense=700, share=1.0)
+    chosen = allocate(OPTIONS, fixed=100, dense=700, budget=Budget(macs=1.0))
     assert {option.sources for option in chosen.values()} == {0}
 
 
 def test_a_budget_below_the_floor_names_the_smallest_share_and_that_works():
     with pytest.raises(UserError) as told:
-        allocate(OPTIONS, fixed=100, dense=700, share=0.2)
+        allocate(OPTIONS, fixed=100, dense=700, budget=Budget(macs=0.2))
     assert "macs = 0.2 of the dense network" in str(told.value)
     smallest = float(re.search(r"smallest that works is (\S+)$", str(told.value))[1])
     assert 258 / 700 <= smallest < 258 / 700 + 1e-3
-    chosen = allocate(OPTIONS, fixed=100, dense=700, share=smallest)
+    chosen = allocate(OPTIONS, fixed=100, dense=700, budget=Budget(macs=smallest))
     assert {option.sources for option in chosen.values()} == {1}
 
 
@@ -90,5 +90,48 @@ def test_scale_of_losses_and_costs_does_not_matter():
         name: [Option(o.kept, o.sources, o.cost * 1e9, o.loss * 1e-12) for o in row]
         for name, row in OPTIONS.items()
     }
-    chosen = allocate(small, fixed=100e9, dense=700e9, share=0.72)
+    chosen = allocate(small, fixed=100e9, dense=700e9, budget=Budget(macs=0.72))
+    assert {name: option.sources for name, option in chosen.items()} == {"a": 1, "b": 0}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "exactly one of macs, latency and latency_ms, none is given"),
+        ({"macs": 0.5, "latency": 0.4}, "one of .*, macs = 0.5 and latency = 0.4 is given"),
+        ({"macs": 0}, r"budget macs = 0 must be in \(0, 1\]"),
+        ({"macs": 1.01}, r"budget macs = 1.01 must be in \(0, 1\]"),
+        ({"latency": -0.5}, r"budget latency = -0.5 must be in \(0, 1\]"),
+        ({"latency": float("nan")}, r"budget latency = nan must be in \(0, 1\]"),
+        ({"latency_ms": 0}, "budget latency_ms = 0 must be above 0"),
+        ({"latency_ms": float("inf")}, "budget latency_ms = inf must be above 0"),
+    ],
+)
+def test_a_budget_that_is_none_is_refused_in_one_line(given, message):
+    with pytest.raises(UserError, match=message) as told:
+        Budget(**given)
+    assert "\n" not in str(told.value)
+
+
+def test_shares_are_of_the_dense_network_and_milliseconds_are_themselves():
+    assert Budget(macs=0.5).limit(30) == Budget(latency=0.5).limit(30) == 15
+    assert Budget(latency_ms=12.5).limit(30) == 12.5
+    assert Budget(latency_ms=12.5).given() == {"latency_ms": 12.5}
+    chosen = allocate(OPTIONS, fixed=100, dense=700, budget=Budget(latency_ms=510))
+    assert {name: option.sources for name, option in chosen.items()} == {"a": 1, "b": 0}
+
+
+@pytest.mark.parametrize("key", ["latency", "latency_ms"])
+def test_a_time_that_is_not_reached_names_the_smallest_that_is(key):
+    with pytest.raises(UserError) as told:
+        allocate(OPTIONS, fixed=100, dense=700, budget=Budget(**{key: 0.2}))
+    assert str(told.value).startswith(f"{key} = 0.2 of the dense network's 700")
+    smallest = float(re.search(r"smallest that works is (\S+)$", str(told.value))[1])
+    assert smallest == pytest.approx(258 if key == "latency_ms" else 258 / 700, abs=1e-3)
+    assert allocate(OPTIONS, fixed=100, dense=700, budget=Budget(**{key: smallest}))
+
+
+def test_what_the_layers_take_alone_may_exceed_the_whole():
+    # A negative rest: layers timed alone sum to more than the network.
+    chosen = allocate(OPTIONS, fixed=-100, dense=500, budget=Budget(latency=0.61))
     assert {name: option.sources for name, option in chosen.items()} == {"a": 1, "b": 0}

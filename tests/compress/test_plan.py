@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sbf_dist.compress.plan import DenseLayer, Plan, SBFLayer
+from sbf_dist.compress.plan import DenseLayer, Latency, Plan, SBFLayer
 from sbf_dist.errors import UserError
 
 
@@ -154,3 +154,42 @@ def test_a_plan_of_another_format_is_refused(tmp_path: Path):
     (tmp_path / "plan.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="format: Input should be 1"):
         Plan.load(tmp_path / "plan.json")
+
+
+def timed_plan():
+    made = plan(
+        {
+            "conv": sbf_layer(ms_before=0.5, ms_after=0.25),
+            "stem": DenseLayer(reason="the stem", macs=40, convertible=False, ms=0.1),
+        }
+    )
+    times = Latency(machine="a machine, 2 threads", batch=1, ms_before=1.234, ms_after=0.617)
+    return made.model_copy(update={"budget": {"latency": 0.5}, "latency": times})
+
+
+def test_times_are_kept_where_they_were_measured_and_not_mentioned_elsewhere(tmp_path: Path):
+    path = tmp_path / "plan.json"
+    timed_plan().save(path)
+    assert Plan.load(path) == timed_plan()
+    assert Plan.load(path).digest() == timed_plan().digest()
+    plan({"conv": sbf_layer(), "stem": DenseLayer(reason="x", macs=4, convertible=True)}).save(path)
+    assert '"ms' not in path.read_text()
+    assert "latency" not in path.read_text()
+    assert "null" not in path.read_text()
+
+
+def test_plans_from_before_times_were_measured_keep_their_digest():
+    # Of a student that was exported then; load_student compares it.
+    digest = "203142748c3a507457b15af622790748920182b37880e74cd86645d91f3073a7"
+    assert plan({"conv": sbf_layer()}).digest() == digest
+
+
+def test_the_summary_tells_what_was_saved():
+    dense = DenseLayer(reason="the stem", macs=40, convertible=False)
+    of_macs = plan({"conv": sbf_layer(), "stem": dense}).model_copy(
+        update={"macs_before": 10_410_000, "macs_after": 5_210_000}
+    )
+    told = "1 of 2 convolutions converted, 10.41 → 5.21 M multiply-adds"
+    assert of_macs.summary() == told
+    of_time = of_macs.model_copy(update={"latency": timed_plan().latency})
+    assert of_time.summary() == f"{told}, 1.23 → 0.62 ms"

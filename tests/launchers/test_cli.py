@@ -31,7 +31,7 @@ RECIPE = """
 name: tiny
 data: {source: digits, image_size: 16}
 teachers: [{name: one, model: cifar_resnet8, training: {steps: 10}}]
-compress: {teacher: one}
+compress: {teacher: one, macs: 0.5}
 distill: {training: {steps: 10}}
 """
 MANY_WORKERS = [

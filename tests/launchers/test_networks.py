@@ -23,7 +23,7 @@ CONTENT = {
         },
         {"name": "three", "model": "cifar_resnet20", "training": {"steps": 30}},
     ],
-    "compress": {"teacher": "three"},
+    "compress": {"teacher": "three", "macs": 0.5},
     "distill": {"training": {"steps": 40}, "label_weight": 0.3, "labelled_share": 0.2},
     "baselines": {"steps": 50},
 }

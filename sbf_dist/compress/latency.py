@@ -1,0 +1,180 @@
+"""How long networks, and single layers in their possible forms, take on this machine."""
+
+import copy
+import logging
+import math
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.benchmark import Timer
+
+from sbf_dist.errors import UserError
+from sbf_dist.layers import SBFConv2d
+
+logger = logging.getLogger(__name__)
+
+BLOCK = 1e-3  # seconds that a block of runs takes at least: long beside the clock's own overhead
+BLOCKS = 5  # least number of blocks in a median
+WARM_UP = 3  # runs
+# Share of a block's time that threads may have waited for a processor. Where two threads share a
+# layer and one of them is not running, the other waits for it: a layer of 0.6 ms was seen to take
+# 30 ms beside one busy process.
+UNDISTURBED = 0.05
+PATIENCE = 2.0  # seconds for each model in which enough undisturbed blocks should be found
+
+
+def latency(
+    model: nn.Module, input_shape: tuple[int, int, int], *, batch: int = 1, seconds: float = 0.5
+) -> float:
+    """Measure the median milliseconds of a forward pass; see `latencies`."""
+    (measured,) = latencies([model], input_shape, batch=batch, seconds=seconds)
+    return measured
+
+
+def latencies(
+    models: Sequence[nn.Module],
+    input_shape: tuple[int, int, int],
+    *,
+    batch: int = 1,
+    seconds: float = 0.5,
+    strict: bool = False,
+) -> list[float]:
+    """Measure the median milliseconds of a forward pass of each model, in eval mode.
+
+    Every model runs on its own device and in its own dtype; images of `input_shape` (channels,
+    height, width) come in channels_last; the threads are PyTorch's present number. Each model is
+    measured for about `seconds` after a warm-up, in blocks by turns, so that a change of the
+    machine's speed meets all of them alike. Blocks in which our threads had to wait for a
+    processor are left out; where there is no other within PATIENCE, a warning says so and
+    the least disturbed are used, or, if `strict`, UserError is raised.
+    """
+    timers = [_timer(model, input_shape, batch) for model in models]
+    blocks: list[list[_Block]] = [[] for _ in timers]
+    with torch.inference_mode():
+        numbers = [max(1, math.ceil(BLOCK / timer.timeit(WARM_UP).median)) for timer in timers]
+        end = time.monotonic() + (PATIENCE + 2 * seconds) * len(timers)
+        unfinished = list(range(len(timers)))
+        while unfinished and time.monotonic() < end:
+            for index in unfinished:
+                blocks[index].append(_run_block(timers[index], numbers[index]))
+            unfinished = [
+                index
+                for index in unfinished
+                if _undisturbed(blocks[index]) < BLOCKS
+                or numbers[index] * sum(block.seconds for block in blocks[index]) < seconds
+            ]
+    if min(map(_undisturbed, blocks)) == 0:
+        busy = "this machine is busy with other work"
+        if strict:
+            raise UserError(f"{busy}: layers cannot be timed; try again when it is not")
+        logger.warning("%s: the latencies measured are too long", busy)
+    return [1e3 * _median(found) for found in blocks]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Seconds of one run in a block, and the share of the block that threads waited."""
+
+    seconds: float
+    waited: float
+
+
+def _run_block(timer: Timer, number: int) -> _Block:
+    waited, start = _seconds_waited(), time.perf_counter()
+    seconds = timer.timeit(number).median
+    elapsed = time.perf_counter() - start
+    return _Block(seconds, (_seconds_waited() - waited) / elapsed)
+
+
+def _undisturbed(blocks: list[_Block]) -> int:
+    return sum(block.waited <= UNDISTURBED for block in blocks)
+
+
+def _median(blocks: list[_Block]) -> float:
+    """Median of the undisturbed blocks, or of the BLOCKS least disturbed if there is none."""
+    ranked = sorted(blocks, key=lambda block: block.waited)
+    return statistics.median(b.seconds for b in ranked[: _undisturbed(blocks) or BLOCKS])
+
+
+def _seconds_waited() -> float:
+    """Seconds that the threads of this process were ready to run but had no processor, ever.
+
+    From /proc (Linux, kernel documentation, scheduler/sched-stats); 0 where there is none, and
+    then every block counts as undisturbed.
+    """
+    total = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        try:
+            total += int(path.read_text().split()[1])
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # the thread has ended
+    return total / 1e9
+
+
+def _timer(model: nn.Module, input_shape: tuple[int, int, int], batch: int) -> Timer:
+    parameter = next(model.parameters())
+    shadow = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
+    images = torch.randn(batch, *input_shape, device=parameter.device, dtype=parameter.dtype)
+    return Timer(
+        "model(images)",
+        globals={"model": shadow, "images": images.to(memory_format=torch.channels_last)},
+        num_threads=torch.get_num_threads(),
+    )
+
+
+@dataclass(frozen=True)
+class Form:
+    """A way to build a convolution: B filters kept, S sources and m x m transformations.
+
+    With no sources it is the dense convolution itself.
+    """
+
+    kept: int
+    sources: int = 0
+    transform_size: int = 1
+
+    def __str__(self) -> str:
+        if self.sources == 0:
+            return "dense"
+        return f"B={self.kept} S={self.sources} m={self.transform_size}"
+
+
+def build_form(conv: nn.Conv2d, form: Form) -> nn.Module:
+    """Return a layer of the shape of `conv` in another form, to be timed: its wiring is arbitrary.
+
+    It has a bias, as every layer has whose batch norm is folded. `conv` must not be grouped.
+    """
+    if form.sources == 0:
+        layer: nn.Conv2d | SBFConv2d = copy.deepcopy(conv)
+    else:
+        draw = random.Random(0)
+        kept = sorted(draw.sample(range(conv.out_channels), form.kept))
+        rebuilt = conv.out_channels - form.kept
+        sources = [draw.sample(kept, form.sources) for _ in range(rebuilt)]
+        layer = SBFConv2d.from_conv(conv, kept, sources, form.transform_size)
+    if layer.bias is None:
+        layer.bias = nn.Parameter(torch.zeros(conv.out_channels).to(conv.weight))
+    return layer
+
+
+def layer_latencies(
+    conv: nn.Conv2d,
+    input_size: tuple[int, int],
+    forms: Sequence[Form],
+    *,
+    batch: int = 1,
+    seconds: float = 0.01,
+) -> list[float]:
+    """Measure the median milliseconds of each form of `conv` on images of (height, width).
+
+    Raises UserError if the machine is too busy for that: these numbers are kept.
+    """
+    layers = [build_form(conv, form) for form in forms]
+    shape = (conv.in_channels, *input_size)
+    return latencies(layers, shape, batch=batch, seconds=seconds, strict=True)
