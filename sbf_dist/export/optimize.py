@@ -66,9 +66,10 @@ def optimize(model: nn.Module) -> nn.Module:
             type(error).__name__,
             error,
         )
-        for name, module in list(folded.named_modules()):
-            inside_sbf = isinstance(folded.get_submodule(name.rpartition(".")[0]), SBF)
-            if name and not inside_sbf and _is_fusible(module):
+        layers = {name: module for name, module in folded.named_modules() if _is_fusible(module)}
+        for name, module in layers.items():
+            inside_sbf = isinstance(layers.get(name.rpartition(".")[0]), SBF)
+            if name and not inside_sbf:
                 folded.set_submodule(name, _fused(module, "none"), strict=True)
         return folded
     _drop_identities(graph, folded)
