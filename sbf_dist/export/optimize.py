@@ -74,6 +74,7 @@ def optimize(model: nn.Module) -> nn.Module:
         return folded
     _drop_identities(graph, folded)
     _fuse_all(graph, folded)
+    _reuse_residuals(graph, folded)
     graph.lint()
     return fx.GraphModule(folded, graph, type(model).__name__).eval()
 
@@ -111,6 +112,31 @@ def _fuse_all(graph: fx.Graph, model: nn.Module) -> None:
         epilogue.nodes[-1].replace_all_uses_with(call)
         for old in (*reversed(epilogue.nodes), node):
             graph.erase_node(old)
+
+
+def _reuse_residuals(graph: fx.Graph, model: nn.Module) -> None:
+    """Let convolutions write over a residual that they are the last to read."""
+    position = {node: index for index, node in enumerate(graph.nodes)}
+
+    def fused(node: fx.Node) -> nn.Module | None:
+        module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return module if isinstance(module, FusedConv2d | FusedSBFConv2d) else None
+
+    for node in graph.nodes:
+        layer = fused(node)
+        if not isinstance(layer, FusedConv2d) or len(node.args) != 2:
+            continue
+        image, residual = node.args
+        assert isinstance(residual, fx.Node)
+        # Fused layers alone are known to give, and to leave, no other name to the same memory.
+        layer.overwrites_residual = (
+            image is not residual
+            and fused(residual) is not None
+            and all(
+                fused(reader) is not None and position[reader] <= position[node]
+                for reader in residual.users
+            )
+        )
 
 
 def _is_fusible(module: nn.Module) -> bool:
