@@ -75,7 +75,7 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     if not norms:
         return folded
     try:
-        graph = _Tracer().trace(folded)
+        graph = LayerTracer().trace(folded)
     except Exception as error:  # torch.fx raises whatever the traced code raises
         logger.warning(
             "batch norm is not folded: %s cannot be traced by torch.fx (%s: %s)",
@@ -104,9 +104,13 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     return folded
 
 
-class _Tracer(fx.Tracer):
+class LayerTracer(fx.Tracer):
+    """torch.fx's tracer, to which an SBF layer and a batch norm are one node each."""
+
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, SBFConv2d | Norm) or super().is_leaf_module(module, name)
+        """Tell whether `module` is not traced into."""
+        leaves = SBFConv2d | UnscaledSBFConv2d | Norm
+        return isinstance(module, leaves) or super().is_leaf_module(module, name)
 
 
 def _obstacle(

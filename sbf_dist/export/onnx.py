@@ -9,68 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sbf_dist.errors import UserError
-from sbf_dist.export.fold import UnscaledSBFConv2d, fold_batchnorm
+from sbf_dist.export.fold import fold_batchnorm
 from sbf_dist.export.saved import Card
-from sbf_dist.layers import SBFConv2d
+from sbf_dist.export.standard_operators import with_standard_operators
 
 OPSET = 18  # ONNX 1.13 (2022), which the runtimes in use read
-
-
-class DepthwiseExpand(nn.Module):
-    """An SBF layer written with operators that every ONNX runtime has, and has in a fast form.
-
-    Slot s of every output channel is one depthwise convolution over gathered basis features; a
-    kept channel is a centre tap of one in slot 0, so nothing is concatenated or reordered, and
-    the bias belongs to slot 0. Equals the layer, with S (C_out m²) instead of S (P m²) MACs per
-    pixel for expand.
-    """
-
-    sources: Tensor
-
-    def __init__(self, layer: SBFConv2d | UnscaledSBFConv2d) -> None:
-        super().__init__()
-        self.basis = layer.basis
-        outputs = layer.out_channels
-        entries = layer.order[:outputs]
-        kept = layer.basis.out_channels
-        _, slots, m, _ = layer.transforms.shape
-        centre_taps = layer.transforms.new_zeros(kept, slots, m, m)
-        centre_taps[:, 0, m // 2, m // 2] = 1
-        own = torch.arange(kept, device=entries.device)[:, None].expand(-1, slots)
-        weight = torch.cat([centre_taps, layer.transforms.detach()])[entries]
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.register_buffer("sources", torch.cat([own, layer.sources])[entries])
-        bias = None if layer.bias is None else layer.bias.detach()[:outputs].clone()
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, C_in, H, W) to (N, C_out, H', W')."""
-        z = self.basis(x)
-        channels, slots, m, _ = self.weight.shape
-        y = None
-        for slot in range(slots):
-            part = F.conv2d(
-                z[:, self.sources[:, slot]],
-                self.weight[:, slot : slot + 1],
-                self.bias if slot == 0 else None,
-                padding=m // 2,
-                groups=channels,
-            )
-            y = part if y is None else y + part
-        assert y is not None
-        return y
-
-
-def with_standard_operators(model: nn.Module) -> nn.Module:
-    """Return a copy of `model` in which each SBF layer is a `DepthwiseExpand`."""
-    portable = copy.deepcopy(model)
-    for name, layer in list(portable.named_modules()):
-        if isinstance(layer, SBFConv2d | UnscaledSBFConv2d):
-            portable.set_submodule(name, DepthwiseExpand(layer), strict=True)
-    return portable
 
 
 def to_onnx(model: nn.Module, path: Path, card: Card, *, dynamic_batch: bool = True) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sbf_dist.compress.plan import Plan
 from sbf_dist.errors import UserError
 from sbf_dist.export.fold import UnscaledSBFConv2d, fold_batchnorm
-from sbf_dist.export.onnx import OPSET, to_onnx, verify_onnx, with_standard_operators
+from sbf_dist.export.onnx import OPSET, to_onnx, verify_onnx
 from sbf_dist.export.saved import Card
 from sbf_dist.layers import SBFConv2d
 
@@ -79,17 +79,6 @@ def test_layer_with_hidden_basis_features_is_exported(card: Card, tmp_path: Path
     assert isinstance(fold_batchnorm(model)[0], UnscaledSBFConv2d)
     to_onnx(model, tmp_path / "student.onnx", card)
     assert verify_onnx(tmp_path / "student.onnx", model, torch.randn(5, 3, 16, 16)) <= 1e-4
-
-
-def test_form_of_standard_operators_equals_the_layer_in_double_precision() -> None:
-    torch.manual_seed(0)
-    sources = [[0, 3, 2], [3, 0, 3], [2, 2, 0]]
-    layer = SBFConv2d(4, 6, 3, [0, 2, 3], sources, 5, stride=2, padding=1)
-    nn.init.normal_(layer.transforms)
-    nn.init.normal_(layer.bias)
-    model = nn.Sequential(layer).double()
-    x = torch.randn(2, 4, 9, 7, dtype=torch.float64)
-    torch.testing.assert_close(with_standard_operators(model)(x), model(x))
 
 
 class BranchOnData(nn.Module):

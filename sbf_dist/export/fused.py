@@ -1,0 +1,229 @@
+"""Convolutions with bias, residual and activation in one operator, for inference."""
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sbf_dist.export.fold import UnscaledSBFConv2d
+from sbf_dist.layers import SBFConv2d
+from sbf_dist.ops import Activation, Pair, sbf_conv2d
+
+# What oneDNN's fused convolution calls our activations: name, and its scalars.
+ONEDNN_UNARY: dict[Activation, tuple[str, list[float]]] = {
+    "none": ("none", []),
+    "relu": ("relu", []),
+    "relu6": ("hardtanh", [0.0, 6.0]),
+    "silu": ("swish", []),
+    "hardswish": ("hardswish", []),
+}
+
+
+class FusedSBFConv2d(nn.Module):
+    """activation(SBF layer + bias + residual) by `sbf_dist.ops.sbf_conv2d`; no gradients.
+
+    Made by `of` from a folded layer, whose parameters it shares. A residual that has not exactly
+    the output's shape and dtype is added by broadcasting, after the operator.
+    """
+
+    sources: Tensor
+    order: Tensor
+
+    def __init__(self, layer: SBFConv2d | UnscaledSBFConv2d, activation: Activation) -> None:
+        super().__init__()
+        padding = numeric_padding(layer.basis)
+        if padding is None:
+            raise ValueError(
+                f"{type(layer).__name__} has padding {layer.basis.padding!r} and padding_mode "
+                f"{layer.basis.padding_mode!r}: only symmetric padding with zeros can be fused"
+            )
+        self.weight = layer.basis.weight
+        self.transforms = layer.transforms
+        self.bias = layer.bias
+        self.register_buffer("sources", layer.sources, persistent=False)
+        self.register_buffer("order", layer.order, persistent=False)
+        self.out_channels = layer.out_channels
+        self.stride, self.dilation = _pair(layer.basis.stride), _pair(layer.basis.dilation)
+        self.padding = padding
+        self.groups = layer.basis.groups
+        self.activation = activation
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Map (N, C_in, H, W), and a residual that broadcasts to the output, to the output."""
+        whole = self.out_channels == len(self.order)  # no hidden basis features to be cut off
+        outside = None  # what is added after the operator
+        if residual is not None and not (whole and self._is_like_output(residual, x)):
+            residual, outside = None, residual
+        activation = self.activation if outside is None else "none"
+        y = sbf_conv2d(
+            x,
+            self.weight,
+            self.transforms,
+            self.sources,
+            self.order,
+            self.bias,
+            residual,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            activation=activation,
+        )
+        if not whole:
+            y = y[:, : self.out_channels]
+        return y if outside is None else activate(y + outside, self.activation)
+
+    def _is_like_output(self, residual: Tensor, x: Tensor) -> bool:
+        shape = _output_shape(self, self.out_channels, self.weight, x)
+        return residual.dtype == x.dtype and tuple(residual.shape) == shape
+
+    def extra_repr(self) -> str:
+        """Tell the shape, and what is fused."""
+        basis, inputs, *size = self.weight.shape
+        return (
+            f"{inputs * self.groups}, {self.out_channels}, kept={basis}, "
+            f"kernel_size={tuple(size)}, sources={self.sources.shape[1]}, "
+            f"activation={self.activation}"
+        )
+
+
+class FusedConv2d(nn.Module):
+    """activation(nn.Conv2d + residual), on the CPU by oneDNN's fused convolution; no gradients.
+
+    oneDNN wants its weights in blocks, and nn.Conv2d reorders them into blocks in every call. Here
+    the first call does it once, for the shape of its input (another shape gives the right result,
+    but may be slower); the weights count as constant from then on. Under torch.compile, on other
+    devices and for other dtypes than float32 the module runs as the plain operators, which
+    compilers fuse themselves.
+
+    overwrites_residual: whether nobody needs the residual afterwards, so that the output may take
+    its memory. Writing elsewhere costs a widening 1 x 1 layer up to a third of its time.
+    """
+
+    overwrites_residual = False
+
+    def __init__(self, conv: nn.Conv2d, activation: Activation) -> None:
+        super().__init__()
+        padding = numeric_padding(conv)
+        if padding is None:
+            raise ValueError(
+                f"Conv2d has padding {conv.padding!r} and padding_mode {conv.padding_mode!r}: "
+                "only symmetric padding with zeros can be fused"
+            )
+        self.weight, self.bias = conv.weight, conv.bias
+        self.stride, self.dilation = _pair(conv.stride), _pair(conv.dilation)
+        self.padding = padding
+        self.groups = conv.groups
+        self.activation = activation
+        self._blocked: Tensor | None = None
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Map (N, C_in, H, W), and a residual that broadcasts to the output, to the output."""
+        if not self._onednn_takes(x):
+            y = F.conv2d(
+                x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+            )
+            return activate(y if residual is None else y + residual, self.activation)
+        x = x.contiguous(memory_format=torch.channels_last)
+        if self._blocked is None:
+            self._blocked = torch.ops.mkldnn._reorder_convolution_weight(
+                self.weight, self.padding, self.stride, self.dilation, self.groups, list(x.shape)
+            )
+        shape = (self.padding, self.stride, self.dilation, self.groups)
+        inside = residual is not None and self._is_like_output(residual, x)
+        if inside and self.activation in ("none", "relu"):
+            unary = None if self.activation == "none" else "relu"
+            if self.overwrites_residual:
+                return torch.ops.mkldnn._convolution_pointwise_.binary(
+                    residual, x, self._blocked, self.bias, *shape, "add", 1.0, unary, [], None
+                )
+            return torch.ops.mkldnn._convolution_pointwise.binary(
+                x, residual, self._blocked, self.bias, *shape, "add", 1.0, unary, [], None
+            )
+        name, scalars = ONEDNN_UNARY["none" if residual is not None else self.activation]
+        y = torch.ops.mkldnn._convolution_pointwise(
+            x, self._blocked, self.bias, *shape, name, scalars, ""
+        )
+        return y if residual is None else activate(y + residual, self.activation)
+
+    def _onednn_takes(self, x: Tensor) -> bool:
+        return (
+            not torch.compiler.is_compiling()
+            and x.device.type == "cpu"
+            and x.dim() == 4
+            and x.dtype == self.weight.dtype == torch.float32
+            and torch.backends.mkldnn.is_available()
+            and bool(torch.backends.mkldnn.enabled)
+        )
+
+    def _is_like_output(self, residual: Tensor, x: Tensor) -> bool:
+        shape = _output_shape(self, len(self.weight), self.weight, x)
+        return (
+            residual.dtype == x.dtype
+            and tuple(residual.shape) == shape
+            and residual.is_contiguous(memory_format=torch.channels_last)
+        )
+
+    def _apply(self, fn, recurse: bool = True) -> Self:  # .to(), .half(), .cuda()
+        self._blocked = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_blocked": None}  # oneDNN's blocks cannot be pickled
+
+    def extra_repr(self) -> str:
+        """Tell the shape, and what is fused."""
+        outputs, inputs, *size = self.weight.shape
+        return (
+            f"{inputs * self.groups}, {outputs}, kernel_size={tuple(size)}, "
+            f"activation={self.activation}"
+        )
+
+
+def activate(y: Tensor, activation: Activation) -> Tensor:
+    """Apply an activation to a tensor that nobody else reads: it may be overwritten."""
+    match activation:
+        case "none":
+            return y
+        case "relu":
+            return torch.relu_(y)
+        case "relu6":
+            return y.clamp_(0, 6)
+        case "silu":
+            return F.silu(y, inplace=True)
+        case "hardswish":
+            return F.hardswish(y, inplace=True)
+
+
+def numeric_padding(conv: nn.Conv2d) -> Pair | None:
+    """Return the zeros that `conv` adds on either side of each axis; None if it is not so simple.
+
+    It is not for other padding modes, nor for "same" where the two sides differ.
+    """
+    if conv.padding_mode != "zeros":
+        return None
+    if conv.padding == "valid":
+        return (0, 0)
+    if conv.padding == "same":
+        total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        return None if any(t % 2 for t in total) else (total[0] // 2, total[1] // 2)
+    return _pair(conv.padding)  # type: ignore[arg-type]
+
+
+def _pair(value: tuple[int, ...]) -> Pair:
+    first, second = value
+    return first, second
+
+
+def _output_shape(
+    layer: FusedSBFConv2d | FusedConv2d, channels: int, weight: Tensor, x: Tensor
+) -> tuple[int, ...]:
+    sizes = zip(
+        x.shape[2:], weight.shape[2:], layer.stride, layer.padding, layer.dilation, strict=True
+    )
+    return (
+        x.shape[0],
+        channels,
+        *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes),
+    )

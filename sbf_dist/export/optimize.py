@@ -1,0 +1,251 @@
+"""A network as fast as we can run it in PyTorch: batch norm folded, epilogues fused."""
+
+import logging
+import operator
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from sbf_dist.export.fold import LayerTracer, UnscaledSBFConv2d, fold_batchnorm
+from sbf_dist.export.fused import FusedConv2d, FusedSBFConv2d, numeric_padding
+from sbf_dist.layers import SBFConv2d
+from sbf_dist.ops import Activation
+
+logger = logging.getLogger(__name__)
+
+SBF = SBFConv2d | UnscaledSBFConv2d
+
+MODULES: dict[type[nn.Module], Activation] = {
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.SiLU: "silu",
+    nn.Hardswish: "hardswish",
+}
+FUNCTIONS: dict[object, Activation] = {
+    F.relu: "relu",
+    F.relu_: "relu",
+    torch.relu: "relu",
+    torch.relu_: "relu",
+    F.relu6: "relu6",
+    F.silu: "silu",
+    F.hardswish: "hardswish",
+}
+METHODS: dict[str, Activation] = {"relu": "relu", "relu_": "relu"}
+# In inference. Folding leaves an identity where a batch norm was.
+IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+IN_PLACE_OPERATORS = {value for name, value in vars(operator).items() if name.startswith("__i")}
+
+
+def optimize(model: nn.Module) -> nn.Module:
+    """Return an inference copy of `model` that gives the same results, up to rounding, faster.
+
+    Batch norms are folded (`fold_batchnorm`); a convolution, SBF or dense, becomes one operator
+    with the residual addition and the activation (ReLU, ReLU6, SiLU, hard-swish) that follow it
+    and read nothing else; weights are laid out in channels_last, and on the CPU in oneDNN's blocks
+    at the first call. The copy has no gradients, and its weights are constants. It can be compiled
+    by torch.compile, with torch._inductor.config.freezing or without, in which SBF layers stay
+    operators of their own.
+
+    Give it images in channels_last. Layers with a padding_mode other than zeros, or uneven "same"
+    padding, stay as they are. If torch.fx cannot trace the network, a warning gives the reason,
+    and layers are fused without what follows them. `model` is not changed.
+    """
+    folded = fold_batchnorm(model).to(memory_format=torch.channels_last)
+    for parameter in folded.parameters():
+        parameter.requires_grad_(False)
+    try:
+        graph = LayerTracer().trace(folded)
+    except Exception as error:  # torch.fx raises whatever the traced code raises
+        logger.warning(
+            "activations and residuals are not fused: %s cannot be traced by torch.fx (%s: %s)",
+            type(model).__name__,
+            type(error).__name__,
+            error,
+        )
+        layers = {name: module for name, module in folded.named_modules() if _is_fusible(module)}
+        for name, module in layers.items():
+            inside_sbf = isinstance(layers.get(name.rpartition(".")[0]), SBF)
+            if name and not inside_sbf:
+                folded.set_submodule(name, _fused(module, "none"), strict=True)
+        return folded
+    _drop_identities(graph, folded)
+    _fuse_all(graph, folded)
+    _reuse_residuals(graph, folded)
+    graph.lint()
+    return fx.GraphModule(folded, graph, type(model).__name__).eval()
+
+
+@dataclass(frozen=True)
+class _Epilogue:
+    """What follows a convolution: the nodes, and what they come to."""
+
+    nodes: list[fx.Node]
+    residual: fx.Node | None
+    activation: Activation
+
+
+def _fuse_all(graph: fx.Graph, model: nn.Module) -> None:
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    reads = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    for node in list(graph.nodes):
+        if node.op != "call_module":
+            continue
+        name = str(node.target)
+        module = model.get_submodule(name)
+        if not _is_fusible(module) or any(read.startswith(f"{name}.") for read in reads):
+            continue
+        if calls[node.target] > 1 or node.kwargs:
+            continue
+        epilogue = _epilogue(node, model)
+        model.set_submodule(name, _fused(module, epilogue.activation), strict=True)
+        if not epilogue.nodes:
+            continue
+        # The residual may be computed after the convolution: the call moves to where it is added.
+        after = epilogue.nodes[0] if epilogue.residual else node
+        with graph.inserting_after(after):
+            inputs = (*node.args, *([epilogue.residual] if epilogue.residual else []))
+            call = graph.call_module(name, inputs)
+        epilogue.nodes[-1].replace_all_uses_with(call)
+        for old in (*reversed(epilogue.nodes), node):
+            graph.erase_node(old)
+
+
+def _reuse_residuals(graph: fx.Graph, model: nn.Module) -> None:
+    """Let convolutions write over a residual that they are the last to read."""
+    position = {node: index for index, node in enumerate(graph.nodes)}
+
+    def fused(node: fx.Node) -> nn.Module | None:
+        module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return module if isinstance(module, FusedConv2d | FusedSBFConv2d) else None
+
+    for node in graph.nodes:
+        layer = fused(node)
+        if not isinstance(layer, FusedConv2d) or len(node.args) != 2:
+            continue
+        image, residual = node.args
+        assert isinstance(residual, fx.Node)
+        # Fused layers alone are known to give, and to leave, no other name to the same memory.
+        layer.overwrites_residual = (
+            image is not residual
+            and fused(residual) is not None
+            and all(
+                fused(reader) is not None and position[reader] <= position[node]
+                for reader in residual.users
+            )
+        )
+
+
+def _is_fusible(module: nn.Module) -> bool:
+    if module._forward_hooks or module._forward_pre_hooks:
+        return False
+    if type(module) is nn.Conv2d:
+        return numeric_padding(module) is not None
+    if isinstance(module, SBF):
+        basis = module.get_submodule("basis")
+        assert isinstance(basis, nn.Conv2d)
+        return numeric_padding(basis) is not None
+    return False
+
+
+def _fused(module: nn.Module, activation: Activation) -> nn.Module:
+    if isinstance(module, nn.Conv2d):
+        return FusedConv2d(module, activation).eval()
+    assert isinstance(module, SBF)
+    return FusedSBFConv2d(module, activation).eval()
+
+
+def _epilogue(conv: fx.Node, model: nn.Module) -> _Epilogue:
+    """Find the addition and the activation that alone read, one after the other, `conv`."""
+    nodes: list[fx.Node] = []
+    residual, last = None, conv
+    while len(last.users) == 1:
+        (reader,) = last.users
+        activation = _activation(reader, model)
+        if activation is not None:
+            return _Epilogue([*nodes, reader], residual, activation)
+        addend = None if residual is not None else _addend(reader, last)
+        if addend is None or _is_written_between(conv, reader, model):
+            break
+        nodes, residual, last = [*nodes, reader], addend, reader
+    return _Epilogue(nodes, residual, "none")
+
+
+def _activation(node: fx.Node, model: nn.Module) -> Activation | None:
+    if len(node.all_input_nodes) != 1:
+        return None
+    if node.op == "call_module":
+        return MODULES.get(type(model.get_submodule(str(node.target))))
+    if node.op == "call_function":
+        return FUNCTIONS.get(node.target)
+    if node.op == "call_method":
+        return METHODS.get(str(node.target))
+    return None
+
+
+def _addend(node: fx.Node, last: fx.Node) -> fx.Node | None:
+    """Return what `node` adds to `last`; None if it is no plain addition of another tensor."""
+    if node.op not in ("call_function", "call_method") or node.target not in ADDITIONS:
+        return None
+    if len(node.args) != 2 or node.kwargs:  # alpha, out
+        return None
+    first, second = node.args
+    if not isinstance(first, fx.Node) or not isinstance(second, fx.Node) or first is second:
+        return None
+    if first is last:
+        return second
+    # `residual += output` writes to the residual, which others may read.
+    return None if _writes(node, None) else first
+
+
+def _is_written_between(conv: fx.Node, end: fx.Node, model: nn.Module) -> bool:
+    """Tell whether something between the two nodes may change what `conv` reads."""
+    node = conv.next
+    while node is not end:
+        if _writes(node, model):
+            return True
+        node = node.next
+    return False
+
+
+def _writes(node: fx.Node, model: nn.Module | None) -> bool:
+    """Tell whether `node` changes one of its arguments."""
+    if node.op == "call_module":
+        assert model is not None
+        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
+    if node.op == "call_method":
+        name = str(node.target)
+        return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+    if node.op != "call_function":
+        return False
+    in_place = node.kwargs.get("inplace", False) or any(arg is True for arg in node.args)
+    name = getattr(node.target, "__name__", "")
+    return (
+        bool(in_place)
+        or node.target in IN_PLACE_OPERATORS
+        or node.target is operator.setitem
+        or (name.endswith("_") and not name.endswith("__"))
+        or "out" in node.kwargs
+    )
+
+
+def _drop_identities(graph: fx.Graph, model: nn.Module) -> None:
+    """Remove what does nothing in inference from between the others."""
+    for node in list(graph.nodes):
+        if _is_identity(node, model):
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            graph.erase_node(node)
+
+
+def _is_identity(node: fx.Node, model: nn.Module) -> bool:
+    if node.op == "call_module":
+        return type(model.get_submodule(str(node.target))) in IDENTITIES
+    if node.op != "call_function":
+        return False
+    # torchvision's function is known by its name: the library need not be there
+    if getattr(node.target, "__name__", "") == "stochastic_depth":
+        return node.kwargs.get("training", (*node.args, None, None, None)[3]) is False
+    return node.target is F.dropout and node.kwargs.get("training") is False
