@@ -78,7 +78,7 @@ def extension():
     print(f"sbf_dist: building for the CPU and CUDA {torch.version.cuda} ({archs})", flush=True)
     return cpp_extension.CUDAExtension(
         "sbf_dist._C",
-        [*sources, "csrc/expand_cuda.cu"],
+        [*sources, "csrc/expand_cuda.cu", "csrc/transforms_cuda.cu"],
         depends=depends,
         define_macros=[("WITH_CUDA", None), ("SBF_CUDA_ARCHS", f'"{archs}"')],
         library_dirs=[str(libraries)],
