@@ -117,10 +117,22 @@ struct Place {
   int h0, w0, rows, columns;  // what of the tile lies in the image
 
   C10_HOST_DEVICE Place(const Tiling& tiling, int64_t index) {
-    const int64_t across = index % tiling.across, line = index / tiling.across;
-    image = line / tiling.down;
-    h0 = static_cast<int>(line % tiling.down) * tiling.rows;
-    w0 = static_cast<int>(across) * tiling.columns;
+    // 64-bit division is slow on a GPU, and hardly ever needed.
+    if (index <= INT32_MAX) {
+      set(tiling, static_cast<uint32_t>(index));
+    } else {
+      set(tiling, index);
+    }
+  }
+
+ private:
+  template <typename index_t>
+  C10_HOST_DEVICE void set(const Tiling& tiling, index_t index) {
+    const index_t across = tiling.across, down = tiling.down;
+    const index_t line = index / across;
+    image = static_cast<int64_t>(line / down);
+    h0 = static_cast<int>(line % down) * tiling.rows;
+    w0 = static_cast<int>(index % across) * tiling.columns;
     rows = smaller(tiling.rows, tiling.height - h0);
     columns = smaller(tiling.columns, tiling.width - w0);
   }

@@ -168,9 +168,10 @@ struct ForwardWiring {
     return (channel - c0) * sources_each;
   }
   C10_HOST_DEVICE int64_t slots(int64_t, int64_t count) const { return count * sources_each; }
-  C10_HOST_DEVICE int64_t link(int64_t c0, int64_t slot) const {
-    const Mix made = mix(c0 + slot / sources_each);
-    return made.first == made.last ? -1 : made.first + slot % sources_each;
+  C10_HOST_DEVICE int64_t link(int64_t c0, int slot) const {
+    const int each = static_cast<int>(sources_each), c = slot / each;
+    const Mix made = mix(c0 + c);
+    return made.first == made.last ? -1 : made.first + (slot - c * each);
   }
   C10_HOST_DEVICE int64_t input(int64_t link) const {
     const int64_t source = sources[link];
@@ -197,7 +198,7 @@ struct BackwardWiring {
   C10_HOST_DEVICE int64_t slots(int64_t c0, int64_t count) const {
     return begin[c0 + count] - begin[c0];
   }
-  C10_HOST_DEVICE int64_t link(int64_t c0, int64_t slot) const { return begin[c0] + slot; }
+  C10_HOST_DEVICE int64_t link(int64_t c0, int slot) const { return begin[c0] + slot; }
   C10_HOST_DEVICE int64_t input(int64_t link) const {
     return position[basis + terms[link] / sources_each];
   }

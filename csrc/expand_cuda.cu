@@ -13,8 +13,10 @@
 namespace sbf {
 namespace {
 
+// Three blocks on a multiprocessor, so that some load while others compute: at most 80 registers.
+// Double, for gradient checks, may have as many as it likes.
 template <int M, typename scalar_t, typename acc_t, typename Wiring>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, sizeof(scalar_t) == 8 ? 1 : 3)
     mix_tiles_kernel(const __grid_constant__ MixArguments<scalar_t, Wiring> arguments) {
   extern __shared__ __align__(16) char shared[];
   mix_tiles<M, scalar_t, acc_t>(Team{}, arguments, shared, blockIdx.x, gridDim.x, blockIdx.y);
@@ -36,7 +38,7 @@ struct StripArguments {
 
 // One thread makes one strip of one output channel, and goes on a grid's length further.
 template <int M, typename scalar_t, typename acc_t, typename Wiring>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     mix_strips_kernel(const __grid_constant__ StripArguments<scalar_t, Wiring> args) {
   const StripGrid& grid = args.grid;
   const int64_t count = grid.count(), step = static_cast<int64_t>(gridDim.x) * kThreads;

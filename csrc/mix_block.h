@@ -81,7 +81,7 @@ class MixBlock {
   // touches the part of the stage that it has stored itself, so this may follow `store` at once.
   C10_HOST_DEVICE void prepare(int chunk, int thread) const {
     const int c0 = chunk * tiling_.chunk, count = channels(c0);
-    const int taps = tiling_.m * tiling_.m;
+    const int taps = M == 3 ? 9 : tiling_.m * tiling_.m;
     for (int c = thread; c < count; c += kThreads) {
       const Mix mix = args_.wiring.mix(c0 + c);
       table_.recipes[c] = {static_cast<int>(mix.copied), static_cast<int>(mix.last - mix.first),
@@ -93,14 +93,13 @@ class MixBlock {
     const int held = wanted < args_.slots ? static_cast<int>(wanted) : args_.slots;
     for (int slot = thread; slot < held; slot += kThreads) {
       const int64_t link = args_.wiring.link(c0, slot);
-      if (link >= 0) table_.inputs[slot] = static_cast<int>(args_.wiring.input(link));
-    }
-    for (int i = thread; i < held * taps; i += kThreads) {
-      const int slot = i / taps, tap = i - slot * taps;
-      const int64_t link = args_.wiring.link(c0, slot);
       if (link < 0) continue;
-      const int64_t at = args_.wiring.term(link) * taps + tap * args_.taps.stride;
-      table_.taps[slot * pitch() + tap] = static_cast<acc_t>(args_.taps.data[at]);
+      table_.inputs[slot] = static_cast<int>(args_.wiring.input(link));
+      const scalar_t* from = args_.taps.data + args_.wiring.term(link) * taps;
+#pragma unroll 3
+      for (int i = 0; i < taps; ++i) {
+        table_.taps[slot * pitch() + i] = static_cast<acc_t>(from[i * args_.taps.stride]);
+      }
     }
     if (args_.residual != nullptr) {
       sbf::load(tiling_.vector_out, stage_, tiling_.stage, 0, 0,
@@ -128,14 +127,11 @@ class MixBlock {
       }
       for (int link = 0; link < recipe.links; ++link) {
         const int slot = recipe.slot + link;
-        if (slot < args_.slots) {
-          add_held(sum, corners + table_.inputs[slot] * tile.channel,
-                   table_.taps + slot * pitch());
-        } else {
-          const int64_t taps = tiling_.m * tiling_.m, far = recipe.first + link;
-          add_far(sum, corners + static_cast<int>(args_.wiring.input(far)) * tile.channel,
-                  args_.taps.data + args_.wiring.term(far) * taps);
-        }
+        const bool held = slot < args_.slots;
+        const int64_t far = recipe.first + link;
+        const int input = held ? table_.inputs[slot] : static_cast<int>(args_.wiring.input(far));
+        add_term(sum, corners + input * tile.channel, table_.taps + slot * pitch(),
+                 held ? -1 : args_.wiring.term(far));
       }
       scalar_t* out = stage_ + stage.at(c, unit.row, unit.column);
       const acc_t bias = table_.bias[c];
@@ -160,54 +156,44 @@ class MixBlock {
   }
   C10_HOST_DEVICE int pitch() const { return tap_pitch(M == 3 ? 3 : tiling_.m); }
 
-  C10_HOST_DEVICE void add_window_at(acc_t (&sum)[kStrip], const acc_t (&tap)[M * M],
-                                     const scalar_t* corner) const {
+  // Adds a term whose taps are in shared memory or, with far >= 0, where term `far` was given.
+  C10_HOST_DEVICE void add_term(acc_t (&sum)[kStrip], const scalar_t* corner, const acc_t* held,
+                                int64_t far) const {
+    const int m = M == 3 ? 3 : tiling_.m;
     const int row_pitch = tiling_.tile.row, column_pitch = tiling_.tile.column;
-    add_window<M>(sum, tap, [&](int row, int column) {
-      return static_cast<acc_t>(corner[row * row_pitch + column * column_pitch]);
-    });
-  }
-
-  // Adds a term whose taps are in shared memory.
-  C10_HOST_DEVICE void add_held(acc_t (&sum)[kStrip], const scalar_t* corner,
-                                const acc_t* taps) const {
-    if constexpr (M == 3) {
-      struct alignas(16) Vector {
-        acc_t value[16 / sizeof(acc_t)];
-      };
-      constexpr int kEach = 16 / sizeof(acc_t);
-      acc_t tap[9];
+    const scalar_t* given = args_.taps.data + far * m * m;
+    for (int at = 0; at < m * m; at += M * M) {
+      acc_t tap[M * M];
+      if (far >= 0) {
 #pragma unroll
-      for (int i = 0; i < 9; i += kEach) {
-        const Vector vector = *reinterpret_cast<const Vector*>(taps + i);
-#pragma unroll
-        for (int j = 0; j < kEach; ++j) {
-          if (i + j < 9) tap[i + j] = vector.value[j];
+        for (int i = 0; i < M * M; ++i) {
+          tap[i] = static_cast<acc_t>(given[(at + i) * args_.taps.stride]);
         }
+      } else if constexpr (M == 3) {
+        load_taps(tap, held);
+      } else {
+        tap[0] = held[at];
       }
-      add_window_at(sum, tap, corner);
-    } else {
-      for (int a = 0; a < tiling_.m; ++a) {
-        for (int b = 0; b < tiling_.m; ++b) {
-          const acc_t tap[1] = {taps[a * tiling_.m + b]};
-          add_window_at(sum, tap, corner + a * tiling_.tile.row + b * tiling_.tile.column);
-        }
-      }
+      const int a = M == 3 ? 0 : at / m, b = M == 3 ? 0 : at - a * m;
+      const scalar_t* from = corner + a * row_pitch + b * column_pitch;
+      add_window<M>(sum, tap, [&](int row, int column) {
+        return static_cast<acc_t>(from[row * row_pitch + column * column_pitch]);
+      });
     }
   }
 
-  // Adds a term whose taps are where they were given.
-  C10_HOST_DEVICE void add_far(acc_t (&sum)[kStrip], const scalar_t* corner,
-                               const scalar_t* taps) const {
-    for (int a = 0; a < tiling_.m; a += M) {
-      for (int b = 0; b < tiling_.m; b += M) {
-        acc_t tap[M * M];
+  // Nine taps as whole vectors.
+  C10_HOST_DEVICE static void load_taps(acc_t (&tap)[M * M], const acc_t* held) {
+    constexpr int kEach = 16 / sizeof(acc_t);
+    struct alignas(16) Vector {
+      acc_t value[kEach];
+    };
 #pragma unroll
-        for (int i = 0; i < M * M; ++i) {
-          const int at = (a + i / M) * tiling_.m + b + i % M;
-          tap[i] = static_cast<acc_t>(taps[at * args_.taps.stride]);
-        }
-        add_window_at(sum, tap, corner + a * tiling_.tile.row + b * tiling_.tile.column);
+    for (int i = 0; i < M * M; i += kEach) {
+      const Vector vector = *reinterpret_cast<const Vector*>(held + i);
+#pragma unroll
+      for (int j = 0; j < kEach; ++j) {
+        if (i + j < M * M) tap[i + j] = vector.value[j];
       }
     }
   }

@@ -59,14 +59,14 @@ class ProductBlock {
   // A thread's share of the pixels of one term, for the M x M taps from (a0, b0) on.
   C10_HOST_DEVICE void compute(int chunk, int pass, int a0, int b0, int thread) const {
     const int c0 = chunk * tiling_.chunk;
-    const int64_t slot = static_cast<int64_t>(pass) * kTermsAtOnce + thread / kSharers;
+    const int slot = pass * kTermsAtOnce + thread / kSharers;
     acc_t sum[M * M];
 #pragma unroll
     for (int i = 0; i < M * M; ++i) sum[i] = acc_t(0);
     const int64_t link = link_of(c0, slot);
     if (link >= 0) {
       const Buffer &tile = tiling_.tile, &stage = tiling_.stage;
-      const int c = static_cast<int>(slot / args_.wiring.sources_each);
+      const int c = slot / static_cast<int>(args_.wiring.sources_each);
       const int input = static_cast<int>(args_.wiring.input(link));
       for (int i = thread % kSharers; i < tiling_.units(); i += kSharers) {
         const Unit unit(tiling_, i);
@@ -94,7 +94,7 @@ class ProductBlock {
     const int c0 = chunk * tiling_.chunk, m = tiling_.m;
     for (int i = thread; i < kTermsAtOnce * M * M; i += kThreads) {
       const int term = i / (M * M), tap = i - term * (M * M);
-      const int64_t link = link_of(c0, static_cast<int64_t>(pass) * kTermsAtOnce + term);
+      const int64_t link = link_of(c0, pass * kTermsAtOnce + term);
       if (link < 0) continue;
       acc_t sum(0);
 #pragma unroll
@@ -108,7 +108,7 @@ class ProductBlock {
   C10_HOST_DEVICE int channels(int c0) const {
     return smaller(tiling_.chunk, tiling_.outputs - c0);
   }
-  C10_HOST_DEVICE int64_t link_of(int c0, int64_t slot) const {
+  C10_HOST_DEVICE int64_t link_of(int c0, int slot) const {
     return slot < args_.wiring.slots(c0, channels(c0)) ? args_.wiring.link(c0, slot) : -1;
   }
 

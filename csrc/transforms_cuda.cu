@@ -17,8 +17,9 @@ constexpr int kWarp = 32;
 constexpr int64_t kSums = 512;
 constexpr int64_t kSlabBytes = 64 << 20;
 
+// Three blocks on a multiprocessor, so that some load while others compute: at most 80 registers.
 template <int M, typename scalar_t, typename acc_t>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, sizeof(scalar_t) == 8 ? 1 : 3)
     product_tiles_kernel(const __grid_constant__ ProductArguments<scalar_t, acc_t> arguments) {
   extern __shared__ __align__(16) char shared[];
   product_tiles<M, scalar_t, acc_t>(Team{}, arguments, shared, blockIdx.x, gridDim.x, blockIdx.y);
