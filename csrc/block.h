@@ -12,6 +12,7 @@
 #include <c10/macros/Macros.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <type_traits>
@@ -343,9 +344,9 @@ struct Problem {
 // Output channels that are made at a time: a line of the cache.
 constexpr int chunk_of(int element_size) { return 128 / element_size; }
 
-// Chooses the tile for which memory and threads should be busy least, by a model: bytes moved, a
-// border read twice, threads without work, and few blocks or few on a multiprocessor cost extra.
-// None where not even the smallest tile fits: such problems are for the general kernels.
+// Chooses the tile for which a multiprocessor should be busy least, by a model that no measurement
+// has tuned: elements moved, with idle threads and few blocks on a multiprocessor at extra cost. None
+// where not even the smallest tile fits: such problems are for the general kernels.
 inline std::optional<Tiling> tile_for(const Problem& p, const Device& device) {
   const int64_t border = (p.m - 1) / 2, chunk = std::min<int64_t>(chunk_of(p.element_size), p.outputs);
   if (std::max({p.inputs, p.outputs, p.height, p.width}) >= int64_t(1) << 24) return std::nullopt;
@@ -387,17 +388,22 @@ inline std::optional<Tiling> tile_for(const Problem& p, const Device& device) {
               ? 1
               : std::min(chunks, ceil_div(2 * device.multiprocessors, tiles));
       const int64_t resident = std::min<int64_t>(8, device.shared_all / (bytes + 1024));
-      const double pixels = static_cast<double>(p.height * p.width);
-      const double read = static_cast<double>((p.height + 2 * border * (down - 1)) *
-                                              (p.width + 2 * border * (across - 1)));
-      const double moved = read * static_cast<double>(p.inputs * splits) +
-                           pixels * static_cast<double>(p.outputs);
-      const double computed = static_cast<double>(down * rows * across * columns) / pixels *
-                              kThreads / static_cast<double>(kThreads / units * units);
+      // What a block does, in elements moved. It loads the tile, less what lies outside the image ...
+      const double loaded = static_cast<double>((p.height + 2 * border * (down - 1)) *
+                                                (p.width + 2 * border * (across - 1)) * p.inputs) /
+                            static_cast<double>(down * across);
+      // ... and makes its share of the outputs, with idle threads where the units do not divide the
+      // block, and with bank conflicts where a warp works on several channels.
+      const double channels_at_once = std::max(1.0, 32.0 / static_cast<double>(units));
+      const double slowed = (1 + 0.35 * std::log2(channels_at_once)) * kThreads /
+                            static_cast<double>(kThreads / units * units);
+      const double made = static_cast<double>(rows * columns * p.outputs) /
+                          static_cast<double>(splits) * (0.6 + 0.4 * slowed);
+      constexpr double kLatency = 4096;
       const double alone = resident >= 3 ? 1.0 : resident == 2 ? 1.15 : 1.5;
-      const double idle =
-          std::max(1.0, device.multiprocessors / static_cast<double>(tiles * splits));
-      const double cost = moved * (0.6 + 0.4 * computed) * alone * idle;
+      const double turns =
+          std::max(1.0, static_cast<double>(tiles * splits) / device.multiprocessors);
+      const double cost = turns * (loaded + made + kLatency) * alone;
       if (best.has_value() && cost >= best_cost) continue;
       best_cost = cost;
       best = Tiling{p.batch,

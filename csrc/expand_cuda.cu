@@ -93,7 +93,9 @@ void mix(const at::Tensor& output, const at::Tensor& input, const Wiring& wiring
         const auto taps = taps_of(transforms.const_data_ptr<scalar_t>(), shape.m, flip);
 
         const int64_t chunk = chunk_of(sizeof(scalar_t));
-        const int64_t slots = slots_for<acc_t>(chunk, shape.terms(), output.size(1), shape.m);
+        // Backwards, channels differ in their number of links: room for twice the mean.
+        const int64_t links = flip ? 2 * ceil_div(shape.terms(), shape.basis) : shape.sources_each;
+        const int64_t slots = slots_within<acc_t>(chunk * links, shape.m);
         const auto tiling = tile_for({shape.batch, input.size(1), output.size(1), shape.height,
                                       shape.width, shape.m, static_cast<int>(sizeof(scalar_t)),
                                       channels_last, alignment_of(input), alignment_out,

@@ -49,12 +49,10 @@ struct Table {
   }
 };
 
-// How many links should get their taps into shared memory: all that a chunk is likely to have, but
-// within 16 KiB.
+// How many links of a chunk get their taps into shared memory: those `wanted`, within 16 KiB.
 template <typename acc_t>
-int64_t slots_for(int64_t chunk, int64_t links, int64_t outputs, int m) {
-  const int64_t each = Table<acc_t>::bytes(0, 1, m);
-  return std::min(16 * 1024 / each, chunk * 2 * ceil_div(links, std::max<int64_t>(outputs, 1)));
+int64_t slots_within(int64_t wanted, int m) {
+  return std::min(16 * 1024 / Table<acc_t>::bytes(0, 1, m), wanted);
 }
 
 // M is m where there is a kernel for it, 1 otherwise.

@@ -201,9 +201,10 @@ bool run_mix(const char* name, const Case& c, const Wiring& wiring, bool flip, d
   const auto activation = static_cast<Activation>(draw(0, 4));
 
   const int64_t chunk = chunk_of(sizeof(scalar_t));
-  const int64_t slots = std::min<int64_t>(
-      slots_for<acc_t>(chunk, c.rebuilt * c.sources_each, outputs, c.m),
-      draw(0, 2) == 0 ? draw(0, 10) : 1 << 20);
+  // As the launchers have it, or so few that most taps are read where they lie.
+  const int64_t links =
+      flip ? 2 * ceil_div(c.rebuilt * c.sources_each, c.basis) : c.sources_each;
+  const int64_t slots = slots_within<acc_t>(draw(0, 2) == 0 ? draw(0, 10) : chunk * links, c.m);
   const auto tiling =
       tile_for({c.batch, inputs, outputs, c.height, c.width, c.m,
                 static_cast<int>(sizeof(scalar_t)), c.channels_last, c.align_in, c.align_out,
