@@ -14,8 +14,8 @@ from setuptools import find_packages, setup
 from torch.utils import cpp_extension
 
 CUDA_ARCHS = "8.0;9.0+PTX"
-# The CPU kernels are compiled for several instruction sets, of which one is chosen when they run: so
-# no -march here.
+# The CPU kernels are compiled for several instruction sets, of which one is chosen when they run:
+# so no -march here.
 CXX = ["-O3", "-std=c++20", "-fopenmp", "-Wall", "-Wno-unknown-pragmas"]
 
 

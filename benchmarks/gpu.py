@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -353,13 +354,9 @@ def expand_rows(
             moved = (z.numel() + grad.numel()) * z.element_size()
             copied = copy_ms(timer, moved, device)
             calls = {
-                "expand": lambda a=(z, transforms, sources, order, bias): ops.expand(*a),
-                "grad_input": lambda a=(grad, transforms, sources, order): ops.expand_grad_input(
-                    *a
-                ),
-                "grad_transforms": lambda a=(grad, z, sources, order, 3): (
-                    ops.expand_grad_transforms(*a)
-                ),
+                "expand": partial(ops.expand, z, transforms, sources, order, bias),
+                "grad_input": partial(ops.expand_grad_input, grad, transforms, sources, order),
+                "grad_transforms": partial(ops.expand_grad_transforms, grad, z, sources, order, 3),
             }
             for operator, call in calls.items():
                 ms = timer(call)
@@ -402,6 +399,18 @@ def sbf_layer(conv: nn.Conv2d, basis: int, per_channel: int = 1, seed: int = 0) 
     return layer
 
 
+def infer(module: nn.Module, x: Tensor) -> Tensor:
+    """Run a module without a graph for gradients."""
+    with torch.no_grad():
+        return module(x)
+
+
+def train(module: nn.Module, x: Tensor, grad: Tensor) -> None:
+    """Run a module forward and backward, to the gradients of its input and parameters."""
+    module.zero_grad(set_to_none=True)
+    module(x.detach().requires_grad_()).backward(grad)
+
+
 def layer_rows(
     timer: Timer,
     device: str,
@@ -418,15 +427,7 @@ def layer_rows(
         x = random_features((batch, c_in, side, side), dtype, "channels_last", device)
         grad = random_features((batch, c_out, side, side), dtype, "channels_last", device)
 
-        def inference(layer: nn.Module, x: Tensor = x) -> Tensor:
-            with torch.no_grad():
-                return layer(x)
-
-        def training(layer: nn.Module, x: Tensor = x, grad: Tensor = grad) -> None:
-            layer.zero_grad(set_to_none=True)
-            layer(x.detach().requires_grad_()).backward(grad)
-
-        dense = timer(lambda: inference(conv)), timer(lambda: training(conv))
+        dense = timer(partial(infer, conv, x)), timer(partial(train, conv, x, grad))
         for ratio in ratios:
             layer = sbf_layer(conv, round(c_out * ratio))
             rows.append(
@@ -436,10 +437,10 @@ def layer_rows(
                     "dtype": name_of(dtype),
                     "batch": batch,
                     "dense_ms": dense[0],
-                    "basis_ms": timer(lambda: inference(layer.basis)),
-                    "sbf_ms": timer(lambda: inference(layer)),
+                    "basis_ms": timer(partial(infer, layer.basis, x)),
+                    "sbf_ms": timer(partial(infer, layer, x)),
                     "dense_training_ms": dense[1],
-                    "sbf_training_ms": timer(lambda: training(layer)),
+                    "sbf_training_ms": timer(partial(train, layer, x, grad)),
                 }
             )
     return rows
@@ -592,13 +593,8 @@ def network_rows(
     for batch in batches:
         x = random_features((batch, 3, side, side), dtype, "channels_last", device)
         for name, model in models.items():
-
-            def call(model: nn.Module = model, x: Tensor = x) -> Tensor:
-                with torch.no_grad():
-                    return model(x)
-
             for mode, run_as in modes.items():
-                ms = timer(run_as(call))
+                ms = timer(run_as(partial(infer, model, x)))
                 gc.collect()
                 counted = macs.get(name, macs.get("dense"))
                 rows.append(

@@ -136,18 +136,11 @@ void mix(const at::Tensor& output, const at::Tensor& input, const Wiring& wiring
 
 at::Tensor expand_with(const at::Tensor& z_any, const at::Tensor& transforms,
                        const at::Tensor& sources_any, const at::Tensor& order_any,
-                       const Epilogue& epilogue, at::MemoryFormat format) {
-  const Shape shape = check_expand(z_any, transforms, sources_any, order_any, epilogue.bias);
+                       const Epilogue& epilogue, const Shape& shape, at::MemoryFormat format) {
   const at::Tensor z = z_any.contiguous(format);
   const at::Tensor sources = sources_any.contiguous(), order = order_any.contiguous();
-  const std::vector<int64_t> sizes = {shape.batch, shape.channels, shape.height, shape.width};
-  if (epilogue.residual.has_value()) {
-    TORCH_CHECK(epilogue.residual->sizes() == at::IntArrayRef(sizes),
-                "residual must have the output's shape, ", at::IntArrayRef(sizes), ", got ",
-                epilogue.residual->sizes());
-    check_like("residual", *epilogue.residual, "x", z);
-  }
-  const at::Tensor y = at::empty(sizes, z.options(), format);
+  const at::Tensor y = at::empty({shape.batch, shape.channels, shape.height, shape.width},
+                                 z.options(), format);
   const ForwardWiring wiring{order.const_data_ptr<int64_t>(), sources.const_data_ptr<int64_t>(),
                              shape.basis, shape.channels, shape.sources_each};
   mix(y, z, wiring, transforms, /*flip=*/false, epilogue, shape,
@@ -158,7 +151,8 @@ at::Tensor expand_with(const at::Tensor& z_any, const at::Tensor& transforms,
 at::Tensor expand(const at::Tensor& z, const at::Tensor& transforms, const at::Tensor& sources,
                   const at::Tensor& order, const std::optional<at::Tensor>& bias) {
   const c10::cuda::CUDAGuard guard(z.device());
-  return expand_with(z, transforms, sources, order, {bias, std::nullopt},
+  const Shape shape = check_expand(z, transforms, sources, order, bias);
+  return expand_with(z, transforms, sources, order, {bias, std::nullopt}, shape,
                      z.suggest_memory_format());
 }
 
@@ -169,8 +163,10 @@ at::Tensor conv2d(const at::Tensor& x, const at::Tensor& weight, const at::Tenso
                   int64_t groups, c10::string_view activation) {
   const c10::cuda::CUDAGuard guard(x.device());
   const Epilogue epilogue{bias, residual, activation_of(activation)};
+  const Shape shape = check_conv2d(x, weight, transforms, sources, order, bias, residual, stride,
+                                   padding, dilation, groups);
   const at::Tensor z = at::conv2d(x, weight, {}, stride, padding, dilation, groups);
-  return expand_with(z, transforms, sources, order, epilogue, x.suggest_memory_format());
+  return expand_with(z, transforms, sources, order, epilogue, shape, x.suggest_memory_format());
 }
 
 at::Tensor expand_grad_input(const at::Tensor& grad_any, const at::Tensor& transforms,

@@ -63,7 +63,7 @@ def test_it_needs_nothing_of_the_package_but_what_torch_alone_can_import():
 
 def test_wiring_is_that_of_a_layer_that_keeps_random_channels(gpu):
     sources, order = gpu.random_wiring(40, 15, 3, "cpu")
-    assert sources.shape == (25, 3) and 0 <= sources.min() and sources.max() < 15
+    assert sources.shape == (25, 3) and sources.min() >= 0 and sources.max() < 15
     assert order.sort().values.tolist() == list(range(40))
     for entries in (order[order < 15], order[order >= 15]):
         assert entries.tolist() == sorted(entries.tolist())

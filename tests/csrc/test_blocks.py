@@ -1,4 +1,4 @@
-"""What the CUDA kernels do, run on the host under the address and undefined-behaviour sanitizers."""
+"""What the CUDA kernels do, run on the host under sanitizers of addresses and behaviour."""
 
 import os
 import shutil
