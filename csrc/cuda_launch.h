@@ -8,6 +8,7 @@
 
 #include "arguments.h"
 #include "block.h"
+#include "tile_choice.h"
 
 namespace sbf {
 

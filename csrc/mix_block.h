@@ -2,6 +2,8 @@
 // input channels, as a wiring says. The tile of the input is read once for all output channels.
 #pragma once
 
+#include <algorithm>
+
 #include "block.h"
 #include "epilogue.h"
 

@@ -18,6 +18,7 @@
 
 #include "mix_block.h"
 #include "product_block.h"
+#include "tile_choice.h"
 
 namespace {
 
