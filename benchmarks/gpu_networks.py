@@ -136,6 +136,9 @@ class SbfConvolution(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, relu: bool, seed: int) -> None:
         super().__init__()
+        from sbf_dist.ops import sbf_conv2d
+
+        self.operator = sbf_conv2d
         dense = conv.weight[0].numel()
         # Of C outputs, B cost `dense` and the others nine multiply-adds each.
         basis = conv.out_channels * (dense / 2 - 9) / (dense - 9)
@@ -145,7 +148,7 @@ class SbfConvolution(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Give relu(layer(x) + residual)."""
         layer = self.layer
-        return torch.ops.sbf.conv2d(
+        return self.operator(
             x,
             layer.basis.weight,
             layer.transforms,
@@ -153,11 +156,11 @@ class SbfConvolution(nn.Module):
             layer.order,
             layer.bias,
             residual,
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            layer.groups,
-            self.activation,
+            stride=layer.stride,
+            padding=layer.padding,
+            dilation=layer.dilation,
+            groups=layer.groups,
+            activation=self.activation,
         )
 
 

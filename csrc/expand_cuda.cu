@@ -160,7 +160,8 @@ at::Tensor conv2d(const at::Tensor& x, const at::Tensor& weight, const at::Tenso
                   const at::Tensor& sources, const at::Tensor& order,
                   const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& residual,
                   at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-                  int64_t groups, c10::string_view activation) {
+                  int64_t groups, c10::string_view activation,
+                  const std::optional<at::Tensor>& /*packed: the CPU's*/) {
   const c10::cuda::CUDAGuard guard(x.device());
   const Epilogue epilogue{bias, residual, activation_of(activation)};
   const Shape shape = check_conv2d(x, weight, transforms, sources, order, bias, residual, stride,
