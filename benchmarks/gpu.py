@@ -2,7 +2,7 @@
 
 Needs torch (2.11 or later), torchvision, pybind11, setuptools and nvcc; nothing of the package's
 other dependencies. The extension is built for the GPU at hand only, in a folder of its own, so the
-checkout is not touched. All of it takes less than eight minutes, the build included.
+checkout is not touched. All of it should take less than eight minutes, the build included.
 
     python benchmarks/gpu.py [--quick] [--json FILE] [--build FOLDER | --no-build]
 
