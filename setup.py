@@ -14,8 +14,8 @@ from setuptools import find_packages, setup
 from torch.utils import cpp_extension
 
 CUDA_ARCHS = "8.0;9.0+PTX"
-# The CPU kernels are compiled for several instruction sets, of which one is chosen when they run: so
-# no -march here.
+# The CPU kernels are compiled for several instruction sets, of which one is chosen when they run:
+# so no -march here.
 CXX = ["-O3", "-std=c++20", "-fopenmp", "-Wall", "-Wno-unknown-pragmas"]
 
 
@@ -78,7 +78,7 @@ def extension():
     print(f"sbf_dist: building for the CPU and CUDA {torch.version.cuda} ({archs})", flush=True)
     return cpp_extension.CUDAExtension(
         "sbf_dist._C",
-        [*sources, "csrc/expand_cuda.cu"],
+        [*sources, "csrc/expand_cuda.cu", "csrc/transforms_cuda.cu"],
         depends=depends,
         define_macros=[("WITH_CUDA", None), ("SBF_CUDA_ARCHS", f'"{archs}"')],
         library_dirs=[str(libraries)],

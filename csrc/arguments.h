@@ -194,6 +194,12 @@ inline Shape check_conv2d(const at::Tensor& x, const at::Tensor& weight,
   return shape;
 }
 
+// What is done to each sum: activation(sum + bias + residual).
+struct Epilogue {
+  std::optional<at::Tensor> bias, residual;
+  Activation activation = Activation::kNone;
+};
+
 // The wiring read backwards. All of it stays on the device of the arguments.
 struct Inverse {
   at::Tensor position;  // (C,)   where each entry of cat([z, rebuilt]) is among the channels

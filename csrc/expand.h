@@ -32,6 +32,13 @@ struct Plane {
   C10_HOST_DEVICE acc_t at(int64_t h, int64_t w) const {
     return static_cast<acc_t>(data[h * row_stride + w * column_stride]);
   }
+
+  // Zero outside the plane.
+  template <typename acc_t>
+  C10_HOST_DEVICE acc_t padded(int64_t h, int64_t w) const {
+    const bool inside = h >= 0 && h < height && w >= 0 && w < width;
+    return inside ? at<acc_t>(h, w) : acc_t(0);
+  }
 };
 
 template <typename scalar_t>
@@ -50,30 +57,22 @@ struct Taps {
   int64_t stride;
 };
 
-// sum[k] += sum over the M x M taps from (a0, b0) on of
-//     tap(a, b) * plane(h0 + k + a - (m-1)/2, w + b - (m-1)/2), zero outside the plane.
-template <int M, typename acc_t, typename scalar_t>
-C10_HOST_DEVICE inline void add_patch(acc_t (&sum)[kStrip], const Plane<scalar_t>& plane,
-                                      int64_t h0, int64_t w, const Taps<scalar_t>& taps, int m,
-                                      int a0, int b0) {
-  acc_t tap[M * M];
-  for (int a = 0; a < M; ++a) {
-    for (int b = 0; b < M; ++b) {
-      tap[a * M + b] = static_cast<acc_t>(taps.data[((a0 + a) * m + b0 + b) * taps.stride]);
-    }
-  }
-  const int64_t top = h0 + a0 - (m - 1) / 2;
-  const int64_t left = w + b0 - (m - 1) / 2;
+template <typename scalar_t>
+Taps<scalar_t> taps_of(const scalar_t* transforms, int m, bool flip) {
+  return flip ? Taps<scalar_t>{transforms + m * m - 1, -1} : Taps<scalar_t>{transforms, 1};
+}
+
+// The sum of expand. A strip's pixel k is made of the window from its corner: with `read` giving
+// the value that lies `row` rows and `column` columns from the corner of pixel 0,
+//     sum[k] += sum over the M x M taps of tap[a*M + b] * read(k + a, b).
+template <int M, typename acc_t, typename Read>
+C10_HOST_DEVICE inline void add_window(acc_t (&sum)[kStrip], const acc_t (&tap)[M * M],
+                                       const Read& read) {
 #pragma unroll
   for (int row = 0; row < kStrip + M - 1; ++row) {
-    const int64_t h = top + row;
-    const bool inside = h >= 0 && h < plane.height;
     acc_t value[M];
 #pragma unroll
-    for (int b = 0; b < M; ++b) {
-      const int64_t v = left + b;
-      value[b] = inside && v >= 0 && v < plane.width ? plane.template at<acc_t>(h, v) : acc_t(0);
-    }
+    for (int b = 0; b < M; ++b) value[b] = read(row, b);
 #pragma unroll
     for (int a = 0; a < M; ++a) {
       const int k = row - a;
@@ -85,44 +84,59 @@ C10_HOST_DEVICE inline void add_patch(acc_t (&sum)[kStrip], const Plane<scalar_t
   }
 }
 
-// The same for all m x m taps; M is m where there is a kernel for it, 1 otherwise.
+// The sum of the transforms' gradient: sum[a*M + b] += sum over the strip of
+//     grad[k] * read(k + a, b).
+template <int M, typename acc_t, typename Read>
+C10_HOST_DEVICE inline void add_products(acc_t (&sum)[M * M], const acc_t (&grad)[kStrip],
+                                         const Read& read) {
+#pragma unroll
+  for (int row = 0; row < kStrip + M - 1; ++row) {
+#pragma unroll
+    for (int b = 0; b < M; ++b) {
+      const acc_t value = read(row, b);
+#pragma unroll
+      for (int a = 0; a < M; ++a) {
+        const int k = row - a;
+        if (k >= 0 && k < kStrip) sum[a * M + b] += grad[k] * value;
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------- the same, on whole planes
+
+// Adds all m x m taps of one term to the strip from (h0, w) on, with zeros outside the plane; M is
+// m where there is a kernel for it, 1 otherwise.
 template <int M, typename acc_t, typename scalar_t>
 C10_HOST_DEVICE inline void add_taps(acc_t (&sum)[kStrip], const Plane<scalar_t>& plane,
                                      int64_t h0, int64_t w, const Taps<scalar_t>& taps, int m) {
   for (int a0 = 0; a0 < m; a0 += M) {
-    for (int b0 = 0; b0 < m; b0 += M) add_patch<M>(sum, plane, h0, w, taps, m, a0, b0);
+    for (int b0 = 0; b0 < m; b0 += M) {
+      acc_t tap[M * M];
+#pragma unroll
+      for (int i = 0; i < M * M; ++i) {
+        tap[i] = static_cast<acc_t>(taps.data[((a0 + i / M) * m + b0 + i % M) * taps.stride]);
+      }
+      const int64_t top = h0 + a0 - (m - 1) / 2, left = w + b0 - (m - 1) / 2;
+      add_window<M>(sum, tap, [&](int row, int column) {
+        return plane.template padded<acc_t>(top + row, left + column);
+      });
+    }
   }
 }
 
-// sum[a*M + b] += sum over the strip's pixels of
-//     grad(h0 + k, w) * plane(h0 + k + a0 + a - (m-1)/2, w + b0 + b - (m-1)/2).
+// Adds the products of a strip of `grad` with `plane`, for the M x M taps from (a0, b0) on.
 template <int M, typename acc_t, typename scalar_t>
-C10_HOST_DEVICE inline void add_products(acc_t (&sum)[M * M], const Plane<scalar_t>& grad,
-                                         const Plane<scalar_t>& plane, int64_t h0, int64_t w,
-                                         int m, int a0, int b0) {
+C10_HOST_DEVICE inline void add_strip_products(acc_t (&sum)[M * M], const Plane<scalar_t>& grad,
+                                               const Plane<scalar_t>& plane, int64_t h0, int64_t w,
+                                               int m, int a0, int b0) {
   acc_t g[kStrip];
 #pragma unroll
-  for (int k = 0; k < kStrip; ++k) {
-    g[k] = h0 + k < grad.height ? grad.template at<acc_t>(h0 + k, w) : acc_t(0);
-  }
-  const int64_t top = h0 + a0 - (m - 1) / 2;
-  const int64_t left = w + b0 - (m - 1) / 2;
-#pragma unroll
-  for (int row = 0; row < kStrip + M - 1; ++row) {
-    const int64_t h = top + row;
-    const bool inside = h >= 0 && h < plane.height;
-#pragma unroll
-    for (int b = 0; b < M; ++b) {
-      const int64_t v = left + b;
-      if (!inside || v < 0 || v >= plane.width) continue;
-      const acc_t value = plane.template at<acc_t>(h, v);
-#pragma unroll
-      for (int a = 0; a < M; ++a) {
-        const int k = row - a;
-        if (k >= 0 && k < kStrip) sum[a * M + b] += g[k] * value;
-      }
-    }
-  }
+  for (int k = 0; k < kStrip; ++k) g[k] = grad.template padded<acc_t>(h0 + k, w);
+  const int64_t top = h0 + a0 - (m - 1) / 2, left = w + b0 - (m - 1) / 2;
+  add_products<M>(sum, g, [&](int row, int column) {
+    return plane.template padded<acc_t>(top + row, left + column);
+  });
 }
 
 // ---------------------------------------------------------------- which channel is made of what
@@ -147,6 +161,18 @@ struct ForwardWiring {
     return {-1, first, first + sources_each};
   }
   C10_HOST_DEVICE int64_t term(int64_t link) const { return link; }
+
+  // The links of neighbouring channels, `count` from c0 on, get numbers, their *slots*: where a
+  // channel's begin, how many there are, and which link (-1: none) a slot holds.
+  C10_HOST_DEVICE int64_t slot(int64_t c0, int64_t channel) const {
+    return (channel - c0) * sources_each;
+  }
+  C10_HOST_DEVICE int64_t slots(int64_t, int64_t count) const { return count * sources_each; }
+  C10_HOST_DEVICE int64_t link(int64_t c0, int slot) const {
+    const int each = static_cast<int>(sources_each), c = slot / each;
+    const Mix made = mix(c0 + c);
+    return made.first == made.last ? -1 : made.first + (slot - c * each);
+  }
   C10_HOST_DEVICE int64_t input(int64_t link) const {
     const int64_t source = sources[link];
     CUDA_KERNEL_ASSERT(source >= 0 && source < basis && "sources must be positions in the basis");
@@ -166,6 +192,13 @@ struct BackwardWiring {
     return {position[feature], begin[feature], begin[feature + 1]};
   }
   C10_HOST_DEVICE int64_t term(int64_t link) const { return terms[link]; }
+  C10_HOST_DEVICE int64_t slot(int64_t c0, int64_t channel) const {
+    return begin[channel] - begin[c0];
+  }
+  C10_HOST_DEVICE int64_t slots(int64_t c0, int64_t count) const {
+    return begin[c0 + count] - begin[c0];
+  }
+  C10_HOST_DEVICE int64_t link(int64_t c0, int slot) const { return begin[c0] + slot; }
   C10_HOST_DEVICE int64_t input(int64_t link) const {
     return position[basis + terms[link] / sources_each];
   }
@@ -177,8 +210,8 @@ template <int M, typename acc_t, typename scalar_t, typename Wiring>
 C10_HOST_DEVICE inline void mix_strip(acc_t (&sum)[kStrip], const Wiring& wiring,
                                       const scalar_t* input, const Strides& strides,
                                       int64_t height, int64_t width, const Taps<scalar_t>& taps,
-                                      int64_t term_stride, int m, int64_t image, int64_t channel,
-                                      int64_t h0, int64_t w) {
+                                      int m, int64_t image, int64_t channel, int64_t h0,
+                                      int64_t w) {
   const Mix mix = wiring.mix(channel);
 #pragma unroll
   for (int k = 0; k < kStrip; ++k) {
@@ -191,7 +224,7 @@ C10_HOST_DEVICE inline void mix_strip(acc_t (&sum)[kStrip], const Wiring& wiring
   for (int64_t link = mix.first; link < mix.last; ++link) {
     const auto plane = plane_of(input, strides, height, width, image, wiring.input(link));
     add_taps<M>(sum, plane, h0, w,
-                Taps<scalar_t>{taps.data + wiring.term(link) * term_stride, taps.stride}, m);
+                Taps<scalar_t>{taps.data + wiring.term(link) * m * m, taps.stride}, m);
   }
 }
 

@@ -1,6 +1,6 @@
 // CPU operators: float, bfloat16 and half work on tiles (tile.h), with the kernels of the best
-// instruction set that the CPU has; double, which serves gradient checks, takes the plain path that
-// it shares with CUDA (expand.h).
+// instruction set that the CPU has; double, which serves gradient checks, takes plain strips
+// (expand_double.h).
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
@@ -13,6 +13,7 @@
 #endif
 
 #include "arguments.h"
+#include "expand_double.h"
 #include "tile.h"
 
 namespace sbf {
@@ -132,11 +133,6 @@ struct Links {
   }
 };
 
-struct Epilogue {
-  std::optional<at::Tensor> bias, residual;
-  Activation activation = Activation::kNone;
-};
-
 // Few images, one after the other, by all threads: each makes some of the planes, then some of the
 // output's channels. Tiles of one image would each need the rows around it.
 void share_images(const MixTask& task, const Product& product, int64_t batch,
@@ -222,37 +218,6 @@ void mix_tiles(const at::Tensor& output, const at::Tensor& input, int64_t inputs
   });
 }
 
-// The same for double, strip by strip as on a GPU.
-template <int M, typename Wiring>
-void mix_strips(const at::Tensor& output, const at::Tensor& input, const Wiring& wiring,
-                const Taps<double>& taps, int64_t term_stride,
-                const Epilogue& epilogue, const Shape& shape, bool channels_last) {
-  const StripGrid grid{shape.batch, output.size(1), shape.height, shape.width, channels_last};
-  const at::Tensor bias = epilogue.bias.has_value() ? epilogue.bias->contiguous() : at::Tensor();
-  const double* shift = bias.defined() ? bias.const_data_ptr<double>() : nullptr;
-  const double* added =
-      epilogue.residual.has_value() ? epilogue.residual->const_data_ptr<double>() : nullptr;
-  const double* in = input.const_data_ptr<double>();
-  double* out = output.mutable_data_ptr<double>();
-  const Strides in_strides = strides_of(input), out_strides = strides_of(output);
-  at::parallel_for(0, grid.count(), 1024, [&](int64_t first, int64_t last) {
-    for (int64_t index = first; index < last; ++index) {
-      const Strip strip = grid.at(index);
-      double sum[kStrip];
-      mix_strip<M>(sum, wiring, in, in_strides, shape.height, shape.width, taps, term_stride,
-                   shape.m, strip.image, strip.channel, strip.h0, strip.w);
-      const int64_t column = strip.image * out_strides.batch +
-                             strip.channel * out_strides.channel + strip.w * out_strides.column;
-      for (int64_t k = 0; k < kStrip && strip.h0 + k < shape.height; ++k) {
-        const int64_t at = column + (strip.h0 + k) * out_strides.row;
-        if (shift != nullptr) sum[k] += shift[strip.channel];
-        if (added != nullptr) sum[k] += added[at];
-        out[at] = activate(epilogue.activation, sum[k]);
-      }
-    }
-  });
-}
-
 // `flip` turns the taps around: the gradient of a cross-correlation is one with flipped taps.
 template <typename Wiring>
 void mix(const at::Tensor& output, const at::Tensor& input, const Wiring& wiring,
@@ -260,12 +225,7 @@ void mix(const at::Tensor& output, const at::Tensor& input, const Wiring& wiring
          bool channels_last) {
   if (output.numel() == 0) return;
   if (input.scalar_type() == at::kDouble) {
-    const at::Tensor taps = transforms.contiguous();
-    const double* data = taps.const_data_ptr<double>();
-    const int64_t tap_count = shape.m * shape.m;
-    const Taps<double> first{flip ? data + tap_count - 1 : data, flip ? -1 : 1};
-    const auto run = shape.m == 3 ? mix_strips<3, Wiring> : mix_strips<1, Wiring>;
-    run(output, input, wiring, first, tap_count, epilogue, shape, channels_last);
+    mix_double(output, input, wiring, transforms, flip, epilogue, shape, channels_last);
     return;
   }
   at::Tensor taps = transforms.to(at::kFloat);
@@ -318,41 +278,6 @@ at::Tensor product_tiles(const at::Tensor& grad, const at::Tensor& z, const at::
     }
   });
   return partial.sum(0);
-}
-
-// The same for double, one term at a time.
-template <int M>
-at::Tensor product_strips(const at::Tensor& grad, const at::Tensor& z, const at::Tensor& sources,
-                          const at::Tensor& position, const Shape& shape, bool channels_last) {
-  const StripGrid grid{shape.batch, 1, shape.height, shape.width, channels_last};
-  const at::Tensor sums = at::zeros({shape.terms(), shape.m * shape.m}, z.options());
-  double* out = sums.mutable_data_ptr<double>();
-  const int64_t* source = sources.const_data_ptr<int64_t>();
-  const int64_t* channel = position.const_data_ptr<int64_t>() + shape.basis;
-  const double *in = z.const_data_ptr<double>(), *out_grad = grad.const_data_ptr<double>();
-  const Strides in_strides = strides_of(z), grad_strides = strides_of(grad);
-  at::parallel_for(0, shape.terms(), 1, [&](int64_t first, int64_t last) {
-    for (int64_t term = first; term < last; ++term) {
-      for (int a0 = 0; a0 < shape.m; a0 += M) {
-        for (int b0 = 0; b0 < shape.m; b0 += M) {
-          double sum[M * M] = {};
-          for (int64_t index = 0; index < grid.count(); ++index) {
-            const Strip strip = grid.at(index);
-            add_products<M>(sum,
-                            plane_of(out_grad, grad_strides, shape.height, shape.width,
-                                     strip.image, channel[term / shape.sources_each]),
-                            plane_of(in, in_strides, shape.height, shape.width, strip.image,
-                                     source[term]),
-                            strip.h0, strip.w, shape.m, a0, b0);
-          }
-          for (int i = 0; i < M * M; ++i) {
-            out[(term * shape.m + a0 + i / M) * shape.m + b0 + i % M] = sum[i];
-          }
-        }
-      }
-    }
-  });
-  return sums;
 }
 
 // ---------------------------------------------------------------- operators
@@ -497,8 +422,7 @@ at::Tensor expand_grad_transforms(const at::Tensor& grad_any, const at::Tensor& 
   const at::Tensor sources = sources_any.contiguous(), position = inverse_order(order);
   at::Tensor sums;
   if (z.scalar_type() == at::kDouble) {
-    const auto run = shape.m == 3 ? product_strips<3> : product_strips<1>;
-    sums = run(grad, z, sources, position, shape, channels_last);
+    sums = product_double(grad, z, sources, position, shape, channels_last);
   } else {
     sums = product_tiles(grad, z, sources, position, shape, channels_last);
   }
