@@ -33,8 +33,8 @@ from sbf_dist.compress.zeroed import zero_channels
 from sbf_dist.distill import pseudo_labels
 from sbf_dist.distill.selection import select
 from sbf_dist.errors import UserError
-from sbf_dist.export.fold import fold_batchnorm
 from sbf_dist.export.onnx import to_onnx, verify_onnx
+from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import ONNX, Card, save_student
 from sbf_dist.recipe import Recipe
 from sbf_dist.report.chart import accuracy_and_cost
@@ -169,7 +169,7 @@ def compress_teacher(run: Run, log: tracking.Run) -> Result:
             {"title": title, "step": done, "steps": of}
         ),
         table=LatencyTable(settings.latency_table or default_path(), settings.latency_batch),
-        for_inference=fold_batchnorm,
+        for_inference=optimize,
     )
     reached = plan.macs_after / plan.macs_before
     convertible = [
@@ -218,8 +218,7 @@ def evaluate(run: Run, log: tracking.Run) -> Result:
         if row.network == networks.ZEROED:
             macs, params = compressed["zeroed"]["macs"], compressed["zeroed"]["params"]
         times = [
-            latency(fold_batchnorm(member), own)
-            for member, own in zip(members, shapes, strict=True)
+            latency(optimize(member), own) for member, own in zip(members, shapes, strict=True)
         ]
         table.append(
             {

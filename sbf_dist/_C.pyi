@@ -6,5 +6,6 @@ class BuildInfo(TypedDict):
     cuda_archs: str
     compiler: str
     torch: str
+    cpu_lanes: int
 
 def build_info() -> BuildInfo: ...

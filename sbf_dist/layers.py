@@ -7,7 +7,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
-from sbf_dist.ops import expand
+from sbf_dist.ops import expand, sbf_conv2d
 
 
 class SBFConv2d(nn.Module):
@@ -172,8 +172,36 @@ class SBFConv2d(nn.Module):
             self.bias.uniform_(-bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> (N, out_channels, H', W'), as nn.Conv2d, in x's layout."""
+        """(N, in_channels, H, W) -> (N, out_channels, H', W'), as nn.Conv2d, in x's layout.
+
+        Without gradients it is one operator, with them two: the basis features are kept for the
+        backward pass.
+        """
+        if self._is_one_operator(x):
+            return sbf_conv2d(
+                x,
+                self.basis.weight,
+                self.transforms,
+                self.sources,
+                self.order,
+                self.bias,
+                stride=self.stride,  # type: ignore[arg-type]
+                padding=self.padding,  # type: ignore[arg-type]
+                dilation=self.dilation,  # type: ignore[arg-type]
+                groups=self.groups,
+            )
         return expand(self.basis(x), self.transforms, self.sources, self.order, self.bias)
+
+    def _is_one_operator(self, x: Tensor) -> bool:
+        hooked = self.basis._forward_hooks or self.basis._forward_pre_hooks
+        return not (
+            torch.is_grad_enabled()
+            or torch.is_autocast_enabled(x.device.type)
+            or self.padding_mode != "zeros"
+            or isinstance(self.padding, str)
+            or x.dtype != self.transforms.dtype
+            or hooked  # which wait for the basis features
+        )
 
     @torch.no_grad()
     def effective_filter(self) -> Tensor:

@@ -105,8 +105,8 @@ def sbf_conv2d(
     basis filters; transforms, sources, order, bias: as for `expand`; residual: (N, B + P, H', W').
     All have x's dtype (float32, float64, float16 or bfloat16) and device, and the sums of half and
     bfloat16 are accumulated in float. packed: pack_filters(weight), which spares packing them at
-    each call on the CPU in float32; elsewhere it is not used. Returns (N, B + P, H', W') in x's memory format. Raises
-    RuntimeError, naming the argument, where these do not fit.
+    each call on the CPU in float32; elsewhere it is not used. Returns (N, B + P, H', W') in x's
+    memory format. Raises RuntimeError, naming the argument, where these do not fit.
     """
     return torch.ops.sbf.conv2d(
         x,

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from sbf_dist.export.fold import UnscaledSBFConv2d
 from sbf_dist.layers import SBFConv2d
-from sbf_dist.ops import Activation, Pair, sbf_conv2d
+from sbf_dist.ops import Activation, Pair, pack_filters, sbf_conv2d
 
 # What oneDNN's fused convolution calls our activations: name, and its scalars.
 ONEDNN_UNARY: dict[Activation, tuple[str, list[float]]] = {
@@ -23,12 +23,14 @@ ONEDNN_UNARY: dict[Activation, tuple[str, list[float]]] = {
 class FusedSBFConv2d(nn.Module):
     """activation(SBF layer + bias + residual) by `sbf_dist.ops.sbf_conv2d`; no gradients.
 
-    Made by `of` from a folded layer, whose parameters it shares. A residual that has not exactly
-    the output's shape and dtype is added by broadcasting, after the operator.
+    Made from a folded layer, whose parameters it shares; the filters of a float32 layer on the CPU
+    are packed once, so they count as constant. A residual that has not exactly the output's shape
+    and dtype is added by broadcasting, after the operator.
     """
 
     sources: Tensor
     order: Tensor
+    packed: Tensor | None
 
     def __init__(self, layer: SBFConv2d | UnscaledSBFConv2d, activation: Activation) -> None:
         super().__init__()
@@ -48,6 +50,9 @@ class FusedSBFConv2d(nn.Module):
         self.padding = padding
         self.groups = layer.basis.groups
         self.activation = activation
+        packable = self.weight.device.type == "cpu" and self.weight.dtype == torch.float32
+        packed = pack_filters(self.weight.detach()) if packable and self.groups == 1 else None
+        self.register_buffer("packed", packed, persistent=False)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Map (N, C_in, H, W), and a residual that broadcasts to the output, to the output."""
@@ -69,6 +74,7 @@ class FusedSBFConv2d(nn.Module):
             dilation=self.dilation,
             groups=self.groups,
             activation=activation,
+            packed=self.packed if x.dtype == torch.float32 else None,
         )
         if not whole:
             y = y[:, : self.out_channels]
