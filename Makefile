@@ -34,6 +34,7 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmarks/digits.py --json benchmarks/results/digits.json
+	$(BIN)/python benchmarks/layer.py --json benchmarks/results/layer.json
 	$(BIN)/python benchmarks/network.py --json benchmarks/results/network.json
 
 clean:

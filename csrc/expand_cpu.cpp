@@ -302,8 +302,9 @@ at::Tensor expand(const at::Tensor& z, const at::Tensor& transforms, const at::T
   return expanded(z, transforms, sources, order, {bias, std::nullopt, Activation::kNone});
 }
 
-// Whether the tiles' own product is the faster one: it is as fast as ATen's convolution while the
-// filters stay in the cache, and saves writing and reading the basis features.
+// Whether the tiles' own product is the faster one: it saves writing and reading the basis features,
+// and is as fast as ATen's convolution while the filters stay in the cache; beyond that only where
+// threads share images, with packed filters.
 constexpr int64_t kFilterBytes = 640 * 1024;
 
 bool multiplies_tiles(const at::Tensor& x, const at::Tensor& weight, at::IntArrayRef padding,
@@ -311,7 +312,8 @@ bool multiplies_tiles(const at::Tensor& x, const at::Tensor& weight, at::IntArra
   if (x.scalar_type() != at::kFloat || groups != 1) return false;
   if (weight.size(2) == 1 && weight.size(3) == 1 && padding[0] == 0 && padding[1] == 0) return true;
   return is_channels_last(x) &&
-         (is_packed || weight.numel() * static_cast<int64_t>(sizeof(float)) <= kFilterBytes);
+         ((is_packed && shape.batch < at::get_num_threads()) ||
+          weight.numel() * static_cast<int64_t>(sizeof(float)) <= kFilterBytes);
 }
 
 // weight (B, C_in, k_h, k_w) as panels of filters, (panels, k_h * k_w * C_in, lanes).

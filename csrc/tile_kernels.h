@@ -145,9 +145,16 @@ void mix_tiles(const MixTask& task, const Product* product, int64_t first, int64
           ready = end;
         }
       } else {
-        planes.load_image(static_cast<const scalar_t*>(task.input) + n * task.inputs * area,
-                          task.channels_last, task.inputs, task.height, ready / width,
-                          bottom / width, (ready - top) / width);
+        const int64_t size = sizeof(scalar_t), pixels = (h1 - h0) * width;
+        const int64_t steps =
+            Planes::steps_of(task.channels_last, task.inputs, bottom - ready);
+        const scalar_t* target = static_cast<const scalar_t*>(task.output) + n * task.outputs * area;
+        planes.load_image(
+            static_cast<const scalar_t*>(task.input) + n * task.inputs * area, task.channels_last,
+            task.inputs, task.height, ready / width, bottom / width, (ready - top) / width,
+            task.channels_last
+                ? Ahead(target + h0 * width * task.outputs, size * pixels * task.outputs, 0, 1, steps)
+                : Ahead(target + h0 * width, size * pixels, size * area, task.outputs, steps));
         ready = bottom;
       }
     }
@@ -232,6 +239,7 @@ void dot_tiles(const DotTask& task, int64_t first, int64_t last, int64_t step, f
   const Planes inputs(workspace, task.rows, task.width, task.m);
   const Planes grads(workspace + inputs.floats(task.inputs), task.rows, task.width, 1);
   const int64_t border = inputs.border, area = task.height * task.width;
+  const Ahead nothing(nullptr, 0, 0, 0, 1);
   for (int64_t t = first; t < last; t += step) {
     const int64_t n = t / task.blocks;
     const int64_t h0 = t % task.blocks * task.rows, h1 = least(task.height, h0 + task.rows);
@@ -239,10 +247,10 @@ void dot_tiles(const DotTask& task, int64_t first, int64_t last, int64_t step, f
     const int64_t from = h0 - border + above, to = least(task.height, h1 + border);
     inputs.clear(task.inputs, 0, above);
     inputs.load_image(static_cast<const scalar_t*>(task.input) + n * task.inputs * area,
-                      task.channels_last, task.inputs, task.height, from, to, above);
+                      task.channels_last, task.inputs, task.height, from, to, above, nothing);
     inputs.clear(task.inputs, above + to - from, h1 - h0 + 2 * border);
     grads.load_image(static_cast<const scalar_t*>(task.grad) + n * task.outputs * area,
-                     task.channels_last, task.outputs, task.height, h0, h1, 0);
+                     task.channels_last, task.outputs, task.height, h0, h1, 0, nothing);
     // Whole vectors are multiplied: behind the last pixel the gradient must be zero, and so must
     // what is shifted in. What the planes hold there must be a number.
     const int64_t pixels = (h1 - h0) * task.width, reach = L + border;

@@ -10,6 +10,30 @@ namespace {
 // Pixels that are summed at once for a block of L channels: the sums stay in the first-level cache.
 constexpr int64_t kChunk = 16 * L;
 
+// Fetches cache lines a few at a time while other work is done: pieces of `length` lines
+// that begin `stride` bytes apart.
+struct Ahead {
+  const char* piece;
+  int64_t length, stride, each;  // each: lines a step
+  int64_t done = 0;
+
+  // Lines of `count` pieces of `bytes` bytes, in `steps` steps.
+  Ahead(const void* first, int64_t bytes, int64_t stride_bytes, int64_t count, int64_t steps)
+      : piece(static_cast<const char*>(first)), length((bytes + 63) / 64), stride(stride_bytes),
+        each((length * count + steps - 1) / steps) {}
+
+  template <int kLocality>
+  SBF_INLINE void step() {
+    for (int64_t i = 0; i < each; ++i) {
+      __builtin_prefetch(piece + 64 * done, 0, kLocality);
+      if (++done == length) {
+        done = 0;
+        piece += stride;
+      }
+    }
+  }
+};
+
 // Where the planes of a tile are: row r of channel c begins at data + c*size + kGuard + r*width,
 // row 0 being `border` rows above the tile's first. Kernels may read kGuard floats before the first
 // row and behind the last one; what they make of those is not used.
@@ -39,13 +63,20 @@ struct Planes {
     }
   }
 
-  // Loads rows [h0, h1) of an image of `channels` channels as rows r, r + 1, ...
+  // How many steps ahead load_image makes.
+  static int64_t steps_of(bool channels_last, int64_t channels, int64_t pixels) {
+    return channels_last ? (pixels + L - 1) / L * ((channels + L - 1) / L) : channels;
+  }
+
+  // Loads rows [h0, h1) of an image of `channels` channels as rows r, r + 1, ...; meanwhile lines of
+  // `output` come into the cache.
   template <typename scalar_t>
   void load_image(const scalar_t* image, bool channels_last, int64_t channels, int64_t height,
-                  int64_t h0, int64_t h1, int64_t r) const {
+                  int64_t h0, int64_t h1, int64_t r, Ahead output) const {
     const int64_t pixels = (h1 - h0) * width;
     if (!channels_last) {
       for (int64_t c = 0; c < channels; ++c) {
+        output.step<2>();
         const scalar_t* from = image + (c * height + h0) * width;
         float* to = row(c, r);
         for (int64_t i = 0; i < pixels; ++i) to[i] = as_float(from[i]);
@@ -56,6 +87,7 @@ struct Planes {
     for (int64_t i = 0; i < pixels; i += L) {
       const int64_t some = least<int64_t>(L, pixels - i);
       for (int64_t c = 0; c < channels; c += L) {
+        output.step<2>();
         const int64_t few = least<int64_t>(L, channels - c);
         Vector block[L];
         const scalar_t* at = from + i * channels + c;

@@ -10,30 +10,6 @@
 namespace sbf {
 namespace {
 
-// Fetches cache lines a few at a time while the arithmetic units are busy: pieces of `length` lines
-// that begin `stride` bytes apart.
-struct Ahead {
-  const char* piece;
-  int64_t length, stride, each;  // each: lines a step
-  int64_t done = 0;
-
-  // Lines of `count` pieces of `bytes` bytes, in `steps` steps.
-  Ahead(const void* first, int64_t bytes, int64_t stride_bytes, int64_t count, int64_t steps)
-      : piece(static_cast<const char*>(first)), length((bytes + 63) / 64), stride(stride_bytes),
-        each((length * count + steps - 1) / steps) {}
-
-  template <int kLocality>
-  SBF_INLINE void step() {
-    for (int64_t i = 0; i < each; ++i) {
-      __builtin_prefetch(piece + 64 * done, 0, kLocality);
-      if (++done == length) {
-        done = 0;
-        piece += stride;
-      }
-    }
-  }
-};
-
 constexpr int kDepthStep = 8;  // depths between two steps ahead
 constexpr int kUnrolled = L == 16 ? 8 : 4;
 

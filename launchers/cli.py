@@ -195,7 +195,8 @@ def finish(display: Display, folder: RunFolder, uri: str) -> None:
     display.console.print(results_table(result["rows"]))
     display.say(
         "MACs and parameters of zeroed channels are not counted; its latency is that of the dense "
-        f"network that it is.\nLatency: one image, {result['threads']} threads, ready for inference (optimize)."
+        f"network that it is.\nLatency: one image, {result['threads']} threads, after "
+        "sbf_dist.export.optimize."
     )
     here = Path.cwd()
 
