@@ -194,9 +194,10 @@ class SBFConv2d(nn.Module):
 
     def _is_one_operator(self, x: Tensor) -> bool:
         hooked = self.basis._forward_hooks or self.basis._forward_pre_hooks
+        kind = x.device.type
         return not (
             torch.is_grad_enabled()
-            or torch.is_autocast_enabled(x.device.type)
+            or (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind))
             or self.padding_mode != "zeros"
             or isinstance(self.padding, str)
             or x.dtype != self.transforms.dtype
