@@ -161,6 +161,8 @@ inline Shape check_conv2d(const at::Tensor& x, const at::Tensor& weight,
   TORCH_CHECK(weight.dim() == 4 && weight.size(0) == shape.basis,
               "weight must have shape (B, C_in / groups, k_h, k_w) with B = ", shape.basis,
               ", the length of order less the rows of sources, got ", weight.sizes());
+  TORCH_CHECK(weight.size(1) > 0 && weight.size(2) > 0 && weight.size(3) > 0,
+              "weight must have filters of at least one value, got shape ", weight.sizes());
   TORCH_CHECK(groups > 0 && shape.basis % groups == 0, "groups must divide the ", shape.basis,
               " basis filters, got ", groups);
   TORCH_CHECK(x.size(1) == weight.size(1) * groups, "x must have ", weight.size(1) * groups,

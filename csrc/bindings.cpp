@@ -1,6 +1,7 @@
 // Operator schemas, and the Python module sbf_dist._C, which tells how the extension was built.
 // The CPU and CUDA implementations register themselves; fakes, autograd and FLOPs are in ops.py.
 #include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
@@ -25,6 +26,12 @@ TORCH_LIBRARY(sbf, m) {
   m.def(
       "expand_grad_transforms(Tensor grad, Tensor z, Tensor sources, Tensor order, int size)"
       " -> Tensor");
+}
+
+// PyTorch would only warn in the backward pass, and leave the gradients out.
+TORCH_LIBRARY_IMPL(sbf, Autograd, m) {
+  m.impl("conv2d", torch::autograd::autogradNotImplementedFallback());
+  m.impl("pack_filters", torch::autograd::autogradNotImplementedFallback());
 }
 
 #ifndef WITH_CUDA
