@@ -1,4 +1,4 @@
-"""What the CPU kernels do, in every instruction set, under sanitizers of addresses and behaviour."""
+"""What the CPU kernels do, in each instruction set, under sanitizers of addresses and behaviour."""
 
 import os
 import shutil
@@ -46,10 +46,10 @@ def program(tmp_path_factory):
     return target
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_tiles_hold_what_plain_loops_compute(program, seed):
     done = subprocess.run(
-        [program, str(seed), "16"], capture_output=True, text=True, check=False, timeout=300
+        [program, str(seed), "24"], capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
     run = {part.split("=")[0] for part in done.stdout.split()}

@@ -448,11 +448,13 @@ void run_cases(const TileKernels& kernels, const std::string& set, int64_t count
     run_mix<float>(kernels, set + "/largest transforms", wide, Element::kFloat, 1e-6);
     run_dot<float>(kernels, set + "/largest transforms", wide, Element::kFloat);
   }
-  for (const int64_t kernel : {1, 3}) {
+  const auto run_deep = [&](int64_t kernel, int64_t filters, int64_t width, bool shared) {
     const Product deep{nullptr, 512, 0, 0, kernel, kernel, 1, 1, kernel / 2, kernel / 2, 1, 1};
-    const int64_t filters = 24 * (kernel == 1 ? 1 : 3);
-    run_product(kernels, set + "/deep", {1, filters, 40, 5, 7, 3, 1, 3, true}, deep, kernel == 1);
-  }
+    run_product(kernels, set + "/deep", {1, filters, 40, 5, width, 5, 1, 3, true}, deep, shared);
+  };
+  run_deep(1, 24, 7, /*shared=*/true);
+  run_deep(1, 520, 13, /*shared=*/false);
+  run_deep(3, 72, 7, /*shared=*/false);
 }
 
 }  // namespace
