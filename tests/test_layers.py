@@ -77,6 +77,68 @@ def test_layer_follows_its_definition_and_has_the_shape_of_conv2d(arguments):
         assert getattr(sbf, name) == getattr(dense, name)
 
 
+def operators_called(function, *args):
+    """Name the operators of this package that a call runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function(*args)
+    return {event.key for event in profile.key_averages() if event.key.startswith("sbf::")}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"kernel_size": 1},
+        {"stride": 2, "padding": 1},
+        {"dilation": 2, "padding": (2, 1)},
+        {"kernel_size": (1, 5), "padding": (0, 2), "stride": (2, 1)},
+        {"groups": 2, "padding": 1},
+        {"bias": False},
+        {"transform_size": 1},
+        {"transform_size": 5, "padding": 1},
+        {"dtype": torch.float64},
+    ],
+)
+def test_without_gradients_the_layer_is_one_operator_with_the_same_result(arguments, layout):
+    sbf = layer(**arguments).to(memory_format=layout)
+    x = torch.randn(2, 4, 11, 12, dtype=sbf.transforms.dtype).contiguous(memory_format=layout)
+    assert operators_called(sbf, x) == {"sbf::expand"}
+    trained = sbf(x)
+    with torch.no_grad():
+        assert "sbf::conv2d" in operators_called(sbf, x)
+        y = sbf(x)
+    assert not y.requires_grad and y.is_contiguous(memory_format=layout)
+    torch.testing.assert_close(y, trained.detach())
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"padding": "same"}, {"padding": 1, "padding_mode": "circular"}]
+)
+def test_paddings_that_the_operator_does_not_know_take_two_without_gradients(arguments):
+    sbf = layer(**arguments)
+    x = torch.randn(2, 4, 11, 12)
+    trained = sbf(x)
+    with torch.no_grad():
+        assert operators_called(sbf, x) == {"sbf::expand"}
+        torch.testing.assert_close(sbf(x), trained.detach())
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_of_the_basis_are_called_without_gradients(register):
+    sbf = layer(padding=1)
+    x = torch.randn(2, 4, 9, 9)
+    seen = []
+    with torch.no_grad():
+        wanted = sbf(x)
+        hook = getattr(sbf.basis, register)(lambda _, inputs, *output: seen.append(inputs))
+        torch.testing.assert_close(sbf(x), wanted)
+        assert len(seen) == 1 and seen[0][0] is x
+        hook.remove()
+        assert torch.equal(sbf(x), wanted)
+    assert len(seen) == 1
+
+
 def test_all_channels_kept_is_the_dense_convolution():
     conv = nn.Conv2d(3, 5, 3, padding=1)
     sbf = SBFConv2d.from_conv(conv, range(5), [])
@@ -175,6 +237,17 @@ def test_autocast_computes_in_bfloat16_and_trains_in_float():
     y.float().square().sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in sbf.parameters())
     torch.testing.assert_close(y.float(), sbf(x), rtol=0, atol=0.05 * sbf(x).abs().max().item())
+
+
+def test_autocast_without_gradients_computes_in_bfloat16():
+    sbf = layer(padding=1)
+    x = torch.randn(2, 4, 9, 9)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            y = sbf(x)
+        exact = sbf(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), exact, rtol=0, atol=0.05 * exact.abs().max().item())
 
 
 def test_state_dict_holds_parameters_only_and_loads_without_pickle():
