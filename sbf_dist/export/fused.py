@@ -24,8 +24,8 @@ class FusedSBFConv2d(nn.Module):
     """activation(SBF layer + bias + residual) by `sbf_dist.ops.sbf_conv2d`; no gradients.
 
     Made from a folded layer, whose parameters it shares; the filters of a float32 layer on the CPU
-    are packed once, so they count as constant. A residual that has not exactly the output's shape
-    and dtype is added by broadcasting, after the operator.
+    are packed once, so they count as constant until `pack` or load_state_dict. A residual that has
+    not exactly the output's shape and dtype is added by broadcasting, after the operator.
     """
 
     sources: Tensor
@@ -50,9 +50,15 @@ class FusedSBFConv2d(nn.Module):
         self.padding = padding
         self.groups = layer.basis.groups
         self.activation = activation
+        self.register_buffer("packed", None, persistent=False)
+        self.pack()
+        self.register_load_state_dict_post_hook(_pack_loaded)
+
+    def pack(self) -> None:
+        """Pack the filters anew: after they were changed."""
         packable = self.weight.device.type == "cpu" and self.weight.dtype == torch.float32
-        packed = pack_filters(self.weight.detach()) if packable and self.groups == 1 else None
-        self.register_buffer("packed", packed, persistent=False)
+        packable = packable and self.groups == 1
+        self.packed = pack_filters(self.weight.detach()) if packable else None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Map (N, C_in, H, W), and a residual that broadcasts to the output, to the output."""
@@ -92,6 +98,11 @@ class FusedSBFConv2d(nn.Module):
             f"kernel_size={tuple(size)}, sources={self.sources.shape[1]}, "
             f"activation={self.activation}"
         )
+
+
+def _pack_loaded(layer: nn.Module, _: object) -> None:
+    assert isinstance(layer, FusedSBFConv2d)
+    layer.pack()
 
 
 class FusedConv2d(nn.Module):

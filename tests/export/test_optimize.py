@@ -417,6 +417,17 @@ def test_filters_are_packed_once(layout: torch.memory_format, kernel: int) -> No
         assert torch.equal(y, F.relu(layer.bias).view(1, -1, 1, 1).expand_as(y))
 
 
+def test_filters_that_are_loaded_are_packed_anew() -> None:
+    torch.manual_seed(0)
+    one, other = (optimize(Block(True, nn.ReLU(), operator.add).eval()) for _ in range(2))
+    x = torch.randn(2, 4, 9, 7).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        wanted = other(x)
+        assert not torch.equal(one(x), wanted)
+        one.load_state_dict(other.state_dict())
+        assert torch.equal(one(x), wanted)
+
+
 def test_layers_with_groups_have_no_packed_filters() -> None:
     model = Block(True, nn.ReLU(), operator.add, groups=2).eval()
     optimized = optimize(model)
