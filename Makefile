@@ -36,6 +36,9 @@ bench: setup
 	$(BIN)/python benchmarks/digits.py --json benchmarks/results/digits.json
 	$(BIN)/python benchmarks/layer.py --json benchmarks/results/layer.json
 	$(BIN)/python benchmarks/network.py --json benchmarks/results/network.json
+	@if nvidia-smi > /dev/null 2>&1; then \
+	    $(BIN)/python benchmarks/gpu.py --json benchmarks/results/gpu.json; \
+	else echo 'benchmarks/gpu.py: left out, no GPU here'; fi
 
 clean:
 	rm -rf build *.egg-info .venv sbf_dist/*.so

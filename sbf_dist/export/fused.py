@@ -110,9 +110,9 @@ class FusedConv2d(nn.Module):
 
     oneDNN wants its weights in blocks, and nn.Conv2d reorders them into blocks in every call. Here
     the first call does it once, for the shape of its input (another shape gives the right result,
-    but may be slower); the weights count as constant from then on. Under torch.compile, on other
-    devices and for other dtypes than float32 the module runs as the plain operators, which
-    compilers fuse themselves.
+    but may be slower); the weights count as constant from then on, until load_state_dict. Under
+    torch.compile, on other devices and for other dtypes than float32 the module runs as the plain
+    operators, which compilers fuse themselves.
 
     overwrites_residual: whether nobody needs the residual afterwards, so that the output may take
     its memory. Writing elsewhere costs a widening 1 x 1 layer up to a third of its time.
@@ -134,6 +134,7 @@ class FusedConv2d(nn.Module):
         self.groups = conv.groups
         self.activation = activation
         self._blocked: Tensor | None = None
+        self.register_load_state_dict_post_hook(_forget_blocks)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Map (N, C_in, H, W), and a residual that broadcasts to the output, to the output."""
@@ -196,6 +197,11 @@ class FusedConv2d(nn.Module):
             f"{inputs * self.groups}, {outputs}, kernel_size={tuple(size)}, "
             f"activation={self.activation}"
         )
+
+
+def _forget_blocks(layer: nn.Module, _: object) -> None:
+    assert isinstance(layer, FusedConv2d)
+    layer._blocked = None
 
 
 def activate(y: Tensor, activation: Activation) -> Tensor:

@@ -418,8 +418,11 @@ def test_filters_are_packed_once(layout: torch.memory_format, kernel: int) -> No
 
 
 def test_filters_that_are_loaded_are_packed_anew() -> None:
-    torch.manual_seed(0)
-    one, other = (optimize(Block(True, nn.ReLU(), operator.add).eval()) for _ in range(2))
+    one, other = (Block(True, nn.ReLU(), operator.add).eval() for _ in range(2))
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(2)
+    one, other = optimize(one), optimize(other)
     x = torch.randn(2, 4, 9, 7).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         wanted = other(x)
