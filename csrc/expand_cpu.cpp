@@ -56,11 +56,13 @@ float* workspace(int64_t floats) {
   thread_local std::unique_ptr<float, Free> memory;
   thread_local int64_t size = 0;
   if (floats > size) {
-    size = ceil_div(floats * sizeof(float), kHugePage) * kHugePage / sizeof(float);
-    memory.reset(static_cast<float*>(std::aligned_alloc(kHugePage, size * sizeof(float))));
-    TORCH_CHECK(memory != nullptr, "no memory for a workspace of ", size * sizeof(float), " bytes");
+    const int64_t bytes = ceil_div(floats * sizeof(float), kHugePage) * kHugePage;
+    size = 0;  // should the next line find none
+    memory.reset(static_cast<float*>(std::aligned_alloc(kHugePage, bytes)));
+    TORCH_CHECK(memory != nullptr, "no memory for a workspace of ", bytes, " bytes");
+    size = bytes / static_cast<int64_t>(sizeof(float));
 #if defined(__linux__)
-    madvise(memory.get(), size * sizeof(float), MADV_HUGEPAGE);  // where the system has them
+    madvise(memory.get(), bytes, MADV_HUGEPAGE);  // where the system has them
 #endif
   }
   return memory.get();
@@ -80,12 +82,12 @@ Element element_of(const at::Tensor& tensor) {
   }
 }
 
-// How images are cut into tiles. `bytes` is what a row needs in a tile.
+// How images are cut into tiles.
 struct Tiling {
   int64_t rows, blocks;
 
-  // `least`: how many tiles there should be in all, at least.
   Tiling(int64_t tile_rows, int64_t tiles) : rows(tile_rows), blocks(tiles) {}
+  // `bytes`: what a row needs in a tile. `least`: how many tiles there should be in all, at least.
   Tiling(const Shape& shape, int64_t bytes, int64_t least) {
     const int64_t fit = kTileBytes / std::max<int64_t>(1, bytes) - (shape.m - 1);
     blocks = ceil_div(shape.height, std::clamp<int64_t>(fit, 1, std::max<int64_t>(1, shape.height)));
