@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sbf_dist.compress.candidates import convolution, filter_macs
+from sbf_dist.compress.convert import replace
+from sbf_dist.compress.plan import SBFLayer
 from sbf_dist.compress.statistics import Moments
 
 RIDGE = 1e-4  # relative to the mean variance of the features that a system contains
@@ -116,3 +119,43 @@ def fit_transforms(moments: Moments, targets: list[int], sources: int) -> Fit:
         bias=bias,
         error=torch.stack(errors, 1),
     )
+
+
+def install(
+    model: nn.Module,
+    name: str,
+    moments: Moments,
+    kept: list[int],
+    sources: int,
+    macs: int = 0,
+) -> SBFLayer:
+    """Put a fitted SBF layer with the basis `kept` in the place of a convolution of `model`."""
+    conv = convolution(model, name)
+    size = moments.size
+    rebuilt = sorted(set(range(conv.out_channels)) - set(kept))
+    fit = fit_transforms(moments.restrict(kept), rebuilt, sources)
+    per_filter, per_tap = filter_macs(conv, macs)
+    left = moments.drift[kept].sum() + fit.error[:, -1].sum()
+    layer = SBFLayer(
+        channels=conv.out_channels,
+        kept=kept,
+        sources=[[kept[position] for position in row] for row in fit.sources.tolist()],
+        transform_size=size,
+        macs_before=macs,
+        macs_after=round(
+            len(kept) * per_filter + len(rebuilt) * fit.sources.shape[1] * size**2 * per_tap
+        ),
+        error=round(float(left / moments.yy.sum().clamp(min=1e-30)), 6),
+        reason=(
+            f"{len(kept)} of {conv.out_channels} filters kept, {sources} sources: least "
+            "estimated loss within the budget"
+        ),
+    )
+    sbf = replace(model, name, layer)
+    assert sbf.bias is not None
+    sbf.transforms.copy_(fit.transforms)
+    centre = size**2 // 2
+    shift = moments.y_mean - moments.z_mean[centre :: size**2]
+    sbf.bias[kept] = shift[kept].to(sbf.bias)
+    sbf.bias[rebuilt] = fit.bias.to(sbf.bias)
+    return layer

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+BATCH = 64  # calibration images at a time; bounds the memory
 POSITIONS = 512  # per image
 
 

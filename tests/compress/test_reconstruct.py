@@ -8,13 +8,14 @@ from small_networks import Small, pictures, small
 from torch import nn
 
 from sbf_dist import models
-from sbf_dist.compress import latency, latency_budget, latency_table, reconstruct
+from sbf_dist.compress import candidates, latency, latency_budget, latency_table, reconstruct
 from sbf_dist.compress.budget import Budget
+from sbf_dist.compress.candidates import forward_order
 from sbf_dist.compress.convert import convert
 from sbf_dist.compress.cost import count
 from sbf_dist.compress.latency_table import LatencyTable
 from sbf_dist.compress.plan import DenseLayer, Plan, SBFLayer
-from sbf_dist.compress.reconstruct import compress, forward_order
+from sbf_dist.compress.reconstruct import compress
 from sbf_dist.compress.statistics import measure_batch_norm, run_until
 from sbf_dist.compress.zeroed import zero_channels
 from sbf_dist.errors import UserError
@@ -324,7 +325,7 @@ def test_progress_goes_up_to_the_end_of_each_part():
 
 
 def test_a_layer_that_is_too_wide_for_shifts_gets_transformations_of_size_one(monkeypatch):
-    monkeypatch.setattr(reconstruct, "LARGEST_GRAM", 9 * 31)
+    monkeypatch.setattr(candidates, "LARGEST_GRAM", 9 * 31)
     _, plan = shrink(models.build("cifar_resnet8", 5).eval(), macs=0.4)
     sizes = {
         layer.channels: layer.transform_size

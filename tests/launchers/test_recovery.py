@@ -47,7 +47,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def started(runs: Path) -> Iterator[subprocess.Popen[str]]:
-    """The stage distill at work, with two checkpoints: Ray knows of the first by then."""
+    """The stage distill at work, with a checkpoint that Ray's controller has taken note of.
+
+    A checkpoint is in the storage a while before the controller looks at its workers again, on a
+    busy machine a long one; a worker that dies in between goes on from the checkpoint before.
+    """
     subprocess.run(command(runs, "--until", "compress", "--again", "distill"), cwd=ROOT, check=True)
     process = subprocess.Popen(
         command(runs, "--until", "distill"),
@@ -57,10 +61,10 @@ def started(runs: Path) -> Iterator[subprocess.Popen[str]]:
         text=True,
     )
     deadline = time.monotonic() + 120
-    while len(list(checkpoints(runs))) < 2:
+    while not noted_checkpoints(runs):
         assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "no two checkpoints within two minutes"
-        time.sleep(0.2)
+        assert time.monotonic() < deadline, "no checkpoint within two minutes"
+        time.sleep(0.1)
     yield process
     if process.poll() is None:
         process.kill()
@@ -69,6 +73,16 @@ def started(runs: Path) -> Iterator[subprocess.Popen[str]]:
 
 def checkpoints(runs: Path) -> Iterator[Path]:
     return (runs / "digits" / "checkpoints" / "distill").glob("checkpoint_*/manifest.json")
+
+
+def noted_checkpoints(runs: Path) -> list[str]:
+    """The checkpoints that Ray would go on from, as its controller keeps them on the disk."""
+    noted = runs / "digits" / "checkpoints" / "distill" / "checkpoint_manager_snapshot.json"
+    try:
+        results = json.loads(noted.read_text())["checkpoint_results"]
+    except (FileNotFoundError, json.JSONDecodeError):  # not there yet, or being written
+        return []
+    return [result["checkpoint_dir_name"] for result in results]
 
 
 def result(runs: Path) -> dict:
