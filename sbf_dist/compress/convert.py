@@ -5,13 +5,14 @@ import copy
 import torch
 from torch import nn
 
+from sbf_dist.compress.narrow import check_fits, narrow
 from sbf_dist.compress.plan import Plan, SBFLayer
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
 
 
 def convert(model: nn.Module, plan: Plan) -> nn.Module:
-    """Return a copy of `model` whose planned convolutions are SBF layers.
+    """Return a copy of `model` without removed channels, planned convolutions as SBF layers.
 
     Kept filters and biases are copied; transformations have their initial values until they are
     fitted (`compress.reconstruct`) or loaded. `model` itself is not changed. Raises UserError,
@@ -22,6 +23,9 @@ def convert(model: nn.Module, plan: Plan) -> nn.Module:
     for name in convolutions:
         if name not in plan.layers:
             raise UserError(f"plan does not know layer {name}: it was made for {plan.model!r}")
+    if plan.removed:
+        narrow(student, plan.removed)
+        check_fits(student, plan.input_shape)
     for name, layer in plan.layers.items():
         if name not in convolutions:
             raise UserError(
