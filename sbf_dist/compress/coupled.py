@@ -82,12 +82,15 @@ def find_coupled(model: nn.Module, images: Tensor) -> tuple[list[Coupled], dict[
             elif module in names and len(list(module.parameters())) > 0:
                 unfit = cannot_narrow(module)
                 if unfit is not None:
-                    reason = reason or f"its channels reach {names[module]}, {unfit}"
+                    place = (
+                        "it is" if names[module] == name else f"its channels reach {names[module]},"
+                    )
+                    reason = reason or f"{place} {unfit}"
                 part = _part(names[module], module, graph, item, group[0].idxs)
                 parts[part.name, part.side] = part
         readers = [part for part in parts.values() if part.side == "inp"]
         if reason is None and not readers:
-            reason = "no convolution or linear layer reads it"
+            reason = "nothing but the network's output reads it"
         if reason is None:
             groups.append(Coupled(name, list(parts.values())))
         else:
@@ -121,7 +124,10 @@ def silence(model: nn.Module, removed: dict[str, Removed]) -> None:
     """Let nothing read the channels of `removed`, in place: the weights that do become zero."""
     for name, channels in removed.items():
         if channels.inp:
-            model.get_submodule(name).get_parameter("weight")[:, channels.inp] = 0.0
+            module = model.get_submodule(name)
+            weight = module.get_parameter("weight").clone()
+            weight[:, channels.inp] = 0.0
+            module.register_parameter("weight", nn.Parameter(weight))
 
 
 def _part(name: str, module: nn.Module, graph, item, roots: list[int]) -> Part:
@@ -176,15 +182,15 @@ def _fault(shadow: nn.Module, groups: list[Coupled], images: Tensor) -> str | No
         for group in groups
     ]
     removed = removed_channels(chosen)
-    narrowed, silenced = copy.deepcopy(shadow), copy.deepcopy(shadow)
-    silence(silenced, removed)
-    wanted = silenced(images)
+    narrowed, silenced = _with_the_same_tensors(shadow), _with_the_same_tensors(shadow)
     try:
         narrow(narrowed, removed)
         output = narrowed(images)
     except (UserError, RuntimeError, ValueError) as error:
         told = " ".join(str(error).split())[:200]
         return f"torch-pruning's graph does not fit it: {told}"
+    silence(silenced, removed)
+    wanted = silenced(images)
     if output.shape != wanted.shape:
         return "torch-pruning's graph does not fit it: the output changes its shape"
     # Also false for NaN.
@@ -194,3 +200,10 @@ def _fault(shadow: nn.Module, groups: list[Coupled], images: Tensor) -> str | No
             "fit it: without them the network computes other than if nothing read them"
         )
     return None
+
+
+def _with_the_same_tensors(model: nn.Module) -> nn.Module:
+    """Copy the modules of `model` but not their tensors, which are large."""
+    return copy.deepcopy(
+        model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    )
