@@ -7,6 +7,7 @@ are needed. Pruning is this alone; `compress.joint` shares a budget out between 
 import copy
 import fnmatch
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,34 +47,35 @@ class Removal:
         return channels
 
 
+@dataclass(frozen=True)
+class Removable:
+    """What could be removed from a network, and how much that would matter."""
+
+    dense: nn.Module  # a copy, in eval mode
+    images: Calibration
+    cost: Cost
+    groups: list[Coupled]
+    importance: list[Tensor]  # of each group's channels
+    left: dict[str, str]
+
+
 @torch.no_grad()
-def remove_channels(
+def find_removable(
     model: nn.Module,
     images: Tensor | Calibration,
     *,
-    share: float,
-    of: Literal["macs", "params"] = "macs",
     criterion: Criterion = "fisher",
-    floor: float = 0.125,
     keep: tuple[str, ...] = (),
-    round_to: int = 1,
     seed: int = 0,
-) -> Removal:
-    """Remove coupled channels from a copy of `model` until it costs `share` of what it did.
+) -> Removable:
+    """Find the coupled channels of `model`, and how much they matter by `criterion`.
 
-    `images` (N, C, H, W) are normalised calibration images. Those channels go whose importance by
-    `criterion` is least for what they cost, which is counted anew after each. Every group of
-    coupled channels keeps at least `floor` of its channels; groups with a layer whose name matches
+    `images` (N, C, H, W) are normalised calibration images. Groups with a layer whose name matches
     a pattern of `keep` (as in a shell: 'stages.0.*') are left whole, and so is the network's
-    output. What is left of a group is a multiple of `round_to` channels. Batch norm is measured
-    again. Raises UserError if floors and exceptions leave more than was asked for.
+    output.
     """
-    if not 0 < share <= 1:
-        raise UserError(f"removal: share = {share:g} of {of} must lie in (0, 1]")
     dense = copy.deepcopy(model).eval()
     calibration = Calibration.of(images, device=device_of(model))
-    before = count(dense, calibration.shape)
-    limit = share * (before.macs if of == "macs" else before.params)
     groups, left = find_coupled(dense, calibration.first(2))
     groups, kept = _without(groups, keep)
     left |= kept
@@ -82,20 +84,93 @@ def remove_channels(
         left |= {group.name: "no batch norm scales its channels" for group in without}
         groups = [group for group in groups if has_scales(dense, group)]
     importance = measure_importance(dense, groups, calibration, criterion, seed)
+    cost = count(dense, calibration.shape)
+    return Removable(dense, calibration, cost, groups, importance, left)
+
+
+@torch.no_grad()
+def remove(
+    removable: Removable,
+    *,
+    share: float,
+    of: Literal["macs", "params"] = "macs",
+    floor: float = 0.125,
+    round_to: int = 1,
+) -> Removal:
+    """Narrow a copy of the network until it costs `share` of what it did.
+
+    Those channels go that matter least for what they cost, which is counted anew after each step.
+    Every group of coupled channels keeps at least `floor` of its channels, and a multiple of
+    `round_to`. What reads the rest has the removed channels' means added to its bias, and batch
+    norm is measured again. Raises UserError if the share cannot be reached.
+    """
+    if not 0 < share <= 1:
+        raise UserError(f"removal: share = {share:g} of {of} must lie in (0, 1]")
+    dense, groups = removable.dense, removable.groups
+    if not groups and share < 1:
+        why = next(iter(removable.left.items()), ("", "it has no convolution or linear layer"))
+        raise UserError(f"removal: no channel can be removed: {': '.join(filter(None, why))}")
+    limit = share * _of(removable.cost, of)
     # What no layer's widths say, such as products of features in attention, is counted at the end.
     excess = 0.0
     while True:
-        chosen = _choose(dense, groups, importance, before, of, limit - excess, floor, round_to)
+        chosen = _choose(removable, of, limit - excess, floor, round_to)
         removed = removed_channels(list(zip(groups, chosen, strict=True)))
         network = copy.deepcopy(dense)
         narrow(network, removed)
-        after = count(network, calibration.shape)
-        over = (after.macs if of == "macs" else after.params) - limit
+        after = count(network, removable.images.shape)
+        over = _of(after, of) - limit
         if over <= 1e-9 * limit:
             break
         excess += over
-    measure_batch_norm(network, calibration, BATCH)
-    return Removal(network, removed, left, after)
+    _absorb_means(dense, network, removed, removable.images)
+    measure_batch_norm(network, removable.images, BATCH)
+    return Removal(network, removed, removable.left, after)
+
+
+def _of(cost: Cost, what: Literal["macs", "params"]) -> int:
+    return cost.macs if what == "macs" else cost.params
+
+
+def _absorb_means(
+    dense: nn.Module, network: nn.Module, removed: dict[str, Removed], images: Calibration
+) -> None:
+    """Add what removed channels bring on average to the biases of the layers that read them."""
+    readers = {
+        name: dense.get_submodule(name)
+        for name, channels in removed.items()
+        if channels.inp and network.get_submodule(name).bias is not None
+    }
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def read(name: str, linear: bool) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            features = inputs[0].movedim(-1 if linear else 1, -1).flatten(0, -2)
+            total = features.double().sum(0)
+            sums[name] = sums[name] + total if name in sums else total
+            counts[name] = counts.get(name, 0) + len(features)
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(read(name, isinstance(module, nn.Linear)))
+        for name, module in readers.items()
+    ]
+    try:
+        for batch in images:
+            dense(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, total in sums.items():
+        mean = total[removed[name].inp] / counts[name]
+        weight = readers[name].get_parameter("weight")[:, removed[name].inp].double()
+        shift = weight.flatten(2).sum(2) if weight.ndim > 2 else weight
+        gone = set(removed[name].out)
+        rows = [row for row in range(len(weight)) if row not in gone]
+        bias = network.get_submodule(name).get_parameter("bias")
+        bias.add_((shift[rows] @ mean).to(bias))
 
 
 def _without(groups: list[Coupled], keep: tuple[str, ...]) -> tuple[list[Coupled], dict[str, str]]:
@@ -131,7 +206,7 @@ class _Widths:
                 out, inp = (out + several, inp) if part.side == "out" else (out, inp + several)
                 losses[part.name] = (out, inp)
             self.removed.append(losses)
-        self.total = float(cost.macs if of == "macs" else cost.params)
+        self.total = float(_of(cost, of))
 
     def _add(self, dense: nn.Module, name: str, cost: Cost) -> None:
         module = dense.get_submodule(name)
@@ -181,10 +256,7 @@ class _Widths:
 
 
 def _choose(
-    dense: nn.Module,
-    groups: list[Coupled],
-    importance: list[Tensor],
-    cost: Cost,
+    removable: Removable,
     of: Literal["macs", "params"],
     limit: float,
     floor: float,
@@ -194,7 +266,8 @@ def _choose(
 
     Greedy: again and again those go that matter least for what they save now.
     """
-    widths = _Widths(dense, groups, cost, of)
+    groups, importance, cost = removable.groups, removable.importance, removable.cost
+    widths = _Widths(removable.dense, groups, cost, of)
     neighbours = widths.neighbours()
     orders = [scores.argsort(stable=True).tolist() for scores in importance]
     sums = [scores[order].cumsum(0) for scores, order in zip(importance, orders, strict=True)]
@@ -219,7 +292,7 @@ def _choose(
     while widths.total > limit * (1 + 1e-9):
         best = min(range(len(groups)), key=rates.__getitem__, default=None)
         if best is None or rates[best] == math.inf:
-            whole = cost.macs if of == "macs" else cost.params
+            whole = _of(cost, of)
             raise UserError(
                 f"removal: {limit / whole:.4g} of the {of} cannot be reached; removing all that "
                 f"floors and exceptions allow leaves {math.ceil(1e4 * widths.total / whole) / 1e4}"
