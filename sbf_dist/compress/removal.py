@@ -23,6 +23,8 @@ from sbf_dist.compress.plan import Removed
 from sbf_dist.compress.statistics import measure_batch_norm
 from sbf_dist.errors import UserError
 
+Measure = Literal["macs", "params"]
+
 
 @dataclass(frozen=True)
 class Removal:
@@ -93,7 +95,7 @@ def remove(
     removable: Removable,
     *,
     share: float,
-    of: Literal["macs", "params"] = "macs",
+    of: Measure = "macs",
     floor: float = 0.125,
     round_to: int = 1,
 ) -> Removal:
@@ -110,7 +112,7 @@ def remove(
     if not groups and share < 1:
         why = next(iter(removable.left.items()), ("", "it has no convolution or linear layer"))
         raise UserError(f"removal: no channel can be removed: {': '.join(filter(None, why))}")
-    limit = share * _of(removable.cost, of)
+    limit = share * cost_of(removable.cost, of)
     # What no layer's widths say, such as products of features in attention, is counted at the end.
     excess = 0.0
     while True:
@@ -119,7 +121,7 @@ def remove(
         network = copy.deepcopy(dense)
         narrow(network, removed)
         after = count(network, removable.images.shape)
-        over = _of(after, of) - limit
+        over = cost_of(after, of) - limit
         if over <= 1e-9 * limit:
             break
         excess += over
@@ -128,7 +130,8 @@ def remove(
     return Removal(network, removed, removable.left, after)
 
 
-def _of(cost: Cost, what: Literal["macs", "params"]) -> int:
+def cost_of(cost: Cost, what: Measure) -> int:
+    """Return the multiply-adds or the parameters."""
     return cost.macs if what == "macs" else cost.params
 
 
@@ -189,9 +192,7 @@ def _without(groups: list[Coupled], keep: tuple[str, ...]) -> tuple[list[Coupled
 class _Widths:
     """The widths of all layers while channels go, and what the network costs with them."""
 
-    def __init__(
-        self, dense: nn.Module, groups: list[Coupled], cost: Cost, of: Literal["macs", "params"]
-    ) -> None:
+    def __init__(self, dense: nn.Module, groups: list[Coupled], cost: Cost, of: Measure) -> None:
         self.of = of
         self.width: dict[str, list[int]] = {}  # output and input channels
         self.price: dict[str, tuple[float, float]] = {}  # of a pair of them, of an output alone
@@ -206,7 +207,7 @@ class _Widths:
                 out, inp = (out + several, inp) if part.side == "out" else (out, inp + several)
                 losses[part.name] = (out, inp)
             self.removed.append(losses)
-        self.total = float(_of(cost, of))
+        self.total = float(cost_of(cost, of))
 
     def _add(self, dense: nn.Module, name: str, cost: Cost) -> None:
         module = dense.get_submodule(name)
@@ -257,7 +258,7 @@ class _Widths:
 
 def _choose(
     removable: Removable,
-    of: Literal["macs", "params"],
+    of: Measure,
     limit: float,
     floor: float,
     round_to: int,
@@ -292,7 +293,7 @@ def _choose(
     while widths.total > limit * (1 + 1e-9):
         best = min(range(len(groups)), key=rates.__getitem__, default=None)
         if best is None or rates[best] == math.inf:
-            whole = _of(cost, of)
+            whole = cost_of(cost, of)
             raise UserError(
                 f"removal: {limit / whole:.4g} of the {of} cannot be reached; removing all that "
                 f"floors and exceptions allow leaves {math.ceil(1e4 * widths.total / whole) / 1e4}"
