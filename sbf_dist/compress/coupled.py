@@ -1,6 +1,6 @@
 """Which channels of a network must go together, as torch-pruning's dependency graph finds them.
 
-Every group that the graph gives is tried out before it is believed: with half of its channels cut
+Every group that the graph gives is tried out before it is believed: with some of its channels cut
 off, the network must compute what it computes when nothing reads them.
 """
 
@@ -16,6 +16,7 @@ from sbf_dist.compress.narrow import cannot_narrow, is_depthwise, narrow
 from sbf_dist.compress.plan import Removed
 from sbf_dist.errors import UserError
 
+TRIALS = 3  # of a group: a few channels may fit by chance
 TOLERANCE = 1e-8  # of the largest output, in double precision
 
 
@@ -95,8 +96,9 @@ def find_coupled(model: nn.Module, images: Tensor) -> tuple[list[Coupled], dict[
             groups.append(Coupled(name, list(parts.values())))
         else:
             reasons[name] = reason
-    faulty = _faulty(shadow, groups, example)
-    if faulty:
+    faulty: dict[str, str] = {}
+    if _fault(shadow, groups, example) is not None:
+        faulty = _faulty(shadow, groups, example)
         groups = [group for group in groups if group.name not in faulty]
         if _fault(shadow, groups, example) is not None:  # only together
             faulty |= {group.name: "the groups cannot be followed together" for group in groups}
@@ -173,15 +175,25 @@ def _faulty(shadow: nn.Module, groups: list[Coupled], images: Tensor) -> dict[st
     return _faulty(shadow, groups[:half], images) | _faulty(shadow, groups[half:], images)
 
 
-@torch.no_grad()
 def _fault(shadow: nn.Module, groups: list[Coupled], images: Tensor) -> str | None:
-    """Cut half of the channels of all groups; say what is wrong with what is left, if it is."""
+    """Cut random channels of all groups; say what is wrong with what is left, if it ever is."""
     generator = torch.Generator().manual_seed(0)
-    chosen = [
-        (group, torch.randperm(group.size, generator=generator)[: group.size // 2].tolist())
-        for group in groups
-    ]
-    removed = removed_channels(chosen)
+    for _ in range(TRIALS):
+        removed = removed_channels(
+            [
+                (group, torch.randperm(group.size, generator=generator)[: group.size // 2].tolist())
+                for group in groups
+            ]
+        )
+        fault = _difference(shadow, removed, images)
+        if fault is not None:
+            return fault
+    return None
+
+
+@torch.no_grad()
+def _difference(shadow: nn.Module, removed: dict[str, Removed], images: Tensor) -> str | None:
+    """Say what is wrong with `shadow` without `removed`, if anything is."""
     narrowed, silenced = _with_the_same_tensors(shadow), _with_the_same_tensors(shadow)
     try:
         narrow(narrowed, removed)
