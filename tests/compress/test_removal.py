@@ -13,6 +13,7 @@ from sbf_dist.compress.cost import count
 from sbf_dist.compress.coupled import silence
 from sbf_dist.compress.importance import measure_importance
 from sbf_dist.compress.removal import Removal, find_removable, remove
+from sbf_dist.compress.statistics import measure_batch_norm
 from sbf_dist.errors import UserError
 
 
@@ -59,6 +60,7 @@ def test_channels_that_do_nothing_are_removed_first_and_for_nothing():
     with torch.no_grad():
         model.conv2.weight[:, idle] = 0
     images = pictures(64)
+    measure_batch_norm(model, images, 64)
     macs = count(model, (3, 10, 10)).macs
     saving = len(idle) * (100 * model.conv1.weight[0].numel() + 25 * 16 * 9)
     removal = remove(find_removable(model, images), share=1 - saving / macs)
