@@ -7,7 +7,7 @@ from torch import nn
 
 from sbf_dist.compress.convert import convert
 from sbf_dist.compress.cost import count
-from sbf_dist.compress.plan import DenseLayer, Plan, SBFLayer
+from sbf_dist.compress.plan import DenseLayer, Plan, Removed, SBFLayer
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
 
@@ -143,3 +143,49 @@ def test_plan_and_weights_make_the_same_network_again():
     again.load_state_dict(student.state_dict())
     x = pictures(2)
     assert torch.equal(again(x), student(x))
+
+
+def removing(**removed):
+    """A plan for Small that removes channels, makes an SBF layer of conv1, and keeps the rest."""
+    left = 16 - len(removed["conv1"]["out"]) if "conv1" in removed else 16
+    layers = plan(stem=dense(), conv1=every_other(left), conv2=dense())
+    cut = {name: Removed(**channels) for name, channels in removed.items()}
+    return layers.model_copy(update={"removed": cut})
+
+
+CUT = {
+    "conv1": {"out": [3, 5, 8, 9]},
+    "norm1": {"out": [3, 5, 8, 9]},
+    "conv2": {"inp": [3, 5, 8, 9]},
+}
+
+
+def test_channels_are_removed_before_sbf_layers_are_put_in():
+    model = small()
+    student = convert(model, removing(**CUT)).eval()
+    left = [c for c in range(16) if c not in CUT["conv1"]["out"]]
+    assert isinstance(student.conv1, SBFConv2d)
+    assert student.conv1.kept == tuple(range(0, 12, 2))
+    assert torch.equal(student.conv1.basis.weight, model.conv1.weight[left[::2]])
+    assert torch.equal(student.conv2.weight, model.conv2.weight[:, left])
+    assert torch.equal(student.norm1.running_mean, model.norm1.running_mean[left])
+    assert student(pictures(2)).shape == (2, 5)
+    assert model.conv1.out_channels == 16
+
+
+def test_a_removal_of_a_channel_that_is_not_there_names_it():
+    with pytest.raises(UserError, match=r"^plan removes channel 70 of conv1, which has 16$"):
+        convert(small(), removing(**CUT | {"conv1": {"out": [3, 5, 8, 70]}}))
+
+
+def test_removals_of_which_a_part_is_missing_are_refused_with_the_place():
+    cut = {name: channels for name, channels in CUT.items() if name != "norm1"}
+    with pytest.raises(UserError, match="does not fit together at or after norm1"):
+        convert(small(), removing(**cut))
+
+
+def test_a_layer_that_is_numbered_as_before_the_removal_is_refused():
+    layers = removing(**CUT)
+    wrong = layers.model_copy(update={"layers": {**layers.layers, "conv1": every_other(16)}})
+    with pytest.raises(UserError, match="gives layer conv1 16 channels, this network 12"):
+        convert(small(), wrong)
