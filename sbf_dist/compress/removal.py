@@ -14,12 +14,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sbf_dist.compress.calibration import BATCH, Calibration, device_of
+from sbf_dist.compress.calibration import Calibration, device_of
+from sbf_dist.compress.candidates import forward_order
 from sbf_dist.compress.cost import Cost, count
 from sbf_dist.compress.coupled import Coupled, find_coupled, removed_channels
 from sbf_dist.compress.importance import Criterion, has_scales, measure_importance
 from sbf_dist.compress.narrow import is_depthwise, narrow
 from sbf_dist.compress.plan import Removed
+from sbf_dist.compress.reference import Reference
+from sbf_dist.compress.refit import is_mended
+from sbf_dist.compress.sequential import SequentialFit
 from sbf_dist.compress.statistics import measure_batch_norm
 from sbf_dist.errors import UserError
 
@@ -98,13 +102,16 @@ def remove(
     of: Measure = "macs",
     floor: float = 0.125,
     round_to: int = 1,
+    refit: bool = True,
 ) -> Removal:
     """Narrow a copy of the network until it costs `share` of what it did.
 
     Those channels go that matter least for what they cost, which is counted anew after each step.
     Every group of coupled channels keeps at least `floor` of its channels, and a multiple of
-    `round_to`. What reads the rest has the removed channels' means added to its bias, and batch
-    norm is measured again. Raises UserError if the share cannot be reached.
+    `round_to`. What reads the rest has the removed channels' means added to its bias; with `refit`
+    the filters that are left are solved anew, in forward order, so that they give what they gave
+    in the dense network; batch norm is measured again. Raises UserError if the share cannot be
+    reached.
     """
     if not 0 < share <= 1:
         raise UserError(f"removal: share = {share:g} of {of} must lie in (0, 1]")
@@ -126,8 +133,22 @@ def remove(
             break
         excess += over
     _absorb_means(dense, network, removed, removable.images)
-    measure_batch_norm(network, removable.images, BATCH)
-    return Removal(network, removed, removable.left, after)
+    removal = Removal(network, removed, removable.left, after)
+    if refit:
+        _refit(removal, dense, removable.images)
+    measure_batch_norm(network, removable.images, removable.images.part)
+    return removal
+
+
+def _refit(removal: Removal, dense: nn.Module, images: Calibration) -> None:
+    """Solve the filters of the narrowed network anew, on the inputs that it gives them."""
+    few = images.first(2)
+    network = removal.network
+    reference = Reference(dense, removal.remaining(dense))
+    sizes = {name: 1 for name in forward_order(network, few) if is_mended(network, name, few)}
+    fit = SequentialFit(network, reference, sizes, images, refit=True)
+    for name in sizes:
+        fit.mend(name)
 
 
 def cost_of(cost: Cost, what: Measure) -> int:
