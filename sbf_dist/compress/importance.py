@@ -24,12 +24,12 @@ def measure_importance(
 ) -> list[Tensor]:
     """Return for each group how much each of its channels matters, (channels,).
 
-    fisher: the KL divergence that removing it causes, to second order. With g the gradient of the
-    log-probability of a label drawn from the network's own predictions and x the channel where it
-    is read, less its mean (which the next layer's bias or batch norm makes up for), it is half of
-    E⟨g, x⟩²; products are summed over positions and over all layers that read the channel before
-    they are squared (Liu et al. 2021, Group Fisher Pruning, section 3.2). Each group is scaled to
-    the same estimate for half of its channels at once, whose effects add up.
+    fisher: the root of the KL divergence that removing it causes, to second order. With g the
+    gradient of the log-probability of a label drawn from the network's own predictions and x the
+    channel where it is read, less its mean (which the next layer's bias or batch norm makes up
+    for), that is E⟨g, x⟩² up to a factor; products are summed over positions and over all layers
+    that read the channel before they are squared (Liu et al. 2021, Group Fisher Pruning, section
+    3.2). Roots, unlike squares, bound the effect of several channels by their sum (Minkowski).
     taylor: E|⟨g, x⟩| (Molchanov et al. 2017, section 2.2). l1, l2: norm of all weights that make
     or read it; bn_scale: sum of its batch norms' |weight|; both as a share of the group's mean
     (Fang et al. 2023, DepGraph, section 3.3).
@@ -38,17 +38,9 @@ def measure_importance(
         products = _products(dense, groups, images, seed)
         if criterion == "taylor":
             return [product.abs().mean(0) for product in products]
-        return [_divergence(product) for product in products]
+        return [product.square().mean(0).sqrt() for product in products]
     scores = [_weight_score(dense, group, criterion) for group in groups]
     return [score / score.mean().clamp(min=1e-30) for score in scores]
-
-
-def _divergence(product: Tensor) -> Tensor:
-    """Turn the products ⟨g, x⟩ (images, channels) into divergences (channels,)."""
-    single = product.square().mean(0) / 2
-    half = single.argsort()[: max(1, len(single) // 2)]
-    together = product[:, half].sum(1).square().mean() / 2
-    return single * (together / single[half].sum().clamp(min=1e-30))
 
 
 def _products(
