@@ -1,4 +1,4 @@
-"""The plan: which channels of which layer are kept, and what the others are rebuilt from.
+"""The plan: which channels of which layer are kept, rebuilt (and from what), or removed.
 
 A plan is plain JSON that a person can read, diff and edit. It holds no weights: together with a
 state dict it makes a converted network.
@@ -71,7 +71,31 @@ class DenseLayer(BaseModel):
     convertible: bool = Field(description="whether it could have been an SBF layer")
 
 
+NEW_IN_2 = ("criterion", "explanation", "removed")
+
 Layer = Annotated[SBFLayer | DenseLayer, Field(discriminator="kind")]
+
+
+class Removed(BaseModel):
+    """Channels of one module that are cut off, by their numbers in the dense network."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    out: list[int] = Field(
+        [],
+        description="output channels or features, ascending; of a normalisation or a depthwise "
+        "convolution, which has one number of channels, also its input channels",
+    )
+    inp: list[int] = Field([], description="input channels or features, ascending")
+
+    @model_validator(mode="after")
+    def _is_a_list_of_channels(self) -> "Removed":
+        for side, channels in (("out", self.out), ("inp", self.inp)):
+            if channels != sorted(set(channels)) or (channels and channels[0] < 0):
+                raise ValueError(f"{side} must be channels, ascending, each once")
+        if not self.out and not self.inp:
+            raise ValueError("out or inp must name a channel that is removed")
+        return self
 
 
 class Latency(BaseModel):
@@ -90,7 +114,7 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    format: Literal[1] = 1
+    format: Literal[1, 2] = Field(2, description="1: from before channels could be removed")
     model: str = Field(description="name of the dense network, as sbf_dist.models.build takes it")
     classes: int
     input_shape: tuple[int, int, int] = Field(description="channels, height, width")
@@ -100,11 +124,31 @@ class Plan(BaseModel):
     params_before: int
     params_after: int
     latency: Latency | None = Field(None, description="where time was the budget")
+    criterion: str | None = Field(None, description="how much a channel matters was judged by it")
+    explanation: list[str] = Field([], description="how the budget was shared out, in sentences")
+    removed: dict[str, Removed] = Field(
+        {},
+        description="by module name, what is cut off before SBF layers are put in; the channels "
+        "of `layers` are numbered after it",
+    )
     layers: dict[str, Layer]
+
+    @model_validator(mode="after")
+    def _is_of_its_format(self) -> "Plan":
+        if self.format == 1:
+            for key in NEW_IN_2:
+                if getattr(self, key):
+                    raise ValueError(f"a plan of format 1 has no {key}: that is format 2")
+        return self
 
     def digest(self) -> str:
         """Return the SHA-256 of the plan's canonical JSON, 64 hexadecimal digits."""
-        return hashlib.sha256(self.model_dump_json(exclude_none=True).encode()).hexdigest()
+        text = self.model_dump_json(exclude_none=True, exclude=self._unused())
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _unused(self) -> set[str]:
+        """Fields that are left out of the JSON, as they are of plans from before there were any."""
+        return {key for key in NEW_IN_2 if not getattr(self, key)}
 
     def summary(self) -> str:
         """Tell in one line what is converted and what it saves."""
@@ -113,9 +157,14 @@ class Plan(BaseModel):
             f"{converted} of {len(self.layers)} convolutions converted, "
             f"{self.macs_before / 1e6:.2f} → {self.macs_after / 1e6:.2f} M multiply-adds"
         )
+        if self.removed:
+            told = f"{told}, {self._removed_channels()} channels removed"
         if self.latency is not None:
             told += f", {self.latency.ms_before:.2f} → {self.latency.ms_after:.2f} ms"
         return told
+
+    def _removed_channels(self) -> int:
+        return sum(len(self.removed[name].out) for name in self.layers if name in self.removed)
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON, one line for each short list."""
@@ -132,13 +181,16 @@ class Plan(BaseModel):
             raise UserError(f"plan {path} is not a plan: {error}") from None
         except ValidationError as error:
             first = error.errors()[0]
-            # The third part is the kind of layer, which the file does not have as a key.
-            where = ".".join(str(p) for i, p in enumerate(first["loc"]) if i != 2)
+            # The third part of a layer's place is its kind, which is no key in the file.
+            in_layer = first["loc"][:1] == ("layers",)
+            where = ".".join(
+                str(p) for i, p in enumerate(first["loc"]) if not (in_layer and i == 2)
+            )
             raise UserError(f"plan {path}: {where or 'file'}: {first['msg']}") from None
 
 
 def _readable_json(plan: Plan) -> str:
     """JSON with two-space indentation in which lists of numbers stay on one line."""
-    text = json.dumps(plan.model_dump(exclude_none=True), indent=2)
+    text = json.dumps(plan.model_dump(exclude_none=True, exclude=plan._unused()), indent=2)
     number_list = re.compile(r"\[\n[\s\d,]+\]")  # a string holds no raw newline
     return number_list.sub(lambda match: re.sub(r"\s+", " ", match[0]), text) + "\n"

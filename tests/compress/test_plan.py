@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sbf_dist.compress.plan import DenseLayer, Latency, Plan, SBFLayer
+from sbf_dist.compress.plan import DenseLayer, Latency, Plan, Removed, SBFLayer
 from sbf_dist.errors import UserError
 
 
@@ -150,9 +150,9 @@ def test_a_plan_that_is_missing_or_a_folder_is_refused(tmp_path: Path):
 
 
 def test_a_plan_of_another_format_is_refused(tmp_path: Path):
-    content = json.loads(plan({}).model_dump_json()) | {"format": 2}
+    content = json.loads(plan({}).model_dump_json()) | {"format": 3}
     (tmp_path / "plan.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="format: Input should be 1"):
+    with pytest.raises(UserError, match="format: Input should be 1 or 2"):
         Plan.load(tmp_path / "plan.json")
 
 
@@ -178,10 +178,67 @@ def test_times_are_kept_where_they_were_measured_and_not_mentioned_elsewhere(tmp
     assert "null" not in path.read_text()
 
 
-def test_plans_from_before_times_were_measured_keep_their_digest():
+def test_plans_from_before_times_were_measured_keep_their_digest(tmp_path: Path):
     # Of a student that was exported then; load_student compares it.
     digest = "203142748c3a507457b15af622790748920182b37880e74cd86645d91f3073a7"
-    assert plan({"conv": sbf_layer()}).digest() == digest
+    old = plan({"conv": sbf_layer()}).model_copy(update={"format": 1})
+    assert old.digest() == digest
+    path = tmp_path / "plan.json"
+    old.save(path)
+    assert "removed" not in path.read_text()
+    assert Plan.load(path).digest() == digest
+
+
+def removing(**changes):
+    """A plan that removes channels of conv and of what reads it."""
+    removed = {
+        "conv": Removed(out=[1, 3], inp=[]),
+        "norm": Removed(out=[1, 3]),
+        "head": Removed(inp=[1, 3]),
+    }
+    told = {"criterion": "fisher", "explanation": ["half of the saving comes from removal"]}
+    return plan({"conv": sbf_layer()}).model_copy(update={"removed": removed, **told, **changes})
+
+
+def test_removals_are_saved_loaded_and_part_of_the_digest(tmp_path: Path):
+    path = tmp_path / "plan.json"
+    removing().save(path)
+    assert '"conv": {\n      "out": [ 1, 3 ],\n' in path.read_text()
+    assert Plan.load(path) == removing()
+    assert Plan.load(path).digest() == removing().digest() != plan({"conv": sbf_layer()}).digest()
+    path.write_text(path.read_text().replace("[ 1, 3 ]", "[ 1, 2 ]"))
+    assert Plan.load(path).removed["head"].inp == [1, 2]
+
+
+def test_the_summary_counts_removed_channels_of_convolutions_once():
+    assert removing().summary().endswith("M multiply-adds, 2 channels removed")
+
+
+@pytest.mark.parametrize(
+    ("removed", "message"),
+    [
+        ({"conv": {"out": [3, 1]}}, r"removed\.conv: .*out must be channels, ascending, each once"),
+        ({"conv": {"inp": [1, 1]}}, r"removed\.conv: .*inp must be channels, ascending, each once"),
+        ({"conv": {"out": [-1]}}, r"removed\.conv: .*out must be channels"),
+        ({"conv": {}}, r"removed\.conv: .*out or inp must name a channel"),
+        ({"conv": {"out": ["a"]}}, r"removed\.conv\.out\.0: .*integer"),
+        ({"conv": {"outs": [1]}}, r"removed\.conv\.outs: Extra inputs are not permitted"),
+    ],
+)
+def test_a_removal_that_was_edited_wrongly_is_refused_in_one_line(tmp_path: Path, removed, message):
+    path = tmp_path / "plan.json"
+    content = json.loads(removing().model_dump_json()) | {"removed": removed}
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message) as told:
+        Plan.load(path)
+    assert "\n" not in str(told.value)
+
+
+def test_format_1_cannot_remove(tmp_path: Path):
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(json.loads(removing().model_dump_json()) | {"format": 1}))
+    with pytest.raises(UserError, match="a plan of format 1 has no criterion"):
+        Plan.load(path)
 
 
 def test_the_summary_tells_what_was_saved():
