@@ -1,5 +1,6 @@
 """Choosing basis and sources of one layer, and fitting its transformations by least squares."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +16,10 @@ RIDGE = 1e-4  # relative to the mean variance of the features that a system cont
 FLOOR = 1e-12
 
 
-def rank_channels(moments: Moments, weights: Tensor) -> list[int]:
-    """Order all channels so that each prefix is a good basis.
+def rank_channels(
+    moments: Moments, weights: Tensor, among: Collection[int] | None = None
+) -> list[int]:
+    """Order all channels, or those in `among`, so that each prefix is a good basis.
 
     Greedy maximisation of the variance, weighted by `weights` (C,), that is explained when every
     channel outside the basis is rebuilt from its single best source. This objective is
@@ -28,10 +31,11 @@ def rank_channels(moments: Moments, weights: Tensor) -> list[int]:
     explained.fill_diagonal_(0.0)
     explained += torch.diag(moments.yy)
     best = torch.zeros(channels, dtype=torch.double)
+    excluded = [] if among is None else sorted(set(range(channels)) - set(among))
     ranking: list[int] = []
-    for _ in range(channels):
+    for _ in range(channels - len(excluded)):
         gains = (weights[:, None] * (explained - best[:, None]).clamp(min=0)).sum(0)
-        gains[ranking] = -1.0
+        gains[ranking + excluded] = -1.0
         chosen = int(gains.argmax())
         ranking.append(chosen)
         best = torch.maximum(best, explained[:, chosen])
