@@ -3,7 +3,6 @@
 Losses are estimates of the KL divergence (nats per image) from the predictions before.
 """
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -46,7 +45,7 @@ class Spending:
         if self.is_changed(name):
             told.append(
                 f"{option.kept} of {self.channels[name]} filters kept by {self.criteria[name]}, "
-                f"{option.sources} sources, m = {option.size}"
+                f"{_wiring(option)}"
             )
         elif len(row) == 1 and not self.search.kept(row[0].kept):
             told.append(f"its {row[0].kept} filters are no more than floor and round_to keep")
@@ -65,9 +64,9 @@ class Spending:
             told.append(f"adds about {option.loss:.2g} to the loss")
         cheaper, dearer = neighbours(row, option)
         if cheaper is not None:
-            told.append(f"one step cheaper: {self._step(option, cheaper)}")
+            told.append(f"one step cheaper, {self._step(option, cheaper)}")
         if dearer is not None:
-            told.append(f"one step dearer: {self._step(option, dearer)}")
+            told.append(f"one step dearer, {self._step(option, dearer)}")
         return "; ".join(told)
 
     def explain(self, protected: Mapping[str, str]) -> list[str]:
@@ -148,19 +147,34 @@ class Spending:
     def _step(self, here: Option, there: Option) -> str:
         size, unit = self._scale()
         cost, loss = (there.cost - here.cost) / size, there.loss - here.loss
-        form = f"{there.kept} kept, {there.sources} sources, m = {there.size}"
-        if there.sources == 0:
-            form = "dense"
-        per = math.inf if cost == 0 else loss / cost
-        return f"{form}, {cost:+.3g} {unit}, {loss:+.2g} loss ({per:.2g} per {unit})"
+        form = f"{there.kept} kept, {_wiring(there)}" if there.sources else "dense"
+        per = f"{loss / cost:.2g} per {unit}"
+        return f"{form}: {cost:+.3g} {unit}, {loss:+.2g} loss, {per}"
 
 
 def neighbours(row: list[Option], option: Option) -> tuple[Option | None, Option | None]:
-    """Return the next cheaper and the next dearer option that no other of the layer beats."""
-    best = frontier(row)
-    cheaper = [o for o in best if o.cost < option.cost]
-    dearer = [o for o in best if o.cost > option.cost and o.loss < option.loss]
+    """Return the next cheaper and the next dearer of a layer's options that are worth their cost.
+
+    They are corners of the lower convex hull of loss over cost: between them more cost buys less
+    and less, and what one share of the budget buys can be compared between layers.
+    """
+    hull: list[Option] = []
+    for new in frontier(row):
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], new):
+            hull.pop()
+        hull.append(new)
+    cheaper = [o for o in hull if o.cost < option.cost and o.loss > option.loss]
+    dearer = [o for o in hull if o.cost > option.cost and o.loss < option.loss]
     return (cheaper[-1] if cheaper else None), (dearer[0] if dearer else None)
+
+
+def _slope(cheap: Option, dear: Option) -> float:
+    return (dear.loss - cheap.loss) / (dear.cost - cheap.cost)
+
+
+def _wiring(option: Option) -> str:
+    sources = "1 source" if option.sources == 1 else f"{option.sources} sources"
+    return f"{sources}, m = {option.size}"
 
 
 def _listed(names: Iterable[str]) -> str:

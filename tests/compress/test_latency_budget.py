@@ -28,7 +28,11 @@ def options_of(model: nn.Module) -> dict[str, list[Option]]:
     return {
         name: [
             Option(16, 0, 1, 1e9, 0.0),
-            *(Option(b, s, 1, 1e6, (int(name) + 1) * (16 - b) ** 2 / s) for b, s in forms if s <= b),
+            *(
+                Option(b, s, 1, 1e6, (int(name) + 1) * (16 - b) ** 2 / s)
+                for b, s in forms
+                if s <= b
+            ),
         ]
         for name, _ in model.named_children()
     }
