@@ -10,19 +10,21 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from sbf_dist.compress.budget import Budget, Option, allocate
+from sbf_dist.compress.allocation import share_out
+from sbf_dist.compress.budget import Budget, Option
+from sbf_dist.compress.calibration import BATCH, Calibration, device_of
 from sbf_dist.compress.candidates import convolution, find_candidates, forward_order
 from sbf_dist.compress.cost import Cost, count
 from sbf_dist.compress.criteria import Criterion, Ranking, rankings
 from sbf_dist.compress.explanation import Spending
 from sbf_dist.compress.fitting import install
 from sbf_dist.compress.latency import latencies
-from sbf_dist.compress.latency_budget import TimedChoice, allocate_time
+from sbf_dist.compress.latency_budget import TimedChoice
 from sbf_dist.compress.latency_table import LatencyTable, environment
-from sbf_dist.compress.options import PROBES, Search, in_parameters, layer_options
+from sbf_dist.compress.options import PROBES, Search, layer_options
 from sbf_dist.compress.plan import DenseLayer, Latency, Layer, Plan, SBFLayer
+from sbf_dist.compress.reference import Reference
 from sbf_dist.compress.statistics import (
-    BATCH,
     gather_moments,
     measure_batch_norm,
     output_sensitivity,
@@ -37,7 +39,7 @@ Progress = Callable[[str, int, int], None]
 @torch.no_grad()
 def compress(
     model: nn.Module,
-    images: Tensor,
+    images: Tensor | Calibration,
     *,
     model_name: str,
     classes: int,
@@ -52,14 +54,17 @@ def compress(
     progress: Progress | None = None,
     table: LatencyTable | None = None,
     for_inference: Callable[[nn.Module], nn.Module] | None = None,
+    reference: Reference | None = None,
 ) -> tuple[nn.Module, Plan]:
     """Convert `model` to a fitted SBF network within `budget`.
 
-    `images` (N, C, H, W) are normalised calibration images; labels are not needed. `sources` is
-    the largest S, `transform_size` the largest m, beside which 1 is tried (only 1 in layers of
-    more than LARGEST_GRAM / m² channels, whose Gram matrices would be too large); `floor` is the
-    least share of a layer's channels that is kept, in multiples of `round_to`; `keep` are patterns
-    of layers' names to leave alone, `criterion` decides which channels are kept (`criteria`),
+    `images` (N, C, H, W), or a Calibration of them, are normalised; labels are not needed. Layers
+    are fitted to the outputs of `reference`, the network that `model` was narrowed from (`model`
+    itself, if that is None). `sources` is the largest S, `transform_size` the largest m, beside
+    which 1 is tried (only 1 in layers of more than LARGEST_GRAM / m² channels, whose Gram matrices
+    would be too large); `floor` is the least share of a layer's channels that is kept, in multiples
+    of `round_to`; `keep` are patterns of layers' names to leave alone, `criterion` decides which
+    channels are kept (`criteria`),
     `progress` is told (what, done, of). With a budget of time, layers and networks are measured on
     the model's device at the images' size: `table` keeps the layers' latencies and says how many
     images are in a forward pass, and a network is measured as `for_inference` makes it (as it is,
@@ -71,15 +76,16 @@ def compress(
     _check_dense(model, model_name)
     search = Search(sources, transform_size, floor, round_to)
     dense = copy.deepcopy(model).eval()
-    input_shape = (images.shape[1], images.shape[2], images.shape[3])
+    calibration = Calibration.of(images, device=device_of(model))
+    input_shape, few = calibration.shape, calibration.first(2)
     cost = count(dense, input_shape)
     # The least that rebuilding a channel takes is one tap.
-    reasons, candidates = find_candidates(dense, images, 1)
+    reasons, candidates = find_candidates(dense, few, 1)
     if not candidates:
         raise UserError(f"model {model_name!r} has no convolution that an SBF layer could replace")
 
     def batches() -> Iterator[Tensor]:
-        return iter(images.split(BATCH))
+        return calibration.parts(calibration.part)
 
     sensitivity = output_sensitivity(dense, candidates, batches, seed)
     ranked = rankings(dense, candidates, batches, criterion, seed)
@@ -90,8 +96,8 @@ def compress(
         options[name] = layer_options(
             dense,
             name,
-            gather_moments(_own_outputs(dense, name, images), size),
-            images[:PROBES],
+            gather_moments(_own_outputs(dense, name, batches()), size),
+            calibration.first(PROBES),
             cost.layers[name],
             sensitivity[name],
             ranked[name],
@@ -99,38 +105,30 @@ def compress(
         )
     table = table or LatencyTable()
     for_inference = for_inference or _as_it_is
-    timed: TimedChoice | None = None
-    if budget.unit == "ms":
-        timed = allocate_time(
-            dense,
-            options,
-            images[:1],
-            budget,
-            table,
-            for_inference,
-            lambda done, of: _tell(progress, "measure latency", done, of),
-        )
-        options, chosen = timed.priced, timed.options
-    else:
-        whole = cost.macs
-        if budget.kind == "params":
-            whole = cost.params
-            options = {n: in_parameters(convolution(dense, n), row) for n, row in options.items()}
-        fixed = whole - sum(row[0].cost for row in options.values())
-        chosen = allocate(options, fixed=fixed, dense=whole, budget=budget)
-
+    shared = share_out(
+        dense,
+        options,
+        cost,
+        budget,
+        few[:1],
+        table,
+        for_inference,
+        lambda done, of: _tell(progress, "measure latency", done, of),
+    )
     student = copy.deepcopy(dense)
     layers: dict[str, Layer] = {}
-    order = forward_order(dense, images)
+    order = forward_order(dense, few)
+    reference = reference or Reference(dense)
     for index, name in enumerate(order, 1):
         _tell(progress, "fit layers", index, len(order))
-        if name in chosen and chosen[name].sources:
-            layers[name] = _fit_layer(
-                dense, student, name, images, chosen[name], sensitivity[name], ranked[name], cost
+        option = shared.chosen.get(name)
+        if option is not None and option.sources:
+            layers[name] = fit_layer(
+                reference, student, name, batches, option, sensitivity[name], ranked[name], cost
             )
         else:
             layers[name] = DenseLayer(
-                reason=reasons.get(name, ""), macs=cost.layers[name], convertible=name in chosen
+                reason=reasons.get(name, ""), macs=cost.layers[name], convertible=option is not None
             )
     for name, module in dense.named_modules():
         if isinstance(module, nn.Conv2d) and name not in layers:
@@ -138,32 +136,31 @@ def compress(
                 reason="no forward pass in evaluation mode reaches it", macs=0, convertible=False
             )
     # The rebuilt channels vary less than the dense ones (least squares shrinks): measured again.
-    measure_batch_norm(student, images, BATCH)
+    measure_batch_norm(student, calibration, BATCH)
     after = count(student, input_shape)
-    costs: list[float] = [cost.macs, after.macs]
-    if budget.kind == "params":
-        costs = [cost.params, after.params]
     latency = None
-    if timed is not None:
+    before_and_after: list[float] = [cost.macs, after.macs]
+    if budget.kind == "params":
+        before_and_after = [cost.params, after.params]
+    elif shared.timed is not None:
         ready = [for_inference(dense), for_inference(student)]
-        ms_before, ms_after = latencies(ready, input_shape, batch=table.batch)
-        costs = [ms_before, ms_after]
+        before_and_after = latencies(ready, input_shape, batch=table.batch)
         latency = Latency(
             machine=environment(convolution(dense, candidates[0]).weight),
             batch=table.batch,
-            ms_before=round(ms_before, 4),
-            ms_after=round(ms_after, 4),
+            ms_before=round(before_and_after[0], 4),
+            ms_after=round(before_and_after[1], 4),
         )
     spending = Spending(
         budget=budget,
         search=search,
-        options=options,
-        chosen=chosen,
+        options=shared.options,
+        chosen=shared.chosen,
         channels={name: convolution(dense, name).out_channels for name in candidates},
         criteria={name: ranked[name].told for name in candidates},
-        dense=costs[0],
-        before=costs[0],
-        after=costs[1],
+        dense=before_and_after[0],
+        before=before_and_after[0],
+        after=before_and_after[1],
     )
     plan = Plan(
         model=model_name,
@@ -177,7 +174,7 @@ def compress(
         latency=latency,
         criterion=criterion,
         explanation=spending.explain(reasons),
-        layers=_explained(layers, spending, timed),
+        layers=_explained(layers, spending, shared.timed),
     )
     return student, plan
 
@@ -227,33 +224,36 @@ def _check_finite(model: nn.Module, name: str) -> None:
             )
 
 
-def _own_outputs(model: nn.Module, name: str, images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _own_outputs(
+    model: nn.Module, name: str, batches: Iterator[Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Outputs of a convolution, without and with its bias, batch by batch."""
     bias = convolution(model, name).bias
-    for batch in images.split(BATCH):
+    for batch in batches:
         outputs = run_until(model, name, batch, output=True)
         yield outputs - (0.0 if bias is None else bias[:, None, None]), outputs
 
 
-def _fit_layer(
-    dense: nn.Module,
+def fit_layer(
+    reference: Reference,
     student: nn.Module,
     name: str,
-    images: Tensor,
+    batches: Callable[[], Iterator[Tensor]],
     option: Option,
     sensitivity: Tensor,
     ranking: Ranking,
     cost: Cost,
 ) -> SBFLayer:
     """Convert one layer of `student` in place, fitted on the inputs that `student` gives it."""
-    conv = convolution(dense, name)
+    conv = convolution(student, name)
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in images.split(BATCH):
+        for batch in batches():
             inputs = run_until(student, name, batch, output=False)
             # The basis of an SBF layer has no bias, so the candidates have none either.
             candidates = conv._conv_forward(inputs, conv.weight, None)
-            yield candidates, run_until(dense, name, batch, output=True)
+            wanted = run_until(reference.module, name, batch, output=True)
+            yield candidates, reference.select(name, wanted)
 
     moments = gather_moments(pairs(), option.size)
     kept = sorted(ranking.order(moments, sensitivity)[: option.kept])
