@@ -80,7 +80,7 @@ def compress(
     input_shape, few = calibration.shape, calibration.first(2)
     cost = count(dense, input_shape)
     # The least that rebuilding a channel takes is one tap.
-    reasons, candidates = find_candidates(dense, few, 1)
+    reasons, candidates = find_candidates(dense, few, 1, keep)
     if not candidates:
         raise UserError(f"model {model_name!r} has no convolution that an SBF layer could replace")
 
