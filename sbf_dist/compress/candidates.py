@@ -116,9 +116,10 @@ def find_candidates(
 ) -> tuple[dict[str, str], list[str]]:
     """Split the convolutions into those left dense, with the reason, and those to convert.
 
-    `model` is in eval mode; `images` (N, C, H, W) as for `uses`. Layers whose names match a pattern of `keep` (`fnmatch`, e.g. "layer1.*") stay dense. Both results are in
-    forward order; layers that no forward pass reaches are in neither. Raises UserError as `uses`
-    does, and for a pattern that matches no convolution.
+    `model` is in eval mode; `images` (N, C, H, W) as for `uses`. Layers whose names match a pattern
+    of `keep` (`fnmatch`, e.g. "layer1.*") stay dense. Both results are in forward order; layers
+    that no forward pass reaches are in neither. Raises UserError as `uses` does, and for a pattern
+    that matches no convolution.
     """
     found = uses(model, images)
     kept = kept_dense(model, keep)
