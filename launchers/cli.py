@@ -155,15 +155,15 @@ def execute(recipe: Recipe, folder: RunFolder, until: str, again: str | None) ->
         # These take seconds: not before it is known that the folder is free.
         import torch
 
-        from launchers import stages
+        from launchers import sequence, stages
         from launchers.local_ray import available_cpus
         from sbf_dist import tracking
 
         torch.set_num_threads(available_cpus())
         display = Display()
-        stages.check_identity(recipe, folder)
+        sequence.check_identity(recipe, folder)
         if again is not None:
-            stages.forget(recipe, folder, again)
+            sequence.forget(recipe, folder, again)
         run_id = None
         if folder.tracking.exists():
             run_id = json.loads(folder.tracking.read_text())["run_id"]
@@ -183,7 +183,7 @@ def execute(recipe: Recipe, folder: RunFolder, until: str, again: str | None) ->
         parent.log_artifact(folder.recipe)
         resources.enter_context(display)
         work = stages.Run(recipe, folder, display, parent, resources)
-        stages.perform(work, until)
+        sequence.perform(work, until)
     if folder.summary.exists():
         finish(display, folder, uri)
 
