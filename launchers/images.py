@@ -21,9 +21,15 @@ def calibration_images(recipe: Recipe, index: DataIndex) -> torch.Tensor:
 
 def evaluation_images(recipe: Recipe, index: DataIndex, ids: np.ndarray) -> torch.Tensor:
     """Return the evaluation views of `ids`, (N, 3, H, W), in channels_last."""
+    # DALI takes its buffers back when a batch dies.
+    return torch.cat([batch["image"].clone() for batch in evaluation_loader(recipe, index, ids)])
+
+
+def evaluation_loader(recipe: Recipe, index: DataIndex, ids: np.ndarray) -> EvalLoader:
+    """Return the batches of `ids` as the student sees them in evaluation."""
     none = ids[:0]
     view = networks.student_view(recipe)
-    loader = EvalLoader(
+    return EvalLoader(
         dataclasses.replace(index, parts={"labelled": none, "unlabelled": none, "validation": ids}),
         "validation",
         batch_size=64,
@@ -35,5 +41,3 @@ def evaluation_images(recipe: Recipe, index: DataIndex, ids: np.ndarray) -> torc
         world_size=1,
         threads=recipe.data.threads,
     )
-    # DALI takes its buffers back when a batch dies.
-    return torch.cat([batch["image"].clone() for batch in loader])

@@ -13,30 +13,27 @@ from launchers.display import Display
 from launchers.images import calibration_images, evaluation_images
 from launchers.layout import RunFolder, write_json
 from launchers.local_ray import local_ray
+from launchers.student import export as export_student
+from launchers.student import make as make_student
 from launchers.worker import build_network, evaluate_networks, train_networks, write_pseudo_labels
 from pipelines.index import DataIndex
 from pipelines.sources import digits
 from pipelines.sources.folder import index_folder
 from sbf_dist import models, tracking
-from sbf_dist.compress.budget import Budget
 from sbf_dist.compress.cost import count
 from sbf_dist.compress.latency import latency
-from sbf_dist.compress.latency_table import LatencyTable, default_path
 from sbf_dist.compress.plan import DenseLayer, Plan
-from sbf_dist.compress.reconstruct import compress
 from sbf_dist.compress.zeroed import zero_channels
 from sbf_dist.distill import pseudo_labels
 from sbf_dist.distill.selection import select
-from sbf_dist.export.onnx import to_onnx, verify_onnx
 from sbf_dist.export.optimize import optimize
-from sbf_dist.export.saved import ONNX, Card, save_student
+from sbf_dist.export.saved import ONNX
 from sbf_dist.recipe import Recipe
 from sbf_dist.report.chart import accuracy_and_cost
 
 Result = dict[str, Any]
 
 VERIFIED_IMAGES = 64
-LARGEST_ONNX_DIFFERENCE = 1e-4
 
 
 @dataclass
@@ -144,26 +141,12 @@ def write_labels(run: Run, log: tracking.Run) -> Result:
 
 def compress_teacher(run: Run, log: tracking.Run) -> Result:
     """Plan and fit the SBF student; zero channels to the same budget for comparison."""
-    settings = run.recipe.compress
     teacher = networks.compressed_teacher(run.recipe)
     index = DataIndex.load(run.folder.index)
     dense = build_network(run.recipe, run.folder, teacher.name, start_from=teacher.name)
     images = calibration_images(run.recipe, index)
-    student, plan = compress(
-        dense,
-        images,
-        model_name=teacher.model,
-        classes=len(index.classes),
-        budget=Budget(settings.macs, settings.latency, settings.latency_ms),
-        sources=settings.sources,
-        transform_size=settings.transform_size,
-        floor=settings.floor,
-        seed=run.recipe.seed,
-        progress=lambda title, done, of: run.display.show(
-            {"title": title, "step": done, "steps": of}
-        ),
-        table=LatencyTable(settings.latency_table or default_path(), settings.latency_batch),
-        for_inference=optimize,
+    student, plan = make_student(
+        run.recipe, dense, teacher.model, len(index.classes), images, run.display
     )
     reached = plan.macs_after / plan.macs_before
     convertible = [
@@ -175,7 +158,6 @@ def compress_teacher(run: Run, log: tracking.Run) -> Result:
     models.save_weights(student, run.folder.weights(networks.ONE_SHOT))
     models.save_weights(zeroed, run.folder.weights(networks.ZEROED))
     plan.save(run.folder.plan)
-    run.display.say(f"  {plan.summary()}")
     log.log_artifact(run.folder.plan)
     figures: dict[str, float] = {"macs": plan.macs_after, "params": plan.params_after}
     if plan.latency is not None:
@@ -242,19 +224,17 @@ def export(run: Run, log: tracking.Run) -> Result:
     ).eval()
     rows = json.loads(run.folder.result("evaluate").read_text())["rows"]
     top1 = next(row["top1"] for row in rows if row["network"] == networks.STUDENT)
-    data = run.recipe.data
-    card = Card.of(plan, classes=index.classes, mean=list(data.mean), std=list(data.std), top1=top1)
-    save_student(run.folder.student, student, plan, card)
-    onnx = run.folder.student / ONNX
-    to_onnx(student, onnx, card)
     images = evaluation_images(run.recipe, index, index.parts["validation"][:VERIFIED_IMAGES])
-    difference = verify_onnx(onnx, student, images)
-    if difference > LARGEST_ONNX_DIFFERENCE:
-        raise RuntimeError(
-            f"{onnx}: differs from the student by {difference:.2e} in the logits of "
-            f"{len(images)} images, more than {LARGEST_ONNX_DIFFERENCE:.0e}"
-        )
-    uri = tracking.log_student(run.parent, onnx)
+    difference = export_student(
+        run.folder.student,
+        student,
+        plan,
+        run.recipe,
+        classes=index.classes,
+        top1=top1,
+        images=images,
+    )
+    uri = tracking.log_student(run.parent, run.folder.student / ONNX)
     log.log_artifact(run.folder.student, "student")
     log.log_metrics({"onnx_difference": difference}, 0)
     run.display.say(f"  ONNX Runtime agrees within {difference:.1e} on {len(images)} images")
