@@ -326,13 +326,21 @@ def load(path: Path, overrides: typing.Sequence[str] = ()) -> Recipe:
         raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"recipe {path} must be a mapping of keys to values")
+    return validate(content, overrides, f"recipe {path}")
+
+
+def validate(content: dict[str, Any], overrides: typing.Sequence[str], origin: str) -> Recipe:
+    """Make a recipe of `content`, changed by `overrides`; errors begin with `origin`.
+
+    Raises UserError as `load` does.
+    """
     content = _unshared(content)
     for override in overrides:
         _override(content, override)
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"recipe {path}: {_explain(error)}") from None
+        raise UserError(f"{origin}: {_explain(error)}") from None
 
 
 def _unshared(content: Any) -> Any:
