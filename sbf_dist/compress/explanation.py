@@ -10,7 +10,7 @@ from sbf_dist.compress.budget import Budget, Option, frontier
 from sbf_dist.compress.options import Search
 
 NAMED = 4  # layers that a sentence names
-LEFT_ALONE = "the budget is better spent by shrinking other layers"
+LEFT_ALONE = "shrinking other layers costs less"
 # What costs are told in, by unit: the size of a step, and its name.
 STEPS = {"multiply-adds": (1e6, "M multiply-adds"), "parameters": (1e3, "k parameters")}
 
@@ -108,7 +108,7 @@ class Spending:
         }
         for reason in dict.fromkeys(reasons.values()):
             names = [name for name, its_reason in reasons.items() if its_reason == reason]
-            told.append(f"Left as it is: {_listed(names)}: {reason}.")
+            told.append(f"Left as it was ({reason}): {_listed(names)}.")
         return told
 
     def _prices(self, size: float, unit: str) -> list[str]:
@@ -139,7 +139,8 @@ class Spending:
         ranked = sorted(dict.fromkeys(used), key=lambda criterion: -used.count(criterion))
         if len(ranked) <= 1:
             return ranked[0] if ranked else "none was needed"
-        return ", ".join(f"{criterion} in {used.count(criterion)} layers" for criterion in ranked)
+        counts = {criterion: used.count(criterion) for criterion in ranked}
+        return ", ".join(f"{c} in {n} layer{'s' if n > 1 else ''}" for c, n in counts.items())
 
     def _scale(self) -> tuple[float, str]:
         return STEPS.get(self.budget.unit, (1.0, self.budget.unit))
