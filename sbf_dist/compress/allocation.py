@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from sbf_dist.compress.budget import Budget, Option, allocate
-from sbf_dist.compress.candidates import convolution
 from sbf_dist.compress.cost import Cost
 from sbf_dist.compress.latency_budget import TimedChoice, allocate_time
 from sbf_dist.compress.latency_table import LatencyTable
-from sbf_dist.compress.options import in_parameters
+from sbf_dist.compress.options import Shape
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,7 @@ class Allocation:
 def share_out(
     dense: nn.Module,
     options: dict[str, list[Option]],
+    shapes: dict[str, Shape],
     cost: Cost,
     budget: Budget,
     image: Tensor,
@@ -37,7 +37,8 @@ def share_out(
 ) -> Allocation:
     """Choose an option for each layer of `dense` so that the network costs what `budget` says.
 
-    The options come with multiply-adds as their costs, `cost` is that of `dense`. Raises UserError,
+    The options come with multiply-adds as their costs; `shapes` are the layers', `cost` is that of
+    `dense`. Raises UserError,
     naming the smallest budget that works, if there is no such choice; see `allocate_time` for the
     other arguments, which concern budgets of time.
     """
@@ -47,6 +48,6 @@ def share_out(
     whole = cost.macs
     if budget.kind == "params":
         whole = cost.params
-        options = {n: in_parameters(convolution(dense, n), row) for n, row in options.items()}
+        options = {name: shapes[name].in_parameters(row) for name, row in options.items()}
     fixed = whole - sum(row[0].cost for row in options.values())
     return Allocation(options, allocate(options, fixed=fixed, dense=whole, budget=budget))

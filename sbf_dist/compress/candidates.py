@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sbf_dist.errors import UserError
+from sbf_dist.layers import SBFConv2d
 
 LARGEST_GRAM = 4608  # shifted channels in a layer's Gram matrix: 512 channels with m = 3
 # Of all convolutions' multiply-adds: what a layer on a 1 x 1 map must cost to be worth fitting.
@@ -220,7 +221,7 @@ def convolution(model: nn.Module, name: str) -> nn.Conv2d:
     return conv
 
 
-def size_for(conv: nn.Conv2d, transform_size: int) -> int:
+def size_for(conv: nn.Conv2d | SBFConv2d, transform_size: int) -> int:
     """Return the transformations' size in a layer: 1 where the layer is too wide to fit more."""
     return transform_size if conv.out_channels * transform_size**2 <= LARGEST_GRAM else 1
 

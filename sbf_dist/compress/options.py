@@ -1,20 +1,23 @@
 """What each layer could become: its options, with their costs and the losses that they cause."""
 
-import copy
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Self
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sbf_dist.compress.budget import Option, frontier
-from sbf_dist.compress.candidates import convolution, filter_macs, size_for
+from sbf_dist.compress.candidates import size_for
 from sbf_dist.compress.criteria import Ranking
-from sbf_dist.compress.fitting import fit_transforms, install
+from sbf_dist.compress.divergence import Trial
+from sbf_dist.compress.fitting import fit_transforms
 from sbf_dist.compress.statistics import Moments
+from sbf_dist.layers import SBFConv2d
 
 PROBES = 128  # images on which the effect of an option is measured
+SHARES = (0.25, 0.5, 0.75)  # of a layer's cost, at which options are tried
 STEPS = 16  # numbers of kept channels that are tried in a layer
 
 
@@ -41,86 +44,117 @@ class Search:
             multiple * math.ceil(least / multiple), channels, multiple * math.ceil(step / multiple)
         )
 
-    def sizes(self, conv: nn.Conv2d) -> list[int]:
-        """Return the m that are tried in a layer, ascending."""
-        return sorted({1, size_for(conv, self.transform_size)})
+    def size(self, layer: nn.Conv2d | SBFConv2d) -> int:
+        """Return the largest m that is tried in a layer."""
+        return size_for(layer, self.transform_size)
 
 
-def layer_options(
-    dense: nn.Module,
-    name: str,
+@dataclass(frozen=True)
+class Shape:
+    """What the cost of a layer follows from.
+
+    channels: output channels; weights: of one filter; macs, params: of the dense convolution.
+    """
+
+    channels: int
+    weights: int
+    macs: int
+    params: int
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d, macs: int) -> Self:
+        """Describe `conv`, which has `macs` multiply-adds."""
+        params = sum(parameter.numel() for parameter in conv.parameters())
+        return cls(conv.out_channels, conv.weight[0].numel(), macs, params)
+
+    def as_it_is(self) -> Option:
+        """Return the option of the dense convolution."""
+        return Option(self.channels, sources=0, size=1, cost=self.macs, loss=0.0)
+
+    def option_macs(self, kept: int, sources: int, size: int) -> float:
+        """Count the multiply-adds of the convolution as an SBF layer."""
+        taps = (self.channels - kept) * sources * size**2
+        return self.macs * (kept + taps / self.weights) / self.channels
+
+    def option_params(self, kept: int, sources: int, size: int) -> int:
+        """Count the parameters as an SBF layer: it always has a bias, for the means."""
+        return kept * self.weights + (self.channels - kept) * sources * size**2 + self.channels
+
+    def in_parameters(self, row: list[Option]) -> list[Option]:
+        """Give options their parameters as cost, and leave out those not below the first's."""
+        priced = [
+            dataclasses.replace(o, cost=self.option_params(o.kept, o.sources, o.size))
+            if o.sources
+            else dataclasses.replace(o, cost=self.params)
+            for o in row
+        ]
+        return [priced[0], *(option for option in priced[1:] if option.cost < priced[0].cost)]
+
+
+@dataclass(frozen=True)
+class Estimated:
+    """Options of a layer whose losses are comparable among themselves only, and trials of some."""
+
+    options: list[Option]
+    tried: list[Option]
+    trials: list[Trial]
+
+    def scaled(self, divergences: list[float]) -> list[Option]:
+        """Return the options with losses scaled to the KL divergences that the trials cause."""
+        scales = [
+            (option.cost, divergence / max(option.loss, 1e-30))
+            for option, divergence in zip(self.tried, divergences, strict=True)
+        ]
+        return [
+            dataclasses.replace(o, loss=o.loss * min(scales, key=lambda s: abs(s[0] - o.cost))[1])
+            for o in self.options
+        ]
+
+
+def estimate_options(
+    shape: Shape,
+    now: Option,
     moments: Moments,
-    probe: Tensor,
-    layer_macs: int,
     sensitivity: Tensor,
     ranking: Ranking,
     search: Search,
-) -> list[Option]:
-    """Estimate the loss of each (kept, sources, m) of one layer, all others being dense.
+) -> Estimated:
+    """Estimate the loss of each (kept, sources, m) of a layer below `now`, what it is.
 
-    The first option is the layer as it is; costs are multiply-adds. `moments` are those of the
-    dense layer's own outputs at the largest m, `probe` are images (N, C, H, W). The summed squared
-    errors, weighted by sensitivity, rank the options of one layer well but not those of different
-    layers (errors that add up coherently over positions count for more), so they are scaled to the
-    KL divergence measured with a few of the options in place.
+    Costs are multiply-adds; `moments` are those of the layer's own outputs at the largest m. The
+    summed squared errors, weighted by sensitivity, rank the options of one layer well but not
+    those of different layers (errors that add up coherently over positions count for more), so
+    they are to be scaled to the KL divergence that a few of the options cause.
     """
-    conv = convolution(dense, name)
-    dense_option = Option(conv.out_channels, sources=0, size=1, cost=layer_macs, loss=0.0)
     estimated: list[Option] = []
     orders: dict[int, list[int]] = {}
-    for size in search.sizes(conv):
+    for size in sorted({1, moments.size}):
         own = moments.centre(size)
-        orders[size] = ranking.order(own, sensitivity)
-        for kept in search.kept(conv.out_channels):
-            rebuilt = orders[size][kept:]
-            fit = fit_transforms(own.restrict(orders[size][:kept]), rebuilt, search.sources)
+        order = orders[size] = ranking.order(own, sensitivity)
+        for kept in _kept(search, shape, now):
+            rebuilt = sorted(set(range(shape.channels)) - set(order[:kept]))
+            fit = fit_transforms(own.restrict(order[:kept]), rebuilt, search.sources)
             losses = (sensitivity[rebuilt][:, None] * fit.error).sum(0).tolist()
             for used, loss in enumerate(losses, 1):
-                cost = option_macs(conv, layer_macs, kept, used, size)
-                if cost < layer_macs:
+                cost = shape.option_macs(kept, used, size)
+                if cost < now.cost:
                     estimated.append(Option(kept, used, size, cost, loss))
     if not estimated:
-        return [dense_option]
-    expected = dense(probe).log_softmax(1)
-    scales = []
-    probed = frontier(estimated)  # the others are never chosen
-    for share in (0.25, 0.5, 0.75):
-        option = min(probed, key=lambda o: abs(o.cost - share * layer_macs))
-        trial = copy.deepcopy(dense)
+        return Estimated([], [], [])
+    probed = frontier(estimated)  # the others are not chosen
+    tried = [min(probed, key=lambda o: abs(o.cost - share * now.cost)) for share in SHARES]
+    trials = []
+    for option in tried:
         kept_channels = sorted(orders[option.size][: option.kept])
-        install(trial, name, moments.centre(option.size), kept_channels, option.sources)
-        divergence = F.kl_div(
-            trial(probe).log_softmax(1), expected, reduction="batchmean", log_target=True
-        )
-        # Rounding may leave a divergence of nothing below zero.
-        scales.append((option.cost, max(float(divergence), 0.0) / max(option.loss, 1e-30)))
-    scaled = [
-        dataclasses.replace(o, loss=o.loss * min(scales, key=lambda s: abs(s[0] - o.cost))[1])
-        for o in estimated
-    ]
-    return [dense_option, *scaled]
+        rebuilt = sorted(set(range(shape.channels)) - set(kept_channels))
+        own = moments.centre(option.size).restrict(kept_channels)
+        trials.append(Trial(kept_channels, fit_transforms(own, rebuilt, option.sources)))
+    return Estimated(estimated, tried, trials)
 
 
-def option_macs(conv: nn.Conv2d, layer_macs: int, kept: int, sources: int, size: int) -> float:
-    """Count the multiply-adds of an SBF layer in the place of `conv`, which has `layer_macs`."""
-    per_filter, per_tap = filter_macs(conv, layer_macs)
-    return kept * per_filter + (conv.out_channels - kept) * sources * size**2 * per_tap
-
-
-def in_parameters(conv: nn.Conv2d, row: list[Option]) -> list[Option]:
-    """Give the options of `conv` their parameters as cost, and leave out those not below its own.
-
-    An SBF layer has a bias in any case: the means of what is rebuilt go there.
-    """
-    own = sum(parameter.numel() for parameter in conv.parameters())
-    priced = [dataclasses.replace(row[0], cost=own)]
-    for option in row[1:]:
-        rebuilt = conv.out_channels - option.kept
-        cost = (
-            option.kept * conv.weight[0].numel()
-            + rebuilt * option.sources * option.size**2
-            + conv.out_channels
-        )
-        if cost < own:
-            priced.append(dataclasses.replace(option, cost=cost))
-    return priced
+def _kept(search: Search, shape: Shape, now: Option) -> Iterable[int]:
+    """Numbers of channels to try: of an SBF layer also its own, with fewer sources."""
+    fewer = [kept for kept in search.kept(shape.channels) if kept <= now.kept]
+    if now.sources and now.kept not in fewer:
+        fewer.append(now.kept)
+    return fewer

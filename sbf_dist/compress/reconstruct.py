@@ -5,35 +5,32 @@ produce, towards the dense network's outputs, so that later layers mend what ear
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from sbf_dist.compress.allocation import share_out
 from sbf_dist.compress.budget import Budget, Option
-from sbf_dist.compress.calibration import BATCH, Calibration, device_of
+from sbf_dist.compress.calibration import Calibration, device_of
 from sbf_dist.compress.candidates import convolution, find_candidates, forward_order
 from sbf_dist.compress.cost import Cost, count
-from sbf_dist.compress.criteria import Criterion, Ranking, rankings
+from sbf_dist.compress.criteria import Criterion
 from sbf_dist.compress.explanation import Spending
-from sbf_dist.compress.fitting import install
 from sbf_dist.compress.latency import latencies
 from sbf_dist.compress.latency_budget import TimedChoice
 from sbf_dist.compress.latency_table import LatencyTable, environment
-from sbf_dist.compress.options import PROBES, Search, layer_options
+from sbf_dist.compress.option_table import OptionTable, measure_options
+from sbf_dist.compress.options import Search, Shape
 from sbf_dist.compress.plan import DenseLayer, Latency, Layer, Plan, SBFLayer
+from sbf_dist.compress.progress import Progress, tell
 from sbf_dist.compress.reference import Reference
-from sbf_dist.compress.statistics import (
-    gather_moments,
-    measure_batch_norm,
-    output_sensitivity,
-    run_until,
-)
+from sbf_dist.compress.refit import is_mended
+from sbf_dist.compress.sequential import SequentialFit
+from sbf_dist.compress.statistics import measure_batch_norm
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
-
-Progress = Callable[[str, int, int], None]
 
 
 @torch.no_grad()
@@ -55,6 +52,7 @@ def compress(
     table: LatencyTable | None = None,
     for_inference: Callable[[nn.Module], nn.Module] | None = None,
     reference: Reference | None = None,
+    refit: bool = True,
 ) -> tuple[nn.Module, Plan]:
     """Convert `model` to a fitted SBF network within `budget`.
 
@@ -63,8 +61,8 @@ def compress(
     itself, if that is None). `sources` is the largest S, `transform_size` the largest m, beside
     which 1 is tried (only 1 in layers of more than LARGEST_GRAM / m² channels, whose Gram matrices
     would be too large); `floor` is the least share of a layer's channels that is kept, in multiples
-    of `round_to`; `keep` are patterns of layers' names to leave alone, `criterion` decides which
-    channels are kept (`criteria`),
+    of `round_to`; `keep` are patterns of layers' names to leave alone; `criterion` decides which
+    channels are kept (see `criteria`); `refit` solves filters anew on what they now get (`refit`);
     `progress` is told (what, done, of). With a budget of time, layers and networks are measured on
     the model's device at the images' size: `table` keeps the layers' latencies and says how many
     images are in a forward pass, and a network is measured as `for_inference` makes it (as it is,
@@ -74,7 +72,6 @@ def compress(
     """
     _check_finite(model, model_name)
     _check_dense(model, model_name)
-    search = Search(sources, transform_size, floor, round_to)
     dense = copy.deepcopy(model).eval()
     calibration = Calibration.of(images, device=device_of(model))
     input_shape, few = calibration.shape, calibration.first(2)
@@ -84,83 +81,70 @@ def compress(
     if not candidates:
         raise UserError(f"model {model_name!r} has no convolution that an SBF layer could replace")
 
-    def batches() -> Iterator[Tensor]:
-        return calibration.parts(calibration.part)
-
-    sensitivity = output_sensitivity(dense, candidates, batches, seed)
-    ranked = rankings(dense, candidates, batches, criterion, seed)
-    options: dict[str, list[Option]] = {}
-    for index, name in enumerate(candidates, 1):
-        _tell(progress, "measure layers", index, len(candidates))
-        size = max(search.sizes(convolution(dense, name)))
-        options[name] = layer_options(
-            dense,
-            name,
-            gather_moments(_own_outputs(dense, name, batches()), size),
-            calibration.first(PROBES),
-            cost.layers[name],
-            sensitivity[name],
-            ranked[name],
-            search,
-        )
+    search = Search(sources, transform_size, floor, round_to)
+    shapes = {n: Shape.of(convolution(dense, n), cost.layers[n]) for n in candidates}
+    found = measure_options(
+        dense,
+        shapes,
+        {name: shape.as_it_is() for name, shape in shapes.items()},
+        calibration,
+        search=search,
+        criterion=criterion,
+        seed=seed,
+        progress=progress,
+    )
     table = table or LatencyTable()
     for_inference = for_inference or _as_it_is
     shared = share_out(
         dense,
-        options,
+        found.rows,
+        shapes,
         cost,
         budget,
         few[:1],
         table,
         for_inference,
-        lambda done, of: _tell(progress, "measure latency", done, of),
+        lambda done, of: tell(progress, "measure latency", done, of),
     )
     student = copy.deepcopy(dense)
-    layers: dict[str, Layer] = {}
     order = forward_order(dense, few)
-    reference = reference or Reference(dense)
-    for index, name in enumerate(order, 1):
-        _tell(progress, "fit layers", index, len(order))
-        option = shared.chosen.get(name)
-        if option is not None and option.sources:
-            layers[name] = fit_layer(
-                reference, student, name, batches, option, sensitivity[name], ranked[name], cost
-            )
-        else:
-            layers[name] = DenseLayer(
-                reason=reasons.get(name, ""), macs=cost.layers[name], convertible=option is not None
-            )
-    for name, module in dense.named_modules():
-        if isinstance(module, nn.Conv2d) and name not in layers:
-            layers[name] = DenseLayer(
-                reason="no forward pass in evaluation mode reaches it", macs=0, convertible=False
-            )
+    made = fit_layers(
+        student,
+        reference or Reference(dense),
+        order,
+        {name: option for name, option in shared.chosen.items() if option.sources},
+        found,
+        {name: shape.macs for name, shape in shapes.items()},
+        calibration,
+        refit=refit,
+        progress=progress,
+    )
     # The rebuilt channels vary less than the dense ones (least squares shrinks): measured again.
-    measure_batch_norm(student, calibration, BATCH)
+    measure_batch_norm(student, calibration, calibration.part)
     after = count(student, input_shape)
     latency = None
-    before_and_after: list[float] = [cost.macs, after.macs]
+    costs: list[float] = [cost.macs, after.macs]
     if budget.kind == "params":
-        before_and_after = [cost.params, after.params]
+        costs = [cost.params, after.params]
     elif shared.timed is not None:
         ready = [for_inference(dense), for_inference(student)]
-        before_and_after = latencies(ready, input_shape, batch=table.batch)
+        costs = latencies(ready, input_shape, batch=table.batch)
         latency = Latency(
             machine=environment(convolution(dense, candidates[0]).weight),
             batch=table.batch,
-            ms_before=round(before_and_after[0], 4),
-            ms_after=round(before_and_after[1], 4),
+            ms_before=round(costs[0], 4),
+            ms_after=round(costs[1], 4),
         )
     spending = Spending(
         budget=budget,
         search=search,
         options=shared.options,
         chosen=shared.chosen,
-        channels={name: convolution(dense, name).out_channels for name in candidates},
-        criteria={name: ranked[name].told for name in candidates},
-        dense=before_and_after[0],
-        before=before_and_after[0],
-        after=before_and_after[1],
+        channels={name: shape.channels for name, shape in shapes.items()},
+        criteria={name: ranking.told for name, ranking in found.rankings.items()},
+        dense=costs[0],
+        before=costs[0],
+        after=costs[1],
     )
     plan = Plan(
         model=model_name,
@@ -174,35 +158,81 @@ def compress(
         latency=latency,
         criterion=criterion,
         explanation=spending.explain(reasons),
-        layers=_explained(layers, spending, shared.timed),
+        layers=_told_layers(dense, order, made, reasons, cost, spending, shared.timed),
     )
     return student, plan
 
 
-def _explained(
-    layers: dict[str, Layer], spending: Spending, timed: TimedChoice | None
+def fit_layers(
+    student: nn.Module,
+    reference: Reference,
+    order: list[str],
+    chosen: Mapping[str, Option],
+    found: OptionTable,
+    macs: Mapping[str, int],
+    images: Calibration,
+    *,
+    refit: bool,
+    progress: Progress | None,
+) -> dict[str, SBFLayer]:
+    """Convert the convolutions of `student` that are `chosen`, in place, each as its option says.
+
+    `order` are all of its convolutions in forward order, `macs` the multiply-adds of those that
+    are converted; with `refit`, those that are not are mended as well (`SequentialFit`).
+    """
+    few = images.first(2)
+    sizes = {
+        name: chosen[name].size if name in chosen else 1
+        for name in order
+        if name in chosen or (refit and is_mended(student, name, few))
+    }
+    fit = SequentialFit(student, reference, sizes, images, refit=refit)
+    made: dict[str, SBFLayer] = {}
+    for index, name in enumerate(order, 1):
+        tell(progress, "fit layers", index, len(order))
+        if name in chosen:
+            option, rank = chosen[name], partial(found.order, name)
+            made[name] = fit.convert(name, rank, option.kept, option.sources, macs[name])
+        elif name in sizes:
+            fit.mend(name)
+    return made
+
+
+def _told_layers(
+    dense: nn.Module,
+    order: list[str],
+    made: dict[str, SBFLayer],
+    reasons: dict[str, str],
+    cost: Cost,
+    spending: Spending,
+    timed: TimedChoice | None,
 ) -> dict[str, Layer]:
-    """Return the plans of layers with their reasons, and with their times where these decided."""
-    told = dict(layers)
-    for name, option in spending.chosen.items():
-        update: dict[str, object] = {"reason": spending.reason(name)}
-        if timed is not None:
-            before, after = round(timed.dense_ms[name], 4), round(option.cost, 4)
-            if isinstance(layers[name], SBFLayer):
-                update |= {"ms_before": before, "ms_after": after}
-            else:
-                update["ms"] = before
-        told[name] = layers[name].model_copy(update=update)
-    return told
+    """Return the plans of all layers, with their reasons, and their times where these decided."""
+    layers: dict[str, Layer] = {}
+    for name in order:
+        ms = None if timed is None else timed.dense_ms.get(name)
+        if name in made:
+            update: dict[str, object] = {"reason": spending.reason(name)}
+            if ms is not None:
+                after = round(spending.chosen[name].cost, 4)
+                update |= {"ms_before": round(ms, 4), "ms_after": after}
+            layers[name] = made[name].model_copy(update=update)
+        else:
+            layers[name] = DenseLayer(
+                reason=reasons[name] if name in reasons else spending.reason(name),
+                macs=cost.layers[name],
+                ms=None if ms is None else round(ms, 4),
+                convertible=name not in reasons,
+            )
+    for name, module in dense.named_modules():
+        if isinstance(module, nn.Conv2d) and name not in layers:
+            never = "no forward pass in evaluation mode reaches it"
+            layers[name] = DenseLayer(reason=never, macs=0, convertible=False)
+    return layers
 
 
 def _as_it_is(model: nn.Module) -> nn.Module:
     return model
-
-
-def _tell(progress: Progress | None, what: str, done: int, of: int) -> None:
-    if progress is not None:
-        progress(what, done, of)
 
 
 def _check_dense(model: nn.Module, name: str) -> None:
@@ -222,39 +252,3 @@ def _check_finite(model: nn.Module, name: str) -> None:
             raise UserError(
                 f"model {name!r} has {what} in layer {layer} ({kind}): its weights must be numbers"
             )
-
-
-def _own_outputs(
-    model: nn.Module, name: str, batches: Iterator[Tensor]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Outputs of a convolution, without and with its bias, batch by batch."""
-    bias = convolution(model, name).bias
-    for batch in batches:
-        outputs = run_until(model, name, batch, output=True)
-        yield outputs - (0.0 if bias is None else bias[:, None, None]), outputs
-
-
-def fit_layer(
-    reference: Reference,
-    student: nn.Module,
-    name: str,
-    batches: Callable[[], Iterator[Tensor]],
-    option: Option,
-    sensitivity: Tensor,
-    ranking: Ranking,
-    cost: Cost,
-) -> SBFLayer:
-    """Convert one layer of `student` in place, fitted on the inputs that `student` gives it."""
-    conv = convolution(student, name)
-
-    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in batches():
-            inputs = run_until(student, name, batch, output=False)
-            # The basis of an SBF layer has no bias, so the candidates have none either.
-            candidates = conv._conv_forward(inputs, conv.weight, None)
-            wanted = run_until(reference.module, name, batch, output=True)
-            yield candidates, reference.select(name, wanted)
-
-    moments = gather_moments(pairs(), option.size)
-    kept = sorted(ranking.order(moments, sensitivity)[: option.kept])
-    return install(student, name, moments, kept, option.sources, cost.layers[name])

@@ -10,7 +10,7 @@ from sbf_dist.compress.budget import Budget
 from sbf_dist.compress.criteria import CRITERIA, Ranking, following_norms, rankings
 from sbf_dist.compress.fitting import rank_channels
 from sbf_dist.compress.reconstruct import compress
-from sbf_dist.compress.statistics import gather_moments, run_until
+from sbf_dist.compress.statistics import MomentSums, neighbourhoods, run_until
 from sbf_dist.errors import UserError
 
 NAMES = ["conv1", "conv2"]
@@ -31,7 +31,9 @@ def scores(criterion, model=None, seed=0):
 
 def moments_of(model, name):
     y = run_until(model, name, pictures(8), output=True).detach()
-    return gather_moments(iter([(y, y)]), 3)
+    sums = MomentSums(3)
+    sums.add(neighbourhoods(y, 3), neighbourhoods(y, 1))
+    return sums.moments()
 
 
 @pytest.mark.parametrize(("criterion", "order"), [("l1", 1), ("l2", 2)])
