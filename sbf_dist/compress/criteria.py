@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sbf_dist.compress.candidates import convolution
 from sbf_dist.compress.fitting import rank_channels
+from sbf_dist.compress.layerwise import layer_of
 from sbf_dist.compress.statistics import Moments
 from sbf_dist.errors import UserError
+from sbf_dist.layers import SBFConv2d
 
 Criterion = Literal["reconstruction", "l1", "l2", "bn_scale", "taylor", "random"]
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
@@ -61,11 +62,12 @@ def rankings(
     criterion: str,
     seed: int,
 ) -> dict[str, Ranking]:
-    """Give each of the convolutions `names` of `model` (in eval mode) its order of channels.
+    """Give each of the layers `names` of `model` (in eval mode) its order of channels.
 
-    `batches` gives calibration images (N, C, H, W), anew at each call. Where bn_scale finds no
-    batch norm with a scale behind a layer, l2 is used there, and the ranking says so. Raises
-    UserError for an unknown criterion.
+    Channels that an SBF layer rebuilds have no filter: l1 and l2 rank them last. `batches` gives
+    calibration images (N, C, H, W), anew at each call. Where bn_scale finds no batch norm with a
+    scale behind a layer, l2 is used there, and the ranking says so. Raises UserError for an
+    unknown criterion.
     """
     if criterion not in CRITERIA:
         raise UserError(f"criterion = {criterion!r} must be one of {', '.join(CRITERIA)}")
@@ -73,7 +75,7 @@ def rankings(
         return {name: Ranking(criterion) for name in names}
     if criterion == "random":
         generator = torch.Generator().manual_seed(seed)
-        widths = {name: convolution(model, name).out_channels for name in names}
+        widths = {name: layer_of(model, name).out_channels for name in names}
         return {
             name: Ranking(criterion, torch.rand(width, generator=generator, dtype=torch.double))
             for name, width in widths.items()
@@ -91,8 +93,14 @@ def rankings(
 
 
 def _filter_norms(model: nn.Module, name: str, order: int) -> Tensor:
-    weight = convolution(model, name).weight.detach()
-    return weight.flatten(1).double().norm(order, dim=1).cpu()
+    layer = layer_of(model, name)
+    weight = layer.basis.weight if isinstance(layer, SBFConv2d) else layer.weight
+    norms = weight.detach().flatten(1).double().norm(order, dim=1).cpu()
+    if isinstance(layer, SBFConv2d):
+        norms = (
+            torch.zeros(layer.out_channels).double().index_put((torch.tensor(layer.kept),), norms)
+        )
+    return norms
 
 
 def _by_scale(model: nn.Module, name: str, norm: str | None) -> Ranking:
@@ -147,7 +155,7 @@ def _gradients(
 
 
 def following_norms(model: nn.Module, images: Tensor) -> dict[str, str]:
-    """Map each convolution to the batch norm that reads its very output."""
+    """Map each convolution or SBF layer to the batch norm that reads its very output."""
     outputs: list[tuple[Tensor, str]] = []  # kept alive, so that identities stay unique
     following: dict[str, str] = {}
 
@@ -164,7 +172,7 @@ def following_norms(model: nn.Module, images: Tensor) -> dict[str, str]:
 
     handles = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d | SBFConv2d):
             handles.append(module.register_forward_hook(of_conv(name)))
         elif isinstance(module, nn.BatchNorm2d):
             handles.append(module.register_forward_pre_hook(of_norm(name)))
