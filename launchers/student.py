@@ -42,6 +42,7 @@ def make(
         criterion=settings.criterion,
         keep=settings.keep,
         round_to=settings.round_to,
+        between=settings.between,
         sources=settings.sources,
         transform_size=settings.transform_size,
         floor=settings.floor,

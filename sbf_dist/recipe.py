@@ -232,6 +232,11 @@ class Compress(Section):
             raise ValueError(
                 f"rounds = {self.rounds} needs a budget of macs or params; for a time it must be 1"
             )
+        if self.rounds > 1 and self.between is not None:
+            raise ValueError(
+                f"rounds = {self.rounds} needs between = null: layers with {self.between} are not "
+                "shrunk again"
+            )
         return self
 
 

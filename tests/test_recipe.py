@@ -248,6 +248,8 @@ def test_a_key_that_is_wrongly_written_comes_before_the_one_that_is_missing_for_
         ("compress.rounds=0", "compress.rounds = 0 must be greater than or equal to 1"),
         ("compress={teacher: one, latency: 0.5, rounds: 2}",
          "compress: rounds = 2 needs a budget of macs or params; for a time it must be 1"),
+        ("compress={teacher: one, macs: 0.5, rounds: 2, between: bn_relu}", "compress: rounds = 2 "
+         "needs between = null: layers with bn_relu are not shrunk again"),
         ("compress.between=relu", "compress.between = 'relu' must be 'bn_relu'"),
         ("compress.macs=half", "compress.macs = 'half' must be a valid number"),
         ("compress.transform_size=4", "compress: transform_size = 4 must be odd"),

@@ -34,6 +34,8 @@ def share_out(
     table: LatencyTable,
     for_inference: Callable[[nn.Module], nn.Module],
     tell: Callable[[int, int], None],
+    *,
+    between: bool = False,
 ) -> Allocation:
     """Choose an option for each layer of `dense` so that the network costs what `budget` says.
 
@@ -48,6 +50,8 @@ def share_out(
     whole = cost.macs
     if budget.kind == "params":
         whole = cost.params
-        options = {name: shapes[name].in_parameters(row) for name, row in options.items()}
+        options = {
+            name: shapes[name].in_parameters(row, between=between) for name, row in options.items()
+        }
     fixed = whole - sum(row[0].cost for row in options.values())
     return Allocation(options, allocate(options, fixed=fixed, dense=whole, budget=budget))

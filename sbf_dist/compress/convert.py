@@ -5,6 +5,7 @@ import copy
 import torch
 from torch import nn
 
+from sbf_dist.compress.between import make_between
 from sbf_dist.compress.candidates import is_plain
 from sbf_dist.compress.plan import Plan, SBFLayer
 from sbf_dist.errors import UserError
@@ -53,7 +54,8 @@ def replace(model: nn.Module, name: str, layer: SBFLayer) -> SBFConv2d:
             f"{conv.out_channels}: the plan was made for another network"
         )
     try:
-        sbf = SBFConv2d.from_conv(conv, layer.kept, layer.sources, layer.transform_size)
+        between = make_between(layer.between, len(layer.kept), conv.weight)
+        sbf = SBFConv2d.from_conv(conv, layer.kept, layer.sources, layer.transform_size, between)
     except ValueError as error:  # a plan that was edited: what its own checks cannot know
         raise UserError(f"plan, layer {name}: {error}") from None
     if sbf.bias is None:

@@ -27,13 +27,15 @@ class Search:
 
     sources: the largest S; transform_size: the largest m, beside which 1 is tried; floor: the
     least share of a layer's channels that is kept; round_to: kept channels come in multiples of
-    it, so that layers of no more channels than that stay as they are.
+    it, so that layers of no more channels than that stay as they are; between: whether layers
+    will have a batch norm between basis and transformations, which has parameters.
     """
 
     sources: int = 4
     transform_size: int = 3
     floor: float = 0.125
     round_to: int = 1
+    between: bool = False
 
     def kept(self, channels: int) -> range:
         """Return the numbers of channels, less than all, that a layer may keep."""
@@ -76,14 +78,17 @@ class Shape:
         taps = (self.channels - kept) * sources * size**2
         return self.macs * (kept + taps / self.weights) / self.channels
 
-    def option_params(self, kept: int, sources: int, size: int) -> int:
+    def option_params(self, kept: int, sources: int, size: int, *, between: bool = False) -> int:
         """Count the parameters as an SBF layer: it always has a bias, for the means."""
-        return kept * self.weights + (self.channels - kept) * sources * size**2 + self.channels
+        taps = (self.channels - kept) * sources * size**2
+        return kept * (self.weights + 2 * between) + taps + self.channels
 
-    def in_parameters(self, row: list[Option]) -> list[Option]:
+    def in_parameters(self, row: list[Option], *, between: bool = False) -> list[Option]:
         """Give options their parameters as cost, and leave out those not below the first's."""
         priced = [
-            dataclasses.replace(o, cost=self.option_params(o.kept, o.sources, o.size))
+            dataclasses.replace(
+                o, cost=self.option_params(o.kept, o.sources, o.size, between=between)
+            )
             if o.sources
             else dataclasses.replace(o, cost=self.params)
             for o in row

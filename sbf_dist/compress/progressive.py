@@ -81,6 +81,12 @@ def shrink(
             f"a network that has SBF layers cannot be shrunk to {budget.kind} = {budget.value:g}: "
             "give macs or params"
         )
+    for name, layer in plan.layers.items():
+        if isinstance(layer, SBFLayer) and layer.between is not None:
+            raise UserError(
+                f"layer {name} has {layer.between} between basis and transformations: it cannot be "
+                "shrunk again"
+            )
     now = copy.deepcopy(student).eval()
     calibration = Calibration.of(images, device=device_of(student))
     dense = unfolded(now)

@@ -7,11 +7,13 @@ produce, towards the dense network's outputs, so that later layers mend what ear
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from sbf_dist.compress.allocation import share_out
+from sbf_dist.compress.between import insert_between
 from sbf_dist.compress.budget import Budget, Option
 from sbf_dist.compress.calibration import Calibration, device_of
 from sbf_dist.compress.candidates import convolution, find_candidates, forward_order
@@ -53,6 +55,7 @@ def compress(
     for_inference: Callable[[nn.Module], nn.Module] | None = None,
     reference: Reference | None = None,
     refit: bool = True,
+    between: Literal["bn_relu"] | None = None,
 ) -> tuple[nn.Module, Plan]:
     """Convert `model` to a fitted SBF network within `budget`.
 
@@ -63,7 +66,8 @@ def compress(
     would be too large); `floor` is the least share of a layer's channels that is kept, in multiples
     of `round_to`; `keep` are patterns of layers' names to leave alone; `criterion` decides which
     channels are kept (see `criteria`); `refit` solves filters anew on what they now get (`refit`);
-    `progress` is told (what, done, of). With a budget of time, layers and networks are measured on
+    `between` is put between basis and transformations, to be trained (`between`); `progress` is
+    told (what, done, of). With a budget of time, layers and networks are measured on
     the model's device at the images' size: `table` keeps the layers' latencies and says how many
     images are in a forward pass, and a network is measured as `for_inference` makes it (as it is,
     if that is None). Returns the network in eval mode and its plan. Raises UserError if the budget
@@ -81,7 +85,7 @@ def compress(
     if not candidates:
         raise UserError(f"model {model_name!r} has no convolution that an SBF layer could replace")
 
-    search = Search(sources, transform_size, floor, round_to)
+    search = Search(sources, transform_size, floor, round_to, between is not None)
     shapes = {n: Shape.of(convolution(dense, n), cost.layers[n]) for n in candidates}
     found = measure_options(
         dense,
@@ -105,6 +109,7 @@ def compress(
         table,
         for_inference,
         lambda done, of: tell(progress, "measure latency", done, of),
+        between=between is not None,
     )
     student = copy.deepcopy(dense)
     order = forward_order(dense, few)
@@ -119,6 +124,8 @@ def compress(
         refit=refit,
         progress=progress,
     )
+    if between is not None:
+        made = insert_between(student, made, calibration, between)
     # The rebuilt channels vary less than the dense ones (least squares shrinks): measured again.
     measure_batch_norm(student, calibration, calibration.part)
     after = count(student, input_shape)

@@ -72,7 +72,17 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     folded = copy.deepcopy(model).eval()
     for parameter in folded.parameters():
         parameter.requires_grad_(False)
-    norms = {name: module for name, module in folded.named_modules() if isinstance(module, Norm)}
+    inside = {
+        part
+        for layer in folded.modules()
+        if isinstance(layer, SBFConv2d) and layer.between is not None
+        for part in layer.between.modules()
+    }
+    norms = {
+        name: module
+        for name, module in folded.named_modules()
+        if isinstance(module, Norm) and module not in inside
+    }
     if not norms:
         return folded
     try:
@@ -137,6 +147,8 @@ def _obstacle_before(
     kind = type(model.get_submodule(name))
     if kind not in (nn.Conv2d, SBFConv2d):
         return f"it follows a {kind.__name__}"
+    if getattr(model.get_submodule(name), "between", None) is not None:
+        return "it follows an SBF layer whose basis features another batch norm reads"
     if calls[name] > 1:
         return f"its convolution {name} is called {calls[name]} times"
     if len(node.users) > 1:

@@ -144,6 +144,8 @@ def _is_fusible(module: nn.Module) -> bool:
         return False
     if type(module) is nn.Conv2d:
         return numeric_padding(module) is not None
+    if getattr(module, "between", None) is not None:
+        return False  # two operators with others in the middle
     if isinstance(module, SBF):
         basis = module.get_submodule("basis")
         assert isinstance(basis, nn.Conv2d)
