@@ -20,9 +20,11 @@ class SBFConv2d(nn.Module):
 
     kept: numbers of the output channels that are kept, ascending; with groups, equally many of
     each group. sources: for each rebuilt channel, in ascending order, the S kept channels (output
-    channel numbers) that it is rebuilt from. transform_size: m, odd. The other arguments are
-    nn.Conv2d's; padding_mode concerns the basis convolution only. Raises ValueError, naming the
-    argument and its value, if these do not fit together.
+    channel numbers) that it is rebuilt from. transform_size: m, odd. between: a module that maps
+    (N, B, H, W) to the same shape, through which basis features go before they are transformed;
+    kept channels are the basis features themselves (after Miles and Mikolajczyk, ICCVW 2023). The
+    other arguments are nn.Conv2d's; padding_mode concerns the basis convolution only. Raises
+    ValueError, naming the argument and its value, if these do not fit together.
 
     Parameters: basis.weight (B, in_channels / groups, k, k), transforms (P, S, m, m), bias
     (out_channels,) or None. Initially the basis and bias are nn.Conv2d's, and a transform is
@@ -47,6 +49,7 @@ class SBFConv2d(nn.Module):
         groups: int = 1,
         bias: bool = True,
         padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        between: nn.Module | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -65,6 +68,7 @@ class SBFConv2d(nn.Module):
             device=device,
             dtype=dtype,
         )
+        self.between = between
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size = self.basis.kernel_size
@@ -102,6 +106,7 @@ class SBFConv2d(nn.Module):
         kept: Sequence[int],
         sources: Sequence[Sequence[int]],
         transform_size: int = 3,
+        between: nn.Module | None = None,
     ) -> Self:
         """Make the layer that keeps these filters of `conv`; transforms have their initial values.
 
@@ -122,6 +127,7 @@ class SBFConv2d(nn.Module):
             groups=conv.groups,
             bias=conv.bias is not None,
             padding_mode=conv.padding_mode,
+            between=between,
             device=conv.weight.device,
             dtype=conv.weight.dtype,
         )
@@ -155,6 +161,9 @@ class SBFConv2d(nn.Module):
         loaded: the wiring is not in a state dict.
         """
         self.basis.reset_parameters()
+        for part in [] if self.between is None else self.between.modules():
+            if callable(reset := getattr(part, "reset_parameters", None)):
+                reset()
         self.reset_own_parameters()
         positions, order = self.wiring()
         self.sources.copy_(positions)
@@ -175,7 +184,7 @@ class SBFConv2d(nn.Module):
         """(N, in_channels, H, W) -> (N, out_channels, H', W'), as nn.Conv2d, in x's layout.
 
         Without gradients it is one operator, with them two: the basis features are kept for the
-        backward pass.
+        backward pass. With something between basis and transformations there are always two.
         """
         if self._is_one_operator(x):
             return sbf_conv2d(
@@ -190,7 +199,13 @@ class SBFConv2d(nn.Module):
                 dilation=self.dilation,  # type: ignore[arg-type]
                 groups=self.groups,
             )
-        return expand(self.basis(x), self.transforms, self.sources, self.order, self.bias)
+        z = self.basis(x)
+        if self.between is None:
+            return expand(z, self.transforms, self.sources, self.order, self.bias)
+        entries = torch.arange(len(self.order), device=x.device)
+        rebuilt = expand(self.between(z), self.transforms, self.sources, entries)
+        y = torch.cat([z, rebuilt[:, len(self.kept) :]], dim=1)[:, self.order]
+        return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
 
     def _is_one_operator(self, x: Tensor) -> bool:
         hooked = self.basis._forward_hooks or self.basis._forward_pre_hooks
@@ -201,6 +216,7 @@ class SBFConv2d(nn.Module):
             or self.padding_mode != "zeros"
             or isinstance(self.padding, str)
             or x.dtype != self.transforms.dtype
+            or self.between is not None
             or hooked  # which wait for the basis features
         )
 
@@ -210,8 +226,11 @@ class SBFConv2d(nn.Module):
 
         Returns (out_channels, in_channels, k + s(m-1), k + s(m-1)) for filters of size k and
         stride s (per axis). A convolution with it needs s(m-1)/2 more padding than the layer's.
-        Raises ValueError if dilation or groups is not 1.
+        Raises ValueError if dilation or groups is not 1, or if something is between basis and
+        transformations.
         """
+        if self.between is not None:
+            raise ValueError(f"no filter equals a layer with {self.between} between its parts")
         if self.dilation != (1, 1) or self.groups != 1:
             raise ValueError(
                 f"effective_filter needs dilation 1 and groups 1, got dilation {self.dilation} "

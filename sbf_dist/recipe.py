@@ -19,6 +19,9 @@ Above0 = typing.Annotated[float, Field(gt=0)]
 # No dot in front: "." and ".." are folders that exist.
 Name = typing.Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
 
+# As sbf_dist.compress.criteria has it, which loads PyTorch.
+Criterion = Literal["reconstruction", "l1", "l2", "bn_scale", "taylor", "random"]
+
 
 class Section(BaseModel):
     """A part of a recipe; unknown keys are errors."""
@@ -157,10 +160,13 @@ class PseudoLabels(Section):
 
 
 class Compress(Section):
-    """From a dense network to an SBF network; the budget is exactly one of the first three."""
+    """From a dense network to an SBF network; the budget is exactly one of the first four."""
 
-    macs: Share | None = Field(
-        None, description="multiply-adds to reach, as a share of the dense network's"
+    macs: float | None = Field(
+        None, description="multiply-adds to reach: a share of the dense network's, or a number > 1"
+    )
+    params: float | None = Field(
+        None, description="parameters to reach: a share of the dense network's, or a number > 1"
     )
     latency: Share | None = Field(
         None, description="time to reach as measured here, as a share of the dense network's"
@@ -171,10 +177,34 @@ class Compress(Section):
         None, description="file of measured times; null: sbf-dist/latency.json in the user's cache"
     )
     teacher: str = Field(description="the teacher that is compressed to become the student")
+    criterion: Criterion = Field(
+        "reconstruction", description="which channels of a layer are kept; see compress.criteria"
+    )
+    keep: list[str] = Field(
+        [], description="patterns of layers' names to leave as they are, e.g. 'layer1.*'"
+    )
     sources: Positive = Field(4, description="largest number S of sources per rebuilt channel")
-    transform_size: Positive = Field(3, description="m: side of the transformations, odd")
+    transform_size: Positive = Field(
+        3, description="largest m, side of the transformations, odd; each layer gets this or 1"
+    )
     floor: Share = Field(0.125, description="least share of a layer's channels that is kept")
+    round_to: Positive = Field(
+        1, description="kept channels come in multiples of this; narrower layers keep all"
+    )
+    rounds: Positive = Field(
+        1, description="of shrinking with training between; more than 1 for macs and params only"
+    )
+    between: Literal["bn_relu"] | None = Field(
+        None, description="what stands before the transformations: batch norm and ReLU, or nothing"
+    )
     images: Positive = Field(512, description="calibration images, no labels needed")
+
+    @field_validator("macs", "params")
+    @classmethod
+    def _share_or_number(cls, value: float | None) -> float | None:
+        if value is None or 0 < value <= 1 or (value > 1 and value.is_integer()):
+            return value
+        raise ValueError(f"{value:g} must be a share in (0, 1] or a whole number above 1")
 
     @model_validator(mode="after")
     def _is_odd(self) -> "Compress":
@@ -184,11 +214,29 @@ class Compress(Section):
 
     @model_validator(mode="after")
     def _has_one_budget(self) -> "Compress":
-        budgets = {"macs": self.macs, "latency": self.latency, "latency_ms": self.latency_ms}
+        budgets = {
+            "macs": self.macs,
+            "params": self.params,
+            "latency": self.latency,
+            "latency_ms": self.latency_ms,
+        }
         given = [f"{key} = {value:g}" for key, value in budgets.items() if value is not None]
         if len(given) != 1:
             told = f"not {' and '.join(given)} (null takes one away)" if given else "not none"
-            raise ValueError(f"give exactly one of macs, latency and latency_ms, {told}")
+            raise ValueError(f"give exactly one of macs, params, latency and latency_ms, {told}")
+        return self
+
+    @model_validator(mode="after")
+    def _counts_in_rounds(self) -> "Compress":
+        if self.rounds > 1 and self.macs is None and self.params is None:
+            raise ValueError(
+                f"rounds = {self.rounds} needs a budget of macs or params; for a time it must be 1"
+            )
+        if self.rounds > 1 and self.between is not None:
+            raise ValueError(
+                f"rounds = {self.rounds} needs between = null: layers with {self.between} are not "
+                "shrunk again"
+            )
         return self
 
 
@@ -283,13 +331,21 @@ def load(path: Path, overrides: typing.Sequence[str] = ()) -> Recipe:
         raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"recipe {path} must be a mapping of keys to values")
+    return validate(content, overrides, f"recipe {path}")
+
+
+def validate(content: dict[str, Any], overrides: typing.Sequence[str], origin: str) -> Recipe:
+    """Make a recipe of `content`, changed by `overrides`; errors begin with `origin`.
+
+    Raises UserError as `load` does.
+    """
     content = _unshared(content)
     for override in overrides:
         _override(content, override)
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"recipe {path}: {_explain(error)}") from None
+        raise UserError(f"{origin}: {_explain(error)}") from None
 
 
 def _unshared(content: Any) -> Any:

@@ -35,6 +35,7 @@ def layer(**arguments):
 def composed(sbf, x):
     """Compute the layer channel by channel, straight from its definition."""
     z = sbf.basis(x)
+    u = z if sbf.between is None else sbf.between(z)
     position = {channel: b for b, channel in enumerate(sbf.kept)}
     rebuilt = iter(range(len(sbf.rebuilt_from)))
     channels = []
@@ -44,7 +45,7 @@ def composed(sbf, x):
         else:
             p = next(rebuilt)
             y = sum(
-                F.conv2d(z[:, [position[source]]], t[None, None], padding=sbf.transform_size // 2)[
+                F.conv2d(u[:, [position[source]]], t[None, None], padding=sbf.transform_size // 2)[
                     :, 0
                 ]
                 for source, t in zip(sbf.rebuilt_from[p], sbf.transforms[p], strict=True)
@@ -307,3 +308,51 @@ def test_repr_tells_what_is_kept_and_what_is_rebuilt():
 def test_arguments_that_do_not_fit_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         layer(**arguments)
+
+
+# --- something between basis and transformations -------------------------------------------------
+
+
+def bn_relu():
+    norm = nn.BatchNorm2d(4)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    nn.init.uniform_(norm.bias, -0.5, 0.5)
+    nn.init.uniform_(norm.running_mean, -0.5, 0.5)
+    return nn.Sequential(norm, nn.ReLU())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_stands_between_is_seen_by_rebuilt_channels_only(bias, grad):
+    sbf = layer(between=bn_relu(), bias=bias).eval()
+    x = torch.randn(2, 4, 7, 6)
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(sbf(x), composed(sbf, x))
+        plain = layer(bias=bias)
+        plain.load_state_dict(sbf.state_dict(), strict=False)
+        assert torch.equal(sbf(x)[:, KEPT], plain(x)[:, KEPT])
+        assert not torch.allclose(sbf(x), plain(x))
+
+
+def test_what_stands_between_is_trained_saved_and_initialised_with_the_layer():
+    sbf = layer(between=bn_relu()).train()
+    sbf(torch.randn(4, 4, 7, 6)).square().sum().backward()
+    for name, parameter in sbf.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+    assert {"between.0.weight", "between.0.running_mean"} <= set(sbf.state_dict())
+    assert int(sbf.between[0].num_batches_tracked) == 1
+    sbf.reset_parameters()
+    assert torch.equal(sbf.between[0].weight, torch.ones(4))
+    assert layer().between is None
+    assert "between" not in "".join(layer().state_dict())
+
+
+def test_no_filter_equals_a_layer_with_something_between():
+    with pytest.raises(ValueError, match="between its parts"):
+        layer(between=bn_relu()).effective_filter()
+
+
+def test_from_conv_takes_what_stands_between():
+    conv = nn.Conv2d(4, 8, 3)
+    between = bn_relu()
+    assert SBFConv2d.from_conv(conv, KEPT, SOURCES, 3, between).between is between

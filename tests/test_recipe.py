@@ -1,11 +1,13 @@
 import json
 import re
+import typing
 from pathlib import Path
 
 import pytest
 import yaml
 
 from sbf_dist import recipe
+from sbf_dist.compress.criteria import CRITERIA
 from sbf_dist.errors import UserError
 from sbf_dist.recipe import Recipe
 
@@ -61,12 +63,36 @@ def test_trainings_are_found_by_their_place(path):
     }
 
 
-@pytest.mark.parametrize("budget", [("latency", 0.6), ("latency_ms", 12.5)])
-def test_a_budget_of_time_takes_the_place_of_multiply_adds(path, budget):
+@pytest.mark.parametrize(
+    "budget", [("params", 0.3), ("params", 1_000_000), ("latency", 0.6), ("latency_ms", 12.5)]
+)
+def test_another_budget_takes_the_place_of_multiply_adds(path, budget):
     key, value = budget
     loaded = recipe.load(path, ["compress.macs=null", f"compress.{key}={value}"])
     assert loaded.compress.macs is None
     assert getattr(loaded.compress, key) == value
+
+
+@pytest.mark.parametrize("written", ["2000000000", "2.0e9", "2e9"])
+def test_multiply_adds_may_be_a_number(path, written):
+    assert recipe.load(path, [f"compress.macs={written}"]).compress.macs == 2e9
+
+
+def test_what_a_plan_can_be_asked_for(path):
+    asked = "{criterion: taylor, keep: [conv, stages.0.*], round_to: 8, rounds: 3}"
+    content = yaml.safe_load(MINIMAL)
+    content["compress"] |= yaml.safe_load(asked)
+    path.write_text(json.dumps(content))
+    compress = recipe.load(path).compress
+    assert (compress.criterion, compress.round_to, compress.rounds) == ("taylor", 8, 3)
+    assert compress.keep == ["conv", "stages.0.*"]
+    plain = recipe.load(path, ["compress={teacher: one, macs: 0.5}"]).compress
+    assert (plain.criterion, plain.round_to, plain.rounds) == ("reconstruction", 1, 1)
+    assert (plain.keep, plain.between) == ([], None)
+
+
+def test_criteria_are_those_of_the_library():
+    assert typing.get_args(recipe.Criterion) == CRITERIA
 
 
 def test_a_recipe_survives_json(path):
@@ -92,6 +118,7 @@ def test_workers_tracking_and_caches_are_no_part_of_the_identity(path, override)
     "override",
     ["name=other", "seed=1", "data.image_size=24", "teachers.0.model=cifar_resnet20",
      "pseudo_labels.top_k=3", "compress.macs=0.4", "compress.latency_batch=2",
+     "compress.criterion=l1", "compress.keep=[conv]", "compress.round_to=8",
      "distill.label_weight=0.1", "baselines={steps: 9}"],
 )  # fmt: skip
 def test_all_else_is_part_of_the_identity(path, override):
@@ -207,14 +234,29 @@ def test_a_key_that_is_wrongly_written_comes_before_the_one_that_is_missing_for_
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("compress.macs=1.5", "compress.macs = 1.5 must be less than or equal to 1"),
-        ("compress.macs=0", "compress.macs = 0 must be greater than 0"),
+        ("compress.macs=1.5", "compress.macs: 1.5 must be a share in (0, 1] or a whole number"),
+        ("compress.macs=0", "compress.macs: 0 must be a share in (0, 1] or a whole number above 1"),
+        ("compress.macs=.nan", "compress.macs = nan must be a finite number"),
+        ("compress={teacher: one, params: -4}", "compress.params: -4 must be a share in (0, 1] or"),
+        ("compress.params=0.5", "compress: give exactly one of macs, params, latency and latency_ms"
+         ", not macs = 0.5 and params = 0.5 (null takes one away)"),
+        ("compress.criterion=l3", "compress.criterion = 'l3' must be 'reconstruction', 'l1', 'l2', "
+         "'bn_scale', 'taylor' or 'random'"),
+        ("compress.keep=layer1", "compress.keep = 'layer1' must be a valid list"),
+        ("compress.keep=[3]", "compress.keep.0 = 3 must be a valid string"),
+        ("compress.round_to=0", "compress.round_to = 0 must be greater than or equal to 1"),
+        ("compress.rounds=0", "compress.rounds = 0 must be greater than or equal to 1"),
+        ("compress={teacher: one, latency: 0.5, rounds: 2}",
+         "compress: rounds = 2 needs a budget of macs or params; for a time it must be 1"),
+        ("compress={teacher: one, macs: 0.5, rounds: 2, between: bn_relu}", "compress: rounds = 2 "
+         "needs between = null: layers with bn_relu are not shrunk again"),
+        ("compress.between=relu", "compress.between = 'relu' must be 'bn_relu'"),
         ("compress.macs=half", "compress.macs = 'half' must be a valid number"),
         ("compress.transform_size=4", "compress: transform_size = 4 must be odd"),
         ("compress.macs=null",
-         "compress: give exactly one of macs, latency and latency_ms, not none"),
-        ("compress.latency=0.6", "compress: give exactly one of macs, latency and latency_ms, not "
-         "macs = 0.5 and latency = 0.6 (null takes one away)"),
+         "compress: give exactly one of macs, params, latency and latency_ms, not none"),
+        ("compress.latency=0.6", "compress: give exactly one of macs, params, latency and "
+         "latency_ms, not macs = 0.5 and latency = 0.6 (null takes one away)"),
         ("compress={teacher: one, latency: 1.5}",
          "compress.latency = 1.5 must be less than or equal to 1"),
         ("compress={teacher: one, latency_ms: 0}", "compress.latency_ms = 0 must be greater than"),

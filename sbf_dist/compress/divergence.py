@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sbf_dist.compress.candidates import convolution
 from sbf_dist.compress.fitting import Fit
+from sbf_dist.compress.layerwise import layer_of
 from sbf_dist.ops import expand
 
 
@@ -58,7 +58,7 @@ def divergences(
     count = 0
 
     def measure(name: str) -> Callable[..., Tensor]:
-        bias = convolution(model, name).bias
+        bias = layer_of(model, name).bias
 
         def hook(_: nn.Module, __: tuple[Tensor, ...], outputs: Tensor) -> Tensor:
             def backward(gradient: Tensor) -> None:

@@ -1,6 +1,7 @@
 """Choosing basis and sources of one layer, and fitting its transformations by least squares."""
 
 import heapq
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +17,10 @@ RIDGE = 1e-4  # relative to the mean variance of the features that a system cont
 FLOOR = 1e-12
 
 
-def rank_channels(moments: Moments, weights: Tensor) -> list[int]:
-    """Order all channels so that each prefix is a good basis.
+def rank_channels(
+    moments: Moments, weights: Tensor, among: Collection[int] | None = None
+) -> list[int]:
+    """Order all channels, or those in `among`, so that each prefix is a good basis.
 
     Greedy maximisation of the variance, weighted by `weights` (C,), that is explained when every
     channel outside the basis is rebuilt from its single best source. This objective is
@@ -31,7 +34,8 @@ def rank_channels(moments: Moments, weights: Tensor) -> list[int]:
     best = torch.zeros(len(weights), dtype=torch.double)
     # What a channel adds only shrinks as the basis grows (submodularity), so that what it added
     # last time is a bound, and few channels need to be looked at again (Minoux 1978).
-    queue = [(-gain, channel) for channel, gain in enumerate(explained.sum(0).tolist())]
+    sums = explained.sum(0).tolist()
+    queue = [(-sums[channel], channel) for channel in among or range(len(sums))]
     heapq.heapify(queue)
     ranking: list[int] = []
     while queue:

@@ -11,6 +11,7 @@ from sbf_dist.compress.budget import Budget, Option, allocate
 from sbf_dist.compress.latency import Form, build_form, latencies
 from sbf_dist.compress.latency_table import LatencyTable
 from sbf_dist.compress.statistics import run_until
+from sbf_dist.surgery import become
 
 ROUNDS = 4  # of choosing and measuring
 TOLERANCE = 0.02  # of the budget: about what a measurement of a whole network repeats to
@@ -20,11 +21,13 @@ TOLERANCE = 0.02  # of the budget: about what a measurement of a whole network r
 class TimedChoice:
     """The options chosen, one per layer, with the layer's own milliseconds as cost.
 
-    dense_ms: milliseconds of each layer as it is; never_faster: the layers of which no SBF form
-    was measured faster.
+    priced: what each layer could have been, with the layer's own milliseconds as cost; dense_ms:
+    milliseconds of each layer as it is; never_faster: the layers of which no SBF form was
+    measured faster.
     """
 
     options: dict[str, Option]
+    priced: dict[str, list[Option]]
     dense_ms: dict[str, float]
     never_faster: frozenset[str]
 
@@ -32,16 +35,14 @@ class TimedChoice:
 def price(
     dense: nn.Module,
     options: dict[str, list[Option]],
-    sizes: dict[str, int],
     image: Tensor,
     table: LatencyTable,
     tell: Callable[[int, int], None],
 ) -> dict[str, list[Option]]:
     """Give options their milliseconds as cost, and leave out those not faster than dense.
 
-    The first option of a layer is the dense one, `sizes` are the layers' m, `image` is
-    (1, C, H, W). Of the numbers of sources only powers of two and the largest are timed, and so
-    kept; `tell` is told (done, of).
+    The first option of a layer is the dense one, `image` is (1, C, H, W). Of the numbers of
+    sources only powers of two and the largest are timed, and so kept; `tell` is told (done, of).
     """
     priced = {}
     for index, (name, row) in enumerate(options.items(), 1):
@@ -49,7 +50,7 @@ def price(
         assert isinstance(conv, nn.Conv2d)
         most = max(option.sources for option in row)
         timed = [o for o in row if o.sources & (o.sources - 1) == 0 or o.sources == most]
-        forms = [Form(o.kept, o.sources, sizes[name]) if o.sources else Form(o.kept) for o in timed]
+        forms = [Form(o.kept, o.sources, o.size) if o.sources else Form(o.kept) for o in timed]
         height, width = run_until(dense, name, image, output=False).shape[2:]
         measured = table.estimate(conv, (height, width), forms)
         priced[name] = [
@@ -64,7 +65,6 @@ def price(
 def allocate_time(
     dense: nn.Module,
     options: dict[str, list[Option]],
-    sizes: dict[str, int],
     image: Tensor,
     budget: Budget,
     table: LatencyTable,
@@ -79,14 +79,14 @@ def allocate_time(
     was chosen is measured, and what it differs by corrects the next choice, until the budget is
     met within TOLERANCE. `for_inference` makes of a network what is measured; the other arguments
     are those of `price`. Raises UserError, naming the smallest budget that works, if no choice
-    meets the budget.
+    meets the budget, or if the dense network meets it as it is.
     """
-    priced = price(dense, options, sizes, image, table, tell)
+    priced = price(dense, options, image, table, tell)
     shape = (image.shape[1], image.shape[2], image.shape[3])
     ready = for_inference(dense)
 
     def measure(chosen: dict[str, Option]) -> tuple[float, float]:
-        trial = for_inference(_build(dense, chosen, sizes))
+        trial = for_inference(_build(dense, chosen))
         before, after = latencies([ready, trial], shape, batch=table.batch)
         return before, after
 
@@ -95,7 +95,7 @@ def allocate_time(
     alone = sum(row[0].cost for row in priced.values())
     saved = alone - sum(option.cost for option in cheapest.values())
     least = min(least, whole) if saved > 0 else whole
-    limit = budget.limit(whole)
+    limit = budget.limit(whole, slack=TOLERANCE)
     if least > limit * (1 + TOLERANCE):
         raise budget.refusal(least, whole)
     scale = (whole - least) / saved if saved > 0 else 1.0
@@ -121,12 +121,13 @@ def allocate_time(
     *_, best = min(tried, key=lambda entry: entry[:2])
     return TimedChoice(
         options={name: priced[name][scaled[name].index(best[name])] for name in priced},
+        priced=priced,
         dense_ms={name: row[0].cost for name, row in priced.items()},
         never_faster=frozenset(name for name, row in priced.items() if len(row) == 1),
     )
 
 
-def _build(dense: nn.Module, chosen: dict[str, Option], sizes: dict[str, int]) -> nn.Module:
+def _build(dense: nn.Module, chosen: dict[str, Option]) -> nn.Module:
     """Return a network of the chosen structure, to be timed only."""
     network = copy.deepcopy(dense)
     for name, option in chosen.items():
@@ -134,6 +135,7 @@ def _build(dense: nn.Module, chosen: dict[str, Option], sizes: dict[str, int]) -
             continue
         conv = network.get_submodule(name)
         assert isinstance(conv, nn.Conv2d)
-        form = Form(option.kept, option.sources, sizes[name])
+        form = Form(option.kept, option.sources, option.size)
         network.set_submodule(name, build_form(conv, form), strict=True)
+        become(conv, build_form(conv, form))
     return network

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from sbf_dist.compress.calibration import Calibration
-from sbf_dist.compress.candidates import convolution
 from sbf_dist.compress.reference import Reference
 from sbf_dist.compress.statistics import Moments, MomentSums, neighbourhoods
+from sbf_dist.layers import SBFConv2d
 
 SUMS = 768 * 2**20  # bytes of Gram matrices that are gathered in one pass
 TARGETS = 256 * 2**20  # bytes of a reference's outputs that are held at a time
@@ -124,7 +124,7 @@ def gather_layers(
         def add(
             name: str, start: int, _: Tensor, output: Tensor, sums: dict[str, MomentSums] = sums
         ) -> None:
-            bias = convolution(model, name).bias
+            bias = layer_of(model, name).bias
             plain = output if bias is None else output - bias[:, None, None]
             columns = chosen[name].rows(plain, sizes[name], start)
             sums[name].add(columns, chosen[name].rows(output, 1, start))
@@ -182,13 +182,21 @@ class Targets:
 
     def _bytes(self, name: str) -> int:
         draw = self._chosen[name]
-        weight = convolution(self._reference.module, name).weight
-        return draw.images * draw.per_image * len(weight) * weight.element_size()
+        layer = layer_of(self._reference.module, name)
+        element = next(layer.parameters()).element_size()
+        return draw.images * draw.per_image * layer.out_channels * element
 
 
 def _bytes_of_sums(model: nn.Module, name: str, size: int) -> int:
-    channels = convolution(model, name).out_channels
+    channels = layer_of(model, name).out_channels
     return 8 * channels * size**2 * (channels * size**2 + channels)
+
+
+def layer_of(model: nn.Module, name: str) -> nn.Conv2d | SBFConv2d:
+    """Return a layer of a network, whether it has been converted or not."""
+    layer = model.get_submodule(name)
+    assert isinstance(layer, nn.Conv2d | SBFConv2d)
+    return layer
 
 
 def _groups(names: list[str], bytes_of: Callable[[str], int], most: int) -> list[list[str]]:

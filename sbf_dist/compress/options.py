@@ -1,18 +1,99 @@
 """What each layer could become: its options, with their costs and the losses that they cause."""
 
 import dataclasses
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Self
 
 from torch import Tensor, nn
 
-from sbf_dist.compress.budget import Option
-from sbf_dist.compress.candidates import convolution, filter_macs
+from sbf_dist.compress.budget import Option, frontier
+from sbf_dist.compress.candidates import size_for
+from sbf_dist.compress.criteria import Ranking
 from sbf_dist.compress.divergence import Trial
-from sbf_dist.compress.fitting import fit_transforms, rank_channels
+from sbf_dist.compress.fitting import fit_transforms
 from sbf_dist.compress.statistics import Moments
+from sbf_dist.layers import SBFConv2d
 
 PROBES = 128  # images on which the effect of an option is measured
 SHARES = (0.25, 0.5, 0.75)  # of a layer's cost, at which options are tried
+STEPS = 16  # numbers of kept channels that are tried in a layer
+
+
+@dataclass(frozen=True)
+class Search:
+    """What the options of a layer range over.
+
+    sources: the largest S; transform_size: the largest m, beside which 1 is tried; floor: the
+    least share of a layer's channels that is kept; round_to: kept channels come in multiples of
+    it, so that layers of no more channels than that stay as they are; between: whether layers
+    will have a batch norm between basis and transformations, which has parameters.
+    """
+
+    sources: int = 4
+    transform_size: int = 3
+    floor: float = 0.125
+    round_to: int = 1
+    between: bool = False
+
+    def kept(self, channels: int) -> range:
+        """Return the numbers of channels, less than all, that a layer may keep."""
+        least = max(1, round(self.floor * channels))
+        step = max(1, channels // STEPS)
+        multiple = self.round_to
+        return range(
+            multiple * math.ceil(least / multiple), channels, multiple * math.ceil(step / multiple)
+        )
+
+    def size(self, layer: nn.Conv2d | SBFConv2d) -> int:
+        """Return the largest m that is tried in a layer."""
+        return size_for(layer, self.transform_size)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the cost of a layer follows from.
+
+    channels: output channels; weights: of one filter; macs, params: of the dense convolution.
+    """
+
+    channels: int
+    weights: int
+    macs: int
+    params: int
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d, macs: int) -> Self:
+        """Describe `conv`, which has `macs` multiply-adds."""
+        params = sum(parameter.numel() for parameter in conv.parameters())
+        return cls(conv.out_channels, conv.weight[0].numel(), macs, params)
+
+    def as_it_is(self) -> Option:
+        """Return the option of the dense convolution."""
+        return Option(self.channels, sources=0, size=1, cost=self.macs, loss=0.0)
+
+    def option_macs(self, kept: int, sources: int, size: int) -> float:
+        """Count the multiply-adds of the convolution as an SBF layer."""
+        taps = (self.channels - kept) * sources * size**2
+        return self.macs * (kept + taps / self.weights) / self.channels
+
+    def option_params(self, kept: int, sources: int, size: int, *, between: bool = False) -> int:
+        """Count the parameters as an SBF layer: it always has a bias, for the means."""
+        taps = (self.channels - kept) * sources * size**2
+        return kept * (self.weights + 2 * between) + taps + self.channels
+
+    def in_parameters(self, row: list[Option], *, between: bool = False) -> list[Option]:
+        """Give options their parameters as cost, and leave out those not below the first's."""
+        priced = [
+            dataclasses.replace(
+                o, cost=self.option_params(o.kept, o.sources, o.size, between=between)
+            )
+            if o.sources
+            else dataclasses.replace(o, cost=self.params)
+            for o in row
+        ]
+        return [priced[0], *(option for option in priced[1:] if option.cost < priced[0].cost)]
 
 
 @dataclass(frozen=True)
@@ -36,41 +117,49 @@ class Estimated:
 
 
 def estimate_options(
-    dense: nn.Module,
-    name: str,
+    shape: Shape,
+    now: Option,
     moments: Moments,
-    layer_macs: int,
     sensitivity: Tensor,
-    sources: int,
-    floor: float,
+    ranking: Ranking,
+    search: Search,
 ) -> Estimated:
-    """Estimate the loss of each (kept, sources) of one layer, all others being dense.
+    """Estimate the loss of each (kept, sources, m) of a layer below `now`, what it is.
 
-    The summed squared errors, weighted by sensitivity, rank the options of one layer well but not
+    Costs are multiply-adds; `moments` are those of the layer's own outputs at the largest m. The
+    summed squared errors, weighted by sensitivity, rank the options of one layer well but not
     those of different layers (errors that add up coherently over positions count for more), so
     they are to be scaled to the KL divergence that a few of the options cause.
     """
-    conv = convolution(dense, name)
-    channels, size = conv.out_channels, moments.size
-    ranking = rank_channels(moments, sensitivity)
-    per_filter, per_tap = filter_macs(conv, layer_macs)
     estimated: list[Option] = []
-    least = max(1, round(floor * channels))
-    for kept in range(least, channels, max(1, channels // 16)):
-        rebuilt = ranking[kept:]
-        fit = fit_transforms(moments.restrict(ranking[:kept]), rebuilt, sources)
-        losses = (sensitivity[rebuilt][:, None] * fit.error).sum(0).tolist()
-        for used in range(1, len(losses) + 1):
-            total = kept * per_filter + len(rebuilt) * used * size**2 * per_tap
-            if total < layer_macs:
-                estimated.append(Option(kept, used, total, losses[used - 1]))
+    orders: dict[int, list[int]] = {}
+    for size in sorted({1, moments.size}):
+        own = moments.centre(size)
+        order = orders[size] = ranking.order(own, sensitivity)
+        for kept in _kept(search, shape, now):
+            rebuilt = sorted(set(range(shape.channels)) - set(order[:kept]))
+            fit = fit_transforms(own.restrict(order[:kept]), rebuilt, search.sources)
+            losses = (sensitivity[rebuilt][:, None] * fit.error).sum(0).tolist()
+            for used, loss in enumerate(losses, 1):
+                cost = shape.option_macs(kept, used, size)
+                if cost < now.cost:
+                    estimated.append(Option(kept, used, size, cost, loss))
     if not estimated:
         return Estimated([], [], [])
-    tried = [min(estimated, key=lambda o: abs(o.cost - s * layer_macs)) for s in SHARES]
+    probed = frontier(estimated)  # the others are not chosen
+    tried = [min(probed, key=lambda o: abs(o.cost - share * now.cost)) for share in SHARES]
     trials = []
     for option in tried:
-        kept_channels = sorted(ranking[: option.kept])
-        rebuilt = sorted(ranking[option.kept :])
-        fit = fit_transforms(moments.restrict(kept_channels), rebuilt, option.sources)
-        trials.append(Trial(kept_channels, fit))
+        kept_channels = sorted(orders[option.size][: option.kept])
+        rebuilt = sorted(set(range(shape.channels)) - set(kept_channels))
+        own = moments.centre(option.size).restrict(kept_channels)
+        trials.append(Trial(kept_channels, fit_transforms(own, rebuilt, option.sources)))
     return Estimated(estimated, tried, trials)
+
+
+def _kept(search: Search, shape: Shape, now: Option) -> Iterable[int]:
+    """Numbers of channels to try: of an SBF layer also its own, with fewer sources."""
+    fewer = [kept for kept in search.kept(shape.channels) if kept <= now.kept]
+    if now.sources and now.kept not in fewer:
+        fewer.append(now.kept)
+    return fewer

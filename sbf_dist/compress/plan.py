@@ -27,6 +27,9 @@ class SBFLayer(BaseModel):
         description="for each other channel, ascending, the kept channels it is rebuilt from"
     )
     transform_size: int = Field(description="m: side of the m x m transformations, odd")
+    between: Literal["bn_relu"] | None = Field(
+        None, description="what stands between basis and transformations: batch norm and ReLU"
+    )
     macs_before: int
     macs_after: int
     ms_before: float | None = Field(

@@ -108,6 +108,25 @@ class Moments:
             size=self.size,
         )
 
+    def centre(self, size: int) -> "Moments":
+        """Return the moments of the smaller size x size neighbourhoods."""
+        if size == self.size:
+            return self
+        border = (self.size - size) // 2
+        taps = torch.arange(self.size**2).view(self.size, self.size)
+        inner = taps[border : border + size, border : border + size].ravel()
+        candidates = len(self.zz) // self.size**2
+        rows = (torch.arange(candidates)[:, None] * self.size**2 + inner).ravel()
+        return Moments(
+            zz=self.zz[rows][:, rows],
+            zy=self.zy[rows],
+            yy=self.yy,
+            z_mean=self.z_mean[rows],
+            y_mean=self.y_mean,
+            drift=self.drift,
+            size=size,
+        )
+
 
 class MomentSums:
     """Sums over rows of candidates and targets, from which their Moments follow.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sbf_dist.compress.criteria import following_norms
 from sbf_dist.compress.statistics import measure_batch_norm
 
 BATCH = 64
@@ -27,7 +28,7 @@ def zero_channels(
     both without what is zero.
     """
     dense = copy.deepcopy(model).eval()
-    norms = _following_norms(dense, images[:2])
+    norms = following_norms(dense, images[:2])
     most = max(_convolution(dense, name).out_channels for name in layers)
     budget = macs * effective_cost(dense, images[:BATCH]).macs
     low, high = 0, most  # in steps of one channel of the widest layer
@@ -106,33 +107,3 @@ def _convolution(model: nn.Module, name: str) -> nn.Conv2d:
     conv = model.get_submodule(name)
     assert isinstance(conv, nn.Conv2d), f"{name} is a {type(conv).__name__}"
     return conv
-
-
-def _following_norms(model: nn.Module, images: Tensor) -> dict[str, str]:
-    """Map each convolution to the batch norm that reads its very output."""
-    outputs: list[tuple[Tensor, str]] = []  # kept alive, so that identities stay unique
-    following: dict[str, str] = {}
-
-    def of_conv(name: str):
-        return lambda _, __, output: outputs.append((output, name))
-
-    def of_norm(name: str):
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            for output, conv in outputs:
-                if output is inputs[0]:
-                    following[conv] = name
-
-        return hook
-
-    handles = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
-            handles.append(module.register_forward_hook(of_conv(name)))
-        elif isinstance(module, nn.BatchNorm2d):
-            handles.append(module.register_forward_pre_hook(of_norm(name)))
-    try:
-        model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return following

@@ -10,6 +10,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.ops import expand
+from sbf_dist.surgery import become
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,17 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     folded = copy.deepcopy(model).eval()
     for parameter in folded.parameters():
         parameter.requires_grad_(False)
-    norms = {name: module for name, module in folded.named_modules() if isinstance(module, Norm)}
+    inside = {
+        part
+        for layer in folded.modules()
+        if isinstance(layer, SBFConv2d) and layer.between is not None
+        for part in layer.between.modules()
+    }
+    norms = {
+        name: module
+        for name, module in folded.named_modules()
+        if isinstance(module, Norm) and module not in inside
+    }
     if not norms:
         return folded
     try:
@@ -96,7 +107,7 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
             left[name] = reason
             continue
         _fold_pair(folded, str(node.all_input_nodes[0].target), norm)
-        folded.set_submodule(name, _what_remains(norm), strict=True)
+        become(norm, _what_remains(norm))
         del left[name]
     for reason in dict.fromkeys(left.values()):
         names = [name for name, its_reason in left.items() if its_reason == reason]
@@ -136,6 +147,8 @@ def _obstacle_before(
     kind = type(model.get_submodule(name))
     if kind not in (nn.Conv2d, SBFConv2d):
         return f"it follows a {kind.__name__}"
+    if getattr(model.get_submodule(name), "between", None) is not None:
+        return "it follows an SBF layer whose basis features another batch norm reads"
     if calls[name] > 1:
         return f"its convolution {name} is called {calls[name]} times"
     if len(node.users) > 1:
@@ -169,10 +182,10 @@ def _what_remains(norm: Norm) -> nn.Module:
 def _fold_pair(model: nn.Module, name: str, norm: Norm) -> None:
     conv = model.get_submodule(name)
     if isinstance(conv, SBFConv2d):
-        model.set_submodule(name, fold_into_sbf(conv, norm), strict=True)
+        become(conv, fold_into_sbf(conv, norm))
     else:
         assert isinstance(conv, nn.Conv2d)
-        model.set_submodule(name, fuse_conv_bn_eval(conv, norm), strict=True)
+        become(conv, fuse_conv_bn_eval(conv, norm))
 
 
 def fold_into_sbf(layer: SBFConv2d, norm: Norm) -> SBFConv2d | UnscaledSBFConv2d:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from sbf_dist.export.fold import LayerTracer, UnscaledSBFConv2d
 from sbf_dist.layers import SBFConv2d
+from sbf_dist.surgery import become
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ class ConcatExpand(nn.Module):
     def __init__(self, layer: SBF, *, in_order: bool) -> None:
         super().__init__()
         self.basis = layer.basis
+        self.between = _between(layer)
         self.weight = _constant(layer.transforms)
         self.register_buffer("sources", layer.sources)
         self.register_buffer("order", layer.order[: layer.out_channels] if in_order else None)
@@ -95,7 +97,8 @@ class ConcatExpand(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C_in, H, W) to (N, C_out, H', W')."""
         z = self.basis(x)
-        rebuilt = _depthwise(z, self.weight, self.sources, self.rebuilt_bias)
+        features = z if self.between is None else self.between(z)
+        rebuilt = _depthwise(features, self.weight, self.sources, self.rebuilt_bias)
         kept = z
         if self.kept_bias is not None:
             kept = F.conv2d(z, self.one, self.kept_bias, groups=len(self.one))
@@ -107,7 +110,8 @@ def with_standard_operators(model: nn.Module) -> nn.Module:
     """Return a copy of `model`, which is folded, with its SBF layers in standard operators.
 
     A layer of one source per channel becomes a `DepthwiseExpand`; so does one of S whose kept
-    channels, S times, are no more than all. The others become a `ConcatExpand`, which leaves the
+    channels, S times, are no more than all. The others, and those with something between basis and
+    transformations (which keep their order), become a `ConcatExpand`, which leaves the
     order of channels free where all that reads it are convolutions, and these are permuted instead.
     """
     portable = copy.deepcopy(model)
@@ -115,21 +119,28 @@ def with_standard_operators(model: nn.Module) -> nn.Module:
     several = {
         name: layer
         for name, layer in layers.items()
-        if layer.sources.numel() and layer.sources.shape[1] > 1
+        if layer.sources.numel() and layer.sources.shape[1] > 1 and _between(layer) is None
     }
     free = _absorb_orders(portable, several) if several else set()
     for name, layer in layers.items():
         form: nn.Module
         if name in free:
             form = ConcatExpand(layer, in_order=False)
-        elif name in several and layer.sources.shape[1] * layer.basis.out_channels > len(
-            layer.order
-        ):
+        elif _between(layer) is not None or (name in several and _is_wide(layer)):
             form = ConcatExpand(layer, in_order=True)
         else:
             form = DepthwiseExpand(layer)
-        portable.set_submodule(name, form, strict=True)
+        become(layer, form)
     return portable
+
+
+def _is_wide(layer: SBF) -> bool:
+    """Tell whether the kept channels, S times, are more than all."""
+    return layer.sources.shape[1] * layer.basis.out_channels > len(layer.order)
+
+
+def _between(layer: SBF) -> nn.Module | None:
+    return layer.between if isinstance(layer, SBFConv2d) else None
 
 
 def _depthwise(z: Tensor, weight: Tensor, sources: Tensor, bias: Tensor | None) -> Tensor:

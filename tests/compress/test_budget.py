@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sbf_dist.compress.budget import ROUNDING, Budget, Option, allocate
+from sbf_dist.compress.budget import ROUNDING, Budget, Option, allocate, frontier
 from sbf_dist.errors import UserError
 
 
@@ -16,11 +16,12 @@ def table(layers, data, scale):
         dense = data.draw(st.integers(50, 200))
         count = data.draw(st.integers(0, 4))
         options[f"layer{layer}"] = [
-            Option(16, 0, dense, 0.0),
+            Option(16, 0, 1, dense, 0.0),
             *(
                 Option(
                     kept=k,
                     sources=1,
+                    size=3,
                     cost=data.draw(st.integers(5, dense - 1)),
                     loss=scale * data.draw(st.floats(0.01, 10)),
                 )
@@ -66,8 +67,8 @@ def test_the_choice_is_as_good_as_the_best_of_all(layers, fixed, share, scale, d
 
 
 OPTIONS = {
-    "a": [Option(8, 0, 300, 0.0), Option(2, 1, 101, 1.0)],
-    "b": [Option(8, 0, 300, 0.0), Option(2, 1, 57, 9.0)],
+    "a": [Option(8, 0, 1, 300, 0.0), Option(2, 1, 3, 101, 1.0)],
+    "b": [Option(8, 0, 1, 300, 0.0), Option(2, 1, 3, 57, 9.0)],
 }
 
 
@@ -88,7 +89,7 @@ def test_a_budget_below_the_floor_names_the_smallest_share_and_that_works():
 
 def test_scale_of_losses_and_costs_does_not_matter():
     small = {
-        name: [Option(o.kept, o.sources, o.cost * 1e9, o.loss * 1e-12) for o in row]
+        name: [Option(o.kept, o.sources, o.size, o.cost * 1e9, o.loss * 1e-12) for o in row]
         for name, row in OPTIONS.items()
     }
     chosen = allocate(small, fixed=100e9, dense=700e9, budget=Budget(macs=0.72))
@@ -98,10 +99,14 @@ def test_scale_of_losses_and_costs_does_not_matter():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "exactly one of macs, latency and latency_ms, none is given"),
+        ({}, "exactly one of macs, params, latency and latency_ms, none is given"),
         ({"macs": 0.5, "latency": 0.4}, "one of .*, macs = 0.5 and latency = 0.4 is given"),
-        ({"macs": 0}, r"budget macs = 0 must be in \(0, 1\]"),
-        ({"macs": 1.01}, r"budget macs = 1.01 must be in \(0, 1\]"),
+        ({"macs": 0}, r"budget macs = 0 must be a share in \(0, 1\] or a whole number of mult"),
+        ({"macs": 1.5}, r"budget macs = 1.5 must be a share in \(0, 1\] or a whole number of mult"),
+        ({"macs": float("inf")}, r"budget macs = inf must be a share in \(0, 1\] or a whole"),
+        ({"params": -5}, r"budget params = -5 must be a share .* or a whole number of parameters"),
+        ({"params": 0.5, "macs": 7}, "one of .*, macs = 7 and params = 0.5 is given"),
+        ({"latency": 2}, r"budget latency = 2 must be in \(0, 1\]"),
         ({"latency": -0.5}, r"budget latency = -0.5 must be in \(0, 1\]"),
         ({"latency": float("nan")}, r"budget latency = nan must be in \(0, 1\]"),
         ({"latency_ms": 0}, "budget latency_ms = 0 must be above 0"),
@@ -130,6 +135,55 @@ def test_a_time_that_is_not_reached_names_the_smallest_that_is(key):
     smallest = float(re.search(r"smallest that works is (\S+)$", str(told.value))[1])
     assert smallest == pytest.approx(258 if key == "latency_ms" else 258 / 700, abs=1e-3)
     assert allocate(OPTIONS, fixed=100, dense=700, budget=Budget(**{key: smallest}))
+
+
+@pytest.mark.parametrize("key", ["macs", "params"])
+def test_a_number_above_one_is_absolute(key):
+    budget = Budget(**{key: 510})
+    assert budget.limit(700) == 510
+    assert budget.given() == {key: 510}
+    chosen = allocate(OPTIONS, fixed=100, dense=700, budget=budget)
+    assert {name: option.sources for name, option in chosen.items()} == {"a": 1, "b": 0}
+    assert Budget(**{key: 1}).limit(700) == 700, "one is all of it"
+
+
+@pytest.mark.parametrize(
+    ("budget", "unit"), [("macs", "multiply-adds"), ("params", "parameters")], ids=str
+)
+def test_an_absolute_budget_that_is_too_small_names_the_smallest_that_works(budget, unit):
+    with pytest.raises(UserError) as told:
+        allocate(OPTIONS, fixed=100, dense=700, budget=Budget(**{budget: 200}))
+    assert str(told.value) == (
+        f"{budget} = 200 of the dense network's 700 {unit} is less than floor, round_to and keep "
+        "allow: the smallest that works is 258"
+    )
+    assert allocate(OPTIONS, fixed=100, dense=700, budget=Budget(**{budget: 258}))
+
+
+@pytest.mark.parametrize(
+    ("budget", "own"),
+    [
+        (Budget(macs=2_000_000_000), "1234567 multiply-adds"),
+        (Budget(params=1_234_568), "1234567 parameters"),
+        (Budget(latency_ms=1_300_000), "1.235e+06 ms"),
+    ],
+    ids=str,
+)
+def test_a_budget_above_the_dense_networks_cost_is_refused_and_told_that_cost(budget, own):
+    with pytest.raises(UserError, match=re.escape(f"above the dense network's own {own}")) as told:
+        budget.limit(1_234_567, slack=0.02 if budget.unit == "ms" else ROUNDING)
+    assert str(told.value).startswith(f"{budget.kind} = {budget.value:.0f} is above")
+
+
+def test_the_frontier_is_what_no_other_option_beats():
+    row = [
+        Option(8, 0, 1, 100, 0.0),
+        Option(4, 1, 1, 50, 2.0),
+        Option(4, 1, 3, 60, 1.0),
+        Option(3, 2, 3, 60, 1.5),  # as dear, loses more
+        Option(2, 4, 3, 55, 2.0),  # dearer than the first at the same loss
+    ]
+    assert frontier(row) == [row[1], row[2], row[0]]
 
 
 def test_what_the_layers_take_alone_may_exceed_the_whole():

@@ -1,5 +1,6 @@
 import itertools
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,8 +27,12 @@ def options_of(model: nn.Module) -> dict[str, list[Option]]:
     forms = list(itertools.product(range(2, 16), range(1, SOURCES + 1)))
     return {
         name: [
-            Option(16, 0, 1e9, 0.0),
-            *(Option(b, s, 1e6, (int(name) + 1) * (16 - b) ** 2 / s) for b, s in forms if s <= b),
+            Option(16, 0, 1, 1e9, 0.0),
+            *(
+                Option(b, s, 1, 1e6, (int(name) + 1) * (16 - b) ** 2 / s)
+                for b, s in forms
+                if s <= b
+            ),
         ]
         for name, _ in model.named_children()
     }
@@ -83,7 +88,6 @@ def choose(model, budget, machine, table=None, for_inference=lambda model: model
         return allocate_time(
             model,
             options_of(model),
-            dict.fromkeys(options_of(model), 1),
             IMAGE,
             budget,
             table or Table(),
@@ -93,7 +97,7 @@ def choose(model, budget, machine, table=None, for_inference=lambda model: model
 
 
 def built(model, options):
-    return latency_budget._build(model, options, dict.fromkeys(options, 1))
+    return latency_budget._build(model, options)
 
 
 @settings(max_examples=20, deadline=None)
@@ -109,7 +113,7 @@ def test_the_network_as_measured_meets_the_budget_whatever_its_layers_take_alone
 ):
     model, machine = network(), Machine(rest, hidden, power, speeds)
     whole = machine.true(model)
-    cheapest = dict.fromkeys(options_of(model), Option(2, 1, 0, 0))
+    cheapest = dict.fromkeys(options_of(model), Option(2, 1, 1, 0, 0))
     least = machine.true(built(model, cheapest)) / whole
     try:
         choice = choose(model, Budget(latency=share), machine)
@@ -135,8 +139,13 @@ def test_milliseconds_are_met_as_well():
 def test_the_whole_budget_leaves_everything_dense():
     choice = choose(network(), Budget(latency=1.0), Machine())
     assert {option.sources for option in choice.options.values()} == {0}
-    choice = choose(network(), Budget(latency_ms=1000), Machine())
-    assert {option.sources for option in choice.options.values()} == {0}
+    choice = choose(network(), Budget(latency_ms=13 * (1 + TOLERANCE / 2)), Machine())
+    assert {option.sources for option in choice.options.values()} == {0}, "within what is measured"
+
+
+def test_a_time_above_the_dense_networks_is_refused_and_told_that_time():
+    with pytest.raises(UserError, match=r"latency_ms = 1000 is above the dense network's own 13 m"):
+        choose(network(), Budget(latency_ms=1000), Machine())
 
 
 def test_a_layer_that_is_not_faster_in_any_form_stays_dense():
@@ -155,7 +164,8 @@ def test_a_network_of_which_no_layer_is_faster_is_refused():
 def test_layers_are_timed_at_their_inputs_and_only_faster_options_are_kept():
     model, table, told = network(2), Table(), []
     options = options_of(model)
-    priced = price(model, options, {"0": 1, "1": 3}, IMAGE, table, lambda *r: told.append(r))
+    options["1"] = [options["1"][0], *(replace(o, size=3) for o in options["1"][1:])]
+    priced = price(model, options, IMAGE, table, lambda *r: told.append(r))
     assert [size for size, _ in table.asked] == [(10, 10), (8, 8)]
     assert [{f.transform_size for f in forms if f.sources} for _, forms in table.asked] == [
         {1},
@@ -172,8 +182,8 @@ def test_layers_are_timed_at_their_inputs_and_only_faster_options_are_kept():
 
 def test_the_largest_number_of_sources_is_timed_though_it_is_no_power_of_two():
     table = Table()
-    rows = {"0": [Option(16, 0, 9, 0), *(Option(8, s, 9, 1) for s in range(1, 8))]}
-    price(network(1), rows, {"0": 3}, IMAGE, table, lambda *_: None)
+    rows = {"0": [Option(16, 0, 1, 9, 0), *(Option(8, s, 3, 9, 1) for s in range(1, 8))]}
+    price(network(1), rows, IMAGE, table, lambda *_: None)
     assert [form.sources for form in table.asked[0][1]] == [0, 1, 2, 4, 7]
 
 

@@ -183,8 +183,8 @@ class Mixed(nn.Module):
         self.stem = nn.Conv2d(3, 16, 3)
         self.special = type("Special", (nn.Conv2d,), {})(16, 16, 1)
         self.depthwise = nn.Conv2d(16, 16, 3, groups=16)
-        self.narrow = nn.Conv2d(16, 8, 1)
-        self.cheap = nn.Conv2d(8, 16, 1)
+        self.narrow = nn.Conv2d(16, 1, 1)
+        self.cheap = nn.Conv2d(1, 16, 1)
         self.one = nn.Conv2d(16, 1, 3, padding=1)
         self.plain = nn.Conv2d(16, 32, 3, padding=1)
 
@@ -201,7 +201,7 @@ def test_what_cannot_be_converted_stays_dense_and_says_why():
     assert reasons["stem"] == "the stem: it reads the image itself"
     assert reasons["special"] == "Special is not a plain convolution"
     assert reasons["depthwise"] == "grouped convolution (16 groups)"
-    assert reasons["cheap"] == "a filter costs 8 multiply-adds, rebuilding a channel at least 9"
+    assert reasons["cheap"] == "a filter costs 1 multiply-adds, rebuilding a channel at least 1"
     assert reasons["aside"] == "no forward pass in evaluation mode reaches it"
     assert "one" in reasons, "a single channel leaves nothing to rebuild"
     assert plan.layers["plain"].kind == "sbf"
@@ -328,12 +328,12 @@ def test_a_layer_that_is_too_wide_for_shifts_gets_transformations_of_size_one(mo
     monkeypatch.setattr(candidates, "LARGEST_GRAM", 9 * 31)
     _, plan = shrink(models.build("cifar_resnet8", 5).eval(), macs=0.4)
     sizes = {
-        layer.channels: layer.transform_size
+        (layer.channels, layer.transform_size)
         for layer in plan.layers.values()
         if isinstance(layer, SBFLayer)
     }
-    assert sizes[16] == 3
-    assert sizes[32] == sizes[64] == 1
+    assert (16, 3) in sizes
+    assert {size for channels, size in sizes if channels > 16} == {1}
 
 
 # --- budgets of time -----------------------------------------------------------------------------
@@ -378,7 +378,7 @@ def test_a_budget_of_time_is_met_and_the_plan_tells_the_times(clockwork, tmp_pat
         parameters = sum(p.numel() for p in student.get_submodule(name).parameters())
         assert layer.ms_after == pytest.approx(parameters / 2e3, abs=1e-4)
         assert layer.ms_after < layer.ms_before
-        assert layer.reason.endswith(f"; {layer.ms_before:g} -> {layer.ms_after:g} ms")
+        assert f"; {layer.ms_before:.4g} -> {layer.ms_after:.4g} ms, " in layer.reason
     assert plan.layers["stem"].ms is None
     assert torch.equal(convert(Small(), plan).conv2.sources, student.conv2.sources)
 
@@ -397,7 +397,7 @@ def test_a_layer_that_is_measured_no_faster_stays_dense_and_says_so(
     _, plan = shrink_to(Budget(latency=0.8), small(), LatencyTable(tmp_path / "latency.json"))
     layer = plan.layers["conv1"]
     assert isinstance(layer, DenseLayer)
-    assert layer.reason == f"no SBF form measured faster than its {layer.ms:g} ms"
+    assert layer.reason.startswith("no SBF form of it was measured faster; ")
     assert layer.convertible
     assert plan.layers["conv2"].kind == "sbf"
 
