@@ -80,9 +80,9 @@ def compress(
     calibration = Calibration.of(images, device=device_of(model))
     reference = reference or Reference(dense)
     input_shape, few = calibration.shape, calibration.first(2)
-    cost = count(dense, input_shape)
     # The least that rebuilding a channel takes is one tap.
     reasons, candidates = find_candidates(dense, few, 1, keep)
+    cost = count(dense, input_shape)
     if not candidates:
         raise UserError(f"model {model_name!r} has no convolution that an SBF layer could replace")
 
