@@ -265,7 +265,7 @@ def test_a_network_that_gives_no_logits_is_refused(kind):
     [
         (nn.Sequential(nn.Flatten(), nn.Linear(300, 5)), pictures(2), "has no convolution"),
         (small(), torch.zeros(2, 4, 10, 10), "cannot take images of 4 x 10 x 10: RuntimeError"),
-        (small(), torch.zeros(0, 3, 10, 10), "wanted (N, channels, height, width) with N > 0"),
+        (small(), torch.zeros(0, 3, 10, 10), "calibration images: there are none"),
         (Chain(plain(groups=4)), pictures(2), "no convolution that an SBF layer could replace"),
     ],
 )
