@@ -86,10 +86,11 @@ def _train_images(
             )
         class_tars.append((match[1], member))
     missing = sorted(classes - {wnid for wnid, _ in class_tars})
+    told = f"; {missing[0]}.tar is missing" if missing else ""
     if missing or len(class_tars) > len(classes):
         raise UserError(
             f"archive {tar.path}: has {len(class_tars)} tar files of classes, the devkit's "
-            f"meta.mat has {len(classes)} classes{(missing and f'; {missing[0]}.tar is missing') or ''}"
+            f"meta.mat has {len(classes)} classes{told}"
         )
     # Two threads a processor: most of the time goes into waiting for the disk.
     with ThreadPoolExecutor(2 * len(sched_getaffinity(0))) as pool:

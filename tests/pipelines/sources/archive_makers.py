@@ -6,7 +6,7 @@ import struct
 import tarfile
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -47,7 +47,7 @@ def planes(images: np.ndarray) -> np.ndarray:
 class _Python2Pickler(pickle._Pickler):  # type: ignore[name-defined, misc]
     """Writes what Python 2's cPickle wrote: strings of bytes, numpy's old module names."""
 
-    dispatch = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
+    dispatch: ClassVar = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
 
     def save_string(self, value: Any) -> None:
         data = value if isinstance(value, bytes) else value.encode("latin1")
@@ -161,7 +161,7 @@ def cifar100_python(folder: Path) -> None:
 
 
 def cifar100_binary(folder: Path) -> None:
-    """cifar-100-binary.tar.gz with the images of cifar100_python: coarse label, fine label, pixels."""
+    """cifar-100-binary.tar.gz with the images of cifar100_python."""
     members = {
         "cifar-100-binary/fine_label_names.txt": "\n".join([*FEW_OF_CIFAR100, ""]).encode(),
         "cifar-100-binary/coarse_label_names.txt": "\n".join([*COARSE, ""]).encode(),

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pictures import write_plain
 
-from pipelines.sources.folder import check_folder, index_folder, share_out
+from pipelines.sources.folder import check_folder, index_folder
+from pipelines.splits import share_out
 from sbf_dist.errors import UserError
 
 
