@@ -71,12 +71,24 @@ class Augmentation(Section):
 class Data(Section):
     """Which images there are and how the network sees them."""
 
-    source: Literal["digits", "folder"] = Field(
-        "folder", description="'digits' writes scikit-learn's digits as JPEG files first"
+    source: Literal["digits", "folder", "cifar10", "cifar100", "tiny-imagenet", "imagenet"] = Field(
+        "folder",
+        description="'digits' writes scikit-learn's digits as JPEG files first; 'folder' takes any "
+        "images; a set's name asks that root is that set, all its classes (sbf data prepare)",
     )
-    root: Path | None = Field(None, description="folder of images; needed for source: folder")
-    labelled_per_class: Positive | None = Field(
-        None, description="use so many labels per class, the rest is unlabelled; null: all"
+    root: Path | None = Field(
+        None, description="class folders, or a prepared set; needed for all but digits"
+    )
+    unlabelled: Path | None = Field(
+        None, description="folder of more images, in any depth, of which no class is known"
+    )
+    labelled_per_class: int | float | None = Field(
+        None,
+        description="use so many labels per class, or this share of them; the rest is unlabelled; "
+        "null: all",
+    )
+    split: Path | None = Field(
+        None, description="list of the labelled images (sbf data split), instead of a number"
     )
     validation: int | float | None = Field(
         None, description="images (or share) held out where the folder has no val/"
@@ -95,7 +107,7 @@ class Data(Section):
     )
     threads: Positive = Field(1, description="DALI threads per worker")
 
-    @field_validator("validation", mode="before")
+    @field_validator("validation", "labelled_per_class", mode="before")
     @classmethod
     def _counts_or_shares(cls, value: Any) -> Any:
         whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
@@ -106,9 +118,23 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _has_root(self) -> "Data":
-        if self.source == "folder" and self.root is None:
-            raise ValueError("root must name a folder of images for source: folder")
+        if self.source != "digits" and self.root is None:
+            raise ValueError(f"root must name a folder of images for source: {self.source}")
         return self
+
+    @model_validator(mode="after")
+    def _chooses_labels_once(self) -> "Data":
+        if self.split is not None and self.labelled_per_class is not None:
+            raise ValueError(
+                f"split = {str(self.split)!r} and labelled_per_class = {self.labelled_per_class} "
+                "both choose the labelled images; give one (null takes one away)"
+            )
+        return self
+
+    @property
+    def expected(self) -> str | None:
+        """The set that root must be, if the source is one of known content."""
+        return None if self.source in ("digits", "folder") else self.source
 
 
 class Workers(Section):
