@@ -75,7 +75,7 @@ def md5_of(path: Path, progress: Progress | None = None) -> str:
         while block := file.read(_BLOCK):
             digest.update(block)
             done += len(block)
-            if progress is not None:
+            if progress is not None and (done == size or done % 10**8 < len(block)):
                 progress(f"MD5 of {path.name}", done // 10**6, size // 10**6, "MB")
     return digest.hexdigest()
 
