@@ -69,7 +69,7 @@ def list_unlabelled(folder: Path, root: Path) -> Listing:
     if not folder.is_dir():
         raise UserError(f"data.unlabelled {folder}: is no folder")
     # Links are resolved: "../" leads up from where a folder really is.
-    there = Path(os.path.relpath(folder.resolve(), root.resolve())).as_posix()
+    there = Path(os.path.relpath(folder.resolve(), root.resolve()))
     if is_prepared(folder):
         listing = _only_training(_prepared(folder))
     else:
@@ -78,8 +78,8 @@ def list_unlabelled(folder: Path, root: Path) -> Listing:
     if not listing.files:
         raise UserError(f"data.unlabelled {folder}: has no image ({' '.join(SUFFIXES)})")
     listing.classes = []
-    listing.files = [f"{there}/{name}" for name in listing.files]
-    listing.shards = [f"{there}/{name}" for name in listing.shards]
+    listing.files = [(there / name).as_posix() for name in listing.files]
+    listing.shards = [(there / name).as_posix() for name in listing.shards]
     listing.roles = ["unlabelled"] * len(listing.files)
     listing.labels = np.full(len(listing.files), UNKNOWN, dtype=np.int64)
     return listing
