@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from launchers import data
+from launchers import compress, data
 from launchers.display import Display, results_table
 from launchers.layout import RunFolder
 from sbf_dist import recipe as recipes
@@ -63,6 +63,13 @@ def root(
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(message)s"
     )
+    # torch.utils.benchmark loads this module, which warns of a CUDA toolkit without a GPU.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+
+app.command("compress", short_help="Compress a network in one shot, without training.")(
+    compress.command
+)
 
 
 @app.command(short_help="Run a recipe: from images to an exported student.")
@@ -111,7 +118,7 @@ def check_surroundings(recipe: Recipe, *, indexed: bool) -> None:
         workers = recipe.workers
         check_machine(workers.count, workers.cpus, workers.gpus)
     images = recipe.data
-    if images.source != "digits" and not indexed:
+    if (images.source == "folder" or images.expected) and not indexed:
         assert images.root is not None
         check_folder(
             images.root,
@@ -155,20 +162,18 @@ def execute(recipe: Recipe, folder: RunFolder, until: str, again: str | None) ->
     folder.root.mkdir(parents=True, exist_ok=True)
     with ExitStack() as resources:
         resources.enter_context(locked(folder))
-        # torch.utils.benchmark loads this module, which warns of a CUDA toolkit without a GPU.
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         # These take seconds: not before it is known that the folder is free.
         import torch
 
-        from launchers import stages
+        from launchers import sequence, stages
         from launchers.local_ray import available_cpus
         from sbf_dist import tracking
 
         torch.set_num_threads(available_cpus())
         display = Display()
-        stages.check_identity(recipe, folder)
+        sequence.check_identity(recipe, folder)
         if again is not None:
-            stages.forget(recipe, folder, again)
+            sequence.forget(recipe, folder, again)
         run_id = None
         if folder.tracking.exists():
             run_id = json.loads(folder.tracking.read_text())["run_id"]
@@ -188,7 +193,7 @@ def execute(recipe: Recipe, folder: RunFolder, until: str, again: str | None) ->
         parent.log_artifact(folder.recipe)
         resources.enter_context(display)
         work = stages.Run(recipe, folder, display, parent, resources)
-        stages.perform(work, until)
+        sequence.perform(work, until)
     if folder.summary.exists():
         finish(display, folder, uri)
 

@@ -1,7 +1,7 @@
 """What a user sees while a run works: bars on a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -97,8 +97,8 @@ def _detail(record: Mapping[str, Any]) -> str:
     return f"loss {record['parts']['loss']:.3f}  {record['images_per_s']:.0f} images/s"
 
 
-def results_table(rows: list[Mapping[str, Any]]) -> Table:
-    """Return the table of results: accuracy in percent, millions of MACs and parameters."""
+def results_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the table of results: accuracy in percent (- if unknown), millions of MACs, …"""
     table = Table()
     table.add_column("network", no_wrap=True)
     for heading in ("top-1 %", "MACs (M)", "params (k)", "latency (ms)"):
@@ -106,7 +106,7 @@ def results_table(rows: list[Mapping[str, Any]]) -> Table:
     for row in rows:
         table.add_row(
             row["name"],
-            f"{100 * row['top1']:.1f}",
+            "-" if row["top1"] is None else f"{100 * row['top1']:.1f}",
             f"{row['macs'] / 1e6:.2f}",
             f"{row['params'] / 1e3:.1f}",
             f"{row['latency_ms']:.2f}",

@@ -1,48 +1,39 @@
-"""The stages of a run: what each one does, and what is done already."""
+"""The stages of a run: what each one does."""
 
-import dataclasses
 import json
-import shutil
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from launchers import networks, ray_train
 from launchers.display import Display
-from launchers.layout import RunFolder
+from launchers.images import calibration_images, evaluation_images
+from launchers.layout import RunFolder, write_json
 from launchers.local_ray import local_ray
+from launchers.student import export as export_student
+from launchers.student import make as make_student
 from launchers.worker import build_network, evaluate_networks, train_networks, write_pseudo_labels
 from pipelines.index import DataIndex
-from pipelines.loader import EvalLoader
 from pipelines.sources import digits
 from pipelines.sources.folder import index_folder
 from sbf_dist import models, tracking
-from sbf_dist.compress.budget import Budget
 from sbf_dist.compress.cost import count
 from sbf_dist.compress.latency import latency
-from sbf_dist.compress.latency_table import LatencyTable, default_path
 from sbf_dist.compress.plan import DenseLayer, Plan
-from sbf_dist.compress.reconstruct import compress
 from sbf_dist.compress.zeroed import zero_channels
 from sbf_dist.distill import pseudo_labels
 from sbf_dist.distill.selection import select
-from sbf_dist.errors import UserError
-from sbf_dist.export.onnx import to_onnx, verify_onnx
 from sbf_dist.export.optimize import optimize
-from sbf_dist.export.saved import ONNX, Card, save_student
+from sbf_dist.export.saved import ONNX
 from sbf_dist.recipe import Recipe
 from sbf_dist.report.chart import accuracy_and_cost
 
 Result = dict[str, Any]
 
 VERIFIED_IMAGES = 64
-LARGEST_ONNX_DIFFERENCE = 1e-4
 
 
 @dataclass
@@ -153,26 +144,12 @@ def write_labels(run: Run, log: tracking.Run) -> Result:
 
 def compress_teacher(run: Run, log: tracking.Run) -> Result:
     """Plan and fit the SBF student; zero channels to the same budget for comparison."""
-    settings = run.recipe.compress
     teacher = networks.compressed_teacher(run.recipe)
     index = DataIndex.load(run.folder.index)
     dense = build_network(run.recipe, run.folder, teacher.name, start_from=teacher.name)
-    images = _calibration_images(run, index)
-    student, plan = compress(
-        dense,
-        images,
-        model_name=teacher.model,
-        classes=len(index.classes),
-        budget=Budget(settings.macs, settings.latency, settings.latency_ms),
-        sources=settings.sources,
-        transform_size=settings.transform_size,
-        floor=settings.floor,
-        seed=run.recipe.seed,
-        progress=lambda title, done, of: run.display.show(
-            {"title": title, "step": done, "steps": of}
-        ),
-        table=LatencyTable(settings.latency_table or default_path(), settings.latency_batch),
-        for_inference=optimize,
+    images = calibration_images(run.recipe, index)
+    student, plan = make_student(
+        run.recipe, dense, teacher.model, len(index.classes), images, run.display
     )
     reached = plan.macs_after / plan.macs_before
     convertible = [
@@ -184,7 +161,6 @@ def compress_teacher(run: Run, log: tracking.Run) -> Result:
     models.save_weights(student, run.folder.weights(networks.ONE_SHOT))
     models.save_weights(zeroed, run.folder.weights(networks.ZEROED))
     plan.save(run.folder.plan)
-    run.display.say(f"  {plan.summary()}")
     log.log_artifact(run.folder.plan)
     figures: dict[str, float] = {"macs": plan.macs_after, "params": plan.params_after}
     if plan.latency is not None:
@@ -251,23 +227,21 @@ def export(run: Run, log: tracking.Run) -> Result:
     ).eval()
     rows = json.loads(run.folder.result("evaluate").read_text())["rows"]
     top1 = next(row["top1"] for row in rows if row["network"] == networks.STUDENT)
-    data = run.recipe.data
-    card = Card.of(plan, classes=index.classes, mean=list(data.mean), std=list(data.std), top1=top1)
-    save_student(run.folder.student, student, plan, card)
-    onnx = run.folder.student / ONNX
-    to_onnx(student, onnx, card)
-    images = _images(run, index, index.parts["validation"][:VERIFIED_IMAGES])
-    difference = verify_onnx(onnx, student, images)
-    if difference > LARGEST_ONNX_DIFFERENCE:
-        raise RuntimeError(
-            f"{onnx}: differs from the student by {difference:.2e} in the logits of "
-            f"{len(images)} images, more than {LARGEST_ONNX_DIFFERENCE:.0e}"
-        )
-    uri = tracking.log_student(run.parent, onnx)
+    images = evaluation_images(run.recipe, index, index.parts["validation"][:VERIFIED_IMAGES])
+    difference = export_student(
+        run.folder.student,
+        student,
+        plan,
+        run.recipe,
+        classes=index.classes,
+        top1=top1,
+        images=images,
+    )
+    uri = tracking.log_student(run.parent, run.folder.student / ONNX)
     log.log_artifact(run.folder.student, "student")
     log.log_metrics({"onnx_difference": difference}, 0)
     run.display.say(f"  ONNX Runtime agrees within {difference:.1e} on {len(images)} images")
-    _write(run.folder.summary, {"rows": rows})
+    write_json(run.folder.summary, {"rows": rows})
     chart = accuracy_and_cost(rows)
     chart.savefig(run.folder.root / "summary.png", dpi=120)
     run.parent.log_figure(chart, "summary.png")
@@ -286,48 +260,6 @@ STAGES: dict[str, Callable[[Run, tracking.Run], Result]] = {
 }
 
 
-# --- what is done --------------------------------------------------------------------------------
-
-
-def perform(run: Run, until: str) -> None:
-    """Do the stages up to `until` that are not done yet."""
-    wanted = list(STAGES)[: list(STAGES).index(until) + 1]
-    for number, name in enumerate(wanted, 1):
-        if run.folder.result(name).exists():
-            run.display.say(f"[{number}/{len(wanted)}] {name}: done before", style="bold")
-            continue
-        with run.display.stage(number, len(wanted), name), run.parent.stage(name) as log:
-            start = time.monotonic()
-            result = STAGES[name](run, log)
-            seconds = round(time.monotonic() - start, 2)
-            log.log_metrics({"seconds": seconds}, 0)
-        _write(run.folder.result(name), {**result, "seconds": seconds, **tracking.origin()})
-
-
-def forget(recipe: Recipe, folder: RunFolder, first: str) -> None:
-    """Remove the results of the stage `first` and of those after it, so that they are done anew."""
-    made: dict[str, list[Path]] = {
-        "prepare": [folder.index],
-        "teachers": [folder.weights(job.name) for job in networks.teacher_jobs(recipe)],
-        "pseudo-labels": [folder.pseudo_labels],
-        "compress": [
-            folder.plan,
-            *(folder.weights(n) for n in (networks.ONE_SHOT, networks.ZEROED)),
-        ],
-        "distill": [folder.weights(job.name) for job in networks.distill_jobs(recipe)],
-        "evaluate": [],
-        "export": [folder.student, folder.summary],
-    }
-    names = list(STAGES)
-    for name in names[names.index(first) :]:
-        # The result first: without it the stage is not done, whatever else is left of it.
-        for path in (folder.result(name), folder.checkpoints / name, *made[name]):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-
-
 def _train(run: Run, stage: str, log: tracking.Run) -> Result:
     trained = run.launch(train_networks, stage, log)
     for name, result in trained.items():
@@ -336,73 +268,9 @@ def _train(run: Run, stage: str, log: tracking.Run) -> Result:
     return {"trainings": trained}
 
 
-def _write(path: Path, content: Result) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    partial.replace(path)
-
-
 def _input_shape(run: Run, network: str, student: tuple[int, int, int]) -> tuple[int, int, int]:
     for teacher in run.recipe.teachers:
         if teacher.name == network:
             size = networks.teacher_view(run.recipe, teacher).size
             return (3, size, size)
     return student
-
-
-def _calibration_images(run: Run, index: DataIndex) -> torch.Tensor:
-    """Return random training images as the student sees them in evaluation."""
-    ids = np.sort(np.concatenate([index.parts[part] for part in ("labelled", "unlabelled")]))
-    generator = np.random.default_rng(run.recipe.seed)
-    wanted = min(run.recipe.compress.images, len(ids))
-    return _images(run, index, np.sort(generator.choice(ids, wanted, replace=False)))
-
-
-def _images(run: Run, index: DataIndex, ids: np.ndarray) -> torch.Tensor:
-    """Return the evaluation views of `ids`, (N, 3, H, W), in channels_last."""
-    none = ids[:0]
-    view = networks.student_view(run.recipe)
-    loader = EvalLoader(
-        dataclasses.replace(index, parts={"labelled": none, "unlabelled": none, "validation": ids}),
-        "validation",
-        batch_size=64,
-        image_size=view.size,
-        crop=run.recipe.data.crop,
-        mean=view.mean,
-        std=view.std,
-        rank=0,
-        world_size=1,
-        threads=run.recipe.data.threads,
-    )
-    # DALI takes its buffers back when a batch dies.
-    return torch.cat([batch["image"].clone() for batch in loader])
-
-
-def check_identity(recipe: Recipe, folder: RunFolder) -> None:
-    """Refuse a folder that was made from another recipe; UserError names the first difference."""
-    if not folder.recipe.exists():
-        _write(folder.recipe, recipe.identity())
-        return
-    before, now = json.loads(folder.recipe.read_text()), recipe.identity()
-    difference = _first_difference(before, now)
-    if difference is not None:
-        key, old, new = difference
-        raise UserError(
-            f"run folder {folder.root} was made with {key} = {old!r}, the recipe says {new!r}; "
-            f"give another name (name=…) or remove the folder"
-        )
-
-
-def _first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] | None:
-    if isinstance(old, dict) and isinstance(new, dict):
-        pairs = [(name, old.get(name), new.get(name)) for name in sorted(old.keys() | new.keys())]
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = [(str(i), a, b) for i, (a, b) in enumerate(zip(old, new, strict=True))]
-    else:
-        return None if old == new else (key, old, new)
-    for name, a, b in pairs:
-        found = _first_difference(a, b, f"{key}.{name}" if key else name)
-        if found is not None:
-            return found
-    return None

@@ -19,6 +19,8 @@ Above0 = typing.Annotated[float, Field(gt=0)]
 # No dot in front: "." and ".." are folders that exist.
 Name = typing.Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
 
+KNOWN_SETS = ("cifar10", "cifar100", "tiny-imagenet", "imagenet")  # see sbf data prepare
+
 
 class Section(BaseModel):
     """A part of a recipe; unknown keys are errors."""
@@ -118,7 +120,7 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _has_root(self) -> "Data":
-        if self.source != "digits" and self.root is None:
+        if (self.source == "folder" or self.expected) and self.root is None:
             raise ValueError(f"root must name a folder of images for source: {self.source}")
         return self
 
@@ -134,7 +136,7 @@ class Data(Section):
     @property
     def expected(self) -> str | None:
         """The set that root must be, if the source is one of known content."""
-        return None if self.source in ("digits", "folder") else self.source
+        return self.source if self.source in KNOWN_SETS else None
 
 
 class Workers(Section):
@@ -336,13 +338,21 @@ def load(path: Path, overrides: typing.Sequence[str] = ()) -> Recipe:
         raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"recipe {path} must be a mapping of keys to values")
+    return validate(content, overrides, f"recipe {path}")
+
+
+def validate(content: dict[str, Any], overrides: typing.Sequence[str], origin: str) -> Recipe:
+    """Make a recipe of `content`, changed by `overrides`; errors begin with `origin`.
+
+    Raises UserError as `load` does.
+    """
     content = _unshared(content)
     for override in overrides:
         _override(content, override)
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"recipe {path}: {_explain(error)}") from None
+        raise UserError(f"{origin}: {_explain(error)}") from None
 
 
 def _unshared(content: Any) -> Any:

@@ -75,8 +75,8 @@ def index_folder(
         ),
         skipped=skipped,
         shards=listing.shards,
-        shard=None if listing.shard is None else listing.shard[good],
-        offset=None if listing.offset is None else listing.offset[good],
+        shard=listing.shard[good] if listing.shards else None,
+        offset=listing.offset[good] if listing.shards else None,
     )
     _log.info(
         "%s: %d classes, %s, %d skipped",
@@ -118,19 +118,27 @@ def _listing(root: Path, expected: str | None, unlabelled: Path | None) -> Listi
 def _inspected(
     root: Path, listing: Listing, progress: Callable[[int, int], None] | None
 ) -> list[Inspection]:
-    """What each image holds: of prepared files, that they still have their sizes."""
-    if listing.seen is None:
-        return inspect_all([root / name for name in listing.files], progress)
-    if not listing.shards:
-        for name, it in zip(listing.files, listing.seen, strict=True):
-            try:
-                size = (root / name).stat().st_size
-            except OSError:
-                size = -1
-            if it.fault is None and size != it.bytes:
-                told = "is missing" if size < 0 else "has changed since it was prepared"
-                raise UserError(f"data {root}: {name} {told}; sbf data check tells what else")
-    return listing.seen
+    """What each image holds; of prepared files it is checked that they have their sizes still."""
+    unread = [row for row, it in enumerate(listing.seen) if it is None]
+    read = inspect_all([root / listing.files[row] for row in unread], progress)
+    found = dict(zip(unread, read, strict=True))
+    for row, it in enumerate(listing.seen):
+        if it is not None:
+            if listing.shard[row] < 0:
+                _check_unchanged(root, listing.files[row], it)
+            found[row] = it
+    return [found[row] for row in range(len(listing.files))]
+
+
+def _check_unchanged(root: Path, name: str, prepared: Inspection) -> None:
+    try:
+        size = (root / name).stat().st_size
+    except OSError:
+        raise UserError(f"data {root}: {name} is missing; sbf data check tells what else") from None
+    if prepared.fault is None and size != prepared.bytes:
+        raise UserError(
+            f"data {root}: {name} has changed since it was prepared; sbf data check tells what else"
+        )
 
 
 def _usable(

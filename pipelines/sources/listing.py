@@ -1,7 +1,7 @@
 """Which images a place holds: class folders, a folder without classes, or a prepared set."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,18 +23,47 @@ class Listing:
     files    relative to the root of the index, as it has them
     roles    "train", "val" or "unlabelled"
     labels   int64 (n,): positions in `classes`, −1 for an unlabelled image
-    seen     what is known of each image's content; None: nobody has looked yet
-    shards   tar files relative to the root of the index; shard, offset: as in DataIndex
+    seen     what is known of each image's content; None where nobody has looked yet
+    shards   tar files relative to the root of the index
+    shard    int64 (n,): position in `shards`, −1 for a file of its own; offset: as in DataIndex
     """
 
     classes: list[str]
     files: list[str]
     roles: list[str]
     labels: NDArray[np.int64]
-    seen: list[Inspection] | None = None
+    seen: Sequence[Inspection | None]
+    shard: NDArray[np.int64]
+    offset: NDArray[np.int64]
     shards: list[str] = field(default_factory=list)
-    shard: NDArray[np.int64] | None = None
-    offset: NDArray[np.int64] | None = None
+
+    @classmethod
+    def of_files(
+        cls, classes: list[str], files: list[str], roles: list[str], labels: Sequence[int]
+    ) -> "Listing":
+        """Files that nobody has looked into."""
+        return cls(
+            classes=classes,
+            files=files,
+            roles=roles,
+            labels=np.array(labels, dtype=np.int64),
+            seen=[None] * len(files),
+            shard=np.full(len(files), -1),
+            offset=np.zeros(len(files), dtype=np.int64),
+        )
+
+    def take(self, rows: Sequence[int]) -> "Listing":
+        """Some of the images, in the order of `rows`."""
+        return Listing(
+            classes=self.classes,
+            files=[self.files[row] for row in rows],
+            roles=[self.roles[row] for row in rows],
+            labels=self.labels[rows],
+            seen=[self.seen[row] for row in rows],
+            shard=self.shard[rows],
+            offset=self.offset[rows],
+            shards=self.shards,
+        )
 
 
 def list_images(root: Path, expected: str | None = None) -> Listing:
@@ -71,10 +100,11 @@ def list_unlabelled(folder: Path, root: Path) -> Listing:
     # Links are resolved: "../" leads up from where a folder really is.
     there = Path(os.path.relpath(folder.resolve(), root.resolve()))
     if is_prepared(folder):
-        listing = _only_training(_prepared(folder))
+        listing = _prepared(folder)
+        listing = listing.take([row for row, role in enumerate(listing.roles) if role == "train"])
     else:
         files = sorted(_images(folder, folder))
-        listing = Listing([], files, [], np.zeros(0, np.int64))
+        listing = Listing.of_files([], files, ["unlabelled"] * len(files), [UNKNOWN] * len(files))
     if not listing.files:
         raise UserError(f"data.unlabelled {folder}: has no image ({' '.join(SUFFIXES)})")
     listing.classes = []
@@ -87,39 +117,21 @@ def list_unlabelled(folder: Path, root: Path) -> Listing:
 
 def joined(listing: Listing, others: Listing, root: Path) -> Listing:
     """Both listings as one, with the classes of the first; UserError if they share an image."""
-    if bool(listing.shards) != bool(others.shards):
-        raise UserError(
-            f"data {root}: labelled and unlabelled images must both be files or both be in shards; "
-            "sbf data prepare makes either"
-        )
-    order = sorted(
-        range(len(listing.files) + len(others.files)),
-        key=(listing.files + others.files).__getitem__,
-    )
     files = [*listing.files, *others.files]
     if len(set(files)) < len(files):
         raise UserError(f"data {root}: its unlabelled images are among the labelled ones")
-    seen = None
-    if listing.seen is not None and others.seen is not None:
-        together = listing.seen + others.seen
-        seen = [together[i] for i in order]
-    shard = offset = None
-    if listing.shards:
-        assert listing.shard is not None and others.shard is not None
-        assert listing.offset is not None and others.offset is not None
-        shard = np.concatenate([listing.shard, others.shard + len(listing.shards)])[order]
-        offset = np.concatenate([listing.offset, others.offset])[order]
-    roles = listing.roles + others.roles
-    return Listing(
+    moved = np.where(others.shard < 0, -1, others.shard + len(listing.shards))
+    together = Listing(
         classes=listing.classes,
-        files=[files[i] for i in order],
-        roles=[roles[i] for i in order],
-        labels=np.concatenate([listing.labels, others.labels])[order],
-        seen=seen,
+        files=files,
+        roles=listing.roles + others.roles,
+        labels=np.concatenate([listing.labels, others.labels]),
+        seen=[*listing.seen, *others.seen],
+        shard=np.concatenate([listing.shard, moved]),
+        offset=np.concatenate([listing.offset, others.offset]),
         shards=listing.shards + others.shards,
-        shard=shard,
-        offset=offset,
     )
+    return together.take(sorted(range(len(files)), key=files.__getitem__))
 
 
 def _prepared(root: Path) -> Listing:
@@ -138,24 +150,9 @@ def _prepared(root: Path) -> Listing:
         roles=[_ROLE[file.partition("/")[0]] for file in files],
         labels=table["label"].to_numpy().astype(np.int64),
         seen=[Inspection(*it) for it in zip(*columns.values(), strict=True)],
+        shard=table["shard"].to_numpy().astype(np.int64),
+        offset=table["offset"].to_numpy().astype(np.int64),
         shards=shards,
-        shard=table["shard"].to_numpy().astype(np.int64) if shards else None,
-        offset=table["offset"].to_numpy().astype(np.int64) if shards else None,
-    )
-
-
-def _only_training(listing: Listing) -> Listing:
-    rows = [row for row, role in enumerate(listing.roles) if role == "train"]
-    assert listing.seen is not None
-    return Listing(
-        classes=listing.classes,
-        files=[listing.files[row] for row in rows],
-        roles=[],
-        labels=listing.labels[rows],
-        seen=[listing.seen[row] for row in rows],
-        shards=listing.shards,
-        shard=None if listing.shard is None else listing.shard[rows],
-        offset=None if listing.offset is None else listing.offset[rows],
     )
 
 
@@ -185,11 +182,11 @@ def _class_folders(root: Path) -> Listing:
     if split and (root / "unlabelled").is_dir():
         found += [(name, "unlabelled", UNKNOWN) for name in _images(root, root / "unlabelled")]
     found.sort()
-    return Listing(
-        classes=classes,
-        files=[name for name, _, _ in found],
-        roles=[role for _, role, _ in found],
-        labels=np.array([label for _, _, label in found], dtype=np.int64),
+    return Listing.of_files(
+        classes,
+        [name for name, _, _ in found],
+        [role for _, role, _ in found],
+        [label for _, _, label in found],
     )
 
 

@@ -79,12 +79,7 @@ def save_student(folder: Path, model: nn.Module, plan: Plan, card: Card) -> None
         shapes = [tuple(d[name].shape) if name in d else None for d in (state, expected)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"{name} is {shapes[0]} in the model, {shapes[1]} by the plan")
-    strangers = _strangers(folder)
-    if strangers:
-        raise UserError(
-            f"folder {folder} holds {strangers[0]!r}, which is no part of a student: "
-            "choose an empty or a new folder"
-        )
+    check_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -94,6 +89,21 @@ def save_student(folder: Path, model: nn.Module, plan: Plan, card: Card) -> None
     card = card.model_copy(update={"weights_digest": _sha256(partial / WEIGHTS)})
     (partial / CARD).write_text(card.model_dump_json(indent=2) + "\n")
     _replace_folder(partial, folder)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UserError if `folder` is a file, or holds anything that is no part of a student."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"folder {folder} is a file")
+    ours = {WEIGHTS, PLAN, CARD, ONNX}
+    strangers = sorted(entry.name for entry in folder.iterdir() if entry.name not in ours)
+    if strangers:
+        raise UserError(
+            f"folder {folder} holds {strangers[0]!r}, which is no part of a student: "
+            "choose an empty or a new folder"
+        )
 
 
 def load_card(folder: Path) -> Card:
@@ -128,15 +138,6 @@ def load_student(folder: Path) -> nn.Module:
     except (SafetensorError, RuntimeError) as error:
         raise UserError(f"file {path} does not fit {PLAN}: {_first_line(error)}") from error
     return model.eval()
-
-
-def _strangers(folder: Path) -> list[str]:
-    if not folder.exists():
-        return []
-    if not folder.is_dir():
-        raise UserError(f"folder {folder} is a file")
-    ours = {WEIGHTS, PLAN, CARD, ONNX}
-    return sorted(entry.name for entry in folder.iterdir() if entry.name not in ours)
 
 
 def _replace_folder(new: Path, folder: Path) -> None:

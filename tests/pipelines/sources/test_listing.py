@@ -167,7 +167,7 @@ def test_another_set_gives_its_training_images_unlabelled(sets):
         assert images
 
 
-def test_unlabelled_images_must_be_there_be_others_and_be_of_one_kind(sets, tmp_path):
+def test_unlabelled_images_must_be_there_and_be_others(sets, tmp_path):
     root = sets / "cifar10-folder"
     with pytest.raises(UserError, match=r"data\.unlabelled .*/nowhere: is no folder"):
         indexed(root, unlabelled=tmp_path / "nowhere")
@@ -175,8 +175,32 @@ def test_unlabelled_images_must_be_there_be_others_and_be_of_one_kind(sets, tmp_
         indexed(root, unlabelled=tmp_path)
     with pytest.raises(UserError, match="are among the labelled ones"):
         indexed(root, unlabelled=root)
-    with pytest.raises(UserError, match="must both be files or both be in shards"):
-        indexed(root, unlabelled=sets / "cifar100-webdataset")
+
+
+def test_files_and_shards_may_be_mixed(sets, tmp_path):
+    write_plain(tmp_path / "0.png", 3)
+    for unlabelled in (tmp_path, sets / "cifar100-folder"):
+        index = indexed(sets / "cifar10-webdataset", unlabelled=unlabelled)
+        hidden = index.parts["unlabelled"]
+        assert (index.shard[hidden] == -1).all()
+        assert (index.shard[index.parts["labelled"]] == 0).all()
+        assert sum(image.shape[0] for image in read(index)[0]) == 8 + 8 + 10
+        batch = next(
+            TrainLoader(
+                index,
+                ["labelled", "unlabelled"],
+                batch_size=len(hidden) + 50,
+                image_size=8,
+                augmentation=Augmentation(),
+                seed=0,
+                **VIEW,
+            )
+        )
+        assert (batch["label"] == -1).sum() == len(hidden)
+    index = indexed(sets / "cifar100-folder", unlabelled=sets / "cifar10-webdataset")
+    assert len(index.shards) == 2
+    assert (index.shard[index.parts["unlabelled"]] == 0).all()
+    assert (index.shard[index.parts["validation"]] == -1).all()
 
 
 def test_a_list_of_labelled_images_holds_for_files_and_shards(sets, tmp_path):

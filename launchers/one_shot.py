@@ -1,0 +1,123 @@
+"""What `sbf compress` does: a network is compressed once, without training, and exported."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from launchers.display import Display, results_table
+from launchers.images import calibration_images, evaluation_images, evaluation_loader
+from launchers.local_ray import available_cpus
+from launchers.student import export, make
+from pipelines.index import DataIndex
+from pipelines.sources.folder import index_folder
+from sbf_dist import models
+from sbf_dist.compress.cost import count
+from sbf_dist.compress.latency import latencies
+from sbf_dist.compress.plan import Plan
+from sbf_dist.export.optimize import optimize
+from sbf_dist.export.saved import ONNX, PLAN, WEIGHTS, check_folder
+from sbf_dist.recipe import Recipe
+from sbf_dist.train.evaluate import accuracy
+
+VERIFIED_IMAGES = 64
+
+
+def compress_once(recipe: Recipe, out: Path, classes: int | None) -> None:
+    """Compress the recipe's only teacher and write the student to `out`, saying what was reached.
+
+    `classes`: outputs of the network, None for one to each class of the images. UserError for
+    weights, images and folders that do not fit.
+    """
+    check_folder(out)
+    torch.set_num_threads(available_cpus())
+    (teacher,) = recipe.teachers
+    assert teacher.weights is not None
+    with Display() as display:
+        index = _index(recipe, display)
+        outputs = classes or len(index.classes)
+        dense = models.build(teacher.model, outputs)
+        models.load_weights(dense, teacher.weights)
+        student, plan = make(
+            recipe, dense, teacher.model, outputs, calibration_images(recipe, index), display
+        )
+        top1 = _accuracies(recipe, index, [dense, student], display)
+        ids = index.parts["validation"][:VERIFIED_IMAGES]
+        export(
+            out,
+            student,
+            plan,
+            recipe,
+            classes=index.classes if top1 else [str(i) for i in range(outputs)],
+            top1=top1[1] if top1 else None,
+            images=evaluation_images(recipe, index, ids),
+        )
+        display.console.print(results_table(_rows(recipe, plan, [dense, student], top1)))
+        display.say(f"student   {out}/ ({ONNX}, {WEIGHTS}, {PLAN})")
+        display.say(f"plan      sbf plan show {out}")
+
+
+def _index(recipe: Recipe, display: Display) -> DataIndex:
+    data = recipe.data
+    assert data.root is not None
+    index = index_folder(
+        data.root,
+        labelled_per_class=data.labelled_per_class,
+        validation=data.validation,
+        seed=recipe.seed,
+        split=data.split,
+        unlabelled=data.unlabelled,
+        expected=data.expected,
+        progress=lambda done, of: display.show({"title": "images", "step": done, "steps": of}),
+    )
+    display.say(f"  {data.root}: {len(index)} images of {len(index.classes)} classes")
+    return index
+
+
+def _accuracies(
+    recipe: Recipe, index: DataIndex, networks: list[nn.Module], display: Display
+) -> list[float]:
+    """Top-1 of each network on the validation part; none where labels do not fit the outputs."""
+    ids = index.parts["validation"]
+    probe = torch.zeros(1, 3, recipe.data.image_size, recipe.data.image_size)
+    with torch.no_grad():
+        outputs = networks[0].eval()(probe).shape[1]
+    if outputs != len(index.classes):
+        display.say(
+            f"  no accuracy: the network has {outputs} outputs, the images {len(index.classes)} "
+            "classes"
+        )
+        return []
+    found = []
+    for number, network in enumerate(networks, 1):
+        display.show({"title": "accuracy", "step": number, "steps": len(networks)})
+        found.append(accuracy(network, evaluation_loader(recipe, index, ids), "cpu").top1)
+    return found
+
+
+def _rows(
+    recipe: Recipe, plan: Plan, networks: list[nn.Module], top1: list[float]
+) -> list[dict[str, Any]]:
+    """The dense network and the student as rows of the table of results."""
+    times = latencies(
+        [optimize(network) for network in networks],
+        plan.input_shape,
+        batch=recipe.compress.latency_batch,
+    )
+    return [
+        {
+            "name": name,
+            "top1": top1[number] if top1 else None,
+            "macs": cost.macs,
+            "params": cost.params,
+            "latency_ms": times[number],
+        }
+        for number, (name, cost) in enumerate(
+            zip(
+                ("dense", "SBF, no training"),
+                (count(network, plan.input_shape) for network in networks),
+                strict=True,
+            )
+        )
+    ]
