@@ -2,8 +2,10 @@
 
 import io
 import re
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -84,21 +86,25 @@ def catalogue(path: Path) -> Catalogue:
     content = _read(path, layout)
     names = _class_names(path, layout, content[layout.names])
     entries = Entries()
-    pixels = []
+    batches: list[NDArray[np.uint8]] = []
     for part, files in (("train", layout.train), ("val", (layout.test,))):
         number = 0
         for file in files:
             images, labels = _batch(path, layout, file, content.pop(file))
             if len(labels) and not (labels.min() >= 0 and labels.max() < len(names)):
                 raise UserError(f"archive {path}: {file} has a label beyond its {len(names)} names")
-            pixels.append(images)
+            batches.append(images)
             for label in labels.tolist():
                 entries.add(part, names[label], f"{number:05}.png", _PIXELS)
                 number += 1
-    stack = np.concatenate(pixels)
-    return entries.catalogue(
-        {name: name.replace("_", " ") for name in names}, lambda i: png(stack[i])
-    )
+    # Not one array: that would hold everything twice for a moment.
+    ends = list(accumulate(map(len, batches)))
+
+    def read(i: int) -> bytes:
+        batch = bisect_right(ends, i)
+        return png(batches[batch][i - ends[batch]])
+
+    return entries.catalogue({name: name.replace("_", " ") for name in names}, read)
 
 
 def png(image: NDArray[np.uint8]) -> bytes:
