@@ -107,10 +107,10 @@ def read_samples(root: Path, manifest: Manifest) -> pa.Table:
     return pq.read_table(pa.BufferReader(data)).cast(SCHEMA)
 
 
-def write_samples(root: Path, columns: dict[str, Any]) -> str:
+def write_samples(root: Path, table: pa.Table) -> str:
     """Write samples.parquet; return its SHA-256."""
     file = io.BytesIO()
-    pq.write_table(pa.table(columns, schema=SCHEMA), file, compression="zstd")
+    pq.write_table(table, file, compression="zstd")
     write_file(root / SAMPLES, file.getvalue())
     return hashlib.sha256(file.getvalue()).hexdigest()
 

@@ -7,16 +7,15 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipelines.inspection import inspect_bytes
 from pipelines.sources import cifar, imagenet, tiny_imagenet
 from pipelines.sources.archives import Archive, Progress, locate, md5_of, verify
 from pipelines.sources.catalogue import PARTS, Catalogue
@@ -30,11 +29,8 @@ from pipelines.sources.manifest import (
     write_file,
     write_samples,
 )
-from pipelines.sources.shards import shuffled_runs, write_shard
+from pipelines.sources.units import Work, units
 from sbf_dist.errors import UserError
-
-_UNIT = 500  # images of a unit of work in the layout "folder"
-_REPORT = 50  # images between two reports
 
 
 def prepare(
@@ -73,7 +69,7 @@ def prepare(
             settings = {"set": name, "layout": layout, "seed": seed, "archives": records}
             _check_settings(out, settings)
             with _catalogue(name, [path for _, path in found], progress) as catalogue:
-                work = _Work(out, layout, catalogue, _units(layout, catalogue, seed), progress)
+                work = Work(out, layout, catalogue, units(layout, catalogue, seed), progress)
                 work.perform()
                 return _finish(work, settings)
 
@@ -118,6 +114,7 @@ def _done_before(name: str, out: Path, layout: str, seed: int) -> Manifest | Non
                     f"data {out}: holds {manifest.set} as {manifest.layout} (seed "
                     f"{manifest.seed}) already; choose a new folder"
                 )
+        shutil.rmtree(out / WORK, ignore_errors=True)  # where the very last step was cut
         return manifest
     if out.is_dir() and not (out / WORK).is_dir() and any(out.iterdir()):
         raise UserError(
@@ -195,216 +192,44 @@ def _writing(out: Path) -> Iterator[None]:
         raise UserError(f"data {out}: {reason}") from error
 
 
-# --- the work ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Unit:
-    """What is done in one go: some images, of one shard or of none."""
-
-    name: str
-    rows: NDArray[np.int64]
-    shard: str | None = None
-
-
-def _units(layout: str, catalogue: Catalogue, seed: int) -> list[_Unit]:
-    rows = np.arange(len(catalogue))
-    if layout == "folder":
-        return [
-            _Unit(f"{start:08}", rows[start : start + _UNIT])
-            for start in range(0, len(catalogue), _UNIT)
-        ]
-    in_train = np.array([file.startswith("train/") for file in catalogue.files])
-    return [
-        _Unit(f"{part}-{number:06}", run, f"{part}-{number:06}.tar")
-        for part, those in (("train", rows[in_train]), ("val", rows[~in_train]))
-        for number, run in enumerate(shuffled_runs(catalogue.sizes, those, seed=seed))
-    ]
-
-
-class _Work:
-    """The units of a preparation and what is known of the images that are done.
-
-    A unit's note in .preparing/notes is written after its files: image by image bytes, digest,
-    height, width, fault and offset, and the shard's record where there is one.
-    """
-
-    def __init__(
-        self,
-        out: Path,
-        layout: str,
-        catalogue: Catalogue,
-        units: list[_Unit],
-        progress: Progress | None,
-    ) -> None:
-        self.out, self.layout, self.catalogue, self.units = out, layout, catalogue, units
-        self.notes: dict[str, dict[str, Any]] = {}
-        self._progress = progress
-        self._made = out / WORK / "made"
-        self._done = 0
-        self._stopped = False
-
-    def perform(self) -> None:
-        """Do the units that are not done."""
-        (self.out / WORK / "notes").mkdir(exist_ok=True)
-        self._made.mkdir(exist_ok=True)
-        open_units = [unit for unit in self.units if not self._is_done(unit)]
-        self._check_space(open_units)
-        for folder in {Path(file).parent for file in self.catalogue.files}:
-            if self.layout == "folder" and open_units:
-                (self._made / folder).mkdir(parents=True, exist_ok=True)
-        self._done = sum(len(note["images"]) for note in self.notes.values())
-        # Two threads a processor: reading, hashing and writing all let go of the interpreter.
-        with ThreadPoolExecutor(2 * len(os.sched_getaffinity(0))) as pool:
-            running: list[Future[None]] = []
-            try:
-                running = [pool.submit(self._perform, unit) for unit in open_units]
-                wait(running, return_when=FIRST_EXCEPTION)
-                for future in running:
-                    if future.done():
-                        future.result()
-            finally:
-                self._stopped = True
-                pool.shutdown(cancel_futures=True)
-
-    def _is_done(self, unit: _Unit) -> bool:
-        """Whether a unit's note and all its files are there; takes up the note."""
-        try:
-            note = json.loads(self._note(unit).read_text())
-        except FileNotFoundError:
-            return False
-        if unit.shard is None:
-            names = [self.catalogue.files[row] for row in unit.rows]
-            sizes = [image[0] for image in note["images"]]
-        else:
-            names, sizes = [unit.shard], [note["shard"]["bytes"]]
-        whole = all(self._size(name) == size for name, size in zip(names, sizes, strict=True))
-        if whole:
-            self.notes[unit.name] = note
-        return whole
-
-    def _size(self, name: str) -> int | None:
-        # The last step moves files out of the work folder; it too may have been cut.
-        for folder in (self._made, self.out):
-            try:
-                return (folder / name).stat().st_size
-            except FileNotFoundError:
-                continue
-        return None
-
-    def _check_space(self, units: list[_Unit]) -> None:
-        needed = sum(int(self.catalogue.sizes[unit.rows].sum()) for unit in units)
-        free = shutil.disk_usage(self.out).free
-        if needed > free:
-            raise UserError(
-                f"data {self.out}: needs {needed / 1e9:.1f} GB more, the disk has "
-                f"{free / 1e9:.1f} GB free; choose a folder on another disk"
-            )
-
-    def _perform(self, unit: _Unit) -> None:
-        """Write the files of a unit, then its note."""
-        images: list[list[Any]] = []
-        record = None
-        if unit.shard is None:
-            for name, _, data in self._samples(unit, images):
-                (self._made / name).write_bytes(data)
-        else:
-            path = self._made / unit.shard
-            partial = path.with_name(f".{path.name}")
-            shard = write_shard(partial, self._samples(unit, images))
-            for image, offset in zip(images, shard.offsets, strict=True):
-                image.append(offset)
-            write_file(path.with_suffix(".idx"), shard.index.encode())
-            partial.replace(path)
-            record = {
-                "file": path.name,
-                "bytes": shard.bytes,
-                "sha256": shard.sha256,
-                "index_sha256": hashlib.sha256(shard.index.encode()).hexdigest(),
-                "samples": len(unit.rows),
-            }
-        note = {"images": images, "shard": record}
-        write_file(self._note(unit), json.dumps(note).encode())
-        self.notes[unit.name] = note
-
-    def _samples(self, unit: _Unit, images: list[list[Any]]) -> Iterator[tuple[str, int, bytes]]:
-        """Name, label and bytes of a unit's images; what is noted of them goes to `images`."""
-        for row in unit.rows.tolist():
-            if self._stopped:
-                raise RuntimeError("stopped")
-            data = self.catalogue.read(row)
-            seen = inspect_bytes(data)
-            digest = hashlib.sha256(data).hexdigest()
-            images.append([len(data), digest, seen.height, seen.width, seen.fault])
-            yield self.catalogue.files[row], int(self.catalogue.labels[row]), data
-            self._done += 1  # two threads may lose a count: it is for the eye
-            if self._progress is not None and (
-                self._done % _REPORT == 0 or self._done == len(self.catalogue)
-            ):
-                self._progress("images", self._done, len(self.catalogue), "images")
-
-    def _note(self, unit: _Unit) -> Path:
-        return self.out / WORK / "notes" / f"{unit.name}.json"
-
-    def move(self) -> None:
-        """Move what was made to its place; what was moved before is left there."""
-        for path in sorted(self._made.iterdir()):
-            path.replace(self.out / path.name)
-
-
 # --- after the work ------------------------------------------------------------------------------
 
 
-def _finish(work: _Work, settings: dict[str, Any]) -> Manifest:
+def _finish(work: Work, settings: dict[str, Any]) -> Manifest:
     os.sync()  # not file by file: that would take longer than all the rest
     work.move()
-    columns = _columns(work)
-    samples = write_samples(work.out, columns)
-    classes = list(work.catalogue.classes.items())
-    part = np.array([PARTS.index(file.partition("/")[0]) for file in columns["file"]])
-    counts = np.zeros((len(PARTS), len(classes)), dtype=np.int64)
-    np.add.at(counts, (part, columns["label"]), 1)
+    table = work.samples()
+    counts = _counts(table, len(work.catalogue.classes))
     manifest = Manifest(
         **settings,
         classes=[
-            {"folder": folder, "name": name}
-            | {PARTS[p]: int(counts[p, label]) for p in range(len(PARTS))}
-            for label, (folder, name) in enumerate(classes)
+            {"folder": folder, "name": name, **{part: int(counts[part][label]) for part in PARTS}}
+            for label, (folder, name) in enumerate(work.catalogue.classes.items())
         ],
-        counts={PARTS[p]: int(counts[p].sum()) for p in range(len(PARTS))},
-        content=_content_digest(columns),
-        samples=samples,
-        shards=[it for unit in work.units if (it := work.notes[unit.name]["shard"]) is not None],
+        counts={part: int(counts[part].sum()) for part in PARTS},
+        content=_content_digest(table),
+        samples=write_samples(work.out, table),
+        shards=work.shards(),
     )
     manifest.write(work.out)
     shutil.rmtree(work.out / WORK)
     return manifest
 
 
-def _columns(work: _Work) -> dict[str, Any]:
-    """The columns of samples.parquet, sorted by file."""
-    rows = np.concatenate([unit.rows for unit in work.units])
-    images = [it for unit in work.units for it in work.notes[unit.name]["images"]]
-    shards = np.concatenate(
-        [np.full(len(u.rows), -1 if u.shard is None else k) for k, u in enumerate(work.units)]
-    )
-    files = [work.catalogue.files[row] for row in rows]
-    order = sorted(range(len(files)), key=files.__getitem__)
-    fields = {
-        name: [images[i][k] for i in order]
-        for k, name in enumerate(("bytes", "sha256", "height", "width", "fault"))
-    }
+def _counts(table: pa.Table, classes: int) -> dict[str, NDArray[np.int64]]:
+    """Images of each class, part by part."""
+    labels = table["label"].to_numpy()
     return {
-        "file": [files[i] for i in order],
-        "label": work.catalogue.labels[rows[order]],
-        **fields,
-        "shard": shards[order],
-        "offset": [images[i][5] if len(images[i]) > 5 else 0 for i in order],
+        part: np.bincount(
+            labels[pc.starts_with(table["file"], f"{part}/").to_numpy()], minlength=classes
+        )
+        for part in PARTS
     }
 
 
-def _content_digest(columns: dict[str, Any]) -> str:
+def _content_digest(table: pa.Table) -> str:
     digest = hashlib.sha256()
-    for file, sha256 in zip(columns["file"], columns["sha256"], strict=True):
-        digest.update(f"{file}\0{sha256}\n".encode())
+    for batch in table.select(["file", "sha256"]).to_batches(max_chunksize=10_000):
+        for file, sha256 in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            digest.update(f"{file}\0{sha256}\n".encode())
     return digest.hexdigest()

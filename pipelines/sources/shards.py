@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import re
 import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from numpy.typing import NDArray
 
 MOST_SAMPLES = 5000
 MOST_BYTES = 256 * 10**6
-NAME = re.compile(r"(train|val)-\d{6}\.(tar|idx)")
 _BLOCK = 512
 _LABEL = 2 * _BLOCK  # a header and a block for the label
 

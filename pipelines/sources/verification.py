@@ -8,7 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipelines.sources.archives import Progress
-from pipelines.sources.manifest import MANIFEST, SAMPLES, Manifest, read_manifest, read_samples
+from pipelines.sources.manifest import (
+    MANIFEST,
+    SAMPLES,
+    WORK,
+    Manifest,
+    read_manifest,
+    read_samples,
+)
 from sbf_dist.errors import UserError
 
 
@@ -87,7 +94,9 @@ def _expected(root: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 
 def _files(root: Path) -> Iterator[str]:
-    for folder, _, names in os.walk(root):
+    for folder, folders, names in os.walk(root):
+        if Path(folder) == root and WORK in folders:
+            folders.remove(WORK)  # left by a kill after the very last step
         for name in names:
             yield (Path(folder) / name).relative_to(root).as_posix()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from archive_makers import cifar10_binary, cifar10_python, cifar100_python, imagenet, tiny_imagenet
 
-from pipelines.sources import preparation
+from pipelines.sources import units
 from pipelines.sources.manifest import WORK, is_prepared, read_manifest, read_samples
 from pipelines.sources.preparation import prepare
 from pipelines.sources.verification import check
@@ -141,8 +141,8 @@ def test_a_folder_that_holds_anything_else_is_refused_and_left_alone(archives, t
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, archives: Path, out: Path, **arguments) -> None:
     """Prepare, and break off after a few images of the second unit or so."""
-    monkeypatch.setattr(preparation, "_UNIT", 7)
-    monkeypatch.setattr(preparation, "_REPORT", 1)
+    monkeypatch.setattr(units, "UNIT", 7)
+    monkeypatch.setattr(units, "REPORT", 1)
 
     def progress(title: str, done: int, of: int, unit: str) -> None:
         if title == "images" and done > of // 2:
@@ -243,7 +243,7 @@ def test_after_a_kill_units_that_were_done_are_not_done_again(archives, tmp_path
     assert max(seen) == 60
 
 
-@pytest.mark.parametrize("cut", ["train", "val", "samples.parquet"])
+@pytest.mark.parametrize("cut", ["train", "val", "samples.parquet", "manifest.json"])
 def test_a_kill_between_the_last_steps_changes_nothing(archives, tmp_path, monkeypatch, cut):
     out, uncut = tmp_path / "out", tmp_path / "uncut"
     prepare("cifar10", archives, uncut, checksum=False)
@@ -260,9 +260,11 @@ def test_a_kill_between_the_last_steps_changes_nothing(archives, tmp_path, monke
         prepare("cifar10", archives, out, checksum=False)
     monkeypatch.undo()
     assert (out / cut).exists()
-    assert not is_prepared(out)
+    assert is_prepared(out) == (cut == "manifest.json")
+    assert (out / WORK).exists()
     prepare("cifar10", archives, out, checksum=False)
     assert content(out) == content(uncut)
+    assert check(out).whole
 
 
 def test_sums_of_archives_are_kept_for_the_next_try(archives, tmp_path, monkeypatch):
