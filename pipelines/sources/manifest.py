@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sbf_dist.errors import UserError
@@ -19,6 +20,7 @@ WORK = ".preparing"
 LAYOUTS = ("folder", "webdataset")
 CLASSES = {"cifar10": 10, "cifar100": 100, "tiny-imagenet": 200, "imagenet": 1000}
 _FORMAT = 1
+_FILE = r"^(train|val)/[^/.][^/]*/[^/.][^/]*$"
 
 SCHEMA = pa.schema(
     [
@@ -104,7 +106,25 @@ def read_samples(root: Path, manifest: Manifest) -> pa.Table:
         ) from None
     if hashlib.sha256(data).hexdigest() != manifest.samples:
         raise UserError(f"data {path}: does not belong to {MANIFEST}; prepare the set again")
-    return pq.read_table(pa.BufferReader(data)).cast(SCHEMA)
+    try:
+        table = pq.read_table(pa.BufferReader(data)).cast(SCHEMA)
+    except pa.ArrowException as error:
+        raise UserError(f"data {path}: cannot be read ({error}); prepare the set again") from error
+    honest = (
+        pc.all(pc.match_substring_regex(table["file"], _FILE), min_count=0),
+        pc.all(pc.and_(*_within(table["label"], 0, len(manifest.classes))), min_count=0),
+        pc.all(pc.and_(*_within(table["shard"], -1, len(manifest.shards))), min_count=0),
+    )
+    if not all(it.as_py() for it in honest):
+        raise UserError(
+            f"data {path}: has files, classes or shards that {MANIFEST} does not have; prepare the "
+            "set again"
+        )
+    return table
+
+
+def _within(column: pa.ChunkedArray, low: int, high: int) -> tuple[pa.Array, pa.Array]:
+    return pc.greater_equal(column, low), pc.less(column, high)
 
 
 def write_samples(root: Path, table: pa.Table) -> str:

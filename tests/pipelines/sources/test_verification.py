@@ -1,9 +1,14 @@
+import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from archive_makers import cifar100_python
 
+from pipelines.sources.listing import list_images
+from pipelines.sources.manifest import SCHEMA, read_manifest, read_samples, write_samples
 from pipelines.sources.preparation import prepare
 from pipelines.sources.verification import check
 from sbf_dist.errors import UserError
@@ -77,6 +82,37 @@ def test_a_manifest_that_was_edited_is_refused(prepared):
         assert "\n" not in str(told.value)
     path.write_text(text[:100])
     with pytest.raises(UserError, match="cannot be read"):
+        check(prepared)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("file", "../../etc/passwd"),
+        ("file", "train/../x.png"),
+        ("file", "other/cat/x.png"),
+        ("label", 4),
+        ("label", -1),
+        ("shard", 2),
+        ("shard", -2),
+    ],
+)
+def test_a_list_of_samples_that_leads_elsewhere_is_refused(prepared, column, value):
+    manifest = read_manifest(prepared)
+    rows = read_samples(prepared, manifest).to_pylist()
+    rows[3][column] = value
+    samples = write_samples(prepared, pa.Table.from_pylist(rows, schema=SCHEMA))
+    dataclasses.replace(manifest, samples=samples).write(prepared)
+    for read in (check, list_images):
+        with pytest.raises(UserError, match=r"samples\.parquet: has files, classes or shards that"):
+            read(prepared)
+
+
+def test_a_list_of_samples_that_is_no_parquet_is_refused(prepared):
+    (prepared / "samples.parquet").write_bytes(b"PAR1")
+    digest = hashlib.sha256(b"PAR1").hexdigest()
+    dataclasses.replace(read_manifest(prepared), samples=digest).write(prepared)
+    with pytest.raises(UserError, match=r"samples\.parquet: cannot be read"):
         check(prepared)
 
 
