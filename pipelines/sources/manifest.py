@@ -69,8 +69,8 @@ class Manifest:
 
 
 def is_prepared(root: Path) -> bool:
-    """Whether `root` has a manifest."""
-    return (root / MANIFEST).is_file()
+    """Whether `root` is a prepared set: others may have a manifest.json, but not both files."""
+    return (root / MANIFEST).is_file() and (root / SAMPLES).is_file()
 
 
 def read_manifest(root: Path) -> Manifest:

@@ -115,6 +115,13 @@ def test_a_set_must_be_the_expected_one_with_all_its_classes(sets, tmp_path):
         indexed(tmp_path, expected="cifar100")
 
 
+def test_class_folders_may_have_a_manifest_of_their_own(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"name": "somebody else\'s"}')
+    for k in range(4):
+        write_plain(tmp_path / f"c{k % 2}" / f"{k}.png", k)
+    assert len(indexed(tmp_path, validation=1)) == 4
+
+
 def test_unlabelled_images_may_lie_elsewhere_in_any_depth(sets, tmp_path):
     others = tmp_path / "others"
     write_plain(others / "0.png", 3)
