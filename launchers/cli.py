@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from launchers import compress
+from launchers import compress, data
 from launchers.display import Display, results_table
 from launchers.layout import RunFolder
 from sbf_dist import recipe as recipes
@@ -28,6 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.add_typer(data.app, name="data", short_help="Sets of images from their archives.")
 
 
 class StageName(StrEnum):
@@ -116,14 +117,17 @@ def check_surroundings(recipe: Recipe, *, indexed: bool) -> None:
     if not os.environ.get("RAY_ADDRESS"):
         workers = recipe.workers
         check_machine(workers.count, workers.cpus, workers.gpus)
-    data = recipe.data
-    if data.source == "folder" and not indexed:
-        assert data.root is not None
+    images = recipe.data
+    if (images.source == "folder" or images.expected) and not indexed:
+        assert images.root is not None
         check_folder(
-            data.root,
-            labelled_per_class=data.labelled_per_class,
-            validation=data.validation,
+            images.root,
+            labelled_per_class=images.labelled_per_class,
+            validation=images.validation,
             seed=recipe.seed,
+            split=images.split,
+            unlabelled=images.unlabelled,
+            expected=images.expected,
         )
 
 

@@ -56,7 +56,7 @@ class Display:
         self.console.print(text, style=style, markup=False, soft_wrap=True)
 
     def show(self, record: Mapping[str, Any]) -> None:
-        """Show progress: "title", "step" of "steps", and a training's loss, rate and time left."""
+        """Show progress: "title", "step" of "steps", "rate", "seconds_left", a training's loss."""
         title, step, steps = record["title"], record["step"], record["steps"]
         detail = _detail(record)
         if not self.console.is_terminal:
@@ -93,7 +93,7 @@ class Display:
 
 def _detail(record: Mapping[str, Any]) -> str:
     if "parts" not in record:
-        return ""
+        return str(record.get("rate", ""))
     return f"loss {record['parts']['loss']:.3f}  {record['images_per_s']:.0f} images/s"
 
 

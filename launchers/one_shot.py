@@ -66,6 +66,9 @@ def _index(recipe: Recipe, display: Display) -> DataIndex:
         labelled_per_class=data.labelled_per_class,
         validation=data.validation,
         seed=recipe.seed,
+        split=data.split,
+        unlabelled=data.unlabelled,
+        expected=data.expected,
         progress=lambda done, of: display.show({"title": "images", "step": done, "steps": of}),
     )
     display.say(f"  {data.root}: {len(index)} images of {len(index.classes)} classes")

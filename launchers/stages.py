@@ -90,6 +90,9 @@ def prepare(run: Run, log: tracking.Run) -> Result:
         labelled_per_class=data.labelled_per_class,
         validation=data.validation,
         seed=run.recipe.seed,
+        split=data.split,
+        unlabelled=data.unlabelled,
+        expected=data.expected,
         progress=lambda done, of: run.display.show({"title": "images", "step": done, "steps": of}),
     )
     index.save(run.folder.index)

@@ -21,6 +21,7 @@ Name = typing.Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
 
 # As sbf_dist.compress.criteria has it, which loads PyTorch.
 Criterion = Literal["reconstruction", "l1", "l2", "bn_scale", "taylor", "random"]
+KNOWN_SETS = ("cifar10", "cifar100", "tiny-imagenet", "imagenet")  # see sbf data prepare
 
 
 class Section(BaseModel):
@@ -32,6 +33,12 @@ class Section(BaseModel):
 class Augmentation(Section):
     """How a training image is varied; see pipelines.augmentation for the meaning in detail."""
 
+    crop: Literal["resized", "padded"] = Field(
+        "resized",
+        description="'resized': of random area and shape (photographs); 'padded': out of the image "
+        "with a border around it (CIFAR)",
+    )
+    padding: int = Field(4, ge=0, le=1024, description="border of padded crops, pixels")
     min_scale: Share = Field(0.35, description="least share of the image's area in a crop")
     max_scale: Share = Field(1.0, description="largest share of the image's area in a crop")
     min_ratio: float = Field(3 / 4, gt=0, description="least width/height of a crop")
@@ -40,6 +47,16 @@ class Augmentation(Section):
     rotate: float = Field(0.0, ge=0, le=180, description="largest rotation, degrees")
     shift: float = Field(0.0, ge=0, le=1, description="largest shift, share of the side")
     color: float = Field(0.0, ge=0, le=1, description="jitter of brightness, contrast, saturation")
+    rand_augment: int = Field(
+        0, ge=0, le=16, description="random operations per image (RandAugment); 0: none"
+    )
+    magnitude: int = Field(9, ge=0, le=30, description="strength of these operations")
+    mixup: float = Field(
+        0.0, ge=0, le=1000, description="blend pairs of images, share ~ Beta(mixup, mixup); 0: none"
+    )
+    cutmix: float = Field(
+        0.0, ge=0, le=1000, description="put boxes of one image into another, area ~ Beta; 0: none"
+    )
 
     @model_validator(mode="after")
     def _has_ranges(self) -> "Augmentation":
@@ -49,16 +66,33 @@ class Augmentation(Section):
                 raise ValueError(f"{low} = {least} must not be above {high} = {most}")
         return self
 
+    @property
+    def mixes(self) -> bool:
+        """Whether pairs of images are mixed, for which a worker's batches must be even."""
+        return self.mixup > 0 or self.cutmix > 0
+
 
 class Data(Section):
     """Which images there are and how the network sees them."""
 
-    source: Literal["digits", "folder"] = Field(
-        "folder", description="'digits' writes scikit-learn's digits as JPEG files first"
+    source: Literal["digits", "folder", "cifar10", "cifar100", "tiny-imagenet", "imagenet"] = Field(
+        "folder",
+        description="'digits' writes scikit-learn's digits as JPEG files first; 'folder' takes any "
+        "images; a set's name asks that root is that set, all its classes (sbf data prepare)",
     )
-    root: Path | None = Field(None, description="folder of images; needed for source: folder")
-    labelled_per_class: Positive | None = Field(
-        None, description="use so many labels per class, the rest is unlabelled; null: all"
+    root: Path | None = Field(
+        None, description="class folders, or a prepared set; needed for all but digits"
+    )
+    unlabelled: Path | None = Field(
+        None, description="folder of more images, in any depth, of which no class is known"
+    )
+    labelled_per_class: int | float | None = Field(
+        None,
+        description="use so many labels per class, or this share of them; the rest is unlabelled; "
+        "null: all",
+    )
+    split: Path | None = Field(
+        None, description="list of the labelled images (sbf data split), instead of a number"
     )
     validation: int | float | None = Field(
         None, description="images (or share) held out where the folder has no val/"
@@ -70,9 +104,14 @@ class Data(Section):
         (0.229, 0.224, 0.225), description="of [0, 1] pixels"
     )
     augmentation: Augmentation = Augmentation()
+    cache: Literal["none", "memory"] = Field(
+        "none",
+        description="'memory' decodes all images once and keeps them, in each worker: for small "
+        "images",
+    )
     threads: Positive = Field(1, description="DALI threads per worker")
 
-    @field_validator("validation", mode="before")
+    @field_validator("validation", "labelled_per_class", mode="before")
     @classmethod
     def _counts_or_shares(cls, value: Any) -> Any:
         whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
@@ -83,9 +122,23 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _has_root(self) -> "Data":
-        if self.source == "folder" and self.root is None:
-            raise ValueError("root must name a folder of images for source: folder")
+        if (self.source == "folder" or self.expected) and self.root is None:
+            raise ValueError(f"root must name a folder of images for source: {self.source}")
         return self
+
+    @model_validator(mode="after")
+    def _chooses_labels_once(self) -> "Data":
+        if self.split is not None and self.labelled_per_class is not None:
+            raise ValueError(
+                f"split = {str(self.split)!r} and labelled_per_class = {self.labelled_per_class} "
+                "both choose the labelled images; give one (null takes one away)"
+            )
+        return self
+
+    @property
+    def expected(self) -> str | None:
+        """The set that root must be, if the source is one of known content."""
+        return self.source if self.source in KNOWN_SETS else None
 
 
 class Workers(Section):
@@ -305,11 +358,12 @@ class Recipe(Section):
         return found
 
     def identity(self) -> dict[str, Any]:
-        """What results depend on: all but the workers, the tracking and the place of a cache."""
+        """What results depend on: all but the workers, the tracking and what is cached where."""
         elsewhere: dict[str, bool | set[str]] = {
             "workers": True,
             "tracking": True,
             "compress": {"latency_table"},
+            "data": {"cache"},
         }
         return self.model_dump(mode="json", exclude=elsewhere)
 

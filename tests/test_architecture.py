@@ -83,7 +83,7 @@ def test_pipelines_know_errors_and_recipe_of_the_library_at_most():
         ("nvidia", "pipelines"),
         ("deepspeed", "sbf_dist.train.engine"),
         ("mlflow", "sbf_dist.tracking"),
-        ("typer", "launchers.cli"),
+        ("typer", "launchers"),
         ("rich", "launchers.display"),
         ("torchvision", "sbf_dist.models"),
     ],

@@ -63,6 +63,24 @@ def test_trainings_are_found_by_their_place(path):
     }
 
 
+def test_labels_are_chosen_by_number_by_share_or_by_a_list_but_once(path):
+    assert recipe.load(path, ["data.labelled_per_class=10"]).data.labelled_per_class == 10
+    assert recipe.load(path, ["data.labelled_per_class=0.1"]).data.labelled_per_class == 0.1
+    assert recipe.load(path, ["data.split=ten.txt"]).data.split == Path("ten.txt")
+    told = refusal(path, "data.split=ten.txt", "data.labelled_per_class=10")
+    assert told.endswith(
+        "data: split = 'ten.txt' and labelled_per_class = 10 both choose the labelled images; give "
+        "one (null takes one away)"
+    )
+
+
+def test_a_source_of_known_content_says_what_root_must_be(path):
+    assert recipe.load(path).data.expected is None
+    assert recipe.load(path, ["data.source=folder", "data.root=x"]).data.expected is None
+    loaded = recipe.load(path, ["data.source=tiny-imagenet", "data.root=x"])
+    assert loaded.data.expected == "tiny-imagenet"
+
+
 @pytest.mark.parametrize(
     "budget", [("params", 0.3), ("params", 1_000_000), ("latency", 0.6), ("latency_ms", 12.5)]
 )
@@ -275,14 +293,16 @@ def test_a_key_that_is_wrongly_written_comes_before_the_one_that_is_missing_for_
         ("teachers=one", "teachers = 'one' must be a valid list"),
         ("teachers.0=one", "teachers.0 = 'one' must be a mapping of keys to values"),
         ("data=digits", "data = 'digits' must be a mapping of keys to values"),
-        ("data.source=imagenet", "data.source = 'imagenet' must be 'digits' or 'folder'"),
+        ("data.source=mnist", "data.source = 'mnist' must be 'digits', 'folder', 'cifar10',"),
+        ("data.source=imagenet", "data: root must name a folder of images for source: imagenet"),
         ("data.source=folder", "data: root must name a folder of images for source: folder"),
         ("data.root=[1]", "data.root = [1] must be a path"),
         ("data.validation=-3", "data.validation: -3 must be a number of images or a share"),
         ("data.validation=1.0", "data.validation: 1.0 must be a number of images or a share"),
         ("data.validation=true", "data.validation: True must be a number of images"),
         ("data.validation=some", "data.validation: 'some' must be a number of images"),
-        ("data.labelled_per_class=0", "data.labelled_per_class = 0 must be greater than or equal"),
+        ("data.labelled_per_class=0", "data.labelled_per_class: 0 must be a number of images or"),
+        ("data.labelled_per_class=1.0", "data.labelled_per_class: 1.0 must be a number of images"),
         ("data.image_size=4", "data.image_size = 4 must be greater than or equal to 8"),
         ("data.mean=[0.5, 0.5]", "data.mean.2 is missing"),
         ("data.std=[0.5, 0, 0.5]", "data.std.1 = 0 must be greater than 0"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipelines.sources.folder import share_out
+from pipelines.splits import share_out
 from sbf_dist.errors import UserError
 
 CLASSES = 10

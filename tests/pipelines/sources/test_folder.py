@@ -4,11 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from pictures import write_plain
 
-from pipelines.sources.folder import check_folder, index_folder, share_out
+from pipelines.sources.folder import check_folder, index_folder
 from sbf_dist.errors import UserError
 
 
@@ -173,15 +171,3 @@ def test_a_check_reads_no_image(tmp_path):
 def test_a_root_that_is_not_there_is_told(tmp_path):
     with pytest.raises(UserError, match="nowhere: is no folder"):
         indexed(tmp_path / "nowhere")
-
-
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=8), st.floats(0, 1))
-def test_shares_add_up_stay_below_their_caps_and_near_the_proportion(counts, part):
-    counts = np.array(counts)
-    caps = counts - 1
-    take = int(part * caps.sum())
-    shares = share_out(counts, take, caps)
-    assert shares.sum() == take
-    assert (shares <= caps).all()
-    if (np.ceil(take * counts / counts.sum()) <= caps).all():
-        assert (np.abs(shares - take * counts / counts.sum()) < 1).all()

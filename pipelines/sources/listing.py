@@ -1,0 +1,202 @@
+"""Which images a place holds: class folders, a folder without classes, or a prepared set."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.index import UNKNOWN
+from pipelines.inspection import SUFFIXES, Inspection
+from pipelines.sources.manifest import CLASSES, is_prepared, read_manifest, read_samples
+from sbf_dist.errors import UserError
+
+_ROLE = {"train": "train", "val": "val"}
+
+
+@dataclass
+class Listing:
+    """The images of one place, sorted by name.
+
+    files    relative to the root of the index, as it has them
+    roles    "train", "val" or "unlabelled"
+    labels   int64 (n,): positions in `classes`, −1 for an unlabelled image
+    seen     what is known of each image's content; None where nobody has looked yet
+    shards   tar files relative to the root of the index
+    shard    int64 (n,): position in `shards`, −1 for a file of its own; offset: as in DataIndex
+    """
+
+    classes: list[str]
+    files: list[str]
+    roles: list[str]
+    labels: NDArray[np.int64]
+    seen: Sequence[Inspection | None]
+    shard: NDArray[np.int64]
+    offset: NDArray[np.int64]
+    shards: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of_files(
+        cls, classes: list[str], files: list[str], roles: list[str], labels: Sequence[int]
+    ) -> "Listing":
+        """Files that nobody has looked into."""
+        return cls(
+            classes=classes,
+            files=files,
+            roles=roles,
+            labels=np.array(labels, dtype=np.int64),
+            seen=[None] * len(files),
+            shard=np.full(len(files), -1),
+            offset=np.zeros(len(files), dtype=np.int64),
+        )
+
+    def take(self, rows: Sequence[int]) -> "Listing":
+        """Some of the images, in the order of `rows`."""
+        return Listing(
+            classes=self.classes,
+            files=[self.files[row] for row in rows],
+            roles=[self.roles[row] for row in rows],
+            labels=self.labels[rows],
+            seen=[self.seen[row] for row in rows],
+            shard=self.shard[rows],
+            offset=self.offset[rows],
+            shards=self.shards,
+        )
+
+
+def list_images(root: Path, expected: str | None = None) -> Listing:
+    """The images of a prepared set or of class folders (index_folder says which layouts).
+
+    `expected` is a set of manifest.CLASSES that it must be: by its manifest, where it has one, and
+    by the number of its classes. No image is read. UserError for mistakes of layout.
+    """
+    if not root.is_dir():
+        raise UserError(f"data {root}: is no folder")
+    if is_prepared(root):
+        name = read_manifest(root).set
+        if expected is not None and name != expected:
+            raise UserError(f"data {root}: holds {name}, not {expected}")
+        listing = _prepared(root)
+    else:
+        listing = _class_folders(root)
+    if expected is not None and len(listing.classes) != CLASSES[expected]:
+        raise UserError(
+            f"data {root}: has {len(listing.classes)} classes, {expected} has {CLASSES[expected]}; "
+            "use source: folder for a part of it"
+        )
+    return listing
+
+
+def list_unlabelled(folder: Path, root: Path) -> Listing:
+    """All images below `folder`, or the training images of a prepared set, without classes.
+
+    Their names are relative to `root`, so "../" stands in front where they lie elsewhere. UserError
+    if there is none.
+    """
+    if not folder.is_dir():
+        raise UserError(f"data.unlabelled {folder}: is no folder")
+    # Links are resolved: "../" leads up from where a folder really is.
+    there = Path(os.path.relpath(folder.resolve(), root.resolve()))
+    if is_prepared(folder):
+        listing = _prepared(folder)
+        listing = listing.take([row for row, role in enumerate(listing.roles) if role == "train"])
+    else:
+        files = sorted(_images(folder, folder))
+        listing = Listing.of_files([], files, ["unlabelled"] * len(files), [UNKNOWN] * len(files))
+    if not listing.files:
+        raise UserError(f"data.unlabelled {folder}: has no image ({' '.join(SUFFIXES)})")
+    listing.classes = []
+    listing.files = [(there / name).as_posix() for name in listing.files]
+    listing.shards = [(there / name).as_posix() for name in listing.shards]
+    listing.roles = ["unlabelled"] * len(listing.files)
+    listing.labels = np.full(len(listing.files), UNKNOWN, dtype=np.int64)
+    return listing
+
+
+def joined(listing: Listing, others: Listing, root: Path) -> Listing:
+    """Both listings as one, with the classes of the first; UserError if they share an image."""
+    files = [*listing.files, *others.files]
+    if len(set(files)) < len(files):
+        raise UserError(f"data {root}: its unlabelled images are among the labelled ones")
+    moved = np.where(others.shard < 0, -1, others.shard + len(listing.shards))
+    together = Listing(
+        classes=listing.classes,
+        files=files,
+        roles=listing.roles + others.roles,
+        labels=np.concatenate([listing.labels, others.labels]),
+        seen=[*listing.seen, *others.seen],
+        shard=np.concatenate([listing.shard, moved]),
+        offset=np.concatenate([listing.offset, others.offset]),
+        shards=listing.shards + others.shards,
+    )
+    return together.take(sorted(range(len(files)), key=files.__getitem__))
+
+
+def _prepared(root: Path) -> Listing:
+    """The images that a manifest tells of."""
+    manifest = read_manifest(root)
+    table = read_samples(root, manifest)
+    columns = {name: table[name].to_pylist() for name in ("height", "width", "bytes", "fault")}
+    files = table["file"].to_pylist()
+    shards = [shard["file"] for shard in manifest.shards]
+    for name in shards:
+        if not (root / name).is_file():
+            raise UserError(f"data {root}: {name} is missing; sbf data check tells what else is")
+    return Listing(
+        classes=[entry["folder"] for entry in manifest.classes],
+        files=files,
+        roles=[_ROLE[file.partition("/")[0]] for file in files],
+        labels=table["label"].to_numpy().astype(np.int64),
+        seen=[Inspection(*it) for it in zip(*columns.values(), strict=True)],
+        shard=table["shard"].to_numpy().astype(np.int64),
+        offset=table["offset"].to_numpy().astype(np.int64),
+        shards=shards,
+    )
+
+
+def _class_folders(root: Path) -> Listing:
+    """Every candidate of root/<class> or root/train/<class>, root/val and root/unlabelled."""
+    if not any(root.iterdir()):
+        raise UserError(f"data {root}: is empty; it should hold one folder a class")
+    split = (root / "train").is_dir()
+    if not split:
+        for role in ("val", "unlabelled"):
+            if (root / role).is_dir():
+                raise UserError(f"data {root}: has a folder {role} but none named train")
+    train = root / "train" if split else root
+    classes = _folders(train)
+    if not classes:
+        raise UserError(f"data {train}: has no class folders; expected {train}/<class>/<image>")
+    label_of = {name: label for label, name in enumerate(classes)}
+    found = [(name, "train", label_of[c]) for c in classes for name in _images(root, train / c)]
+    if split and (root / "val").is_dir():
+        for name in _folders(root / "val"):
+            if name not in label_of:
+                raise UserError(f"data {root}: val has the class {name!r}, which train has not")
+            label = label_of[name]
+            found += [(file, "val", label) for file in _images(root, root / "val" / name)]
+        if not any(role == "val" for _, role, _ in found):
+            raise UserError(f"data {root / 'val'}: has no image; expected val/<class>/<image>")
+    if split and (root / "unlabelled").is_dir():
+        found += [(name, "unlabelled", UNKNOWN) for name in _images(root, root / "unlabelled")]
+    found.sort()
+    return Listing.of_files(
+        classes,
+        [name for name, _, _ in found],
+        [role for _, role, _ in found],
+        [label for _, _, label in found],
+    )
+
+
+def _folders(path: Path) -> list[str]:
+    return sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _images(root: Path, top: Path) -> Iterator[str]:
+    for folder, folders, names in os.walk(top):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if not name.startswith(".") and name.lower().endswith(SUFFIXES):
+                yield (Path(folder) / name).relative_to(root).as_posix()

@@ -1,0 +1,145 @@
+"""What a prepared set says about itself: manifest.json and samples.parquet in its folder."""
+
+import hashlib
+import io
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from sbf_dist.errors import UserError
+
+MANIFEST = "manifest.json"
+SAMPLES = "samples.parquet"
+WORK = ".preparing"
+LAYOUTS = ("folder", "webdataset")
+CLASSES = {"cifar10": 10, "cifar100": 100, "tiny-imagenet": 200, "imagenet": 1000}
+_FORMAT = 1
+_FILE = r"^(train|val)/[^/.][^/]*/[^/.][^/]*$"
+
+SCHEMA = pa.schema(
+    [
+        ("file", pa.string()),  # "train/CLASS/NAME", sorted
+        ("label", pa.int64()),  # position in the manifest's classes
+        ("bytes", pa.int64()),
+        ("sha256", pa.string()),
+        ("height", pa.int64()),  # upright, pixels; 0 for a fault
+        ("width", pa.int64()),
+        ("fault", pa.string()),  # why it cannot be decoded; null where it can
+        ("shard", pa.int64()),  # position in the manifest's shards; −1: a file of its own
+        ("offset", pa.int64()),  # of the first byte in the shard
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """manifest.json.
+
+    set       cifar10, cifar100, tiny-imagenet or imagenet
+    layout    "folder": files in class folders; "webdataset": tar files
+    seed      of the samples' order in the shards
+    archives  name, bytes, md5 and whether that is the published one
+    classes   in the order of labels: folder, name, and the number of images in train and val
+    counts    images in train and val
+    content   SHA-256 over all names and digests: the same for both layouts
+    samples   SHA-256 of samples.parquet
+    shards    file, bytes, sha256, index_sha256 and samples of every tar file
+    """
+
+    set: str
+    layout: str
+    seed: int
+    archives: list[dict[str, Any]]
+    classes: list[dict[str, Any]]
+    counts: dict[str, int]
+    content: str
+    samples: str
+    shards: list[dict[str, Any]]
+
+    def write(self, root: Path) -> None:
+        """Put manifest.json into `root` in one step."""
+        text = json.dumps({"format": _FORMAT, **asdict(self)}, indent=1, ensure_ascii=False)
+        write_file(root / MANIFEST, text.encode() + b"\n")
+
+
+def is_prepared(root: Path) -> bool:
+    """Whether `root` is a prepared set: others may have a manifest.json, but not both files."""
+    return (root / MANIFEST).is_file() and (root / SAMPLES).is_file()
+
+
+def read_manifest(root: Path) -> Manifest:
+    """UserError if `root` has no manifest, or one that this version cannot read."""
+    path = root / MANIFEST
+    try:
+        content = json.loads(path.read_text())
+        if content.pop("format") != _FORMAT:
+            raise UserError(f"data {path}: is of another version of this program; prepare it again")
+        manifest = Manifest(**content)
+        if manifest.layout not in LAYOUTS:
+            raise ValueError(f"layout {manifest.layout!r}")
+        # Paths are joined with root below: they must stay in it.
+        for shard in manifest.shards:
+            if Path(shard["file"]).name != shard["file"]:
+                raise ValueError(f"shard {shard['file']!r}")
+    except FileNotFoundError:
+        told = "; its preparation is not finished" if (root / WORK).exists() else ""
+        raise UserError(f"data {root}: has no {MANIFEST}{told}; see sbf data prepare") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"data {path}: cannot be read ({error}); prepare the set again") from error
+    return manifest
+
+
+def read_samples(root: Path, manifest: Manifest) -> pa.Table:
+    """samples.parquet; UserError if it is missing or is not the manifest's."""
+    path = root / SAMPLES
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"data {path}: cannot be read ({error.strerror}); prepare it again"
+        ) from None
+    if hashlib.sha256(data).hexdigest() != manifest.samples:
+        raise UserError(f"data {path}: does not belong to {MANIFEST}; prepare the set again")
+    try:
+        table = pq.read_table(pa.BufferReader(data)).cast(SCHEMA)
+    except pa.ArrowException as error:
+        raise UserError(f"data {path}: cannot be read ({error}); prepare the set again") from error
+    honest = (
+        pc.all(pc.match_substring_regex(table["file"], _FILE), min_count=0),
+        pc.all(pc.and_(*_within(table["label"], 0, len(manifest.classes))), min_count=0),
+        pc.all(pc.and_(*_within(table["shard"], -1, len(manifest.shards))), min_count=0),
+    )
+    if not all(it.as_py() for it in honest):
+        raise UserError(
+            f"data {path}: has files, classes or shards that {MANIFEST} does not have; prepare the "
+            "set again"
+        )
+    return table
+
+
+def _within(column: pa.ChunkedArray, low: int, high: int) -> tuple[pa.Array, pa.Array]:
+    return pc.greater_equal(column, low), pc.less(column, high)
+
+
+def write_samples(root: Path, table: pa.Table) -> str:
+    """Write samples.parquet; return its SHA-256."""
+    file = io.BytesIO()
+    pq.write_table(table, file, compression="zstd")
+    write_file(root / SAMPLES, file.getvalue())
+    return hashlib.sha256(file.getvalue()).hexdigest()
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a whole file in one step: a kill leaves the old one or none, never a half."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

@@ -1,0 +1,235 @@
+"""From archives to a prepared set: in parallel, restartable, and the same however often cut."""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pipelines.sources import cifar, imagenet, tiny_imagenet
+from pipelines.sources.archives import Archive, Progress, locate, md5_of, verify
+from pipelines.sources.catalogue import PARTS, Catalogue
+from pipelines.sources.manifest import (
+    CLASSES,
+    LAYOUTS,
+    WORK,
+    Manifest,
+    is_prepared,
+    read_manifest,
+    write_file,
+    write_samples,
+)
+from pipelines.sources.units import Work, units
+from sbf_dist.errors import UserError
+
+
+def prepare(
+    name: str,
+    archives: Path,
+    out: Path,
+    *,
+    layout: str = "folder",
+    seed: int = 0,
+    checksum: bool = True,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Turn the archives of a set (see manifest.CLASSES) in the folder `archives` into `out`.
+
+    layout     "folder": out/train/CLASS/* and out/val/CLASS/*; "webdataset": tar files
+               out/train-000000.tar … with an index each, the samples of a part shuffled by `seed`
+    checksum   whether the archives must have their published MD5 sums
+    progress   called with (title, done, of, unit)
+
+    Work is done in out/.preparing, unit by unit, and what a unit made is noted when it is whole:
+    after a kill the same call goes on, and the result is the same. The last step is manifest.json.
+    A set that is there already is left as it is. UserError for archives that are missing, damaged
+    or others than the published ones, for a folder that holds anything else, for settings other
+    than those of the work that is to go on, and for a full or read-only disk.
+    """
+    assert name in CLASSES and layout in LAYOUTS, f"{name}, {layout}"
+    out = Path(out).expanduser().absolute()
+    done = _done_before(name, out, layout, seed)
+    if done is not None:
+        return done
+    found = [locate(archives, alternatives) for alternatives in _ARCHIVES[name]]
+    with _writing(out):
+        (out / WORK).mkdir(parents=True, exist_ok=True)
+        with _locked(out / WORK / "lock"):
+            records = [_checked(out, it, checksum, progress) for it in found]
+            settings = {"set": name, "layout": layout, "seed": seed, "archives": records}
+            _check_settings(out, settings)
+            with _catalogue(name, [path for _, path in found], progress) as catalogue:
+                work = Work(out, layout, catalogue, units(layout, catalogue, seed), progress)
+                work.perform()
+                return _finish(work, settings)
+
+
+_ARCHIVES: dict[str, list[tuple[Archive, ...]]] = {
+    "cifar10": [cifar.ARCHIVES["cifar10"]],
+    "cifar100": [cifar.ARCHIVES["cifar100"]],
+    "tiny-imagenet": [(tiny_imagenet.ARCHIVE,)],
+    "imagenet": [(imagenet.TRAIN,), (imagenet.VALIDATION,), (imagenet.DEVKIT,)],
+}
+
+
+@contextmanager
+def _catalogue(name: str, paths: list[Path], progress: Progress | None) -> Iterator[Catalogue]:
+    match name:
+        case "imagenet":
+            train, validation, devkit = paths
+            with imagenet.catalogue(train, validation, devkit, progress) as catalogue:
+                yield catalogue
+        case "tiny-imagenet":
+            with tiny_imagenet.catalogue(*paths) as catalogue:
+                yield catalogue
+        case _:
+            yield cifar.catalogue(*paths)
+
+
+# --- before the work -----------------------------------------------------------------------------
+
+
+def _done_before(name: str, out: Path, layout: str, seed: int) -> Manifest | None:
+    """The manifest of a set that is prepared already; UserError if `out` is of no use."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"data {out}: is a file; choose a new folder")
+    if is_prepared(out):
+        manifest = read_manifest(out)
+        wanted = {"set": name, "layout": layout}
+        if layout == "webdataset":
+            wanted["seed"] = str(seed)
+        for key, value in wanted.items():
+            if str(getattr(manifest, key)) != value:
+                raise UserError(
+                    f"data {out}: holds {manifest.set} as {manifest.layout} (seed "
+                    f"{manifest.seed}) already; choose a new folder"
+                )
+        shutil.rmtree(out / WORK, ignore_errors=True)  # where the very last step was cut
+        return manifest
+    if out.is_dir() and not (out / WORK).is_dir() and any(out.iterdir()):
+        raise UserError(
+            f"data {out}: holds other files ({min(p.name for p in out.iterdir())}); choose a new "
+            "folder"
+        )
+    return None
+
+
+def _checked(
+    out: Path, found: tuple[Archive, Path], checksum: bool, progress: Progress | None
+) -> dict[str, Any]:
+    """Name, bytes and MD5 of an archive; the sum of a file that did not change is kept."""
+    archive, path = found
+    facts = path.stat()
+    note = out / WORK / f"{archive.name}.json"
+    seen = [facts.st_size, facts.st_mtime_ns, facts.st_ino]
+    kept = json.loads(note.read_text()) if note.exists() else {}
+    md5 = kept["md5"] if kept.get("seen") == seen else md5_of(path, progress)
+    if checksum:
+        verify(archive, path, md5)
+    write_file(note, json.dumps({"seen": seen, "md5": md5}).encode())
+    return {
+        "file": archive.name,
+        "bytes": facts.st_size,
+        "md5": md5,
+        "published": md5 == archive.md5,
+    }
+
+
+def _check_settings(out: Path, settings: dict[str, Any]) -> None:
+    path = out / WORK / "settings.json"
+    if not path.exists():
+        write_file(path, json.dumps(settings).encode())
+        return
+    begun = json.loads(path.read_text())
+    for key, value in settings.items():
+        if begun[key] != value:
+            told = "" if key == "archives" else f" {begun[key]}, not {value}"
+            raise UserError(
+                f"data {out}: was begun with other {key}{told}; choose another folder, or remove "
+                f"{out / WORK} to begin anew"
+            )
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a set's folder for this process; the lock goes with the process, however it ends."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"data {path.parent.parent}: is being prepared by another process; wait for it"
+            ) from None
+        yield
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Tell in one line what kept files from being written."""
+    try:
+        yield
+    except OSError as error:
+        reasons = {
+            errno.ENOSPC: "the disk is full; free some space and give the same command: it goes on",
+            errno.EDQUOT: "the quota is used up; free some space and give the same command: it "
+            "goes on",
+            errno.EFBIG: "a file may not grow further (ulimit -f); the same command goes on",
+            errno.EROFS: "is on a read-only disk; choose another folder",
+            errno.EACCES: "may not be written to; choose another folder",
+            errno.EPERM: "may not be written to; choose another folder",
+        }
+        reason = reasons.get(error.errno or 0, f"cannot be written ({error.strerror or error})")
+        raise UserError(f"data {out}: {reason}") from error
+
+
+# --- after the work ------------------------------------------------------------------------------
+
+
+def _finish(work: Work, settings: dict[str, Any]) -> Manifest:
+    os.sync()  # not file by file: that would take longer than all the rest
+    work.move()
+    table = work.samples()
+    counts = _counts(table, len(work.catalogue.classes))
+    manifest = Manifest(
+        **settings,
+        classes=[
+            {"folder": folder, "name": name, **{part: int(counts[part][label]) for part in PARTS}}
+            for label, (folder, name) in enumerate(work.catalogue.classes.items())
+        ],
+        counts={part: int(counts[part].sum()) for part in PARTS},
+        content=_content_digest(table),
+        samples=write_samples(work.out, table),
+        shards=work.shards(),
+    )
+    manifest.write(work.out)
+    shutil.rmtree(work.out / WORK)
+    return manifest
+
+
+def _counts(table: pa.Table, classes: int) -> dict[str, NDArray[np.int64]]:
+    """Images of each class, part by part."""
+    labels = table["label"].to_numpy()
+    return {
+        part: np.bincount(
+            labels[pc.starts_with(table["file"], f"{part}/").to_numpy()], minlength=classes
+        )
+        for part in PARTS
+    }
+
+
+def _content_digest(table: pa.Table) -> str:
+    digest = hashlib.sha256()
+    for batch in table.select(["file", "sha256"]).to_batches(max_chunksize=10_000):
+        for file, sha256 in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            digest.update(f"{file}\0{sha256}\n".encode())
+    return digest.hexdigest()
