@@ -1,4 +1,4 @@
-"""The recipe of a comparison: one dense network, several ways to make it cheaper, equal training."""
+"""The recipe of a comparison: a dense network, ways to make it cheaper, the same training."""
 
 from collections.abc import Sequence
 from pathlib import Path

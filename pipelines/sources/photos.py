@@ -108,7 +108,7 @@ def read(photograph: str) -> NDArray[np.uint8]:
 
 
 def windows(photograph: str, pixels: NDArray[np.uint8]) -> dict[str, list[Window]]:
-    """Draw the windows of the parts "train" and "val"; those that show next to nothing are left out.
+    """Draw the windows of the parts "train" and "val", but none that shows next to nothing.
 
     A window lies in one block. Every third block, along the diagonals, is for val.
     """

@@ -1,1 +1,1 @@
-"""Other ways to a network of the same cost, as strong as we can make them: what SBF is measured by."""
+"""Other ways to a cheaper network, each as strong as we can make it: what SBF is measured by."""

@@ -60,7 +60,6 @@ def low_rank(
     images: Tensor,
     *,
     basis: Basis = "responses",
-    seed: int = 0,
 ) -> nn.Module:
     """Factorise the convolutions of `model` to reach `macs_share` of its multiply-adds.
 
@@ -155,8 +154,9 @@ def _moments(dense: nn.Module, student: nn.Module, name: str, images: Tensor) ->
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
         for batch in images.split(BATCH):
             inputs = run_until(student, name, batch, output=False)
-            yield conv._conv_forward(inputs, conv.weight, None), run_until(
-                dense, name, batch, output=True
+            yield (
+                conv._conv_forward(inputs, conv.weight, None),
+                run_until(dense, name, batch, output=True),
             )
 
     return gather_moments(pairs(), 1)

@@ -1,5 +1,8 @@
 """The methods of a comparison by name, each with the settings that it is at its best with."""
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor, nn
 
 from sbf_dist.compare_recipe import Method
@@ -35,23 +38,19 @@ def compressed(
 
     `images` (N, C, H, W) are calibration images. UserError if the method cannot get there.
     """
-    match method:
-        case "magnitude":
-            return prune(model, macs_share, images, importance="l1", everywhere=False)
-        case "magnitude-global":
-            return prune(model, macs_share, images, importance="l1", everywhere=True)
-        case "depgraph":
-            return prune(model, macs_share, images, importance="depgraph", everywhere=False)
-        case "depgraph-global":
-            return prune(model, macs_share, images, importance="depgraph", everywhere=True)
-        case "ghost":
-            return ghost(model, macs_share, images, seed=seed)
-        case "low-rank":
-            return low_rank(model, macs_share, images, basis="responses")
-        case "low-rank-filters":
-            return low_rank(model, macs_share, images, basis="filters")
-        case "sbf":
-            return _sbf(model, macs_share, images, model_name, classes, seed)
+    magnitude = partial(prune, model, macs_share, images, importance="l1")
+    depgraph = partial(prune, model, macs_share, images, importance="depgraph")
+    ways: dict[Method, Callable[[], nn.Module]] = {
+        "magnitude": partial(magnitude, everywhere=False),
+        "magnitude-global": partial(magnitude, everywhere=True),
+        "depgraph": partial(depgraph, everywhere=False),
+        "depgraph-global": partial(depgraph, everywhere=True),
+        "ghost": partial(ghost, model, macs_share, images, seed=seed),
+        "low-rank": partial(low_rank, model, macs_share, images, basis="responses"),
+        "low-rank-filters": partial(low_rank, model, macs_share, images, basis="filters"),
+        "sbf": partial(_sbf, model, macs_share, images, model_name, classes, seed),
+    }
+    return ways[method]()
 
 
 def _sbf(

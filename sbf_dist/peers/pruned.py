@@ -1,4 +1,4 @@
-"""Channel pruning: magnitude, and DepGraph's group importance, on torch-pruning's dependency graph."""
+"""Channel pruning on torch-pruning's dependency graph: magnitude, and DepGraph's importance."""
 
 import copy
 import warnings
@@ -26,7 +26,6 @@ def prune(
     *,
     importance: Importance,
     everywhere: bool,
-    seed: int = 0,
 ) -> nn.Module:
     """Remove channels of `model` until `macs_share` of its multiply-adds are left.
 
@@ -113,9 +112,17 @@ def _graph(network: nn.Module, image: Tensor) -> Any:
 
 
 def _groups(graph: Any, network: nn.Module) -> list[Any]:
-    """The groups of coupled convolutions; the classifier's outputs and grouped layers stay."""
+    """The groups of coupled convolutions, depthwise ones among them.
+
+    The classifier's outputs stay, and so does what a convolution of several groups of channels reads
+    or makes: its groups would not stay equally large.
+    """
     kept = [m for m in network.modules() if isinstance(m, nn.Linear)]
-    grouped = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
+    grouped = [
+        m
+        for m in network.modules()
+        if isinstance(m, nn.Conv2d) and m.groups > 1 and m.groups != m.out_channels
+    ]
     found = []
     for group in graph.get_all_groups(ignored_layers=kept, root_module_types=[nn.Conv2d]):
         members = [entry.dep.target.module for entry in group]

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from sbf_dist.errors import UserError
 
-TRIALS = 48  # steps that are tried to fill what is left of a budget
+TRIALS = 16  # steps that are tried to fill what is left of a budget
 
 Step = TypeVar("Step")
 

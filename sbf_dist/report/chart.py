@@ -1,10 +1,16 @@
 """The picture of a run: accuracy and cost of each network, side by side."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+_HUES = (7, 2, 4, 1, 5, 6, 8, 9)  # of matplotlib's tab10; 0 is ours
+_MARKERS = "sD^vP*X<"
+_LINE_SPACING = 0.06  # of the height of a panel
 
 
 def accuracy_and_cost(rows: Sequence[Mapping[str, Any]]) -> "Figure":
@@ -60,98 +66,124 @@ def accuracy_over_macs(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     return figure
 
 
-def _draw_panel(axes: Any, rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> None:
-    import matplotlib
+@dataclass(frozen=True)
+class _Line:
+    """A method in one panel: costs (empty for the dense network) and accuracies, in percent."""
 
-    lines: list[tuple[str, str, list[float], list[float]]] = []
-    hues = [matplotlib.colormaps["tab10"](index) for index in (7, 2, 4, 1, 5, 6, 8, 9)]
-    others = [method for method in methods if method != "sbf"]
-    markers = "osD^vP*X"
-    for method in methods:
-        mine = sorted((r for r in rows if r["method"] == method), key=lambda r: -r["reached"])
-        if not mine:
-            continue
-        ours = method == "sbf"
-        place = 0 if ours else others.index(method)
-        color = matplotlib.colormaps["tab10"](0) if ours else hues[place % len(hues)]
-        xs = [100 * row["reached"] for row in mine]
-        ys = [100 * row["top1_mean"] for row in mine]
-        axes.errorbar(
-            xs,
-            ys,
-            [100 * row["top1_std"] for row in mine],
-            color=color,
-            marker="o" if ours else markers[(place + 1) % len(markers)],
-            markersize=7 if ours else 5,
-            linewidth=2.6 if ours else 1.3,
-            elinewidth=1,
-            capsize=2.5,
-            zorder=4 if ours else 3,
-        )
-        lines.append((mine[0]["title"], color, xs, ys))
-    dense = [row for row in rows if row["method"] == "dense"]
-    for row in dense:
-        level = 100 * row["top1_mean"]
-        axes.axhline(level, color="0.2", linestyle=(0, (4, 3)), linewidth=1, zorder=1)
-        spread = 100 * row["top1_std"]
-        axes.axhspan(level - spread, level + spread, color="0.2", alpha=0.08, linewidth=0)
-        lines.append((f"dense, {level:.1f}", "0.2", [], [level]))
+    title: str
+    color: Any
+    costs: list[float]
+    top1: list[float]
+    deviations: list[float]
+
+
+def _draw_panel(axes: Any, rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> None:
+    lines = _lines(rows, methods)
+    for number, line in enumerate(lines):
+        ours = line.title == "SBF"
+        if line.costs:
+            axes.errorbar(
+                line.costs,
+                line.top1,
+                line.deviations,
+                color=line.color,
+                marker="o" if ours else _MARKERS[number % len(_MARKERS)],
+                markersize=7 if ours else 5,
+                linewidth=2.6 if ours else 1.3,
+                elinewidth=0.9,
+                capsize=2.5,
+                zorder=4 if ours else 3,
+            )
+    _set_limits(axes, lines)
+    left, end = axes.get_xlim()[0], _cheapest(lines)
+    for line in lines:
+        if not line.costs:
+            level, deviation = line.top1[0], line.deviations[0]
+            axes.plot(
+                [left, end], [level] * 2, color=line.color, dashes=(4, 3), linewidth=1, zorder=2
+            )
+            axes.fill_between(
+                [left, end], level - deviation, level + deviation, color="0.93", linewidth=0
+            )
     _label_ends(axes, lines)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="0.92", linewidth=0.8)
+    axes.grid(axis="y", color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
 
 
-def _label_ends(
-    axes: Any, lines: Sequence[tuple[str, Any, Sequence[float], Sequence[float]]]
-) -> None:
-    """Name each line beside its cheapest end, on the right; labels are moved apart."""
-    ends = [x for _, _, xs, _ in lines for x in xs]
-    levels = [y for _, _, _, ys in lines for y in ys]
-    most, least = max(ends, default=100.0), min(ends, default=100.0)
+def _lines(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[_Line]:
+    import matplotlib
+
+    hue = matplotlib.colormaps["tab10"]
+    others = [method for method in methods if method != "sbf"]
+    colors = {method: hue(_HUES[n % len(_HUES)]) for n, method in enumerate(others)}
+    found = []
+    for method in [*methods, "dense"]:
+        mine = sorted((r for r in rows if r["method"] == method), key=lambda r: -r["reached"])
+        if mine:
+            found.append(
+                _Line(
+                    title=mine[0]["title"],
+                    color={"sbf": hue(0), "dense": "0.25"}.get(method) or colors[method],
+                    costs=[100 * row["reached"] for row in mine] if method != "dense" else [],
+                    top1=[100 * row["top1_mean"] for row in mine],
+                    deviations=[100 * row["top1_std"] for row in mine],
+                )
+            )
+    return found
+
+
+def _cheapest(lines: Sequence[_Line]) -> float:
+    return min((cost for line in lines for cost in line.costs), default=95.0)
+
+
+def _set_limits(axes: Any, lines: Sequence[_Line]) -> None:
+    """Make room for error bars, and on the right for the names."""
+    costs = [cost for line in lines for cost in line.costs]
+    most, least = max(costs, default=100.0), _cheapest(lines)
     width = max(most - least, 5.0)
-    bottom, top = min(levels), max(levels)
-    height = max(top - bottom, 2.0)
-    axes.set_ylim(bottom - 0.08 * height, top + 0.08 * height)
     axes.set_xlim(most + 0.06 * width, least - 0.85 * width)  # costs fall from left to right
-    axes.set_xticks(sorted({round(x) for x in ends}))
-    gap = 0.062 * 1.16 * height
-    order = sorted(lines, key=lambda line: line[3][-1])
-    places = _spread([line[3][-1] for line in order], gap, bottom - 0.05 * height)
-    overflow = max(0.0, places[-1] - (top + 0.05 * height)) if places else 0.0
-    if overflow:
-        flipped = _spread([-y for y in reversed([p for p in places])], gap, -(top + 0.05 * height))
-        places = [-y for y in reversed(flipped)]
-    for (title, color, xs, ys), place in zip(order, places, strict=True):
-        end = (xs[-1] if xs else least - 0.02 * width, ys[-1])
-        bold = "bold" if title == "SBF" else "normal"
+    axes.set_xticks(sorted({round(cost) for cost in costs}))
+    pairs = [pair for line in lines for pair in zip(line.top1, line.deviations, strict=True)]
+    bottom = max(0.0, min(value - deviation for value, deviation in pairs))
+    top = min(100.0, max(value + deviation for value, deviation in pairs))
+    height = max(top - bottom, 2.0)
+    axes.set_ylim(bottom - 0.06 * height, top + 0.06 * height)
+
+
+def _label_ends(axes: Any, lines: Sequence[_Line]) -> None:
+    """Name each line beside its cheapest end, on the right; the names are moved apart."""
+    (bottom, top), (left, right) = axes.get_ylim(), axes.get_xlim()
+    order = sorted(lines, key=lambda line: line.top1[-1])
+    gap = _LINE_SPACING * (top - bottom)
+    least, most = bottom + gap / 2, top - gap / 2
+    places = _spread([line.top1[-1] for line in order], gap, least)
+    if places[-1] > most:  # the block at the top is pushed down as one
+        places = [-y for y in reversed(_spread([-y for y in reversed(places)], gap, -most))]
+    for line, place in zip(order, places, strict=True):
+        end = line.costs[-1] if line.costs else _cheapest(lines)
+        title = line.title if line.costs else f"{line.title}, {line.top1[-1]:.1f}"
         axes.annotate(
             title,
-            end,
-            (least - 0.16 * width, place),
-            color=color,
-            fontsize=8.5,
-            fontweight=bold,
+            (end, line.top1[-1]),
+            (_cheapest(lines) - 0.08 * (left - right), place),
+            color=line.color,
+            fontsize=9,
+            fontweight="bold" if line.title == "SBF" else "normal",
             va="center",
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.6},
+            arrowprops={"arrowstyle": "-", "color": line.color, "linewidth": 0.6, "alpha": 0.6},
         )
 
 
 def _spread(values: Sequence[float], gap: float, least: float) -> list[float]:
-    """Move ascending values apart to `gap` at least, none below `least`; blocks stay centred."""
-    blocks: list[tuple[float, int]] = []  # sum of (value - offset), number of members
+    """Move ascending values apart to `gap` at least, none below `least`, as little as possible."""
+    blocks: list[tuple[float, int]] = []  # values that touch: where the first stands, how many
     for value in values:
-        blocks.append((value, 1))
-        while len(blocks) > 1 or blocks[0][0] / blocks[0][1] < least:
-            total, size = blocks[-1]
-            if len(blocks) == 1:
-                blocks[0] = (least * size, size)
-                break
-            before, count = blocks[-2]
-            if total / size >= before / count + gap * count:
-                break
-            blocks[-2:] = [(before + total - gap * count * size, count + size)]
-    return [
-        max(total / size, least) + gap * number for total, size in blocks for number in range(size)
-    ]
+        start, size = max(value, least), 1
+        while blocks and blocks[-1][0] + blocks[-1][1] * gap > start:
+            before, count = blocks.pop()
+            # The mean of where the members would stand alone, given their places in the block.
+            start = (before * count + (start - count * gap) * size) / (count + size)
+            start, size = max(start, least), count + size
+        blocks.append((start, size))
+    return [start + gap * number for start, size in blocks for number in range(size)]
