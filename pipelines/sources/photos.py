@@ -163,7 +163,7 @@ def _patches(photograph: str) -> dict[str, Image.Image]:
 def _patch(pixels: NDArray[np.uint8], generator: np.random.Generator) -> Image.Image:
     """Resize, turn, mirror, and draw brightness, contrast and saturation."""
     small = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-    patch = np.rot90(np.asarray(small).astype(float), generator.integers(4))
+    patch = np.rot90(np.asarray(small).astype(float), int(generator.integers(4)))
     if generator.integers(2):
         patch = patch[:, ::-1]
     grey = _grey(patch)

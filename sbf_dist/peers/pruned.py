@@ -114,8 +114,8 @@ def _graph(network: nn.Module, image: Tensor) -> Any:
 def _groups(graph: Any, network: nn.Module) -> list[Any]:
     """The groups of coupled convolutions, depthwise ones among them.
 
-    The classifier's outputs stay, and so does what a convolution of several groups of channels reads
-    or makes: its groups would not stay equally large.
+    The classifier's outputs stay, and so does what a convolution of several groups of channels
+    reads or makes: its groups would not stay equally large.
     """
     kept = [m for m in network.modules() if isinstance(m, nn.Linear)]
     grouped = [
