@@ -65,8 +65,8 @@ def compare(recipe: Comparison, runs: Path, display: Display) -> Result:
     UserError for a folder that was made with other settings, and for images that are not there.
     """
     folder = runs / recipe.name
+    models.build(recipe.model, classes=2)  # an unknown one is refused before anything is written
     _check_identity(recipe, folder)
-    models.build(recipe.model, classes=2)
     todo = trials(recipe)
     missing = [trial for trial in todo if not _path(folder, trial).exists()]
     if missing:
