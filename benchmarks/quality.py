@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from launchers.compare import compare
+from launchers.comparison import compare
 from launchers.display import Display, comparison_table
 from launchers.local_ray import available_cpus
 from sbf_dist.compare_recipe import load

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from launchers import compress
+from launchers import compare, compress
 from launchers.display import Display, results_table
 from launchers.layout import RunFolder
 from sbf_dist import recipe as recipes
@@ -69,6 +69,7 @@ def root(
 app.command("compress", short_help="Compress a network in one shot, without training.")(
     compress.command
 )
+app.command("compare", short_help="Compare SBF with its peers at equal cost.")(compare.command)
 
 
 @app.command(short_help="Run a recipe: from images to an exported student.")

@@ -9,9 +9,8 @@ from sbf_dist import recipe
 from sbf_dist.errors import UserError
 from sbf_dist.recipe import Recipe
 
-SHIPPED = [
-    p for p in sorted((ROOT / "recipes").glob("*.yaml")) if not p.name.startswith("compare-")
-]
+RECIPES = Path(__file__).parents[1] / "recipes"
+SHIPPED = sorted(set(RECIPES.glob("*.yaml")) - set(RECIPES.glob("compare-*.yaml")))
 
 MINIMAL = """
 name: tiny

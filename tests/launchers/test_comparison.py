@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from launchers.compare import compare, summarise, trials
+from launchers.compare import command
+from launchers.comparison import compare, summarise, trials
 from launchers.display import Display, comparison_table
 from launchers.shared_batches import SharedBatches
 from sbf_dist.compare_recipe import Comparison
@@ -77,6 +78,20 @@ def test_the_same_comparison_gives_the_same_figures(runs, tmp_path):
         # Threads may add in another order: a picture in a hundred may fall to another side.
         expected = by_key[row["method"], row["trained_steps"]]
         assert row["top1_mean"] == pytest.approx(expected, abs=0.05)
+
+
+def test_the_command_shows_the_table_and_says_where_things_are(runs, tmp_path, capsys):
+    path = tmp_path / "small.yaml"
+    path.write_text(json.dumps(SMALL))  # JSON is YAML
+    threads = torch.get_num_threads()
+    try:
+        command(path, ["methods=[sbf]"], runs)
+    finally:
+        torch.set_num_threads(threads)
+    told = capsys.readouterr().out
+    assert "SBF" in told
+    assert "top-1 %" in told
+    assert str(runs / "small") in told.replace("\n", "")
 
 
 def test_a_folder_of_other_settings_is_refused(runs):
