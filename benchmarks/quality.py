@@ -3,8 +3,9 @@
 python benchmarks/quality.py --json benchmarks/results/quality.json
 
 The recipes are recipes/compare-digits.yaml and recipes/compare-photos.yaml, at two costs and with
-shorter trainings. Every network's result is kept under --runs as soon as it is there: a benchmark
-that was cut goes on. --quick is one seed, one network and one cost of each data set.
+shorter trainings. All tables are made with the first seed, then with two, then with three, and the
+JSON is written after each of them. Every network's result is kept under --runs as soon as it is
+there: a benchmark that was cut goes on. --quick is one seed, one network and one cost.
 """
 
 import argparse
@@ -26,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 DATA = ("photos", "digits")
 MODELS = ("cifar_resnet14", "cifar_vgg11_w16")
 SETTINGS = ["macs=[0.5, 0.25]", "recovery.steps=[60, 240]", "dense.steps=400"]
-QUICK = ["seeds=[0]", "macs=[0.5]", "recovery.steps=[30, 60]", "dense.steps=200"]
+QUICK = ["macs=[0.5]", "recovery.steps=[30, 60]", "dense.steps=200"]
 
 
 def measure(data: str, model: str, settings: list[str], runs: Path, display: Display) -> list[dict]:
@@ -61,23 +62,29 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
-    settings = [*SETTINGS, f"seeds={options.seeds}"]
-    names = options.models
-    runs = options.runs
+    settings, names, seeds, runs = SETTINGS, options.models, options.seeds, options.runs
     if options.quick:
-        settings, names, runs = QUICK, names[:1], runs / "quick"
+        settings, names, seeds, runs = QUICK, names[:1], seeds[:1], runs / "quick"
     torch.set_num_threads(available_cpus())
     start = time.monotonic()
-    rows: list[dict] = []
+    tables: dict[tuple[str, str], list[dict]] = {}
     with Display() as display:
-        # Seed by seed would show means late, network by network shows whole tables early.
-        for model in names:
-            for data in options.data:
-                rows += measure(data, model, settings, runs, display)
-                if options.json:
-                    options.json.parent.mkdir(parents=True, exist_ok=True)
-                    content = report(rows, time.monotonic() - start)
-                    options.json.write_text(json.dumps(content, indent=1) + "\n")
+        for number in range(1, len(seeds) + 1):
+            for model in names:
+                for data in options.data:
+                    those = [*settings, f"seeds={seeds[:number]}"]
+                    tables[data, model] = measure(data, model, those, runs, display)
+                    if options.json:
+                        rows = [row for table in tables.values() for row in table]
+                        write(options.json, report(rows, time.monotonic() - start))
+
+
+def write(path: Path, content: dict) -> None:
+    """Write JSON in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    partial.replace(path)
 
 
 if __name__ == "__main__":
