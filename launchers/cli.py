@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from launchers import compress, data
+from launchers import compare, compress, data
 from launchers.display import Display, results_table
 from launchers.layout import RunFolder
 from sbf_dist import recipe as recipes
@@ -70,6 +70,7 @@ def root(
 app.command("compress", short_help="Compress a network in one shot, without training.")(
     compress.command
 )
+app.command("compare", short_help="Compare SBF with its peers at equal cost.")(compare.command)
 
 
 @app.command(short_help="Run a recipe: from images to an exported student.")

@@ -1,43 +1,95 @@
-"""Images in this process, without workers: to calibrate on, and to compare exports on."""
+"""Images in this process, without workers: found, calibrated on, and compared exports on."""
 
 import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from launchers import networks
+from launchers.display import Display
 from pipelines.index import DataIndex
 from pipelines.loader import EvalLoader
-from sbf_dist.recipe import Recipe
+from pipelines.sources import digits, photos
+from pipelines.sources.folder import index_folder
+from sbf_dist.compress.calibration import Calibration
+from sbf_dist.recipe import Data
+
+BATCH = 64
+HELD = 2**26  # bytes of calibration images that are held rather than decoded again and again
+
+_EMBEDDED = {"digits": digits.write, "photos": photos.write}
 
 
-def calibration_images(recipe: Recipe, index: DataIndex) -> torch.Tensor:
-    """Return random training images as the student sees them in evaluation."""
+def index_images(data: Data, runs: Path, seed: int, display: Display) -> DataIndex:
+    """Find and check a recipe's images and divide them into parts; embedded sets are written."""
+    root = data.root
+    if data.source in _EMBEDDED:
+        root = root or runs / "data" / data.source
+        _EMBEDDED[data.source](root)
+    assert root is not None
+    return index_folder(
+        root,
+        labelled_per_class=data.labelled_per_class,
+        validation=data.validation,
+        seed=seed,
+        split=data.split,
+        unlabelled=data.unlabelled,
+        expected=data.expected,
+        progress=lambda done, of: display.show({"title": "images", "step": done, "steps": of}),
+    )
+
+
+def calibration_images(data: Data, index: DataIndex, count: int, seed: int) -> Calibration:
+    """Return `count` random training images as the student sees them in evaluation.
+
+    Few and small ones are held in memory, others are decoded each time that they are gone through.
+    """
     ids = np.sort(np.concatenate([index.parts[part] for part in ("labelled", "unlabelled")]))
-    generator = np.random.default_rng(recipe.seed)
-    wanted = min(recipe.compress.images, len(ids))
-    return evaluation_images(recipe, index, np.sort(generator.choice(ids, wanted, replace=False)))
+    drawn = np.random.default_rng(seed).choice(ids, min(count, len(ids)), replace=False)
+    drawn.sort()
+    if 4 * 3 * data.image_size**2 * len(drawn) <= HELD:
+        return Calibration.of(evaluation_images(data, index, drawn), batch=BATCH)
+    return Calibration(_Images(evaluation_loader(data, index, drawn)))
 
 
-def evaluation_images(recipe: Recipe, index: DataIndex, ids: np.ndarray) -> torch.Tensor:
+def evaluation_images(data: Data, index: DataIndex, ids: np.ndarray) -> torch.Tensor:
     """Return the evaluation views of `ids`, (N, 3, H, W), in channels_last."""
     # DALI takes its buffers back when a batch dies.
-    return torch.cat([batch["image"].clone() for batch in evaluation_loader(recipe, index, ids)])
+    return torch.cat([images.clone() for images in _Images(evaluation_loader(data, index, ids))])
 
 
-def evaluation_loader(recipe: Recipe, index: DataIndex, ids: np.ndarray) -> EvalLoader:
+def evaluation_loader(
+    data: Data,
+    index: DataIndex,
+    ids: np.ndarray,
+    *,
+    batch_size: int = BATCH,
+    device: torch.device | str = "cpu",
+) -> EvalLoader:
     """Return the batches of `ids` as the student sees them in evaluation."""
     none = ids[:0]
-    view = networks.student_view(recipe)
     return EvalLoader(
         dataclasses.replace(index, parts={"labelled": none, "unlabelled": none, "validation": ids}),
         "validation",
-        batch_size=64,
-        image_size=view.size,
-        crop=recipe.data.crop,
-        mean=view.mean,
-        std=view.std,
+        batch_size=batch_size,
+        image_size=data.image_size,
+        crop=data.crop,
+        mean=data.mean,
+        std=data.std,
         rank=0,
         world_size=1,
-        threads=recipe.data.threads,
+        threads=data.threads,
+        device=device,
     )
+
+
+class _Images:
+    """The images of a loader's batches, as often as they are wanted."""
+
+    def __init__(self, loader: EvalLoader) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for batch in self._loader:
+            yield batch["image"]

@@ -7,11 +7,10 @@ import torch
 from torch import nn
 
 from launchers.display import Display, results_table
-from launchers.images import calibration_images, evaluation_images, evaluation_loader
+from launchers.images import calibration_images, evaluation_images, evaluation_loader, index_images
 from launchers.local_ray import available_cpus
 from launchers.student import export, make
 from pipelines.index import DataIndex
-from pipelines.sources.folder import index_folder
 from sbf_dist import models
 from sbf_dist.compress.cost import count
 from sbf_dist.compress.latency import latencies
@@ -35,13 +34,14 @@ def compress_once(recipe: Recipe, out: Path, classes: int | None) -> None:
     (teacher,) = recipe.teachers
     assert teacher.weights is not None
     with Display() as display:
-        index = _index(recipe, display)
+        # Embedded sets are written beside the student.
+        index = index_images(recipe.data, out.parent, recipe.seed, display)
+        display.say(f"  {index.root}: {len(index)} images of {len(index.classes)} classes")
         outputs = classes or len(index.classes)
         dense = models.build(teacher.model, outputs)
         models.load_weights(dense, teacher.weights)
-        student, plan = make(
-            recipe, dense, teacher.model, outputs, calibration_images(recipe, index), display
-        )
+        images = calibration_images(recipe.data, index, recipe.compress.images, recipe.seed)
+        student, plan = make(recipe, dense, teacher.model, outputs, images, display)
         top1 = _accuracies(recipe, index, [dense, student], display)
         ids = index.parts["validation"][:VERIFIED_IMAGES]
         export(
@@ -51,28 +51,11 @@ def compress_once(recipe: Recipe, out: Path, classes: int | None) -> None:
             recipe,
             classes=index.classes if top1 else [str(i) for i in range(outputs)],
             top1=top1[1] if top1 else None,
-            images=evaluation_images(recipe, index, ids),
+            images=evaluation_images(recipe.data, index, ids),
         )
         display.console.print(results_table(_rows(recipe, plan, [dense, student], top1)))
         display.say(f"student   {out}/ ({ONNX}, {WEIGHTS}, {PLAN})")
         display.say(f"plan      sbf plan show {out}")
-
-
-def _index(recipe: Recipe, display: Display) -> DataIndex:
-    data = recipe.data
-    assert data.root is not None
-    index = index_folder(
-        data.root,
-        labelled_per_class=data.labelled_per_class,
-        validation=data.validation,
-        seed=recipe.seed,
-        split=data.split,
-        unlabelled=data.unlabelled,
-        expected=data.expected,
-        progress=lambda done, of: display.show({"title": "images", "step": done, "steps": of}),
-    )
-    display.say(f"  {data.root}: {len(index)} images of {len(index.classes)} classes")
-    return index
 
 
 def _accuracies(
@@ -92,7 +75,7 @@ def _accuracies(
     found = []
     for number, network in enumerate(networks, 1):
         display.show({"title": "accuracy", "step": number, "steps": len(networks)})
-        found.append(accuracy(network, evaluation_loader(recipe, index, ids), "cpu").top1)
+        found.append(accuracy(network, evaluation_loader(recipe.data, index, ids), "cpu").top1)
     return found
 
 

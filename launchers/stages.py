@@ -10,16 +10,15 @@ import torch
 
 from launchers import networks, ray_train
 from launchers.display import Display
-from launchers.images import calibration_images, evaluation_images
+from launchers.images import calibration_images, evaluation_images, index_images
 from launchers.layout import RunFolder, write_json
 from launchers.local_ray import local_ray
 from launchers.student import export as export_student
 from launchers.student import make as make_student
 from launchers.worker import build_network, evaluate_networks, train_networks, write_pseudo_labels
 from pipelines.index import DataIndex
-from pipelines.sources import digits
-from pipelines.sources.folder import index_folder
 from sbf_dist import models, tracking
+from sbf_dist.compress.calibration import Calibration
 from sbf_dist.compress.cost import count
 from sbf_dist.compress.latency import latency
 from sbf_dist.compress.plan import DenseLayer, Plan
@@ -79,30 +78,15 @@ class Run:
 
 def prepare(run: Run, log: tracking.Run) -> Result:
     """Find and check the images, and divide them into parts."""
-    data = run.recipe.data
-    root = data.root
-    if data.source == "digits":
-        root = root or run.folder.runs / "data" / "digits"
-        digits.write(root)
-    assert root is not None
-    index = index_folder(
-        root,
-        labelled_per_class=data.labelled_per_class,
-        validation=data.validation,
-        seed=run.recipe.seed,
-        split=data.split,
-        unlabelled=data.unlabelled,
-        expected=data.expected,
-        progress=lambda done, of: run.display.show({"title": "images", "step": done, "steps": of}),
-    )
+    index = index_images(run.recipe.data, run.folder.runs, run.recipe.seed, run.display)
     index.save(run.folder.index)
     counts = {part: len(ids) for part, ids in index.parts.items()}
     run.display.say(
-        f"  {root}: {len(index.classes)} classes, "
+        f"  {index.root}: {len(index.classes)} classes, "
         + ", ".join(f"{number} {part}" for part, number in counts.items())
         + (f", {len(index.skipped)} files skipped: {index.skipped[0]}" if index.skipped else "")
     )
-    log.log_params({"data": {"root": str(root), "digest": index.digest, **counts}})
+    log.log_params({"data": {"root": str(index.root), "digest": index.digest, **counts}})
     if index.skipped:
         log.log_text("\n".join(index.skipped) + "\n", "skipped.txt")
     return {"digest": index.digest, "classes": len(index.classes), **counts}
@@ -147,7 +131,7 @@ def compress_teacher(run: Run, log: tracking.Run) -> Result:
     teacher = networks.compressed_teacher(run.recipe)
     index = DataIndex.load(run.folder.index)
     dense = build_network(run.recipe, run.folder, teacher.name, start_from=teacher.name)
-    images = calibration_images(run.recipe, index)
+    images = _calibration(run, index)
     student, plan = make_student(
         run.recipe, dense, teacher.model, len(index.classes), images, run.display
     )
@@ -157,7 +141,9 @@ def compress_teacher(run: Run, log: tracking.Run) -> Result:
         for name, layer in plan.layers.items()
         if not isinstance(layer, DenseLayer) or layer.convertible
     ]
-    zeroed, zeroed_macs, zeroed_params = zero_channels(dense, convertible, images, reached)
+    zeroed, zeroed_macs, zeroed_params = zero_channels(
+        dense, convertible, images.first(images.count), reached
+    )
     models.save_weights(student, run.folder.weights(networks.ONE_SHOT))
     models.save_weights(zeroed, run.folder.weights(networks.ZEROED))
     plan.save(run.folder.plan)
@@ -227,7 +213,7 @@ def export(run: Run, log: tracking.Run) -> Result:
     ).eval()
     rows = json.loads(run.folder.result("evaluate").read_text())["rows"]
     top1 = next(row["top1"] for row in rows if row["network"] == networks.STUDENT)
-    images = evaluation_images(run.recipe, index, index.parts["validation"][:VERIFIED_IMAGES])
+    images = evaluation_images(run.recipe.data, index, index.parts["validation"][:VERIFIED_IMAGES])
     difference = export_student(
         run.folder.student,
         student,
@@ -274,3 +260,8 @@ def _input_shape(run: Run, network: str, student: tuple[int, int, int]) -> tuple
             size = networks.teacher_view(run.recipe, teacher).size
             return (3, size, size)
     return student
+
+
+def _calibration(run: Run, index: DataIndex) -> Calibration:
+    recipe = run.recipe
+    return calibration_images(recipe.data, index, recipe.compress.images, recipe.seed)

@@ -30,6 +30,9 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+Whole = typing.TypeVar("Whole", bound=Section)  # a whole recipe, of a run or of a comparison
+
+
 class Augmentation(Section):
     """How a training image is varied; see pipelines.augmentation for the meaning in detail."""
 
@@ -75,10 +78,13 @@ class Augmentation(Section):
 class Data(Section):
     """Which images there are and how the network sees them."""
 
-    source: Literal["digits", "folder", "cifar10", "cifar100", "tiny-imagenet", "imagenet"] = Field(
+    source: Literal[
+        "digits", "photos", "folder", "cifar10", "cifar100", "tiny-imagenet", "imagenet"
+    ] = Field(
         "folder",
-        description="'digits' writes scikit-learn's digits as JPEG files first; 'folder' takes any "
-        "images; a set's name asks that root is that set, all its classes (sbf data prepare)",
+        description="'digits' and 'photos' write what scikit-learn and scikit-image bring as JPEG "
+        "files first; 'folder' takes any images; a set's name asks that root is that set, all its "
+        "classes (sbf data prepare)",
     )
     root: Path | None = Field(
         None, description="class folders, or a prepared set; needed for all but digits"
@@ -244,6 +250,17 @@ class Compress(Section):
     round_to: Positive = Field(
         1, description="kept channels come in multiples of this; narrower layers keep all"
     )
+    refit: bool = Field(
+        True, description="solve filters anew, too, on what the converted layers before them give"
+    )
+    removal: typing.Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field(
+        0.0,
+        description="share of the saving that comes from removing channels, the rest from "
+        "rebuilding; 'auto' tries several out",
+    )
+    probe_steps: int = Field(
+        100, ge=0, description="of distillation before the shares of 'auto' are compared"
+    )
     rounds: Positive = Field(
         1, description="of shrinking with training between; more than 1 for macs and params only"
     )
@@ -277,6 +294,15 @@ class Compress(Section):
         if len(given) != 1:
             told = f"not {' and '.join(given)} (null takes one away)" if given else "not none"
             raise ValueError(f"give exactly one of macs, params, latency and latency_ms, {told}")
+        return self
+
+    @model_validator(mode="after")
+    def _removes_to_a_count(self) -> "Compress":
+        if self.removal != 0 and self.macs is None and self.params is None:
+            raise ValueError(
+                f"removal = {self.removal!r} needs a budget of macs or params; for a time it must "
+                "be 0"
+            )
         return self
 
     @model_validator(mode="after")
@@ -373,6 +399,11 @@ class Recipe(Section):
 
 
 def load(path: Path, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """Read the recipe of a run, as `load_as` does."""
+    return load_as(Recipe, path, overrides)
+
+
+def load_as(schema: type[Whole], path: Path, overrides: typing.Sequence[str] = ()) -> Whole:
     """Read a recipe; `overrides` are KEY=VALUE with dots in KEY and YAML in VALUE.
 
     Raises UserError that names the key, its value, and what would be right.
@@ -385,7 +416,7 @@ def load(path: Path, overrides: typing.Sequence[str] = ()) -> Recipe:
         raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"recipe {path} must be a mapping of keys to values")
-    return validate(content, overrides, f"recipe {path}")
+    return _validate_as(schema, content, overrides, f"recipe {path}")
 
 
 def validate(content: dict[str, Any], overrides: typing.Sequence[str], origin: str) -> Recipe:
@@ -393,13 +424,19 @@ def validate(content: dict[str, Any], overrides: typing.Sequence[str], origin: s
 
     Raises UserError as `load` does.
     """
+    return _validate_as(Recipe, content, overrides, origin)
+
+
+def _validate_as(
+    schema: type[Whole], content: dict[str, Any], overrides: typing.Sequence[str], origin: str
+) -> Whole:
     content = _unshared(content)
     for override in overrides:
         _override(content, override)
     try:
-        return Recipe.model_validate(content)
+        return schema.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"{origin}: {_explain(error)}") from None
+        raise UserError(f"{origin}: {_explain(schema, error)}") from None
 
 
 def _unshared(content: Any) -> Any:
@@ -446,14 +483,14 @@ def _step(place: Any, part: str, override: str, where: str) -> Any:
     raise UserError(f"override {override!r}: {where} has no keys")
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(schema: type[Section], error: ValidationError) -> str:
     """Put the first thing that is wrong with a recipe in one line."""
     errors = error.errors()
     # A key that is wrongly written is missing as well: say what was written.
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        known = _fields_at(first["loc"][:-1])
+        known = _fields_at(schema, first["loc"][:-1])
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
         return f"{key} is not a known key; {hint}"
@@ -478,9 +515,9 @@ def _demand(kind: str, message: str) -> str:
     return "must" + message.partition("should")[2]
 
 
-def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+def _fields_at(schema: type[Section], location: tuple[int | str, ...]) -> list[str]:
     """Names of the fields of the section at `location`."""
-    section: Any = Recipe
+    section: Any = schema
     for part in location:
         if isinstance(part, int):
             continue

@@ -90,7 +90,7 @@ def build_engine(
     with torch.device(device):
         engine, *_ = deepspeed.initialize(
             model=task,
-            optimizer=_torch_optimizer(task, optimizer),
+            optimizer=torch_optimizer(task, optimizer),
             config=_config(optimizer, micro_batch, accumulation, zero_stage, precision),
             dist_init_required=False,
         )
@@ -109,7 +109,8 @@ def join_process_group(device: torch.device) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def _torch_optimizer(task: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+def torch_optimizer(task: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """PyTorch's optimizer of the trainable parameters of `task`."""
     groups = parameter_groups(task, config.weight_decay)
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)

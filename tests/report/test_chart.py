@@ -3,8 +3,9 @@ import itertools
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
+from matplotlib.text import Text
 
-from sbf_dist.report.chart import accuracy_and_cost
+from sbf_dist.report.chart import accuracy_and_cost, accuracy_over_macs
 
 ROWS = [
     {"name": "teacher-1", "network": "teacher-1", "top1": 0.951, "macs": 14.3e6},
@@ -93,3 +94,84 @@ def test_no_text_covers_another_or_leaves_the_picture(rows):
         assert 0 <= box.y0 <= box.y1 <= figure.bbox.height, name
     for (one, a), (other, b) in itertools.combinations(boxes, 2):
         assert not a.overlaps(b), f"{one} and {other}"
+
+
+def comparison(*, shares=(0.75, 0.5, 0.33, 0.25), lengths=(0, 60, 300), methods=None, spread=0.05):
+    """Rows of a comparison in which the methods differ by `spread`."""
+    methods = methods or ("magnitude", "depgraph", "depgraph-global", "ghost", "low-rank", "sbf")
+    rows = []
+    for steps in lengths:
+        common = {"trained_steps": steps, "top1_std": 0.01}
+        rows.append(
+            common | {"method": "dense", "title": "dense", "reached": 1.0, "top1_mean": 0.9}
+        )
+        for place, method in enumerate(methods):
+            title = "SBF" if method == "sbf" else method
+            for share in shares:
+                top1 = 0.6 + 0.2 * share + spread * place
+                row = {"method": method, "title": title, "reached": share, "top1_mean": top1}
+                rows.append(common | row)
+    return rows
+
+
+def compared(rows):
+    figure = accuracy_over_macs(rows)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return figure, canvas.get_renderer()
+
+
+def test_a_comparison_has_a_panel_for_each_training_and_a_line_for_each_method():
+    figure, _ = compared(comparison())
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "not trained",
+        "trained for 60 steps",
+        "trained for 300 steps",
+    ]
+    for axes in figure.axes:
+        assert len(axes.containers) == 6  # lines with error bars
+        for place, container in enumerate(axes.containers):
+            costs, top1 = container.lines[0].get_data()
+            assert list(costs) == [75, 50, 33, 25]
+            assert top1[0] == pytest.approx(100 * (0.6 + 0.15 + 0.05 * place))
+        left, right = axes.get_xlim()
+        assert left > 75
+        assert right < 25
+        assert {text.get_text() for text in axes.texts} == {
+            "magnitude", "depgraph", "depgraph-global", "ghost", "low-rank", "SBF", "dense, 90.0",
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        comparison(),
+        comparison(spread=0.0),
+        comparison(spread=0.0, lengths=(0,)),
+        comparison(shares=(0.5,), methods=("sbf",)),
+        [row | {"top1_mean": 1.0, "top1_std": 0.0} for row in comparison()],
+        [row | {"top1_mean": 0.1} for row in comparison() if row["method"] != "dense"],
+        [*comparison(), {"method": "ghost", "title": "Ghost", "macs": 0.1, "refused": "no"}],
+    ],
+    ids=["usual", "all alike", "one panel", "one point", "all perfect", "no dense", "refused"],
+)
+def test_the_names_of_a_comparison_neither_overlap_nor_leave_the_picture(rows):
+    figure, renderer = compared(rows)
+    for axes in figure.axes:
+        assert axes.texts
+        for text in axes.texts:
+            box = Text.get_window_extent(text, renderer)  # without the line to its point
+            assert 0 <= box.x0 <= box.x1 <= figure.bbox.width, text.get_text()
+            assert 0 <= box.y0 <= box.y1 <= figure.bbox.height, text.get_text()
+        labels = sorted(
+            (axes.transData.transform(text.xyann)[1], text.get_fontsize()) for text in axes.texts
+        )
+        for (low, size), (high, _) in itertools.pairwise(labels):
+            assert high - low >= size * figure.dpi / 72 * 0.95
+
+
+def test_ours_is_the_boldest_line_of_a_comparison():
+    figure, _ = compared(comparison())
+    widths = [container.lines[0].get_linewidth() for container in figure.axes[0].containers]
+    assert widths.index(max(widths)) == 5
+    assert widths.count(max(widths)) == 1

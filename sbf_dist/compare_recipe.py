@@ -1,0 +1,107 @@
+"""The recipe of a comparison: a dense network, ways to make it cheaper, the same training."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from sbf_dist.recipe import Data, Name, Optimizer, Positive, Section, Share, load_as
+
+Method = Literal[
+    "magnitude",
+    "magnitude-global",
+    "depgraph",
+    "depgraph-global",
+    "ghost",
+    "low-rank",
+    "low-rank-filters",
+    "sbf",
+]
+
+
+class Training(Section):
+    """Manner of a training; all but its length."""
+
+    batch_size: Positive = Field(64, description="images per step")
+    optimizer: Optimizer = Optimizer()
+    schedule: Literal["constant", "cosine", "step"] = Field("cosine", description="after warm-up")
+    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
+
+
+class Dense(Training):
+    """How the dense network is trained, on the labels."""
+
+    steps: Positive = Field(description="optimizer steps")
+
+    @model_validator(mode="after")
+    def _warms_up_in_time(self) -> "Dense":
+        if self.warmup >= self.steps:
+            raise ValueError(f"warmup = {self.warmup} must be less than steps = {self.steps}")
+        return self
+
+
+class Recovery(Training):
+    """How every compressed network is trained: labels, and the dense network's word on all images.
+
+    Every entry of `steps` is a training of its own, from the compressed network on, with its own
+    schedule. All methods get the same batches.
+    """
+
+    steps: list[Positive] = Field(min_length=1, description="lengths; one training for each")
+    label_weight: float = Field(0.5, ge=0, description="of the cross-entropy on labelled images")
+    labelled_share: float = Field(0.25, gt=0, le=1, description="of labelled images in a batch")
+
+    @field_validator("steps")
+    @classmethod
+    def _ascends(cls, value: list[int]) -> list[int]:
+        if sorted(set(value)) != value:
+            raise ValueError(f"{value} must ascend")
+        return value
+
+    @model_validator(mode="after")
+    def _warms_up_in_time(self) -> "Recovery":
+        if self.warmup >= self.steps[0]:
+            raise ValueError(f"warmup = {self.warmup} must be less than steps = {self.steps}")
+        return self
+
+
+class Comparison(Section):
+    """A whole comparison."""
+
+    name: Name = Field(description="of the comparison's folder")
+    seeds: list[int] = Field([0, 1, 2], min_length=1, description="one dense network for each")
+    data: Data
+    model: str = Field(description="as sbf_dist.models.build takes it")
+    methods: list[Method] = Field(
+        ["magnitude", "depgraph", "depgraph-global", "ghost", "low-rank", "sbf"],
+        min_length=1,
+        description="ways to a cheaper network",
+    )
+    macs: list[Share] = Field(
+        [0.75, 0.5, 0.33, 0.25],
+        min_length=1,
+        description="multiply-adds to reach, as shares of the dense network's",
+    )
+    images: Positive = Field(512, description="calibration images, no labels needed")
+    dense: Dense
+    recovery: Recovery
+
+    @field_validator("seeds", "macs", "methods")
+    @classmethod
+    def _differs(cls, value: list[object]) -> list[object]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"{value} must not repeat an entry")
+        return value
+
+    @field_validator("seeds")
+    @classmethod
+    def _counts(cls, value: list[int]) -> list[int]:
+        if min(value) < 0:
+            raise ValueError(f"{value} must not be below 0")
+        return value
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Comparison:
+    """Read the recipe of a comparison, as sbf_dist.recipe.load reads that of a run."""
+    return load_as(Comparison, path, overrides)

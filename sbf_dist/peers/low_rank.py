@@ -1,0 +1,179 @@
+"""Low-rank factorisation: a convolution to r channels, and a 1 × 1 convolution back to all."""
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sbf_dist.compress.budget import Budget, Option, allocate
+from sbf_dist.compress.calibration import BATCH
+from sbf_dist.compress.candidates import convolution, find_candidates
+from sbf_dist.compress.cost import count
+from sbf_dist.compress.statistics import (
+    Moments,
+    gather_moments,
+    measure_batch_norm,
+    run_until,
+)
+from sbf_dist.errors import UserError
+
+Basis = Literal["filters", "responses"]
+RIDGE = 1e-6  # of the mean variance
+
+
+class LowRankConv2d(nn.Sequential):
+    """k × k convolution to `rank` channels, then 1 × 1 with the bias."""
+
+    def __init__(self, conv: nn.Conv2d, rank: int) -> None:
+        first = nn.Conv2d(
+            conv.in_channels,
+            rank,
+            conv.kernel_size,  # type: ignore[arg-type]
+            stride=conv.stride,  # type: ignore[arg-type]
+            padding=conv.padding,  # type: ignore[arg-type]
+            dilation=conv.dilation,  # type: ignore[arg-type]
+            bias=False,
+            padding_mode=conv.padding_mode,
+        )
+        super().__init__(first, nn.Conv2d(rank, conv.out_channels, 1))
+        self.to(conv.weight)
+
+    @torch.no_grad()
+    def set(self, reduce: Tensor, expand: Tensor, bias: Tensor) -> None:
+        """Give it reduce (r, C_in, k, k), expand (C_out, r) and bias (C_out,)."""
+        first, second = self
+        assert isinstance(first, nn.Conv2d)
+        assert isinstance(second, nn.Conv2d)
+        assert second.bias is not None
+        first.weight.copy_(reduce)
+        second.weight.copy_(expand[..., None, None])
+        second.bias.copy_(bias)
+
+
+@torch.no_grad()
+def low_rank(
+    model: nn.Module,
+    macs_share: float,
+    images: Tensor,
+    *,
+    basis: Basis = "responses",
+) -> nn.Module:
+    """Factorise the convolutions of `model` to reach `macs_share` of its multiply-adds.
+
+    "filters" is the truncated SVD of the filters, (C_out, C_in·k·k), without data. "responses"
+    keeps what matters on `images` (N, C, H, W), calibration images: the layers are taken in
+    forward order, and each is the best approximation of rank r, in the mean square, of the dense
+    layer's responses from the inputs that the factorised layers before it give (Zhang et al. 2015,
+    arXiv 1505.06798, sections 3.1 and 3.3). The ranks maximise the product of the layers' kept
+    energies within the budget (section 3.2 there, solved as a knapsack instead of greedily). The
+    stem stays dense, and so does what would not get cheaper. Batch norm is measured again. Returns
+    the network in eval mode. UserError if the budget cannot be met.
+    """
+    dense = copy.deepcopy(model).eval()
+    shape = (images.shape[1], images.shape[2], images.shape[3])
+    cost = count(dense, shape)
+    _, names = find_candidates(dense, images, 1)
+    if not names:
+        raise UserError("low-rank: the network has no convolution that could be factorised")
+    fixed = cost.macs - sum(cost.layers[name] for name in names)
+    choices = {}
+    for name in names:
+        conv = convolution(dense, name)
+        if basis == "filters":
+            energies = torch.linalg.svdvals(conv.weight.double().flatten(1)).square()
+        else:
+            moments = _moments(dense, dense, name, images)
+            energies = torch.linalg.eigvalsh(moments.zz).flip(0).clamp(min=0)
+        choices[name] = _ranks(conv, cost.layers[name], energies)
+    ranks = allocate(choices, fixed=fixed, dense=cost.macs, budget=Budget(macs=macs_share))
+    student = copy.deepcopy(dense)
+    for name in names:
+        rank = ranks[name].kept
+        conv = convolution(dense, name)
+        if rank == conv.out_channels:
+            continue
+        layer = LowRankConv2d(conv, rank)
+        if basis == "filters":
+            layer.set(*truncated_svd(conv, rank))
+        else:
+            layer.set(*reduced_regression(conv, rank, _moments(dense, student, name, images)))
+        student.set_submodule(name, layer, strict=True)
+    measure_batch_norm(student, images, BATCH)
+    return student
+
+
+def truncated_svd(conv: nn.Conv2d, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The nearest filters of rank `rank`, as (r, C_in, k, k) and (C_out, r), and the bias."""
+    u, s, v = torch.linalg.svd(conv.weight.double().flatten(1), full_matrices=False)
+    root = s[:rank].sqrt()
+    reduce = (root[:, None] * v[:rank]).view(-1, *conv.weight.shape[1:])
+    reduce, expand = _padded(reduce, u[:, :rank] * root, rank)
+    return reduce, expand, _bias(conv).double()
+
+
+def reduced_regression(
+    conv: nn.Conv2d, rank: int, moments: Moments
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The regression of rank `rank` of the targets y on z = conv(x) without its bias.
+
+    With y ≈ M z + c by least squares, the best approximation of rank r projects M z on the leading
+    eigenvectors of its covariance (Izenman 1975, reduced-rank regression).
+    """
+    device = conv.weight.device
+    trace = moments.zz.diagonal().mean()
+    ridge = (RIDGE * trace).clamp(min=1e-30) * torch.eye(len(moments.zz)).double()
+    matrix = torch.linalg.solve(moments.zz + ridge, moments.zy).T
+    _, vectors = torch.linalg.eigh(matrix @ moments.zz @ matrix.T)
+    leading = vectors.flip(1)[:, :rank]
+    inner = leading.T @ matrix
+    bias = moments.y_mean - leading @ (inner @ moments.z_mean)
+    filters = (inner.to(device) @ conv.weight.double().flatten(1)).view(-1, *conv.weight.shape[1:])
+    return filters, leading.to(device), bias.to(device)
+
+
+def _padded(reduce: Tensor, expand: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Fill up with zeros: filters of few weights have fewer singular values than channels."""
+    lacking = rank - len(reduce)
+    if lacking <= 0:
+        return reduce, expand
+    return (
+        torch.cat([reduce, reduce.new_zeros(lacking, *reduce.shape[1:])]),
+        torch.cat([expand, expand.new_zeros(len(expand), lacking)], 1),
+    )
+
+
+def _moments(dense: nn.Module, student: nn.Module, name: str, images: Tensor) -> Moments:
+    """Moments of the layer's dense outputs y and of what it makes, without its bias, of the
+    student's inputs.
+    """
+    conv = convolution(dense, name)
+
+    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in images.split(BATCH):
+            inputs = run_until(student, name, batch, output=False)
+            yield (
+                conv._conv_forward(inputs, conv.weight, None),
+                run_until(dense, name, batch, output=True),
+            )
+
+    return gather_moments(pairs(), 1)
+
+
+def _bias(conv: nn.Conv2d) -> Tensor:
+    return conv.bias if conv.bias is not None else conv.weight.new_zeros(conv.out_channels)
+
+
+def _ranks(conv: nn.Conv2d, macs: int, energies: Tensor) -> list[Option]:
+    """The dense layer, and every rank at which the layer is cheaper."""
+    per_pixel = conv.weight.numel()
+    of_rank = conv.weight[0].numel() + conv.out_channels
+    kept = energies.cumsum(0) / energies.sum().clamp(min=1e-30)
+    choices = [Option(kept=conv.out_channels, sources=0, size=1, cost=macs, loss=0.0)]
+    for rank in range(1, math.ceil(per_pixel / of_rank)):
+        share = float(kept[min(rank, len(kept)) - 1].clamp(min=1e-12, max=1.0))
+        price = macs * rank * of_rank / per_pixel
+        choices.append(Option(kept=rank, sources=1, size=1, cost=price, loss=-math.log(share)))
+    return choices

@@ -1,0 +1,132 @@
+"""Channel pruning on torch-pruning's dependency graph: magnitude, and DepGraph's importance."""
+
+import copy
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sbf_dist.compress.calibration import BATCH
+from sbf_dist.compress.cost import count
+from sbf_dist.compress.statistics import measure_batch_norm
+from sbf_dist.errors import UserError
+from sbf_dist.peers.shrinking import in_proportion, longest_within
+
+Importance = Literal["l1", "l2", "depgraph"]
+LEAST = 0.125  # share of a group's channels that stays: global orders would empty whole layers
+
+Removal = tuple[str, int]  # a group, named after its first layer, and one of its channels
+
+
+def prune(
+    model: nn.Module,
+    macs_share: float,
+    images: Tensor,
+    *,
+    importance: Importance,
+    everywhere: bool,
+) -> nn.Module:
+    """Remove channels of `model` until `macs_share` of its multiply-adds are left.
+
+    "l1" and "l2" score a channel by the norm of its filter (Li et al. 2017, arXiv 1608.08710; in a
+    group of layers that must lose the same channels, by that of the group's first layer),
+    "depgraph" by all that is removed with it, filters, inputs of the layers that follow and batch
+    norm, relative to the group's mean (Fang et al., CVPR 2023, section 3.3, without sparse
+    training). `everywhere` ranks the channels of all layers together, else every group loses the
+    same share of its own. Scores and groups are torch-pruning's. The budget is used to the last
+    channel that fits. Batch norm is measured again on `images` (N, C, H, W), calibration images.
+    Returns the smaller network in eval mode. UserError if the budget cannot be met.
+    """
+    dense = copy.deepcopy(model).eval()
+    shape = (images.shape[1], images.shape[2], images.shape[3])
+    limit = macs_share * count(dense, shape).macs
+    scores = _scores(dense, images[:1], importance)
+    order = _order(scores, everywhere)
+
+    def cost(removed: Sequence[Removal]) -> int:
+        return count(_without(dense, images[:1], removed), shape).macs
+
+    what = f"{importance} at {macs_share:g} of the MACs"
+    network = _without(dense, images[:1], longest_within(order, cost, limit, what))
+    measure_batch_norm(network, images, BATCH)
+    return network
+
+
+def _order(scores: dict[str, Tensor], everywhere: bool) -> list[Removal]:
+    """The removals, first to last; every group keeps LEAST of its channels."""
+    ranked = {name: score.argsort(stable=True).tolist() for name, score in scores.items()}
+    sizes = {name: len(score) for name, score in scores.items()}
+    steps = [(name, ranked[name][rank]) for name, rank in in_proportion(sizes, LEAST)]
+    if everywhere:
+        steps.sort(key=lambda step: float(scores[step[0]][step[1]]))
+    return steps
+
+
+def _scores(dense: nn.Module, image: Tensor, importance: Importance) -> dict[str, Tensor]:
+    """The importance of each channel of each group, by the name of the group's first layer."""
+    import torch_pruning as tp
+
+    if importance == "depgraph":
+        score = tp.importance.GroupMagnitudeImportance(p=2)
+    else:
+        # Filters of different layers are of different sizes: relative to the mean of their layer.
+        score = tp.importance.GroupMagnitudeImportance(
+            p=1 if importance == "l1" else 2, group_reduction="first", normalizer="mean"
+        )
+    network = copy.deepcopy(dense)
+    graph = _graph(network, image)
+    names = {module: name for name, module in network.named_modules()}
+    found = {}
+    for group in _groups(graph, network):
+        values = score(group)
+        if values is not None:
+            found[names[group[0].dep.target.module]] = values.detach().cpu()
+    if not found:
+        raise UserError("pruning: the network has no channels that could be removed")
+    return found
+
+
+def _without(dense: nn.Module, image: Tensor, removed: Sequence[Removal]) -> nn.Module:
+    """A copy of `dense` without these channels; they are numbered as in `dense`."""
+    import torch_pruning as tp
+
+    network = copy.deepcopy(dense)
+    channels: dict[str, list[int]] = {}
+    for name, channel in removed:
+        channels.setdefault(name, []).append(channel)
+    graph = _graph(network, image)
+    # A group has its first layer to itself: what one loses does not renumber another's channels.
+    for name, idxs in channels.items():
+        layer = network.get_submodule(name)
+        graph.get_pruning_group(layer, tp.prune_conv_out_channels, idxs=sorted(idxs)).prune()
+    return network
+
+
+def _graph(network: nn.Module, image: Tensor) -> Any:
+    import torch_pruning as tp
+
+    with warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("ignore")  # of parameters that belong to no layer
+        return tp.DependencyGraph().build_dependency(network, example_inputs=image)
+
+
+def _groups(graph: Any, network: nn.Module) -> list[Any]:
+    """The groups of coupled convolutions, depthwise ones among them.
+
+    The classifier's outputs stay, and so does what a convolution of several groups of channels
+    reads or makes: its groups would not stay equally large.
+    """
+    kept = [m for m in network.modules() if isinstance(m, nn.Linear)]
+    grouped = [
+        m
+        for m in network.modules()
+        if isinstance(m, nn.Conv2d) and m.groups > 1 and m.groups != m.out_channels
+    ]
+    found = []
+    for group in graph.get_all_groups(ignored_layers=kept, root_module_types=[nn.Conv2d]):
+        members = [entry.dep.target.module for entry in group]
+        if not any(layer in members for layer in grouped):
+            found.append(group)
+    return found

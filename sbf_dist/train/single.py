@@ -1,0 +1,36 @@
+"""An engine for one process and one device, without DeepSpeed: many short trainings in a row."""
+
+from torch import Tensor, nn
+
+from sbf_dist.train.engine import OptimizerConfig, torch_optimizer
+
+Batch = dict[str, Tensor]
+
+
+class SingleEngine:
+    """What the training loop asks of an engine, around a task; single precision.
+
+    It does what `build_engine` makes DeepSpeed do in one process: the same parameter groups,
+    optimizer and clipping.
+    """
+
+    def __init__(self, task: nn.Module, optimizer: OptimizerConfig) -> None:
+        self.device = next(task.parameters()).device
+        self.optimizer = torch_optimizer(task, optimizer)
+        self._task = task.train()
+        self._clip = optimizer.clip
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        return self._task(batch)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        if self._clip is not None:
+            nn.utils.clip_grad_norm_(self._task.parameters(), self._clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def gradient_accumulation_steps(self) -> int:
+        return 1
