@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from launchers import compare, compress, data
+from launchers import compare, compress, data, plan
 from launchers.display import Display, results_table
 from launchers.layout import RunFolder
 from sbf_dist import recipe as recipes
@@ -28,6 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.add_typer(plan.app, name="plan", short_help="Plans as tables.")
 app.add_typer(data.app, name="data", short_help="Sets of images from their archives.")
 
 

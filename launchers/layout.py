@@ -39,6 +39,10 @@ class RunFolder:
     def plan(self) -> Path:
         return self.root / "plan.json"
 
+    def round_plan(self, number: int) -> Path:
+        """Return the file of the plan of one round of a network that is shrunk in rounds."""
+        return self.root / "plans" / f"round-{number}.json"
+
     @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"

@@ -35,7 +35,7 @@ class Job:
     targets: Literal["labels", "stored", "live"]
     view: View
     start_from: str | None = None  # a network whose weights it starts from
-    planned: bool = False  # the network is SBF, by the run's plan
+    planned: bool = False  # the network is SBF
     label_weight: float = 1.0
     labelled_share: float = 1.0
     seed: int = 0
@@ -89,22 +89,10 @@ def teacher_jobs(recipe: Recipe) -> list[Job]:
 
 
 def distill_jobs(recipe: Recipe) -> list[Job]:
-    """Return the trainings of the stage distill: all that start from the one-shot student."""
+    """Return the trainings of the stage distill: those of the student as it will be."""
     model = compressed_teacher(recipe).model
-    jobs = [
-        Job(
-            name=STUDENT,
-            model=model,
-            training=recipe.distill.training,
-            targets=recipe.distill.targets,
-            view=student_view(recipe),
-            start_from=ONE_SHOT,
-            planned=True,
-            label_weight=recipe.distill.label_weight,
-            labelled_share=recipe.distill.labelled_share,
-            seed=recipe.seed,
-        )
-    ]
+    start = ONE_SHOT if recipe.compress.rounds == 1 else fitted(recipe.compress.rounds)
+    jobs = [_distillation(recipe, STUDENT, recipe.distill.training, start)]
     if recipe.baselines is not None:
         jobs.append(
             Job(
@@ -119,6 +107,58 @@ def distill_jobs(recipe: Recipe) -> list[Job]:
             )
         )
     return jobs
+
+
+def round_jobs(recipe: Recipe) -> list[Job]:
+    """Return the trainings between the rounds in which the student is shrunk."""
+    training = recipe.distill.training
+    steps = recipe.distill.round_steps or max(1, training.steps // 5)
+    shorter = training.model_copy(
+        update={"steps": steps, "warmup": min(training.warmup, steps // 5)}
+    )
+    return [
+        _distillation(recipe, trained(number), shorter, fitted(number))
+        for number in range(1, recipe.compress.rounds)
+    ]
+
+
+def jobs_of(recipe: Recipe, stage: str) -> list[Job]:
+    """Return the trainings of a stage, or of the round that `round_stage` names."""
+    if stage == "teachers":
+        return teacher_jobs(recipe)
+    if stage == "distill":
+        return distill_jobs(recipe)
+    return [job for job in round_jobs(recipe) if round_stage(job) == stage]
+
+
+def round_stage(job: Job) -> str:
+    """Return the name under which the training of a round keeps its checkpoints."""
+    return f"distill-{job.name}"
+
+
+def fitted(number: int) -> str:
+    """Return the name of the student that a round has fitted."""
+    return f"sbf-round-{number}-fitted"
+
+
+def trained(number: int) -> str:
+    """Return the name of the student that is trained after a round."""
+    return f"sbf-round-{number}"
+
+
+def _distillation(recipe: Recipe, name: str, training: Training, start_from: str) -> Job:
+    return Job(
+        name=name,
+        model=compressed_teacher(recipe).model,
+        training=training,
+        targets=recipe.distill.targets,
+        view=student_view(recipe),
+        start_from=start_from,
+        planned=True,
+        label_weight=recipe.distill.label_weight,
+        labelled_share=recipe.distill.labelled_share,
+        seed=recipe.seed,
+    )
 
 
 @dataclass(frozen=True)
@@ -142,9 +182,15 @@ def rows(recipe: Recipe) -> list[Row]:
     return found + [Row(name, TITLES[name], (name,)) for name in names]
 
 
-def is_planned(network: str) -> bool:
-    """Tell whether a network is SBF by the run's plan."""
-    return network in (ONE_SHOT, SBF_LABELS, STUDENT)
+def plan_of(recipe: Recipe, run: RunFolder, network: str) -> Path | None:
+    """Return the file of the plan that makes a network, None for dense ones."""
+    rounds = recipe.compress.rounds
+    for number in range(1, rounds + 1):
+        if network in (fitted(number), trained(number)):
+            return run.round_plan(number)
+    if network == STUDENT and rounds > 1:
+        return run.round_plan(rounds)
+    return run.plan if network in (ONE_SHOT, SBF_LABELS, STUDENT) else None
 
 
 def weights_of(recipe: Recipe, run: RunFolder, network: str) -> Path:

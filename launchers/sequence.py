@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launchers import networks
+from launchers import networks, rounds
 from launchers.layout import RunFolder, write_json
 from launchers.stages import STAGES, Run
 from sbf_dist import tracking
@@ -39,7 +39,10 @@ def forget(recipe: Recipe, folder: RunFolder, first: str) -> None:
             folder.plan,
             *(folder.weights(n) for n in (networks.ONE_SHOT, networks.ZEROED)),
         ],
-        "distill": [folder.weights(job.name) for job in networks.distill_jobs(recipe)],
+        "distill": [
+            *(folder.weights(job.name) for job in networks.distill_jobs(recipe)),
+            *rounds.files(recipe, folder),
+        ],
         "evaluate": [],
         "export": [folder.student, folder.summary],
     }

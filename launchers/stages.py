@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from launchers import networks, ray_train
+from launchers import networks, ray_train, rounds
 from launchers.display import Display
 from launchers.images import calibration_images, evaluation_images, index_images
 from launchers.layout import RunFolder, write_json
@@ -163,7 +163,19 @@ def compress_teacher(run: Run, log: tracking.Run) -> Result:
 
 
 def distill(run: Run, log: tracking.Run) -> Result:
-    """Train the student on labels and the teachers' word."""
+    """Train the student on labels and the teachers' word, after it has been shrunk in rounds."""
+    recipe = run.recipe
+    if recipe.compress.rounds > 1:
+        teacher = networks.compressed_teacher(recipe)
+        plan = rounds.shrink_in_rounds(
+            recipe,
+            run.folder,
+            build_network(recipe, run.folder, teacher.name, start_from=teacher.name),
+            _calibration(run, DataIndex.load(run.folder.index)),
+            run.display,
+            train=lambda stage: _train(run, stage, log),
+        )
+        log.log_artifact(plan)
     return _train(run, "distill", log)
 
 
@@ -207,7 +219,9 @@ def evaluate(run: Run, log: tracking.Run) -> Result:
 def export(run: Run, log: tracking.Run) -> Result:
     """Write the student as ONNX and as safetensors + plan, and store it in MLflow."""
     index = DataIndex.load(run.folder.index)
-    plan = Plan.load(run.folder.plan)
+    path = networks.plan_of(run.recipe, run.folder, networks.STUDENT)
+    assert path is not None
+    plan = Plan.load(path)
     student = build_network(
         run.recipe, run.folder, networks.STUDENT, start_from=networks.STUDENT
     ).eval()

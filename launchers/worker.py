@@ -77,8 +77,7 @@ def train_networks(config: dict[str, Any]) -> dict[str, Any]:
     The answer maps each job to its validation accuracy and the step that it was resumed from.
     """
     here = Context.of(config)
-    stage = config["stage"]
-    jobs = (networks.teacher_jobs if stage == "teachers" else networks.distill_jobs)(here.recipe)
+    jobs = networks.jobs_of(here.recipe, config["stage"])
     results: dict[str, Any] = {}
     with launcher.latest_checkpoint() as folder:
         resumed = checkpoint.read_manifest(folder).digests["training"] if folder else None
@@ -174,8 +173,9 @@ def build_network(
     """
     classes = len(DataIndex.load(run.index).classes)
     model = models.build(networks.model_of(recipe, network), classes)
-    if networks.is_planned(network):
-        model = convert(model, Plan.load(run.plan))
+    plan = networks.plan_of(recipe, run, network)
+    if plan is not None:
+        model = convert(model, Plan.load(plan))
     if start_from is not None:
         models.load_weights(model, networks.weights_of(recipe, run, start_from))
     return model

@@ -323,6 +323,9 @@ class Distill(Section):
     """Training of the SBF student."""
 
     training: Training
+    round_steps: Positive | None = Field(
+        None, description="of training between compress.rounds; null: a fifth of training.steps"
+    )
     targets: Literal["stored", "live"] = Field(
         "stored", description="pseudo-labels, or the teachers' word on the very crop"
     )

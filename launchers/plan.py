@@ -1,0 +1,37 @@
+"""`sbf plan`: plans as tables."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sbf_dist.errors import UserError
+
+app = typer.Typer(
+    help="Look at what was planned for a network.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+_FILE = "plan.json"
+
+
+@app.callback()
+def _group() -> None:
+    """Keep `show` a command of its own: a single one would take the group's place."""
+
+
+@app.command(short_help="Print a plan as a table, a row for each convolution.")
+def show(
+    place: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A student's or a run's folder, or a plan's file.")
+    ],
+) -> None:
+    """Print what is kept, rebuilt and removed of each convolution, what it costs, and why."""
+    path = place / _FILE if place.is_dir() else place
+    if place.is_dir() and not path.exists():
+        raise UserError(f"folder {place} has no {_FILE}: give a student's or a run's folder")
+    from sbf_dist.compress.plan import Plan
+    from sbf_dist.report.plan_table import show_plan
+
+    show_plan(Plan.load(path), Console(highlight=False))

@@ -1,0 +1,103 @@
+"""A student that is shrunk in rounds, with training between: `compress.rounds` of a recipe."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from launchers import networks
+from launchers.display import Display
+from launchers.layout import RunFolder
+from launchers.student import budget_of, make, progress_of
+from launchers.worker import build_network
+from sbf_dist import models
+from sbf_dist.compress.budget import Budget
+from sbf_dist.compress.calibration import Calibration
+from sbf_dist.compress.cost import count
+from sbf_dist.compress.plan import Plan
+from sbf_dist.compress.progressive import round_budgets, shrink
+from sbf_dist.recipe import Recipe
+
+
+def shrink_in_rounds(
+    recipe: Recipe,
+    folder: RunFolder,
+    dense: nn.Module,
+    images: Calibration,
+    display: Display,
+    *,
+    train: Callable[[str], Any],
+) -> Path:
+    """Fit, train, shrink, train, …, shrink; the last of the rounds is fitted but not trained.
+
+    Every round keeps its plan and its weights in `folder`, and is not done again. `train` runs the
+    training of a round, which it is given the name of, on the workers. Returns the file of the last
+    plan.
+    """
+    teacher = networks.compressed_teacher(recipe)
+    cost = count(dense, images.shape)
+    final = budget_of(recipe.compress)
+    whole = cost.params if final.kind == "params" else cost.macs
+    budgets = round_budgets(final, recipe.compress.rounds, whole)
+    jobs = networks.round_jobs(recipe)
+    for number, budget in enumerate(budgets, 1):
+        weights = folder.weights(networks.fitted(number))
+        path = folder.round_plan(number)
+        if not weights.exists():
+            display.say(f"  round {number} of {len(budgets)}")
+            if number == 1:
+                first = recipe.model_copy(update={"compress": _with_budget(recipe, budget)})
+                classes = Plan.load(folder.plan).classes
+                student, plan = make(first, dense, teacher.model, classes, images, display)
+            else:
+                student, plan = _smaller(recipe, folder, number, budget, images, display)
+            path.parent.mkdir(exist_ok=True)
+            plan.save(path)
+            models.save_weights(student, weights)  # last: what says that the round is fitted
+        if number < len(budgets):
+            train(networks.round_stage(jobs[number - 1]))
+    return path
+
+
+def files(recipe: Recipe, folder: RunFolder) -> list[Path]:
+    """Return what the rounds leave in a run's folder."""
+    made = []
+    for number in range(1, recipe.compress.rounds + 1):
+        made += [folder.round_plan(number), folder.weights(networks.fitted(number))]
+    for job in networks.round_jobs(recipe):
+        made += [folder.weights(job.name), folder.checkpoints / networks.round_stage(job)]
+    return made
+
+
+def _with_budget(recipe: Recipe, budget: Budget) -> Any:
+    return recipe.compress.model_copy(update={"macs": None, "params": None, **budget.given()})
+
+
+def _smaller(
+    recipe: Recipe,
+    folder: RunFolder,
+    number: int,
+    budget: Budget,
+    images: Calibration,
+    display: Display,
+) -> tuple[nn.Module, Plan]:
+    settings = recipe.compress
+    before = networks.trained(number - 1)
+    student, plan = shrink(
+        build_network(recipe, folder, before, start_from=before),
+        Plan.load(folder.round_plan(number - 1)),
+        images,
+        budget,
+        sources=settings.sources,
+        transform_size=settings.transform_size,
+        floor=settings.floor,
+        round_to=settings.round_to,
+        keep=settings.keep,
+        criterion=settings.criterion,
+        seed=recipe.seed,
+        refit=settings.refit,
+        progress=progress_of(display),
+    )
+    display.say(f"  {plan.summary()}")
+    return student, plan
