@@ -4,16 +4,18 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipelines.names import Names
 from sbf_dist.errors import UserError
 
 PARTS = ("labelled", "unlabelled", "validation")
@@ -28,60 +30,100 @@ class DataIndex:
 
     root         where the files are
     classes      class names; a label is a position in this list
-    files        paths relative to root, "/" between folders
+    files        paths relative to root, "/" between folders, as a column (Names) whatever it is
+                 given as. Where there are shards: the names of their members.
     labels       int64 (n,): the true class, −1 where unknown. The part "unlabelled" may well have
                  known classes: training must not see them, evaluation may.
     sizes        int64 (n, 2): height and width in pixels, upright
-    file_bytes   int64 (n,)
+    file_bytes   int64 (n,): size of the encoded image
     parts        "labelled", "unlabelled", "validation" → int64 ids, ascending; no id is in two
     skipped      files that were left out, as "name: reason"
+    shards       tar files relative to root that hold the images; none: every image is a file
+    shard        int64 (n,): the position in `shards` of each image's tar file
+    offset       int64 (n,): the image's first byte in it; it is file_bytes long, not compressed
     """
 
     root: Path
     classes: list[str]
-    files: list[str]
+    files: Sequence[str]
     labels: NDArray[np.int64]
     sizes: NDArray[np.int64]
     file_bytes: NDArray[np.int64]
     parts: dict[str, NDArray[np.int64]]
     skipped: list[str]
+    shards: list[str] = field(default_factory=list)
+    shard: NDArray[np.int64] | None = None
+    offset: NDArray[np.int64] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "files", Names(self.files))
+        assert bool(self.shards) == (self.shard is not None) == (self.offset is not None)
 
     def __len__(self) -> int:
         return len(self.files)
 
+    def take_files(self, ids: NDArray[np.int64]) -> list[str]:
+        """The names of some samples, in their order."""
+        assert isinstance(self.files, Names)
+        return self.files.take(ids)
+
+    def place(self, sample: int) -> str:
+        """Where a sample is, for a message: its file, or its shard and its name there."""
+        if self.shard is None:
+            return str(self.root / self.files[sample])
+        return f"{self.root / self.shards[self.shard[sample]]}:{self.files[sample]}"
+
     @cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) of names, classes, sizes and parts: the same wherever the root lies."""
+        """SHA-256 (hex) of names, classes, sizes, parts and shards, wherever the root lies."""
         digest = hashlib.sha256(json.dumps([_FORMAT, self.classes]).encode())
-        digest.update("\0".join(self.files).encode())
-        for array in (self.labels, self.sizes, self.file_bytes, self._part_codes()):
-            digest.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
+        assert isinstance(self.files, Names)
+        for number, names in enumerate(self.files.chunks()):
+            digest.update(b"\0" * (number > 0) + "\0".join(names).encode())
+        arrays = [self.labels, self.sizes, self.file_bytes, self._part_codes()]
+        if self.shard is not None and self.offset is not None:
+            digest.update(json.dumps(self.shards).encode())
+            arrays += [self.shard, self.offset]
+        for array in arrays:
+            digest.update(np.ascontiguousarray(array, dtype="<i8").data)
         return digest.hexdigest()
 
     def save(self, folder: Path) -> None:
         """Write Parquet (one row a sample) and index.json into `folder`, replacing an older index.
 
         A kill leaves the old index or the new one: the JSON file names the Parquet file and is
-        replaced last.
+        replaced last. UserError where nothing can be written: a full disk, a read-only one.
         """
         folder = Path(folder)
+        try:
+            self._save(folder)
+        except OSError as error:
+            raise UserError(
+                f"index {folder}: cannot be written ({error.strerror or error}); free some room or "
+                "choose another folder"
+            ) from error
+
+    def _save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        assert isinstance(self.files, Names)
         names = pa.array([None, *PARTS])
-        table = pa.table(
-            {
-                "file": self.files,
-                "label": self.labels,
-                "part": names.take(pa.array(self._part_codes() + 1)).dictionary_encode(),
-                "height": self.sizes[:, 0],
-                "width": self.sizes[:, 1],
-                "bytes": self.file_bytes,
-            }
-        )
+        columns = {
+            "file": self.files.column,
+            "label": self.labels,
+            "part": names.take(pa.array(self._part_codes() + 1)).dictionary_encode(),
+            "height": self.sizes[:, 0],
+            "width": self.sizes[:, 1],
+            "bytes": self.file_bytes,
+        }
+        if self.shards:
+            columns |= {"shard": self.shard, "offset": self.offset}
+        table = pa.table(columns)
         samples = f"samples-{self.digest[:16]}.parquet"
         about = {
             "format": _FORMAT,
             "root": str(self.root),
             "classes": self.classes,
+            "shards": self.shards,
             "samples": samples,
             "digest": self.digest,
             "counts": {part: len(ids) for part, ids in self.parts.items()},
@@ -112,18 +154,23 @@ class DataIndex:
             table = pq.read_table(pa.BufferReader((folder / about["samples"]).read_bytes()))
             columns = {
                 name: table[name].to_numpy().astype(np.int64)
-                for name in ("label", "height", "width", "bytes")
+                for name in table.column_names
+                if name not in ("file", "part")
             }
-            part = np.array(table["part"].to_pylist(), dtype=object)
+            part = pc.index_in(table["part"].cast(pa.string()), pa.array(PARTS))
+            codes = part.fill_null(-1).to_numpy()
             index = cls(
                 root=Path(about["root"]),
                 classes=list(about["classes"]),
-                files=table["file"].to_pylist(),
+                files=Names(table["file"]),
                 labels=columns["label"],
                 sizes=np.stack([columns["height"], columns["width"]], axis=1),
                 file_bytes=columns["bytes"],
-                parts={name: np.flatnonzero(part == name).astype(np.int64) for name in PARTS},
+                parts={name: np.flatnonzero(codes == k) for k, name in enumerate(PARTS)},
                 skipped=list(about["skipped"]),
+                shards=list(about.get("shards", [])),
+                shard=columns.get("shard"),
+                offset=columns.get("offset"),
             )
         except FileNotFoundError as error:
             raise UserError(f"index {folder}: {error.filename} is missing; {again}") from error
