@@ -1,109 +1,225 @@
-"""The DALI graphs: from file names to normalised images, on the CPU or on a GPU."""
+"""The DALI graphs: from encoded images to normalised ones, on the CPU or on a GPU."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from nvidia import dali
-from nvidia.dali.pipeline import Pipeline
+from nvidia.dali.auto_aug import rand_augment
+from nvidia.dali.auto_aug.core import select, signed_bin
+from nvidia.dali.pipeline import Pipeline, pipeline_def
 
-from pipelines.augmentation import Augmentation
+from pipelines.augmentation import MAGNITUDES, OPERATIONS, Augmentation
 
 # DALI's stubs know neither its enumerations nor all of its operators.
 fn: Any = dali.fn
 types: Any = dali.types
 
+DTYPES = {"float32": types.FLOAT, "float16": types.FLOAT16}
+STRONG = "strong_"  # stands before the names of the inputs of the strong view
 _LEVELS = 255.0
+_LARGEST_HINT = 4096
+
+
+@dataclass(frozen=True)
+class Form:
+    """What goes into a graph and what comes out, apart from the views.
+
+    source      the input that brings the images: "path" (uint8 file names), "encoded" (uint8
+                bytes of a file) or "pixels" (uint8 (h, w, 3))
+    image_size  side of the square that comes out
+    mean, std   of images in [0, 1]
+    dtype       "float32" or "float16", of what comes out
+    threads     DALI's
+    device_id   None means CPU operators; on a GPU, JPEG is decoded by nvJPEG and the hardware
+    prefetch    batches in flight
+    largest     height and width of the largest image, for which the GPU's decoder sets memory
+                aside at once; (0, 0) where that is unknown
+    fits        all images are image_size × image_size already
+    """
+
+    batch_size: int
+    image_size: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    threads: int
+    device_id: int | None
+    prefetch: int
+    source: str = "path"
+    dtype: str = "float32"
+    largest: tuple[int, int] = (0, 0)
+    fits: bool = False
 
 
 def train_graph(
-    *,
-    batch_size: int,
-    image_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    augmentation: Augmentation,
-    threads: int,
-    device_id: int | None,
-    prefetch: int,
+    form: Form, augmentation: Augmentation, strong: Augmentation | None = None
 ) -> Pipeline:
-    """Decode the crop, resize it, vary it, normalise: float32 (b, image_size, image_size, 3).
+    """Decode, crop, resize, vary, normalise: (b, image_size, image_size, 3).
 
-    Inputs, to be fed for each batch: "path" (uint8 file names), "anchor", "shape", "mirror", and,
-    where the augmentation has use for them, "matrix" and "color" (see augmentation.Views). The
-    graph itself draws no random number. mean and std are those of images in [0, 1].
-    device_id None means CPU operators; on a GPU, JPEG is decoded by nvJPEG ("mixed").
+    Inputs, to be fed for each batch: the images as the form's source says, and what Views.inputs
+    gives. The graph itself draws no random number. With `strong` the same images come out a second
+    time, in a view of its own whose inputs have the prefix STRONG.
     """
-    pipe = Pipeline(batch_size, threads, device_id, prefetch_queue_depth=prefetch)
-    with pipe:
-        images = fn.decoders.image_slice(
-            _file_bytes(),
-            fn.external_source(name="anchor", dtype=types.FLOAT, ndim=1),
-            fn.external_source(name="shape", dtype=types.FLOAT, ndim=1),
-            axis_names="HW",
-            device=_decode_device(device_id),
-            output_type=types.RGB,
+
+    def views() -> tuple[Any, ...]:
+        if strong is None and augmentation.crop == "resized" and form.source != "pixels":
+            return (_varied(_decoded_crops(form), form, augmentation, ""),)
+        images = _decoded(form)
+        asked = [(augmentation, "")] + ([(strong, STRONG)] if strong is not None else [])
+        return tuple(
+            _varied(_crops(images, form, one, prefix), form, one, prefix) for one, prefix in asked
         )
-        images = fn.resize(images, size=[image_size, image_size], antialias=True)
-        if augmentation.warps:
-            images = fn.warp_affine(
-                images,
-                matrix=fn.external_source(name="matrix", dtype=types.FLOAT, ndim=2),
-                interp_type=types.INTERP_LINEAR,
-            )
-        if augmentation.color > 0:
-            factors = fn.external_source(name="color", dtype=types.FLOAT, ndim=1)
-            images = fn.color_twist(
-                images, brightness=factors[0], contrast=factors[1], saturation=factors[2]
-            )
-        mirror = fn.external_source(name="mirror", dtype=types.INT32, ndim=0)
-        pipe.set_outputs(_normalised(images, mean, std, mirror=mirror))
-    pipe.build()
-    return pipe
+
+    chooses = augmentation.rand_augment > 0 or (strong is not None and strong.rand_augment > 0)
+    return _built(form, views, conditionals=chooses)
 
 
-def evaluate_graph(
-    *,
-    batch_size: int,
-    image_size: int,
-    crop: float,
-    mean: Sequence[float],
-    std: Sequence[float],
-    threads: int,
-    device_id: int | None,
-    prefetch: int,
-) -> Pipeline:
+def evaluate_graph(form: Form, *, crop: float) -> Pipeline:
     """Resize the short side to image_size / crop, cut the centre out, normalise.
 
-    Input "path" (uint8 file names); output float32 (b, image_size, image_size, 3). As torchvision's
-    Resize (bilinear, antialias), CenterCrop, ToTensor and Normalize, up to rounding.
+    Output (b, image_size, image_size, 3). As torchvision's Resize (bilinear, antialias),
+    CenterCrop, ToTensor and Normalize, up to rounding.
     """
-    pipe = Pipeline(batch_size, threads, device_id, prefetch_queue_depth=prefetch)
-    with pipe:
-        images = fn.decoders.image(
-            _file_bytes(), device=_decode_device(device_id), output_type=types.RGB
+
+    def images() -> Any:
+        short = round(form.image_size / crop)
+        resized = fn.resize(_decoded(form), resize_shorter=short, antialias=True)
+        return _normalised(resized, form, crop=(form.image_size, form.image_size))
+
+    return _built(form, images)
+
+
+def decode_graph(form: Form) -> Pipeline:
+    """Decode, nothing else: uint8 (h, w, 3), each image of its own size."""
+    return _built(form, lambda: _decoded(form))
+
+
+def _built(form: Form, outputs: Callable[[], Any], *, conditionals: bool = False) -> Pipeline:
+    """`conditionals` lets DALI rewrite the Python of the graph, so that it can branch by sample."""
+    define = pipeline_def(enable_conditionals=conditionals)(outputs)
+    with warnings.catch_warnings():
+        # DALI's RandAugment uses older names of DALI's own operators.
+        warnings.filterwarnings("ignore", "WARNING: `nvidia.dali", DeprecationWarning)
+        pipe = define(
+            batch_size=form.batch_size,
+            num_threads=form.threads,
+            device_id=form.device_id,
+            prefetch_queue_depth=form.prefetch,
         )
-        images = fn.resize(images, resize_shorter=round(image_size / crop), antialias=True)
-        pipe.set_outputs(_normalised(images, mean, std, crop=(image_size, image_size)))
-    pipe.build()
+        pipe.build()
     return pipe
 
 
-def _decode_device(device_id: int | None) -> str:
-    return "cpu" if device_id is None else "mixed"
+def _decoded(form: Form) -> Any:
+    if form.source == "pixels":
+        pixels = fn.external_source(name="pixels", dtype=types.UINT8, ndim=3, layout="HWC")
+        return pixels if form.device_id is None else pixels.gpu()
+    return fn.decoders.image(_file_bytes(form), **_decoding(form))
 
 
-def _file_bytes() -> Any:
-    path = fn.external_source(name="path", dtype=types.UINT8, ndim=1)
+def _decoded_crops(form: Form) -> Any:
+    """The crops alone: of a JPEG, what lies outside is neither transformed nor coloured."""
+    crops = fn.decoders.image_slice(
+        _file_bytes(form), *_relative_box(""), axis_names="HW", **_decoding(form)
+    )
+    return fn.resize(crops, size=[form.image_size, form.image_size], antialias=True)
+
+
+def _decoding(form: Form) -> dict[str, Any]:
+    if form.device_id is None:
+        return {"device": "cpu", "output_type": types.RGB}
+    height, width = (min(side, _LARGEST_HINT) for side in form.largest)
+    return {
+        "device": "mixed",
+        "output_type": types.RGB,
+        "preallocate_height_hint": height,
+        "preallocate_width_hint": width,
+    }
+
+
+def _file_bytes(form: Form) -> Any:
+    encoded = fn.external_source(name=form.source, dtype=types.UINT8, ndim=1)
+    if form.source == "encoded":
+        return encoded
     # Without mmap: a file that shrinks under a map kills the process with SIGBUS.
-    return fn.io.file.read(path, dont_use_mmap=True)
+    return fn.io.file.read(encoded, dont_use_mmap=True)
 
 
-def _normalised(images: Any, mean: Sequence[float], std: Sequence[float], **arguments: Any) -> Any:
+def _relative_box(prefix: str) -> tuple[Any, Any]:
+    return (
+        fn.external_source(name=f"{prefix}anchor", dtype=types.FLOAT, ndim=1),
+        fn.external_source(name=f"{prefix}shape", dtype=types.FLOAT, ndim=1),
+    )
+
+
+def _crops(images: Any, form: Form, augmentation: Augmentation, prefix: str) -> Any:
+    """The square of a view, out of whole images."""
+    square = [form.image_size, form.image_size]
+    if augmentation.crop == "padded":
+        if not form.fits:
+            images = fn.resize(images, resize_shorter=form.image_size, antialias=True)
+        start = fn.external_source(name=f"{prefix}start", dtype=types.INT32, ndim=1)
+        return fn.slice(
+            images,
+            start=start,
+            shape=square,
+            axis_names="HW",
+            out_of_bounds_policy="pad",
+            fill_values=0,
+        )
+    crops = fn.slice(
+        images, *_relative_box(prefix), axis_names="HW", out_of_bounds_policy="trim_to_shape"
+    )
+    return fn.resize(crops, size=square, antialias=True)
+
+
+def _varied(images: Any, form: Form, augmentation: Augmentation, prefix: str) -> Any:
+    """From square to view: what the augmentation asks for, then normalised and mirrored."""
+    if augmentation.warps:
+        images = fn.warp_affine(
+            images,
+            matrix=fn.external_source(name=f"{prefix}matrix", dtype=types.FLOAT, ndim=2),
+            interp_type=types.INTERP_LINEAR,
+        )
+    if augmentation.color > 0:
+        factors = fn.external_source(name=f"{prefix}color", dtype=types.FLOAT, ndim=1)
+        images = fn.color_twist(
+            images, brightness=factors[0], contrast=factors[1], saturation=factors[2]
+        )
+    if augmentation.rand_augment:
+        images = _rand_augmented(images, form, augmentation, prefix)
+    mirror = fn.external_source(name=f"{prefix}mirror", dtype=types.INT32, ndim=0)
+    return _normalised(images, form, mirror=mirror)
+
+
+def _rand_augmented(images: Any, form: Form, augmentation: Augmentation, prefix: str) -> Any:
+    """DALI's RandAugment, with the operations and signs that are fed instead of its own dice."""
+    count = augmentation.rand_augment
+    suite = rand_augment.get_rand_augment_suite(use_shape=True)
+    assert tuple(operation.name for operation in suite) == OPERATIONS
+    chosen = fn.external_source(name=f"{prefix}operations", dtype=types.INT32, ndim=1)
+    signs = fn.external_source(name=f"{prefix}signs", dtype=types.INT32, ndim=1)
+    for number in range(count):
+        images = select(
+            suite,
+            chosen[number],
+            images,
+            magnitude_bin=signed_bin(augmentation.magnitude, random_sign=signs[number]),
+            num_magnitude_bins=MAGNITUDES,
+            fill_value=128,
+            interp_type=types.INTERP_LINEAR,
+            shape=[form.image_size, form.image_size],
+        )
+    return images
+
+
+def _normalised(images: Any, form: Form, **arguments: Any) -> Any:
     return fn.crop_mirror_normalize(
         images,
-        mean=[_LEVELS * value for value in mean],
-        std=[_LEVELS * value for value in std],
-        dtype=types.FLOAT,
+        mean=[_LEVELS * value for value in form.mean],
+        std=[_LEVELS * value for value in form.std],
+        dtype=DTYPES[form.dtype],
         output_layout="HWC",
         **arguments,
     )

@@ -1,20 +1,21 @@
 """Batches for training and evaluation: who gets which sample, in flight and in the state."""
 
 import math
-from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from nvidia.dali.pipeline import Pipeline
 
 from pipelines.augmentation import Augmentation, draw_views
-from pipelines.graphs import evaluate_graph, train_graph
+from pipelines.flight import Flight
+from pipelines.graphs import DTYPES, STRONG, Form, evaluate_graph, train_graph
 from pipelines.index import UNKNOWN, DataIndex
-from pipelines.inspection import inspect_image
+from pipelines.memory import decode_all
+from pipelines.mixing import draw_mixing
 from pipelines.order import SampleStream, evaluation_shard, rank_start
+from pipelines.samples import Pixels, Samples, stored_samples
 from sbf_dist.errors import UserError
 
 Batch = dict[str, torch.Tensor]
@@ -23,13 +24,19 @@ Batch = dict[str, torch.Tensor]
 class TrainLoader:
     """An endless iterator of shuffled, augmented training batches of one rank.
 
-    A batch is {"image": float32 (b, 3, s, s) in channels_last, "label": int64 (b,), "id": int64
-    (b,)}, all on `device`, with b = batch_size always. Samples of the part "unlabelled" have the
-    label −1, also where the index knows their class. All ranks together give every sample of
-    `parts` exactly once per epoch; batches run over epoch borders.
+    A batch is {"image": (b, 3, s, s) in channels_last, "label": int64 (b,), "id": int64 (b,)}, all
+    on `device`, with b = batch_size always; images are of the `dtype` "float32" or "float16".
+    Samples of the part "unlabelled" have the label −1, also where the index knows their class. All
+    ranks together give every sample of `parts` exactly once per epoch; batches run over epoch
+    borders. With an augmentation that mixes, a batch also says what is to be mixed (see
+    mixing.draw_mixing). With `strong`, another augmentation, it has a second view of each image,
+    "strong", of the same decoded picture; the first views are what they would be without.
 
     `mean` and `std` are those of images in [0, 1]; `threads` are DALI's, beside the caller's own;
-    `prefetch` batches are kept in flight. `device` is a torch device, "cpu" or "cuda[:n]".
+    `prefetch` batches are kept in flight. `device` is a torch device, "cpu" or "cuda[:n]". `cache`
+    "memory" decodes all images when the first batch is asked for and keeps their pixels, for data
+    sets of small images; "none" reads them each time. Batches are the same, but for the rounding of
+    JPEG's colours at the edges of crops.
 
     The state counts the samples that were handed out, over all ranks, not the prefetched ones.
     Loaded on any number of ranks and with any batch size, it goes on with exactly the samples that
@@ -56,16 +63,27 @@ class TrainLoader:
         threads: int,
         device: torch.device | str = "cpu",
         prefetch: int = 2,
+        dtype: str = "float32",
+        cache: str = "none",
+        strong: Augmentation | None = None,
     ) -> None:
         _check_settings(
             mean,
             std,
+            dtype,
             batch_size=batch_size,
             image_size=image_size,
             threads=threads,
             prefetch=prefetch,
         )
         assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
+        if cache not in ("none", "memory"):
+            raise UserError(f"cache {cache!r}: must be none or memory")
+        if augmentation.mixes and batch_size % 2:
+            raise UserError(
+                f"batch_size {batch_size} of one worker: mixup and cutmix mix pairs of images; it "
+                "must be even"
+            )
         if not 0 <= seed < 2**64:
             raise UserError(f"seed {seed}: must be 0 <= seed < 2**64")
         self._index = index
@@ -75,11 +93,13 @@ class TrainLoader:
         self._labels[index.parts["unlabelled"]] = UNKNOWN
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
         self._image_size, self._mean, self._std = image_size, list(mean), list(std)
-        self._augmentation = augmentation
+        self._augmentation, self._strong = augmentation, strong
         self._threads, self._device, self._prefetch = threads, torch.device(device), prefetch
+        self._dtype, self._cache = dtype, cache
+        self._pixels: Pixels | None = None
         self._handed_out = 0
         self._submitted = 0
-        self._flight: _Flight | None = None
+        self._flight: Flight | None = None
 
     @property
     def samples_per_epoch(self) -> int:
@@ -97,18 +117,43 @@ class TrainLoader:
         if self._flight is None:
             self._flight = self._take_off()
         try:
-            ids, images = self._flight.take()
+            ids, views = self._flight.take()
         except Exception:
             self.close()  # DALI's pipeline is of no use after an error
             raise
         self._submit(self._flight)
+        batch = _batch(views[0], self._labels[ids], ids)
+        if self._strong is not None:
+            batch["strong"] = views[1]
+        if self._augmentation.mixes:
+            batch |= self._mixing()
         self._handed_out += self._batch_size * self._world_size
-        return _batch(images, self._labels[ids], ids)
+        return batch
+
+    def _mixing(self) -> Batch:
+        """How the batch that is about to be handed out is mixed."""
+        numbers = draw_mixing(
+            self._augmentation,
+            batch_size=self._batch_size,
+            image_size=self._image_size,
+            seed=self._stream.seed,
+            position=rank_start(self._handed_out, self._batch_size, self._rank),
+        )
+        return {
+            key: torch.from_numpy(value).to(self._device, non_blocking=True)
+            for key, value in numbers.items()
+        }
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold: plain numbers and strings, the same on all ranks."""
+        """What a checkpoint must hold: plain numbers and strings, the same on all ranks.
+
+        "epoch" and "position" are where the next global batch begins: epochs that are over, samples
+        of this one that were handed out over all ranks.
+        """
+        epoch, position = divmod(self._handed_out, self.samples_per_epoch)
         return {
-            "samples_seen": self._handed_out,
+            "epoch": epoch,
+            "position": position,
             "seed": self._stream.seed,
             "parts": list(self._parts),
             "digest": self._index.digest,
@@ -128,44 +173,58 @@ class TrainLoader:
                     f"{mine[key]}; resume with the {what} that the run began with, or start anew"
                 )
         self.close()
-        self._handed_out = int(state["samples_seen"])
+        self._handed_out = int(state["epoch"]) * self.samples_per_epoch + int(state["position"])
 
     def close(self) -> None:
         """Let go of DALI's threads and buffers; the next batch starts them again."""
         self._flight = None
 
-    def _take_off(self) -> "_Flight":
-        pipe = train_graph(
+    def _take_off(self) -> Flight:
+        sizes = self._index.sizes[self._stream.ids]
+        samples = self._samples()
+        form = Form(
             batch_size=self._batch_size,
             image_size=self._image_size,
             mean=self._mean,
             std=self._std,
-            augmentation=self._augmentation,
             threads=self._threads,
             device_id=_device_id(self._device),
             prefetch=self._prefetch,
+            source=samples.source,
+            dtype=self._dtype,
+            largest=_largest(sizes),
+            fits=bool((sizes == self._image_size).all()),
         )
-        flight = _Flight(pipe, self._index, self._device, self._prefetch)
+        pipe = train_graph(form, self._augmentation, self._strong)
+        flight = Flight(pipe, samples, self._device, self._prefetch)
         self._submitted = self._handed_out
         for _ in range(self._prefetch):
             self._submit(flight)
         return flight
 
-    def _submit(self, flight: "_Flight") -> None:
+    def _samples(self) -> Samples:
+        if self._cache == "none":
+            return stored_samples(self._index)
+        if self._pixels is None:
+            self._pixels = decode_all(self._index, self._stream.ids, threads=self._threads)
+        return self._pixels
+
+    def _submit(self, flight: Flight) -> None:
         start = rank_start(self._submitted, self._batch_size, self._rank)
         ids = self._stream.take(start, self._batch_size)
-        views = draw_views(
-            self._augmentation,
-            self._index.sizes[ids],
-            image_size=self._image_size,
-            seed=self._stream.seed,
-            position=start,
-        )
-        inputs = {"anchor": views.anchor, "shape": views.shape, "mirror": views.mirror}
-        if self._augmentation.warps:
-            inputs["matrix"] = views.matrix
-        if self._augmentation.color > 0:
-            inputs["color"] = views.color
+        inputs: dict[str, NDArray[Any]] = {}
+        asked = [(self._augmentation, "")]
+        asked += [(self._strong, STRONG)] if self._strong is not None else []
+        for augmentation, prefix in asked:
+            views = draw_views(
+                augmentation,
+                self._index.sizes[ids],
+                image_size=self._image_size,
+                seed=self._stream.seed,
+                position=start,
+                strong=prefix == STRONG,
+            )
+            inputs |= {prefix + key: value for key, value in views.inputs(augmentation).items()}
         flight.submit(ids, inputs)
         self._submitted += self._batch_size * self._world_size
 
@@ -197,10 +256,12 @@ class EvalLoader:
         device: torch.device | str = "cpu",
         crop: float = 0.875,
         prefetch: int = 2,
+        dtype: str = "float32",
     ) -> None:
         _check_settings(
             mean,
             std,
+            dtype,
             batch_size=batch_size,
             image_size=image_size,
             threads=threads,
@@ -214,6 +275,7 @@ class EvalLoader:
         self._batch_size, self._image_size, self._crop = batch_size, image_size, crop
         self._mean, self._std = list(mean), list(std)
         self._threads, self._device, self._prefetch = threads, torch.device(device), prefetch
+        self._dtype = dtype
 
     def __len__(self) -> int:
         return math.ceil(len(self._ids) / self._batch_size)
@@ -227,83 +289,32 @@ class EvalLoader:
         if not len(self):
             return
         depth = min(self._prefetch, len(self))
-        pipe = evaluate_graph(
+        samples = stored_samples(self._index)
+        form = Form(
             batch_size=self._batch_size,
             image_size=self._image_size,
-            crop=self._crop,
             mean=self._mean,
             std=self._std,
             threads=self._threads,
             device_id=_device_id(self._device),
             prefetch=depth,
+            source=samples.source,
+            dtype=self._dtype,
+            largest=_largest(self._index.sizes[self._ids]),
         )
-        flight = _Flight(pipe, self._index, self._device, depth)
+        flight = Flight(evaluate_graph(form, crop=self._crop), samples, self._device, depth)
         starts = iter(range(0, len(self._ids), self._batch_size))
         for _ in range(depth):
             self._submit(flight, next(starts))
         for _ in range(len(self)):
-            ids, images = flight.take()
+            ids, (images,) = flight.take()
             start = next(starts, None)
             if start is not None:
                 self._submit(flight, start)
             yield _batch(images, self._index.labels[ids], ids)
 
-    def _submit(self, flight: "_Flight", start: int) -> None:
+    def _submit(self, flight: Flight, start: int) -> None:
         flight.submit(self._ids[start : start + self._batch_size], {})
-
-
-class _Flight:
-    """The batches that one DALI pipeline is working on, first in, first out.
-
-    `depth` batches must be submitted before the first take.
-    """
-
-    def __init__(self, pipe: Pipeline, index: DataIndex, device: torch.device, depth: int) -> None:
-        self._pipe, self._index, self._device, self._depth = pipe, index, device, depth
-        self._root = str(index.root)
-        self._pending: deque[NDArray[np.int64]] = deque()
-        self._started = False
-
-    def submit(self, ids: NDArray[np.int64], inputs: dict[str, NDArray[Any]]) -> None:
-        # Plain strings: pathlib's joins cost a quarter of the time of a batch of small images.
-        names = [f"{self._root}/{self._index.files[i]}".encode() for i in ids]
-        self._pipe.feed_input("path", [np.frombuffer(name, dtype=np.uint8) for name in names])
-        for name, values in inputs.items():
-            self._pipe.feed_input(name, values)
-        self._pending.append(ids)
-        # DALI's first schedule_run runs the pipeline as often as its queue is deep.
-        if self._started or len(self._pending) == self._depth:
-            self._pipe.schedule_run()
-            self._started = True
-
-    def take(self) -> tuple[NDArray[np.int64], torch.Tensor]:
-        """The ids and images (b, 3, s, s) of the oldest batch."""
-        try:
-            if self._device.type == "cuda":
-                (images,) = self._pipe.share_outputs(torch.cuda.current_stream(self._device))
-            else:
-                (images,) = self._pipe.share_outputs()
-        except RuntimeError as error:
-            raise self._explained(error) from error
-        # No copy: the tensor keeps DALI's buffer, which goes back to DALI when the tensor dies.
-        tensor = torch.from_dlpack(images.as_tensor())
-        self._pipe.release_outputs()
-        # Channels last in memory, as DALI made them; only the view is the other way round.
-        return self._pending.popleft(), tensor.permute(0, 3, 1, 2)
-
-    def _explained(self, error: RuntimeError) -> Exception:
-        """DALI's error in the user's terms: the file that is to blame, if one is."""
-        for ids in self._pending:
-            for path in (self._index.root / self._index.files[i] for i in ids):
-                if not path.is_file():
-                    return UserError(
-                        f"image {path}: has vanished since it was indexed; put it back or index "
-                        "the images again"
-                    )
-                fault = inspect_image(path).fault
-                if fault is not None:
-                    return UserError(f"image {path}: changed since it was indexed: {fault}")
-        return error
 
 
 def _batch(images: torch.Tensor, labels: NDArray[np.int64], ids: NDArray[np.int64]) -> Batch:
@@ -329,7 +340,14 @@ def _training_ids(index: DataIndex, parts: Sequence[str]) -> NDArray[np.int64]:
     return ids
 
 
-def _check_settings(mean: Sequence[float], std: Sequence[float], **counts: int) -> None:
+def _largest(sizes: NDArray[np.int64]) -> tuple[int, int]:
+    height, width = sizes.max(axis=0)
+    return int(height), int(width)
+
+
+def _check_settings(mean: Sequence[float], std: Sequence[float], dtype: str, **counts: int) -> None:
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
     for name, value in counts.items():
         if value < 1:
             raise UserError(f"{name} {value}: must be at least 1")

@@ -1,6 +1,7 @@
 """Two streams of training batches as one: labelled images beside unlabelled ones."""
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,7 +27,16 @@ class MixedLoader:
         batches = [next(loader) for loader in self._loaders]
         if len(batches) == 1:
             return batches[0]
-        return {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+        whole = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+        if "mix_partner" in whole:  # places in a batch: they move with what stands before it
+            sizes = [len(batch["id"]) for batch in batches]
+            whole["mix_partner"] = torch.cat(
+                [
+                    batch["mix_partner"] + before
+                    for batch, before in zip(batches, accumulate(sizes, initial=0), strict=False)
+                ]
+            )
+        return whole
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold."""

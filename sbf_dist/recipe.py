@@ -29,6 +29,12 @@ class Section(BaseModel):
 class Augmentation(Section):
     """How a training image is varied; see pipelines.augmentation for the meaning in detail."""
 
+    crop: Literal["resized", "padded"] = Field(
+        "resized",
+        description="'resized': of random area and shape (photographs); 'padded': out of the image "
+        "with a border around it (CIFAR)",
+    )
+    padding: int = Field(4, ge=0, le=1024, description="border of padded crops, pixels")
     min_scale: Share = Field(0.35, description="least share of the image's area in a crop")
     max_scale: Share = Field(1.0, description="largest share of the image's area in a crop")
     min_ratio: float = Field(3 / 4, gt=0, description="least width/height of a crop")
@@ -37,6 +43,16 @@ class Augmentation(Section):
     rotate: float = Field(0.0, ge=0, le=180, description="largest rotation, degrees")
     shift: float = Field(0.0, ge=0, le=1, description="largest shift, share of the side")
     color: float = Field(0.0, ge=0, le=1, description="jitter of brightness, contrast, saturation")
+    rand_augment: int = Field(
+        0, ge=0, le=16, description="random operations per image (RandAugment); 0: none"
+    )
+    magnitude: int = Field(9, ge=0, le=30, description="strength of these operations")
+    mixup: float = Field(
+        0.0, ge=0, le=1000, description="blend pairs of images, share ~ Beta(mixup, mixup); 0: none"
+    )
+    cutmix: float = Field(
+        0.0, ge=0, le=1000, description="put boxes of one image into another, area ~ Beta; 0: none"
+    )
 
     @model_validator(mode="after")
     def _has_ranges(self) -> "Augmentation":
@@ -45,6 +61,11 @@ class Augmentation(Section):
             if least > most:
                 raise ValueError(f"{low} = {least} must not be above {high} = {most}")
         return self
+
+    @property
+    def mixes(self) -> bool:
+        """Whether pairs of images are mixed, for which a worker's batches must be even."""
+        return self.mixup > 0 or self.cutmix > 0
 
 
 class Data(Section):
@@ -67,6 +88,11 @@ class Data(Section):
         (0.229, 0.224, 0.225), description="of [0, 1] pixels"
     )
     augmentation: Augmentation = Augmentation()
+    cache: Literal["none", "memory"] = Field(
+        "none",
+        description="'memory' decodes all images once and keeps them, in each worker: for small "
+        "images",
+    )
     threads: Positive = Field(1, description="DALI threads per worker")
 
     @field_validator("validation", mode="before")
@@ -257,11 +283,12 @@ class Recipe(Section):
         return found
 
     def identity(self) -> dict[str, Any]:
-        """What results depend on: all but the workers, the tracking and the place of a cache."""
+        """What results depend on: all but the workers, the tracking and what is cached where."""
         elsewhere: dict[str, bool | set[str]] = {
             "workers": True,
             "tracking": True,
             "compress": {"latency_table"},
+            "data": {"cache"},
         }
         return self.model_dump(mode="json", exclude=elsewhere)
 

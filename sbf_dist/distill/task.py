@@ -16,7 +16,9 @@ class DistillationTask(nn.Module):
     forward takes a batch with "image" (N, 3, H, W), "label" (N,), -1 where unknown, and, where
     there are teachers, "teacher" (N, classes), their probabilities. It returns "loss" and its
     parts: "cross_entropy" on the labelled images and "divergence", KL(teacher || student), on all
-    images. Both are means over the images that they are about.
+    images. Both are means over the images that they are about. Of a mixed batch (mixing.mix), the
+    cross-entropy is that with the label, times "share", plus that with the partner's, times the
+    rest.
     """
 
     def __init__(self, student: nn.Module, *, label_weight: float = 1.0) -> None:
@@ -27,11 +29,7 @@ class DistillationTask(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return the loss and its parts, all scalars."""
         scores = self.student(batch["image"]).float().log_softmax(1)
-        labelled = batch["label"] != UNLABELLED
-        # A sum over a mask instead of indexing: no wait for the device, and no NaN where no image
-        # is labelled.
-        picked = F.nll_loss(scores, batch["label"], ignore_index=UNLABELLED, reduction="sum")
-        cross_entropy = picked / labelled.sum().clamp(min=1)
+        cross_entropy = _cross_entropy(scores, batch)
         if "teacher" not in batch:
             return {"loss": cross_entropy}
         divergence = F.kl_div(scores, batch["teacher"], reduction="batchmean")
@@ -40,6 +38,24 @@ class DistillationTask(nn.Module):
             "cross_entropy": cross_entropy,
             "divergence": divergence,
         }
+
+
+def _cross_entropy(scores: Tensor, batch: Batch) -> Tensor:
+    """The mean over labelled images; 0 where there are none."""
+    label = batch["label"]
+    weights = [(label, torch.ones_like(scores[:, 0]))]
+    if "partner_label" in batch:
+        share = batch["share"].to(scores.dtype)
+        weights = [(label, share), (batch["partner_label"], 1 - share)]
+    # Sums over masks instead of indexing: no wait for the device, and no NaN where no image is
+    # labelled.
+    total = torch.zeros((), device=scores.device)
+    mass = torch.zeros((), device=scores.device)
+    for wanted, weight in weights:
+        losses = F.nll_loss(scores, wanted, ignore_index=UNLABELLED, reduction="none")
+        total = total + (weight * losses).sum()
+        mass = mass + (weight * (wanted != UNLABELLED)).sum()
+    return total / torch.where(mass > 0, mass, 1)
 
 
 def stored_targets(ids: Tensor, probabilities: Tensor) -> Callable[[Batch], Batch]:

@@ -7,7 +7,7 @@ from pictures import smooth_picture
 from PIL import Image, ImageOps
 
 from pipelines.augmentation import Augmentation
-from pipelines.graphs import evaluate_graph, train_graph
+from pipelines.graphs import Form, evaluate_graph, train_graph
 from pipelines.inspection import inspect_image
 
 # Output values are then the levels 0..255 themselves.
@@ -24,28 +24,22 @@ def run(pipe: Pipeline, path, **inputs) -> np.ndarray:
     return np.array(images.as_array()[0])
 
 
-def evaluation(size: int, crop: float = 1.0, **moments) -> Pipeline:
-    return evaluate_graph(
-        batch_size=1,
-        image_size=size,
-        crop=crop,
-        threads=1,
-        device_id=None,
-        prefetch=1,
-        **(AS_LEVELS | moments),
+def form(size: int, **arguments) -> Form:
+    return Form(
+        **(
+            {"batch_size": 1, "image_size": size, "threads": 1, "device_id": None, "prefetch": 1}
+            | AS_LEVELS
+            | arguments
+        )
     )
 
 
-def training(size: int, augmentation: Augmentation) -> Pipeline:
-    return train_graph(
-        batch_size=1,
-        image_size=size,
-        augmentation=augmentation,
-        threads=1,
-        device_id=None,
-        prefetch=1,
-        **AS_LEVELS,
-    )
+def evaluation(size: int, crop: float = 1.0, **arguments) -> Pipeline:
+    return evaluate_graph(form(size, **arguments), crop=crop)
+
+
+def training(size: int, augmentation: Augmentation, **arguments) -> Pipeline:
+    return train_graph(form(size, **arguments), augmentation)
 
 
 def view(anchor=(0, 0), shape=(1, 1), mirror=0) -> dict:

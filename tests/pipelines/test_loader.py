@@ -123,9 +123,11 @@ def test_a_resumed_loader_goes_on_with_the_very_same_batches(plain_index):
 
 def test_the_state_counts_what_was_handed_out_and_not_what_is_prefetched(plain_index):
     loader = training(plain_index, prefetch=4)
-    assert loader.state_dict()["samples_seen"] == 0
+    assert loader.state_dict()["position"] == loader.state_dict()["epoch"] == 0
     take(loader, 3)
-    assert loader.samples_seen == loader.state_dict()["samples_seen"] == 12
+    assert loader.samples_seen == loader.state_dict()["position"] == 12
+    take(loader, 2)
+    assert (loader.state_dict()["epoch"], loader.state_dict()["position"]) == (1, 1)
 
 
 def test_a_loader_can_be_set_back_while_batches_are_in_flight(plain_index):

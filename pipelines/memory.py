@@ -1,0 +1,70 @@
+"""Small data sets in memory: every image is decoded once."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipelines.flight import Flight
+from pipelines.graphs import Form, decode_graph
+from pipelines.index import DataIndex
+from pipelines.samples import Pixels, stored_samples
+from sbf_dist.errors import UserError
+
+_BATCH = 128
+_DEPTH = 2
+_LARGEST_SHARE = 0.5  # of the memory that is free
+
+
+def decode_all(index: DataIndex, ids: NDArray[np.int64], *, threads: int) -> Pixels:
+    """Decode the samples `ids` (ascending) on the CPU and keep their pixels.
+
+    UserError where they would fill more than half of the free memory, or where an image has
+    vanished, is damaged, or has another size than when it was indexed.
+    """
+    sizes = index.sizes[ids]
+    needed, free = Pixels.bytes_for(sizes), free_memory()
+    if needed > _LARGEST_SHARE * free:
+        raise UserError(
+            f"cache memory: {len(ids)} decoded images of {index.root} take {needed / 1e9:.1f} GB "
+            f"in every worker, {free / 1e9:.1f} GB are free here; use cache: none"
+        )
+    pixels = Pixels(ids, sizes)
+    samples = stored_samples(index)
+    form = Form(
+        batch_size=_BATCH,
+        image_size=1,
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+        threads=threads,
+        device_id=None,
+        prefetch=_DEPTH,
+        source=samples.source,
+    )
+    batches = [ids[start : start + _BATCH] for start in range(0, len(ids), _BATCH)]
+    depth = min(_DEPTH, len(batches))
+    flight = Flight(decode_graph(form), samples, torch.device("cpu"), depth)
+    for batch in batches[:depth]:
+        flight.submit(batch, {})
+    for number in range(len(batches)):
+        taken, images = flight.take_apart()
+        if number + depth < len(batches):
+            flight.submit(batches[number + depth], {})
+        for sample, image in zip(taken, images, strict=True):
+            height, width = index.sizes[sample]
+            if image.shape[:2] != (height, width):
+                raise UserError(
+                    f"image {index.place(sample)}: is {image.shape[0]} x {image.shape[1]} pixels, "
+                    f"was {height} x {width} when it was indexed; index the images again"
+                )
+            pixels.put(sample, image)
+    return pixels
+
+
+def free_memory() -> int:
+    """Bytes that this machine can still give without swapping."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    raise AssertionError("/proc/meminfo tells no MemAvailable")

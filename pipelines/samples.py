@@ -1,0 +1,155 @@
+"""Where a pipeline gets its images: files by name, members of shards, pixels in memory."""
+
+import os
+from collections import OrderedDict
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.index import DataIndex
+from pipelines.inspection import inspect_bytes, inspect_image
+from sbf_dist.errors import UserError
+
+_OPEN_SHARDS = 128  # per process; the system's limit is often 1,024 for all files
+
+
+class Samples(Protocol):
+    """What feeds the input `source` of a graph (graphs.Form)."""
+
+    source: str
+
+    def take(self, ids: NDArray[np.int64]) -> Any:
+        """The input for these samples, one array each."""
+
+    def explain(self, sample: int) -> str | None:
+        """What is wrong with a sample, as one line that names it; None for nothing."""
+
+
+def stored_samples(index: DataIndex) -> "Files | Shards":
+    """The images where the index says that they are."""
+    return Shards(index) if index.shards else Files(index)
+
+
+class Files:
+    """Images in files of their own: DALI is told their names and reads them."""
+
+    source = "path"
+
+    def __init__(self, index: DataIndex) -> None:
+        self._index, self._root = index, str(index.root)
+
+    def take(self, ids: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+        # Plain strings: pathlib's joins cost a quarter of the time of a batch of small images.
+        names = (f"{self._root}/{name}".encode() for name in self._index.take_files(ids))
+        return [np.frombuffer(name, dtype=np.uint8) for name in names]
+
+    def explain(self, sample: int) -> str | None:
+        path = self._index.root / self._index.files[sample]
+        if not path.is_file():
+            return (
+                f"image {path}: has vanished since it was indexed; put it back or index the "
+                "images again"
+            )
+        fault = inspect_image(path).fault
+        return None if fault is None else f"image {path}: changed since it was indexed: {fault}"
+
+
+class Shards:
+    """Images in tar files: their bytes are read by place and length, no member is searched for.
+
+    The kernel is told of a whole batch first, so that a disk seeks for all of it at once. UserError
+    in take for a shard that is missing or too short.
+    """
+
+    source = "encoded"
+
+    def __init__(self, index: DataIndex) -> None:
+        self._index = index
+        self._open: OrderedDict[int, int] = OrderedDict()
+
+    def take(self, ids: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+        for sample in ids:
+            shard, offset, size = self._place(sample)
+            os.posix_fadvise(self._handle(shard), offset, size, os.POSIX_FADV_WILLNEED)
+        return [np.frombuffer(self._read(sample), dtype=np.uint8) for sample in ids]
+
+    def explain(self, sample: int) -> str | None:
+        fault = inspect_bytes(self._read(sample)).fault
+        where = self._index.place(sample)
+        return None if fault is None else f"image {where}: changed since it was indexed: {fault}"
+
+    def _place(self, sample: int) -> tuple[int, int, int]:
+        index = self._index
+        assert index.shard is not None and index.offset is not None
+        return int(index.shard[sample]), int(index.offset[sample]), int(index.file_bytes[sample])
+
+    def _read(self, sample: int) -> bytes:
+        shard, offset, size = self._place(sample)
+        data = os.pread(self._handle(shard), size, offset)
+        if len(data) < size:
+            raise UserError(
+                f"image {self._index.place(sample)}: the shard ends before it, it changed since it "
+                "was indexed; put it back or index the images again"
+            )
+        return data
+
+    def _handle(self, shard: int) -> int:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        path = self._index.root / self._index.shards[shard]
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise UserError(
+                f"shard {path}: cannot be opened ({error.strerror}); put it back or index the "
+                "images again"
+            ) from error
+        self._open[shard] = handle
+        if len(self._open) > _OPEN_SHARDS:
+            os.close(self._open.popitem(last=False)[1])
+        return handle
+
+    def __del__(self) -> None:
+        for handle in self._open.values():
+            os.close(handle)
+
+
+class Pixels:
+    """Decoded images in memory, of one size or of many.
+
+    ids       int64 (n,), ascending
+    sizes     int64 (n, 2): height and width
+    """
+
+    source = "pixels"
+
+    def __init__(self, ids: NDArray[np.int64], sizes: NDArray[np.int64]) -> None:
+        self._ids, self._sizes = ids, sizes
+        self._starts = np.concatenate([[0], np.cumsum(3 * sizes.prod(axis=1))])
+        self._levels = np.empty(self._starts[-1], dtype=np.uint8)
+        self._square = len(ids) > 0 and bool((sizes == sizes[0]).all())
+
+    @staticmethod
+    def bytes_for(sizes: NDArray[np.int64]) -> int:
+        return int(3 * sizes.prod(axis=1).sum())
+
+    def put(self, sample: int, image: NDArray[np.uint8]) -> None:
+        """Keep one image, uint8 (h, w, 3); its size must be the one announced."""
+        row = int(np.searchsorted(self._ids, sample))
+        assert image.shape == (*self._sizes[row], 3)
+        self._levels[self._starts[row] : self._starts[row + 1]] = image.reshape(-1)
+
+    def take(self, ids: NDArray[np.int64]) -> "NDArray[np.uint8] | list[NDArray[np.uint8]]":
+        rows = np.searchsorted(self._ids, ids)
+        if self._square:  # one array: DALI takes it in one copy
+            height, width = self._sizes[0]
+            return self._levels.reshape(-1, height, width, 3)[rows]
+        return [
+            self._levels[self._starts[row] : self._starts[row + 1]].reshape(*self._sizes[row], 3)
+            for row in rows
+        ]
+
+    def explain(self, sample: int) -> str | None:
+        return None
