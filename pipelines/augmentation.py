@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pipelines.random_numbers import Purpose, uniform_numbers
 from sbf_dist.errors import UserError
 
-# The order is that of the operations in the graph (graphs.RAND_AUGMENT).
+# RandAugment's, in the order that the graph knows (rand_augment.py).
 OPERATIONS = (
     "translate_x", "translate_y", "shear_x", "shear_y", "rotate", "brightness", "contrast", "color",
     "sharpness", "posterize", "solarize", "equalize", "auto_contrast", "identity",

@@ -1,16 +1,14 @@
 """The DALI graphs: from encoded images to normalised ones, on the CPU or on a GPU."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nvidia import dali
-from nvidia.dali.auto_aug import rand_augment
-from nvidia.dali.auto_aug.core import select, signed_bin
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 
-from pipelines.augmentation import MAGNITUDES, OPERATIONS, Augmentation
+from pipelines.augmentation import Augmentation
+from pipelines.rand_augment import rand_augmented
 
 # DALI's stubs know neither its enumerations nor all of its operators.
 fn: Any = dali.fn
@@ -98,16 +96,13 @@ def decode_graph(form: Form) -> Pipeline:
 def _built(form: Form, outputs: Callable[[], Any], *, conditionals: bool = False) -> Pipeline:
     """`conditionals` lets DALI rewrite the Python of the graph, so that it can branch by sample."""
     define = pipeline_def(enable_conditionals=conditionals)(outputs)
-    with warnings.catch_warnings():
-        # DALI's RandAugment uses older names of DALI's own operators.
-        warnings.filterwarnings("ignore", "WARNING: `nvidia.dali", DeprecationWarning)
-        pipe = define(
-            batch_size=form.batch_size,
-            num_threads=form.threads,
-            device_id=form.device_id,
-            prefetch_queue_depth=form.prefetch,
-        )
-        pipe.build()
+    pipe = define(
+        batch_size=form.batch_size,
+        num_threads=form.threads,
+        device_id=form.device_id,
+        prefetch_queue_depth=form.prefetch,
+    )
+    pipe.build()
     return pipe
 
 
@@ -188,30 +183,16 @@ def _varied(images: Any, form: Form, augmentation: Augmentation, prefix: str) ->
             images, brightness=factors[0], contrast=factors[1], saturation=factors[2]
         )
     if augmentation.rand_augment:
-        images = _rand_augmented(images, form, augmentation, prefix)
+        images = rand_augmented(
+            images,
+            fn.external_source(name=f"{prefix}operations", dtype=types.INT32, ndim=1),
+            fn.external_source(name=f"{prefix}signs", dtype=types.INT32, ndim=1),
+            side=form.image_size,
+            count=augmentation.rand_augment,
+            magnitude=augmentation.magnitude,
+        )
     mirror = fn.external_source(name=f"{prefix}mirror", dtype=types.INT32, ndim=0)
     return _normalised(images, form, mirror=mirror)
-
-
-def _rand_augmented(images: Any, form: Form, augmentation: Augmentation, prefix: str) -> Any:
-    """DALI's RandAugment, with the operations and signs that are fed instead of its own dice."""
-    count = augmentation.rand_augment
-    suite = rand_augment.get_rand_augment_suite(use_shape=True)
-    assert tuple(operation.name for operation in suite) == OPERATIONS
-    chosen = fn.external_source(name=f"{prefix}operations", dtype=types.INT32, ndim=1)
-    signs = fn.external_source(name=f"{prefix}signs", dtype=types.INT32, ndim=1)
-    for number in range(count):
-        images = select(
-            suite,
-            chosen[number],
-            images,
-            magnitude_bin=signed_bin(augmentation.magnitude, random_sign=signs[number]),
-            num_magnitude_bins=MAGNITUDES,
-            fill_value=128,
-            interp_type=types.INTERP_LINEAR,
-            shape=[form.image_size, form.image_size],
-        )
-    return images
 
 
 def _normalised(images: Any, form: Form, **arguments: Any) -> Any:
