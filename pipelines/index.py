@@ -20,6 +20,7 @@ from sbf_dist.errors import UserError
 
 PARTS = ("labelled", "unlabelled", "validation")
 UNKNOWN = -1
+NO_SHARD = -1
 _FORMAT = 1
 _JSON = "index.json"
 
@@ -39,7 +40,8 @@ class DataIndex:
     parts        "labelled", "unlabelled", "validation" → int64 ids, ascending; no id is in two
     skipped      files that were left out, as "name: reason"
     shards       tar files relative to root that hold the images; none: every image is a file
-    shard        int64 (n,): the position in `shards` of each image's tar file
+    shard        int64 (n,): the position in `shards` of each image's tar file, −1 for an image that
+                 is a file of its own after all
     offset       int64 (n,): the image's first byte in it; it is file_bytes long, not compressed
     """
 
@@ -69,7 +71,7 @@ class DataIndex:
 
     def place(self, sample: int) -> str:
         """Where a sample is, for a message: its file, or its shard and its name there."""
-        if self.shard is None:
+        if self.shard is None or self.shard[sample] == NO_SHARD:
             return str(self.root / self.files[sample])
         return f"{self.root / self.shards[self.shard[sample]]}:{self.files[sample]}"
 

@@ -32,7 +32,7 @@ _OURS = {"sharpness": sharpness, "equalize": equalize}
 def rand_augmented(
     images: Any, chosen: Any, signs: Any, *, side: int, count: int, magnitude: int
 ) -> Any:
-    """`count` operations one after another on uint8 images (side, side, 3), as each sample is told.
+    """`count` operations one after another on uint8 images (side, side, 3), told for each sample.
 
     chosen, signs are int32 (count,) for each sample: positions in OPERATIONS, and 1 where the
     magnitude is negated. Only in a graph that is built with conditionals. Operations and ranges are

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.index import DataIndex
+from pipelines.index import NO_SHARD, DataIndex
 from pipelines.inspection import inspect_bytes, inspect_image
 from sbf_dist.errors import UserError
 
@@ -44,6 +44,13 @@ class Files:
         names = (f"{self._root}/{name}".encode() for name in self._index.take_files(ids))
         return [np.frombuffer(name, dtype=np.uint8) for name in names]
 
+    def read(self, sample: int) -> bytes:
+        """The bytes of one file; UserError where it has vanished."""
+        try:
+            return (self._index.root / self._index.files[sample]).read_bytes()
+        except OSError as error:
+            raise UserError(self.explain(sample) or f"image: {error}") from error
+
     def explain(self, sample: int) -> str | None:
         path = self._index.root / self._index.files[sample]
         if not path.is_file():
@@ -58,23 +65,26 @@ class Files:
 class Shards:
     """Images in tar files: their bytes are read by place and length, no member is searched for.
 
-    The kernel is told of a whole batch first, so that a disk seeks for all of it at once. UserError
+    Samples of the shard −1 are files of their own beside them. The kernel is told of a whole batch first, so that a disk seeks for all of it at once. UserError
     in take for a shard that is missing or too short.
     """
 
     source = "encoded"
 
     def __init__(self, index: DataIndex) -> None:
-        self._index = index
+        self._index, self._files = index, Files(index)
         self._open: OrderedDict[int, int] = OrderedDict()
 
     def take(self, ids: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
         for sample in ids:
             shard, offset, size = self._place(sample)
-            os.posix_fadvise(self._handle(shard), offset, size, os.POSIX_FADV_WILLNEED)
+            if shard != NO_SHARD:
+                os.posix_fadvise(self._handle(shard), offset, size, os.POSIX_FADV_WILLNEED)
         return [np.frombuffer(self._read(sample), dtype=np.uint8) for sample in ids]
 
     def explain(self, sample: int) -> str | None:
+        if self._place(sample)[0] == NO_SHARD:
+            return self._files.explain(sample)
         fault = inspect_bytes(self._read(sample)).fault
         where = self._index.place(sample)
         return None if fault is None else f"image {where}: changed since it was indexed: {fault}"
@@ -86,6 +96,8 @@ class Shards:
 
     def _read(self, sample: int) -> bytes:
         shard, offset, size = self._place(sample)
+        if shard == NO_SHARD:
+            return self._files.read(sample)
         data = os.pread(self._handle(shard), size, offset)
         if len(data) < size:
             raise UserError(

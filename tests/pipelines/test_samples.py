@@ -80,6 +80,18 @@ def test_images_in_shards_are_those_of_the_files(pictures, tmp_path, shards, mon
     assert difference(*map(list, loaders)) == 0
 
 
+def test_shards_and_files_may_stand_beside_each_other(pictures, tmp_path):
+    index = sharded(pictures, tmp_path / "shards", 1)
+    for sample in range(0, len(index), 2):
+        (index.root / index.files[sample]).parent.mkdir(exist_ok=True)
+        shutil.copy(pictures.root / index.files[sample], index.root / index.files[sample])
+        index.shard[sample], index.offset[sample] = -1, 0
+    assert difference(training(index), training(pictures)) == 0
+    shutil.rmtree(index.root / "0")
+    with pytest.raises(UserError, match=r"shards/0/\d+\.\w+: has vanished since it was indexed"):
+        training(index)
+
+
 def test_an_index_of_shards_comes_back_as_it_was_saved(pictures, tmp_path):
     index = sharded(pictures, tmp_path / "shards", 2)
     index.save(tmp_path / "index")
