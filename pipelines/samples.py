@@ -65,8 +65,9 @@ class Files:
 class Shards:
     """Images in tar files: their bytes are read by place and length, no member is searched for.
 
-    Samples of the shard −1 are files of their own beside them. The kernel is told of a whole batch first, so that a disk seeks for all of it at once. UserError
-    in take for a shard that is missing or too short.
+    Samples of the shard −1 are files of their own beside them. The kernel is told of a whole batch
+    first, so that a disk seeks for all of it at once. UserError in take for a shard that is missing
+    or too short.
     """
 
     source = "encoded"

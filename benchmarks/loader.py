@@ -1,0 +1,234 @@
+"""Our training batches beside those of torchvision, webdataset and bare DALI, on a CPU.
+
+    python benchmarks/loader.py --json benchmarks/results/loader.json
+
+photographs   JPEG files of 500 × 375 pixels and quality 90, crops of real photographs, in the page
+              cache: decoded, cropped at random, resized to 224, flipped, normalised; batches of 64
+cifar         32 × 32 pixels, from memory: padded by 4, cropped, flipped, normalised; batches of 256
+long list     1.28 million names: seconds from nothing (but the imports) to the first batch, and
+              the resident memory
+
+Two DALI threads, or two worker processes. The loaders take turns, a few batches to fill their
+queues first; rates are medians over the turns. webdataset is measured where it is installed. FFCV
+is not measured: it needs OpenCV's headers to be built (ffcv 1.0.2, "Could not find required
+package: opencv4").
+"""
+
+import argparse
+import datetime
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import loader_peers as peers
+import numpy as np
+import torch
+from loader_images import photographs, write_crops, write_shards
+from PIL import Image
+from timing import machine
+from torch import Tensor
+
+from pipelines.augmentation import Augmentation
+from pipelines.index import DataIndex
+from pipelines.loader import TrainLoader
+from pipelines.memory import decode_all
+from pipelines.order import SampleStream
+from pipelines.sources.folder import index_folder
+
+THREADS = 2
+PHOTO_BATCH, CIFAR_BATCH, LONG_BATCH = 64, 256, 64
+LONG = 1_281_167
+FILLING = 6  # batches before the clock starts: more than any queue holds
+SETTLING = 0.5  # seconds in which the queues of the last turn fill up again
+Batches = Iterator[Tensor]
+
+
+def ours(index: DataIndex, batch: int, side: int, **arguments) -> Batches:
+    settings = {"augmentation": Augmentation(min_scale=0.08), "threads": THREADS} | arguments
+    loader = TrainLoader(
+        index,
+        ["labelled"],
+        batch_size=batch,
+        image_size=side,
+        mean=peers.MEAN,
+        std=peers.STD,
+        seed=1,
+        rank=0,
+        world_size=1,
+        **settings,
+    )
+    return (batch["image"] for batch in loader)
+
+
+def rates(loaders: dict[str, Batches], *, batches: int, rounds: int) -> dict[str, float]:
+    """Images per second of each loader, the median of its turns."""
+    found: dict[str, list[float]] = {name: [] for name in loaders}
+    for _ in range(rounds):
+        for name, loader in loaders.items():
+            time.sleep(SETTLING)
+            for _ in range(FILLING):
+                next(loader)
+            start = time.perf_counter()
+            images = sum(len(next(loader)) for _ in range(batches))
+            found[name].append(images / (time.perf_counter() - start))
+    return {name: round(statistics.median(values), 1) for name, values in found.items()}
+
+
+def photo_rates(folder: Path, images: int, rounds: int) -> tuple[dict[str, float], float]:
+    """Images per second of each way, and files per second of indexing."""
+    root = folder / "photographs"
+    write_crops(root, images)
+    start = time.perf_counter()
+    index = index_folder(root, labelled_per_class=None, validation=10, seed=0)
+    indexing = images / (time.perf_counter() - start)
+    loaders: dict[str, Batches | None] = {
+        "ours": ours(index, PHOTO_BATCH, peers.SIDE),
+        "bare DALI": peers.bare_dali(root, PHOTO_BATCH, THREADS),
+        "torchvision, Pillow": peers.torchvision_folder(root, PHOTO_BATCH, THREADS, draft=False),
+        "torchvision, Pillow draft": peers.torchvision_folder(
+            root, PHOTO_BATCH, THREADS, draft=True
+        ),
+        "torchvision.io": peers.loaded(peers.JpegFolder(root), PHOTO_BATCH, THREADS),
+        "webdataset": peers.webdataset(write_shards(root, folder / "shards"), PHOTO_BATCH, THREADS),
+    }
+    present = {name: loader for name, loader in loaders.items() if loader is not None}
+    return rates(present, batches=12, rounds=rounds), round(indexing, 1)
+
+
+def cifar_rates(folder: Path, images: int, rounds: int) -> dict[str, float]:
+    root = folder / "cifar"
+    write_crops(root, images, size=(32, 32), kind="png")
+    index = index_folder(root, labelled_per_class=None, validation=10, seed=0)
+    ids = index.parts["labelled"]
+    pixels = np.array(decode_all(index, ids, threads=THREADS).take(ids))
+    padded = Augmentation(crop="padded")
+    strong = Augmentation(crop="padded", rand_augment=2)
+    loaders = {
+        "ours, in memory": ours(index, CIFAR_BATCH, 32, augmentation=padded, cache="memory"),
+        "ours, from files": ours(index, CIFAR_BATCH, 32, augmentation=padded),
+        "ours, in memory, RandAugment": ours(
+            index, CIFAR_BATCH, 32, augmentation=strong, cache="memory"
+        ),
+        "torchvision, in memory": peers.loaded(peers.Cifar(pixels), CIFAR_BATCH, THREADS),
+    }
+    return rates(loaders, batches=30, rounds=rounds)
+
+
+# --- a long list ---------------------------------------------------------------------------------
+
+
+def long_list(folder: Path) -> dict[str, float]:
+    """What a process measures that loads an index of ImageNet's length and makes one batch."""
+    numbers = np.arange(LONG)
+    index = DataIndex(
+        root=folder / "long",
+        classes=[f"n{k:08}" for k in range(1000)],
+        files=[f"train/n{k // 1300:08}/n{k // 1300:08}_{k % 1300:05}.JPEG" for k in range(LONG)],
+        labels=numbers // 1300,
+        sizes=np.full((LONG, 2), (375, 500)),
+        file_bytes=np.full(LONG, 60_000),
+        parts={"labelled": numbers, "unlabelled": numbers[:0], "validation": numbers[:0]},
+        skipped=[],
+    )
+    picture = photographs()[0].resize((500, 375), Image.Resampling.BICUBIC)
+    for name in index.take_files(SampleStream(numbers, 1).take(0, 4 * LONG_BATCH)):
+        (index.root / name).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(index.root / name, "JPEG", quality=90)
+    index.save(folder / "index")
+    runs = [
+        json.loads(
+            subprocess.run(
+                [sys.executable, __file__, "--first-batch", str(folder / "index")],
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout.splitlines()[-1]
+        )
+        for _ in range(3)
+    ]
+    return {key: round(statistics.median(run[key] for run in runs), 3) for key in runs[0]}
+
+
+def first_batch(folder: Path) -> None:
+    start, spent = time.perf_counter(), time.process_time()
+    index = DataIndex.load(folder)
+    loaded = time.perf_counter() - start
+    next(ours(index, LONG_BATCH, peers.SIDE))
+    measured = {
+        "index_s": loaded,
+        "first_batch_s": time.perf_counter() - start,
+        "first_batch_cpu_s": time.process_time() - spent,
+        "resident_gb": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9,
+    }
+    print(json.dumps(measured))
+
+
+# --- all of it -----------------------------------------------------------------------------------
+
+
+def told(title: str, values: dict[str, float]) -> None:
+    print(f"{title}: " + ", ".join(f"{name} {value:,.4g}" for name, value in values.items()))
+
+
+def ratios(values: dict[str, float], of: str) -> dict[str, float]:
+    return {name: round(values[of] / value, 3) for name, value in values.items() if name != of}
+
+
+def main() -> None:
+    """Measure, print, and write JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--images", type=int, default=3000, help="photographs; default 3000")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each loader; default 5")
+    parser.add_argument("--first-batch", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.first_batch:
+        first_batch(options.first_batch)
+        return
+
+    def measured(measure: Callable[[Path], object]) -> object:
+        with tempfile.TemporaryDirectory(prefix="loader-") as folder:
+            return measure(Path(folder))
+
+    photos, indexing = measured(lambda folder: photo_rates(folder, options.images, options.rounds))
+    told("photographs, images/s", photos)
+    told("  ours is so many times", ratios(photos, "ours"))
+    cifar = measured(lambda folder: cifar_rates(folder, 10_000, options.rounds))
+    told("cifar, images/s", cifar)
+    long = measured(long_list)
+    told("long list", long)
+    if options.json:
+        result = {
+            "date": datetime.date.today().isoformat(),
+            "machine": machine(),
+            "cores": len(os.sched_getaffinity(0)),
+            "threads": THREADS,
+            "load_average": round(os.getloadavg()[0], 1),
+            "photographs": {
+                "images": options.images,
+                "images_per_s": photos,
+                "ours_over": ratios(photos, "ours"),
+                "indexing_files_per_s": indexing,
+            },
+            "cifar": {
+                "images_per_s": cifar,
+                "ours_over": ratios(cifar, "ours, in memory"),
+            },
+            "long_list": {"names": LONG} | long,
+            "not_measured": {"ffcv": "does not install: needs OpenCV's headers (opencv4)"},
+        }
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
