@@ -16,22 +16,21 @@ package: opencv4").
 
 import argparse
 import datetime
+import io
 import json
 import os
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import loader_long_list
 import loader_peers as peers
 import numpy as np
 import torch
-from loader_images import photographs, write_crops, write_shards
-from PIL import Image
+from loader_images import QUALITY, SIZE, photographs, write_crops, write_shards
 from timing import machine
 from torch import Tensor
 
@@ -39,12 +38,10 @@ from pipelines.augmentation import Augmentation
 from pipelines.index import DataIndex
 from pipelines.loader import TrainLoader
 from pipelines.memory import decode_all
-from pipelines.order import SampleStream
 from pipelines.sources.folder import index_folder
 
 THREADS = 2
-PHOTO_BATCH, CIFAR_BATCH, LONG_BATCH = 64, 256, 64
-LONG = 1_281_167
+PHOTO_BATCH, CIFAR_BATCH = 64, 256
 FILLING = 6  # batches before the clock starts: more than any queue holds
 SETTLING = 0.5  # seconds in which the queues of the last turn fill up again
 Batches = Iterator[Tensor]
@@ -121,53 +118,10 @@ def cifar_rates(folder: Path, images: int, rounds: int) -> dict[str, float]:
     return rates(loaders, batches=30, rounds=rounds)
 
 
-# --- a long list ---------------------------------------------------------------------------------
-
-
-def long_list(folder: Path) -> dict[str, float]:
-    """What a process measures that loads an index of ImageNet's length and makes one batch."""
-    numbers = np.arange(LONG)
-    index = DataIndex(
-        root=folder / "long",
-        classes=[f"n{k:08}" for k in range(1000)],
-        files=[f"train/n{k // 1300:08}/n{k // 1300:08}_{k % 1300:05}.JPEG" for k in range(LONG)],
-        labels=numbers // 1300,
-        sizes=np.full((LONG, 2), (375, 500)),
-        file_bytes=np.full(LONG, 60_000),
-        parts={"labelled": numbers, "unlabelled": numbers[:0], "validation": numbers[:0]},
-        skipped=[],
-    )
-    picture = photographs()[0].resize((500, 375), Image.Resampling.BICUBIC)
-    for name in index.take_files(SampleStream(numbers, 1).take(0, 4 * LONG_BATCH)):
-        (index.root / name).parent.mkdir(parents=True, exist_ok=True)
-        picture.save(index.root / name, "JPEG", quality=90)
-    index.save(folder / "index")
-    runs = [
-        json.loads(
-            subprocess.run(
-                [sys.executable, __file__, "--first-batch", str(folder / "index")],
-                check=True,
-                capture_output=True,
-                text=True,
-            ).stdout.splitlines()[-1]
-        )
-        for _ in range(3)
-    ]
-    return {key: round(statistics.median(run[key] for run in runs), 3) for key in runs[0]}
-
-
-def first_batch(folder: Path) -> None:
-    start, spent = time.perf_counter(), time.process_time()
-    index = DataIndex.load(folder)
-    loaded = time.perf_counter() - start
-    next(ours(index, LONG_BATCH, peers.SIDE))
-    measured = {
-        "index_s": loaded,
-        "first_batch_s": time.perf_counter() - start,
-        "first_batch_cpu_s": time.process_time() - spent,
-        "resident_gb": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9,
-    }
-    print(json.dumps(measured))
+def one_photograph() -> bytes:
+    encoded = io.BytesIO()
+    photographs()[0].resize(SIZE).save(encoded, "JPEG", quality=QUALITY)
+    return encoded.getvalue()
 
 
 # --- all of it -----------------------------------------------------------------------------------
@@ -189,14 +143,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--images", type=int, default=3000, help="photographs; default 3000")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each loader; default 5")
-    parser.add_argument("--first-batch", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.first_batch:
-        first_batch(options.first_batch)
-        return
 
-    def measured(measure: Callable[[Path], object]) -> object:
+    def measured(measure: Callable[[Path], Any]) -> Any:
         with tempfile.TemporaryDirectory(prefix="loader-") as folder:
             return measure(Path(folder))
 
@@ -205,7 +155,7 @@ def main() -> None:
     told("  ours is so many times", ratios(photos, "ours"))
     cifar = measured(lambda folder: cifar_rates(folder, 10_000, options.rounds))
     told("cifar, images/s", cifar)
-    long = measured(long_list)
+    long = measured(lambda folder: loader_long_list.measure(folder, one_photograph()))
     told("long list", long)
     if options.json:
         result = {
@@ -224,7 +174,7 @@ def main() -> None:
                 "images_per_s": cifar,
                 "ours_over": ratios(cifar, "ours, in memory"),
             },
-            "long_list": {"names": LONG} | long,
+            "long_list": {"names": loader_long_list.NAMES} | long,
             "not_measured": {"ffcv": "does not install: needs OpenCV's headers (opencv4)"},
         }
         options.json.write_text(json.dumps(result, indent=1) + "\n")

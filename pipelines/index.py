@@ -178,6 +178,8 @@ class DataIndex:
             raise UserError(f"index {folder}: {error.filename} is missing; {again}") from error
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             raise UserError(f"index {folder}: cannot be read ({error!r}); {again}") from error
+        del table  # what Arrow has read is then given back to the system
+        pa.default_memory_pool().release_unused()
         if index.digest != about["digest"]:
             raise UserError(f"index {folder}: its two files do not belong together; {again}")
         return index
