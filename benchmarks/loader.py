@@ -34,7 +34,7 @@ from loader_images import QUALITY, SIZE, photographs, write_crops, write_shards
 from timing import machine
 from torch import Tensor
 
-from pipelines.augmentation import Augmentation
+from pipelines.augmentation import Augmentation, draw_views
 from pipelines.index import DataIndex
 from pipelines.loader import TrainLoader
 from pipelines.memory import decode_all
@@ -64,6 +64,21 @@ def ours(index: DataIndex, batch: int, side: int, **arguments) -> Batches:
     return (batch["image"] for batch in loader)
 
 
+def some_views(index: DataIndex) -> list[tuple[Any, Any, Any]]:
+    """Crops and flips of thirty batches, as ours has them."""
+    drawn = [
+        draw_views(
+            Augmentation(min_scale=0.08),
+            np.tile(index.sizes[:1], (PHOTO_BATCH, 1)),
+            image_size=peers.SIDE,
+            seed=2,
+            position=PHOTO_BATCH * number,
+        )
+        for number in range(30)
+    ]
+    return [(views.anchor, views.shape, views.mirror) for views in drawn]
+
+
 def rates(loaders: dict[str, Batches], *, batches: int, rounds: int) -> dict[str, float]:
     """Images per second of each loader, the median of its turns."""
     found: dict[str, list[float]] = {name: [] for name in loaders}
@@ -87,7 +102,7 @@ def photo_rates(folder: Path, images: int, rounds: int) -> tuple[dict[str, float
     indexing = images / (time.perf_counter() - start)
     loaders: dict[str, Batches | None] = {
         "ours": ours(index, PHOTO_BATCH, peers.SIDE),
-        "bare DALI": peers.bare_dali(root, PHOTO_BATCH, THREADS),
+        "bare DALI": peers.bare_dali(root, PHOTO_BATCH, THREADS, some_views(index)),
         "torchvision, Pillow": peers.torchvision_folder(root, PHOTO_BATCH, THREADS, draft=False),
         "torchvision, Pillow draft": peers.torchvision_folder(
             root, PHOTO_BATCH, THREADS, draft=True

@@ -123,21 +123,26 @@ def webdataset(shards: list[Path], batch: int, workers: int) -> Iterator[Tensor]
     return (torch.as_tensor(images) for images, _ in loader)
 
 
-def bare_dali(root: Path, batch: int, threads: int) -> Iterator[Tensor]:
-    """The same operators with DALI's own reader and dice, and nothing of ours."""
+def bare_dali(
+    root: Path, batch: int, threads: int, views: list[tuple[Any, Any, Any]]
+) -> Iterator[Tensor]:
+    """The same operators with DALI's own reader, on crops that were drawn before.
+
+    `views` are anchors (b, 2), shapes (b, 2) and mirrors (b,) of batches, used again and again:
+    DALI's own random crop rejects those that do not fit, and so resizes smaller ones.
+    """
     pipe = Pipeline(batch, threads, None, prefetch_queue_depth=2, seed=1)
     with pipe:
-        encoded, _ = fn.readers.file(
-            file_root=str(root), random_shuffle=True, initial_fill=1024, name="reader"
-        )
-        images = fn.decoders.image_random_crop(
-            encoded, device="cpu", output_type=types.RGB, random_area=(0.08, 1.0)
+        encoded, _ = fn.readers.file(file_root=str(root), random_shuffle=True, initial_fill=1024)
+        anchor, shape, mirror = fn.external_source(source=views, num_outputs=3, cycle=True)
+        images = fn.decoders.image_slice(
+            encoded, anchor, shape, axis_names="HW", device="cpu", output_type=types.RGB
         )
         images = fn.resize(images, size=[SIDE, SIDE], antialias=True)
         pipe.set_outputs(
             fn.crop_mirror_normalize(
                 images,
-                mirror=fn.random.coin_flip(),
+                mirror=mirror,
                 mean=[255 * value for value in MEAN],
                 std=[255 * value for value in STD],
                 dtype=types.FLOAT,
