@@ -100,9 +100,10 @@ class DataIndex:
         try:
             self._save(folder)
         except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else str(error)
             raise UserError(
-                f"index {folder}: cannot be written ({error.strerror or error}); free some room or "
-                "choose another folder"
+                f"index {folder}: cannot be written ({reason}); free some room or choose another "
+                "folder"
             ) from error
 
     def _save(self, folder: Path) -> None:
