@@ -93,6 +93,12 @@ class Augmentation:
         return self.rotate > 0 or self.shift > 0
 
     @property
+    def only_crops(self) -> bool:
+        """Whether a view is a resized crop, mirrored perhaps, and nothing else."""
+        varies = self.warps or self.color > 0 or self.rand_augment > 0
+        return self.crop == "resized" and not varies
+
+    @property
     def mixes(self) -> bool:
         return self.mixup > 0 or self.cutmix > 0
 

@@ -61,8 +61,8 @@ def train_graph(
     """
 
     def views() -> tuple[Any, ...]:
-        if strong is None and augmentation.crop == "resized" and form.source != "pixels":
-            return (_varied(_decoded_crops(form), form, augmentation, ""),)
+        if strong is None and augmentation.crop == "resized" and not _is_whole(form):
+            return (_varied(_resized(_cut(form), form), form, augmentation, ""),)
         images = _decoded(form)
         asked = [(augmentation, "")] + ([(strong, STRONG)] if strong is not None else [])
         return tuple(
@@ -71,6 +71,14 @@ def train_graph(
 
     chooses = augmentation.rand_augment > 0 or (strong is not None and strong.rand_augment > 0)
     return _built(form, views, conditionals=chooses)
+
+
+def crop_graph(form: Form) -> Pipeline:
+    """Decode crops (augmentation.crop "resized"), nothing else: uint8 (h, w, 3), of all sizes.
+
+    Inputs: the images, "anchor" and "shape".
+    """
+    return _built(form, lambda: _sliced(_decoded(form), "") if _is_whole(form) else _cut(form))
 
 
 def evaluate_graph(form: Form, *, crop: float) -> Pipeline:
@@ -113,12 +121,26 @@ def _decoded(form: Form) -> Any:
     return fn.decoders.image(_file_bytes(form), **_decoding(form))
 
 
-def _decoded_crops(form: Form) -> Any:
+def _is_whole(form: Form) -> bool:
+    """Whether the images come decoded."""
+    return form.source == "pixels"
+
+
+def _cut(form: Form) -> Any:
     """The crops alone: of a JPEG, what lies outside is neither transformed nor coloured."""
-    crops = fn.decoders.image_slice(
+    return fn.decoders.image_slice(
         _file_bytes(form), *_relative_box(""), axis_names="HW", **_decoding(form)
     )
-    return fn.resize(crops, size=[form.image_size, form.image_size], antialias=True)
+
+
+def _sliced(images: Any, prefix: str) -> Any:
+    return fn.slice(
+        images, *_relative_box(prefix), axis_names="HW", out_of_bounds_policy="trim_to_shape"
+    )
+
+
+def _resized(images: Any, form: Form) -> Any:
+    return fn.resize(images, size=[form.image_size, form.image_size], antialias=True)
 
 
 def _decoding(form: Form) -> dict[str, Any]:
@@ -150,23 +172,18 @@ def _relative_box(prefix: str) -> tuple[Any, Any]:
 
 def _crops(images: Any, form: Form, augmentation: Augmentation, prefix: str) -> Any:
     """The square of a view, out of whole images."""
-    square = [form.image_size, form.image_size]
-    if augmentation.crop == "padded":
-        if not form.fits:
-            images = fn.resize(images, resize_shorter=form.image_size, antialias=True)
-        start = fn.external_source(name=f"{prefix}start", dtype=types.INT32, ndim=1)
-        return fn.slice(
-            images,
-            start=start,
-            shape=square,
-            axis_names="HW",
-            out_of_bounds_policy="pad",
-            fill_values=0,
-        )
-    crops = fn.slice(
-        images, *_relative_box(prefix), axis_names="HW", out_of_bounds_policy="trim_to_shape"
+    if augmentation.crop == "resized":
+        return _resized(_sliced(images, prefix), form)
+    if not form.fits:
+        images = fn.resize(images, resize_shorter=form.image_size, antialias=True)
+    return fn.slice(
+        images,
+        start=fn.external_source(name=f"{prefix}start", dtype=types.INT32, ndim=1),
+        shape=[form.image_size, form.image_size],
+        axis_names="HW",
+        out_of_bounds_policy="pad",
+        fill_values=0,
     )
-    return fn.resize(crops, size=square, antialias=True)
 
 
 def _varied(images: Any, form: Form, augmentation: Augmentation, prefix: str) -> Any:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,12 @@ from numpy.typing import NDArray
 
 from pipelines.augmentation import Augmentation, draw_views
 from pipelines.flight import Flight
-from pipelines.graphs import DTYPES, STRONG, Form, evaluate_graph, train_graph
+from pipelines.graphs import DTYPES, STRONG, Form, crop_graph, evaluate_graph, train_graph
 from pipelines.index import UNKNOWN, DataIndex
 from pipelines.memory import decode_all
 from pipelines.mixing import draw_mixing
 from pipelines.order import SampleStream, evaluation_shard, rank_start
+from pipelines.resizing import resized_batch
 from pipelines.samples import Pixels, Samples, stored_samples
 from sbf_dist.errors import UserError
 
@@ -195,12 +197,22 @@ class TrainLoader:
             largest=_largest(sizes),
             fits=bool((sizes == self._image_size).all()),
         )
-        pipe = train_graph(form, self._augmentation, self._strong)
-        flight = Flight(pipe, samples, self._device, self._prefetch)
+        if self._resizes_itself:
+            finish = partial(resized_batch, form=form)
+            flight = Flight(crop_graph(form), samples, self._device, self._prefetch, finish)
+        else:
+            pipe = train_graph(form, self._augmentation, self._strong)
+            flight = Flight(pipe, samples, self._device, self._prefetch)
         self._submitted = self._handed_out
         for _ in range(self._prefetch):
             self._submit(flight)
         return flight
+
+    @property
+    def _resizes_itself(self) -> bool:
+        """Whether PyTorch makes the squares, which is faster where it can make all of the view."""
+        plain = self._augmentation.only_crops and self._strong is None
+        return plain and self._device.type == "cpu"
 
     def _samples(self) -> Samples:
         if self._cache == "none":
@@ -225,7 +237,8 @@ class TrainLoader:
                 strong=prefix == STRONG,
             )
             inputs |= {prefix + key: value for key, value in views.inputs(augmentation).items()}
-        flight.submit(ids, inputs)
+        aside = inputs.pop("mirror") if self._resizes_itself else None
+        flight.submit(ids, inputs, aside)
         self._submitted += self._batch_size * self._world_size
 
 
