@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 import typing
@@ -6,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipelines.augmentation import Augmentation
 from sbf_dist import recipe
 from sbf_dist.compress.criteria import CRITERIA
 from sbf_dist.errors import UserError
@@ -312,6 +314,11 @@ def test_a_key_that_is_wrongly_written_comes_before_the_one_that_is_missing_for_
          "data.augmentation: min_scale = 0.9 must not be above max_scale = 0.8"),
         ("data.augmentation={min_ratio: 2}",
          "data.augmentation: min_ratio = 2.0 must not be above max_ratio = 1.33"),
+        ("data.augmentation.crop=random", "data.augmentation.crop = 'random'"),
+        ("data.augmentation.rand_augment=17", "data.augmentation.rand_augment = 17 must be less"),
+        ("data.augmentation.magnitude=31", "data.augmentation.magnitude = 31 must be less"),
+        ("data.augmentation.mixup=-1", "data.augmentation.mixup = -1 must be greater"),
+        ("data.cache=disk", "data.cache = 'disk'"),
         ("data.augmentation.rotate=200", "data.augmentation.rotate = 200 must be less than or"),
         ("workers.count=0", "workers.count = 0 must be greater than or equal to 1"),
         ("workers.count=3", "teachers.0.training.batch_size = 64 must be a multiple of workers x "
@@ -385,3 +392,16 @@ def test_every_field_says_what_it_is_for():
                 sections(section)
 
     sections(Recipe)
+
+
+def test_what_is_cached_is_no_part_of_the_identity_and_how_images_vary_is(path):
+    plain = recipe.load(path)
+    assert recipe.load(path, ["data.cache=memory"]).digest() == plain.digest()
+    for change in ("crop=padded", "rand_augment=2", "mixup=0.2", "cutmix=1.0"):
+        other = recipe.load(path, [f"data.augmentation.{change}"])
+        assert other.digest() != plain.digest()
+        assert other.data.augmentation.mixes == change.startswith(("mixup", "cutmix"))
+
+
+def test_the_recipe_has_the_fields_of_the_pipeline_and_their_defaults():
+    assert recipe.Augmentation().model_dump() == dataclasses.asdict(Augmentation())

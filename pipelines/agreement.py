@@ -1,0 +1,55 @@
+"""Whether all workers see the same images."""
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pipelines.index import DataIndex
+from sbf_dist.errors import UserError
+
+_LOOKED_AT = 32
+
+
+def check_workers_agree(index: DataIndex, device: torch.device | str = "cpu") -> None:
+    """Raise on every worker if one has another index, or other files below the root.
+
+    Of the files, 32 that are spread over the list are looked at: whether they are there, with the
+    size that was indexed. Every worker of the process group must call this; `device` is one that
+    the group's backend can send from.
+    """
+    digest = np.frombuffer(bytes.fromhex(index.digest), dtype=np.uint8)
+    mine = torch.from_numpy(np.append(digest, len(_strangers(index))).astype(np.uint8)).to(device)
+    every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, mine)
+    for worker, theirs in enumerate(every):
+        if not torch.equal(theirs[:-1], every[0][:-1]):
+            raise UserError(
+                f"data {index.root}: worker {worker} has another index than worker 0; the run's "
+                "folder must be the same for all, on a disk that they share"
+            )
+    for worker, theirs in enumerate(every):
+        if theirs[-1]:
+            seen = min(_LOOKED_AT, len(index))
+            raise UserError(
+                f"data {index.root}: on worker {worker}, {int(theirs[-1])} of {seen} files that "
+                "were looked at are missing or of another size than when they were indexed; every "
+                "worker needs the same images"
+            )
+
+
+def _strangers(index: DataIndex) -> list[str]:
+    """Of some samples, the files or shards that are not as they were indexed."""
+    strangers = []
+    for sample in np.unique(np.linspace(0, len(index) - 1, _LOOKED_AT).astype(np.int64)):
+        shard = -1 if index.shard is None else int(index.shard[sample])
+        name = index.files[sample] if shard < 0 else index.shards[shard]
+        least = int(index.file_bytes[sample])
+        if shard >= 0 and index.offset is not None:
+            least += int(index.offset[sample])
+        try:
+            size = (index.root / name).stat().st_size
+        except OSError:
+            size = -1
+        if size < least or (shard < 0 and size != least):
+            strangers.append(name)
+    return strangers
