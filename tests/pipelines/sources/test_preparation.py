@@ -204,7 +204,7 @@ def command(archives: Path, out: Path, layout: str) -> list[str]:
 
 @pytest.mark.parametrize("layout", ["folder", "webdataset"])
 def test_a_kill_in_the_middle_changes_nothing_of_the_result(tmp_path, layout):
-    cifar10_python(tmp_path / "archives", per_batch=500)
+    cifar10_python(tmp_path / "archives", per_batch=300)
     out = tmp_path / "out"
     kill = None
     process = subprocess.Popen(command(tmp_path / "archives", out, layout))
