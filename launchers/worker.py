@@ -21,6 +21,7 @@ from launchers import networks
 from launchers import ray_train as launcher
 from launchers.layout import RunFolder
 from launchers.networks import Job, Row
+from pipelines.agreement import check_workers_agree
 from pipelines.augmentation import Augmentation
 from pipelines.index import DataIndex
 from pipelines.loader import EvalLoader, TrainLoader
@@ -29,6 +30,7 @@ from sbf_dist import models, tracking
 from sbf_dist.compress.convert import convert
 from sbf_dist.compress.plan import Plan
 from sbf_dist.distill import pseudo_labels
+from sbf_dist.distill.mixing import mix
 from sbf_dist.distill.selection import select
 from sbf_dist.distill.task import DistillationTask, stored_targets
 from sbf_dist.distill.teachers import TeacherEnsemble, View
@@ -78,6 +80,7 @@ def train_networks(config: dict[str, Any]) -> dict[str, Any]:
     """
     here = Context.of(config)
     jobs = networks.jobs_of(here.recipe, config["stage"])
+    check_workers_agree(here.index, here.device)
     results: dict[str, Any] = {}
     with launcher.latest_checkpoint() as folder:
         resumed = checkpoint.read_manifest(folder).digests["training"] if folder else None
@@ -181,10 +184,13 @@ def build_network(
     return model
 
 
-def _targets(here: Context, job: Job) -> tuple[DataIndex, Callable[[Batch], Batch] | None]:
-    """Return the images that a job trains on and what adds the teachers' word to its batches."""
+def _targets(here: Context, job: Job) -> tuple[DataIndex, Callable[[Batch], Batch]]:
+    """Return the images that a job trains on and what adds the teachers' word to its batches.
+
+    Where images are mixed (mixup, cutmix), what they are to be learnt as is mixed with them.
+    """
     if job.targets == "labels":
-        return here.index, None
+        return here.index, mix
     stored = pseudo_labels.load(
         here.run.pseudo_labels, pseudo_labels.origin(here.recipe, here.index.digest)
     )
@@ -199,11 +205,13 @@ def _targets(here: Context, job: Job) -> tuple[DataIndex, Callable[[Batch], Batc
     chosen = unlabelled[np.isin(unlabelled, stored.ids[used])]
     index = dataclasses.replace(here.index, parts=here.index.parts | {"unlabelled": chosen})
     if job.targets == "live":
-        return index, _live_targets(here, job.view)
-    return index, stored_targets(
+        live = _live_targets(here, job.view)
+        return index, lambda batch: live(mix(batch))  # the teachers see the mixed images
+    join = stored_targets(
         torch.from_numpy(stored.ids).to(here.device),
         torch.from_numpy(stored.dense(len(index.classes))).to(here.device),
     )
+    return index, lambda batch: mix(join(batch))
 
 
 def _live_targets(here: Context, view: View) -> Callable[[Batch], Batch]:
@@ -228,7 +236,9 @@ def _ensemble(here: Context, members: tuple[str, ...]) -> TeacherEnsemble:
 def _batches(here: Context, job: Job, index: DataIndex) -> MixedLoader:
     """Return the training batches: labelled images and, with teachers, unlabelled ones."""
     total = job.training.batch_size // here.world_size // job.training.accumulation
-    labelled = round(job.labelled_share * total)
+    augmentation = here.recipe.data.augmentation
+    pair = 2 if augmentation.mixes else 1  # images are mixed in pairs of one stream
+    labelled = pair * round(job.labelled_share * total / pair)
     if job.targets == "labels" or not len(index.parts["unlabelled"]):
         labelled = total
     sizes = {"labelled": labelled, "unlabelled": total - labelled}
@@ -241,7 +251,8 @@ def _batches(here: Context, job: Job, index: DataIndex) -> MixedLoader:
                 image_size=job.view.size,
                 mean=job.view.mean,
                 std=job.view.std,
-                augmentation=Augmentation(**here.recipe.data.augmentation.model_dump()),
+                augmentation=Augmentation(**augmentation.model_dump()),
+                cache=here.recipe.data.cache,
                 seed=job.seed,
                 rank=here.rank,
                 world_size=here.world_size,
