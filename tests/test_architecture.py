@@ -86,6 +86,7 @@ def test_pipelines_know_errors_and_recipe_of_the_library_at_most():
         ("typer", "launchers.cli"),
         ("rich", "launchers.display"),
         ("torchvision", "sbf_dist.models"),
+        ("torch_pruning", "sbf_dist.compress.coupled"),
     ],
 )
 def test_a_dependency_is_known_in_its_home_alone(package, home):

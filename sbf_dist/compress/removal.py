@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sbf_dist.compress.calibration import Calibration, device_of
-from sbf_dist.compress.candidates import forward_order
+from sbf_dist.compress.candidates import uses
 from sbf_dist.compress.cost import Cost, count
 from sbf_dist.compress.coupled import Coupled, find_coupled, removed_channels
 from sbf_dist.compress.importance import Criterion, has_scales, measure_importance
@@ -145,7 +145,11 @@ def _refit(removal: Removal, dense: nn.Module, images: Calibration) -> None:
     few = images.first(2)
     network = removal.network
     reference = Reference(dense, removal.remaining(dense))
-    sizes = {name: 1 for name in forward_order(network, few) if is_mended(network, name, few)}
+    sizes = {
+        name: 1
+        for name, use in uses(network, few).items()
+        if use.calls == 1 and is_mended(network, name, few)
+    }
     fit = SequentialFit(network, reference, sizes, images, refit=True)
     for name in sizes:
         fit.mend(name)
