@@ -1,42 +1,39 @@
 """Students and teachers by name: our CIFAR networks, timm's and torchvision's."""
 
 import difflib
-import re
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
-from torch.nn import functional as F
+from torch import Tensor, nn
 
+from sbf_dist.cifar import build_cifar
 from sbf_dist.errors import UserError
 
-CIFAR_NAME = re.compile(r"cifar_resnet(?P<depth>\d+)(?:_w(?P<width>\d+))?")
-EXAMPLES = "cifar_resnet20, cifar_resnet14_w32, timm:resnet50, torchvision:resnet18"
+EXAMPLES = "cifar_resnet20, cifar_vgg16, timm:resnet50, torchvision:resnet18"
+INCEPTIONS = ("googlenet", "inception_v3")  # torchvision's networks with auxiliary heads
+# What wrappers of a network put before the names of its weights.
+WRAPPERS = ("module.", "_orig_mod.", "model.")
 
 
 def build(name: str, classes: int) -> nn.Module:
     """Build a randomly initialised network with `classes` outputs.
 
-    `cifar_resnetD[_wW]` is He et al.'s ResNet for small images (arXiv 1512.03385, section 4.2) of
-    depth D = 6n + 2 and W channels (16 if not given) in the first stage; `timm:NAME` and
-    `torchvision:NAME` are those libraries' networks. Raises UserError for an unknown name.
+    `cifar_resnetD[_wW]` and `cifar_vggD[_wW]` are our networks for small images, of depth D and W
+    channels in the first convolution (16 and 64 if not given); `timm:NAME` and `torchvision:NAME`
+    are those libraries' networks, without auxiliary heads. Raises UserError for an unknown name.
     """
     library, _, rest = name.rpartition(":")
     if library == "timm":
         return _timm(rest, classes)
     if library == "torchvision":
         return _torchvision(rest, classes)
-    match = CIFAR_NAME.fullmatch(name)
-    if match is None:
+    network = build_cifar(name, classes)
+    if network is None:
         raise UserError(f"model {name!r} is unknown; names look like {EXAMPLES}")
-    depth, width = int(match["depth"]), int(match["width"] or 16)
-    if depth < 8 or (depth - 2) % 6:
-        raise UserError(f"model {name!r}: the depth must be 6n + 2 (8, 14, 20, 26, …)")
-    if width < 1:
-        raise UserError(f"model {name!r}: the width must be at least 1")
-    return CifarResNet((depth - 2) // 6, width, classes)
+    return network
 
 
 def _timm(name: str, classes: int) -> nn.Module:
@@ -54,7 +51,12 @@ def _torchvision(name: str, classes: int) -> nn.Module:
     known = list_models(module=torchvision.models)  # classification only
     if name not in known:
         raise UserError(f"model 'torchvision:{name}' is unknown{_nearest(name, known)}")
-    return get_model(name, weights=None, num_classes=classes)
+    settings = {}
+    if name in INCEPTIONS:
+        # The heads would return logits of their own in training. The initial weights are those
+        # that torchvision announces; the old ones take seconds to draw.
+        settings = {"aux_logits": False, "init_weights": False}
+    return get_model(name, weights=None, num_classes=classes, **settings)
 
 
 def _nearest(name: str, known: list[str]) -> str:
@@ -62,64 +64,11 @@ def _nearest(name: str, known: list[str]) -> str:
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
-class CifarResNet(nn.Module):
-    """ResNet for images of about 32 px: three stages of `blocks` basic blocks.
-
-    Shortcuts that change the shape are a 1 x 1 convolution (option B of the paper).
-    """
-
-    def __init__(self, blocks: int, width: int, classes: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, width, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(width)
-        stages = []
-        channels = width
-        for stage in range(3):
-            out = width * 2**stage
-            stages.append(
-                nn.Sequential(
-                    BasicBlock(channels, out, stride=1 if stage == 0 else 2),
-                    *(BasicBlock(out, out) for _ in range(blocks - 1)),
-                )
-            )
-            channels = out
-        self.stages = nn.Sequential(*stages)
-        self.head = nn.Linear(channels, classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map images (N, 3, H, W) to logits (N, classes)."""
-        x = F.relu(self.norm(self.conv(x)))
-        return self.head(self.stages(x).mean((2, 3)))
-
-
-class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions with a shortcut."""
-
-    def __init__(self, channels: int, out: int, stride: int = 1) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, out, 3, stride=stride, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(out)
-        self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(out)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or channels != out:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(channels, out, 1, stride=stride, bias=False), nn.BatchNorm2d(out)
-            )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (N, channels, H, W) to (N, out, H / stride, W / stride)."""
-        y = F.relu(self.norm1(self.conv1(x)))
-        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
-
-
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write the state dict of `model` as safetensors, in one step."""
-    state = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+    state = {  # cloned: safetensors refuses one tensor under two names, as shared modules have
+        name: tensor.detach().cpu().contiguous().clone()
+        for name, tensor in model.state_dict().items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
@@ -128,14 +77,29 @@ def save_weights(model: nn.Module, path: Path) -> None:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a safetensors file into `model`; UserError naming the first key that does not fit."""
+    """Load a safetensors file into `model`; UserError naming the first key that does not fit.
+
+    The message says so where all keys fit but for what a wrapper (DataParallel, torch.compile) put
+    before them, and where the file is torch.save's.
+    """
     try:
         state = load_file(path)
     except FileNotFoundError:
         raise UserError(f"weights {path} do not exist") from None
     except (SafetensorError, OSError) as error:
+        if path.is_file() and zipfile.is_zipfile(path):
+            raise UserError(
+                f"weights {path} are torch.save's, a pickle, which is not read: write the state "
+                "dict with safetensors.torch.save_file"
+            ) from None
         raise UserError(f"weights {path} are not a safetensors file: {error}") from None
     own = model.state_dict()
+    for wrapper in WRAPPERS:
+        if state and {name.removeprefix(wrapper) for name in state} == own.keys() != state.keys():
+            raise UserError(
+                f"weights {path} have {wrapper!r} before every name, as a wrapper writes it: save "
+                "the state dict of the network inside"
+            )
     for name, tensor in own.items():
         if name not in state:
             raise UserError(f"weights {path} lack {name}, which the model has")
@@ -147,4 +111,17 @@ def load_weights(model: nn.Module, path: Path) -> None:
     for name in state:
         if name not in own:
             raise UserError(f"weights {path} have {name}, which the model does not know")
-    model.load_state_dict(state)
+    load_state(model, state)
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load a whole state dict that came out of a safetensors file into `model`.
+
+    Such a file does not tell the versions of the modules that wrote it, without which some refuse
+    to load (torchvision's MNASNet): they are taken to be those of `model`. Raises RuntimeError
+    as load_state_dict does.
+    """
+    versioned = model.state_dict()
+    versioned.clear()  # which leaves the versions
+    versioned.update(state)
+    model.load_state_dict(versioned)

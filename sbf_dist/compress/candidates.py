@@ -1,56 +1,207 @@
 """Which convolutions of a network can become SBF layers, and why the others cannot."""
 
+import difflib
+import fnmatch
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor, nn
 
 from sbf_dist.errors import UserError
 
 LARGEST_GRAM = 4608  # shifted channels in a layer's Gram matrix: 512 channels with m = 3
+# Of all convolutions' multiply-adds: what a layer on a 1 x 1 map must cost to be worth fitting.
+NEGLIGIBLE = 0.01
+
+
+@dataclass
+class Use:
+    """How one forward pass uses a convolution.
+
+    calls: how often; macs: multiply-adds per image, all calls; input_shape, output_shape: of one
+    image, in the last call; matters: whether the network's output depends on the layer's.
+    """
+
+    calls: int = 0
+    macs: int = 0
+    input_shape: tuple[int, ...] = ()
+    output_shape: tuple[int, ...] = ()
+    matters: bool = False
+
+
+def uses(model: nn.Module, images: Tensor) -> dict[str, Use]:
+    """Observe the convolutions of `model` in a forward and a backward pass over `images`.
+
+    `images` (N, C, H, W); names in the order in which the forward pass reaches them. Raises
+    UserError if the network has no convolution, cannot take the images, or gives no logits.
+    """
+    names = {n: module for n, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    if not names:
+        raise UserError(f"model {type(model).__name__} has no convolution (nn.Conv2d)")
+    found: dict[str, Use] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def observe(name: str) -> Callable[..., Tensor]:
+        def hook(conv: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            use = found.setdefault(name, Use())
+            use.calls += 1
+            use.macs += output[0].numel() * conv.weight[0].numel()
+            use.input_shape, use.output_shape = tuple(inputs[0].shape[1:]), tuple(output.shape[1:])
+            outputs[name] = output
+            return output.clone()  # which an activation may overwrite in place
+
+        return hook
+
+    handles = [module.register_forward_hook(observe(name)) for name, module in names.items()]
+    try:
+        with torch.enable_grad():
+            logits = _logits(model, images.detach().requires_grad_())
+    finally:
+        for handle in handles:
+            handle.remove()
+    # Where nothing at all has a gradient the network detaches its output: none of it matters.
+    reached = [name for name in found if outputs[name].requires_grad]
+    if reached and logits.requires_grad:
+        gradients = torch.autograd.grad(
+            logits.sum(), [outputs[name] for name in reached], allow_unused=True
+        )
+        for name, gradient in zip(reached, gradients, strict=True):
+            found[name].matters = gradient is not None
+    return found
+
+
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    kind = type(model).__name__
+    if images.ndim != 4 or len(images) == 0:
+        raise UserError(
+            f"calibration images have shape {tuple(images.shape)}: wanted (N, channels, height, "
+            "width) with N > 0"
+        )
+    size = " x ".join(map(str, images.shape[1:]))
+    try:
+        logits = model(images)
+    except Exception as error:  # whatever the network's own code raises on what it cannot take
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"model {kind} cannot take images of {size}: {type(error).__name__}: {reason}"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        what = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"{type(logits)}"
+        raise UserError(
+            f"model {kind} must return one tensor of logits (N, classes) in evaluation mode; for "
+            f"images of {size} it returns {what}"
+        )
+    return logits
 
 
 def forward_order(model: nn.Module, images: Tensor) -> list[str]:
     """Names of the convolutions of `model` in the order in which a forward pass reaches them."""
-    order: list[str] = []
-    handles = [
-        module.register_forward_hook(lambda *_, name=name: order.append(name))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d)
-    ]
-    model(images[:2])
-    for handle in handles:
-        handle.remove()
-    repeated = sorted({name for name in order if order.count(name) > 1})
-    if repeated:
-        raise UserError(
-            f"layer {repeated[0]} is used {order.count(repeated[0])} times in a forward pass; "
-            "an SBF layer must be used once"
-        )
-    return order
+    return list(uses(model, images[:2]))
 
 
 def find_candidates(
-    model: nn.Module, images: Tensor, transform_size: int
+    model: nn.Module, images: Tensor, transform_size: int, keep: Sequence[str] = ()
 ) -> tuple[dict[str, str], list[str]]:
-    """Split the convolutions into those left dense, with the reason, and those to convert."""
+    """Split the convolutions into those left dense, with the reason, and those to convert.
+
+    `model` is in eval mode; the first two of `images` (N, C, H, W) go through it. Layers whose
+    names match a pattern of `keep` (`fnmatch`, e.g. "layer1.*") stay dense. Both results are in
+    forward order; layers that no forward pass reaches are in neither. Raises UserError as `uses`
+    does, and for a pattern that matches no convolution.
+    """
+    found = uses(model, images[:2])
+    kept = kept_dense(model, keep)
+    total = sum(use.macs for use in found.values())
     reasons: dict[str, str] = {}
     candidates: list[str] = []
-    for name in forward_order(model, images):
+    for name, use in found.items():
         conv = convolution(model, name)
-        filter_cost = conv.weight[0].numel()
-        size = size_for(conv, transform_size)
-        if type(conv) is not nn.Conv2d:
-            reasons[name] = f"{type(conv).__name__} is not a plain convolution"
-        elif conv.groups > 1:
-            reasons[name] = f"grouped convolution ({conv.groups} groups)"
-        elif conv.in_channels == images.shape[1]:
-            reasons[name] = "the stem: it reads the image itself"
-        elif filter_cost <= size**2:
-            reasons[name] = (
-                f"a filter costs {filter_cost} multiply-adds, rebuilding a channel at least "
-                f"{size**2}"
-            )
-        else:
+        reason = (
+            kept.get(name)
+            or _by_itself(conv)
+            or _by_its_use(use, tuple(images.shape[1:]))
+            or _by_its_cost(conv, use, total, transform_size)
+        )
+        if reason is None:
             candidates.append(name)
+        else:
+            reasons[name] = reason
     return reasons, candidates
+
+
+def kept_dense(model: nn.Module, keep: Sequence[str]) -> dict[str, str]:
+    """Map the convolutions that match a pattern of `keep` to the reason to leave them dense.
+
+    Raises UserError for a pattern that matches none, with the nearest name.
+    """
+    names = [n for n, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    kept: dict[str, str] = {}
+    for pattern in keep:
+        matches = fnmatch.filter(names, pattern)
+        if not matches:
+            inside = f"{pattern.rstrip('.')}."
+            nearest = next(
+                (f"{inside}*" for name in names if name.startswith(inside)),
+                difflib.get_close_matches(pattern, names, n=1, cutoff=0)[0],
+            )
+            raise UserError(
+                f"keep pattern {pattern!r} matches no convolution; did you mean {nearest!r}?"
+            )
+        for name in matches:
+            kept.setdefault(name, f"kept dense, as asked for by {pattern!r}")
+    return kept
+
+
+def is_plain(conv: nn.Conv2d) -> bool:
+    """Tell whether `conv` computes what nn.Conv2d does, if it is a subclass."""
+    kind = type(conv)
+    return (
+        kind.forward is nn.Conv2d.forward
+        and kind._conv_forward is nn.Conv2d._conv_forward
+        and "weight" in conv._parameters  # or it is computed from others, by a parametrisation
+    )
+
+
+def _by_itself(conv: nn.Conv2d) -> str | None:
+    if not is_plain(conv):
+        return f"{type(conv).__name__} is not a plain convolution"
+    if conv._forward_hooks or conv._forward_pre_hooks:
+        return "it has forward hooks (weight norm, pruning masks, your own), which would be lost"
+    if conv.groups == conv.in_channels > 1:
+        return "depthwise convolution: a filter costs no more than rebuilding a channel"
+    if conv.groups > 1:
+        return f"grouped convolution ({conv.groups} groups)"
+    if conv.out_channels == 1:
+        return "it has one channel: there is none to rebuild it from"
+    return None
+
+
+def _by_its_use(use: Use, image_shape: tuple[int, ...]) -> str | None:
+    if use.calls > 1:
+        return f"used {use.calls} times in a forward pass: no fit serves all its inputs"
+    if not use.matters:
+        return "no gradient leads from the network's output to it: its weight cannot be told"
+    # The channels alone would not do: squeeze-and-excitation may have as few.
+    if use.input_shape == image_shape:
+        return "the stem: it reads the image itself"
+    return None
+
+
+def _by_its_cost(conv: nn.Conv2d, use: Use, total: int, transform_size: int) -> str | None:
+    filter_cost = conv.weight[0].numel()
+    size = size_for(conv, transform_size)
+    if filter_cost <= size**2:
+        return (
+            f"a filter costs {filter_cost} multiply-adds, rebuilding a channel at least {size**2}"
+        )
+    if math.prod(use.output_shape[1:]) == 1 and use.macs < NEGLIGIBLE * total:
+        return (
+            "its map is 1 x 1 (squeeze-and-excitation or a head): less than "
+            f"{NEGLIGIBLE:.0%} of the multiply-adds, and an image is one position to fit to"
+        )
+    return None
 
 
 def convolution(model: nn.Module, name: str) -> nn.Conv2d:

@@ -5,9 +5,11 @@ import copy
 import torch
 from torch import nn
 
+from sbf_dist.compress.candidates import is_plain
 from sbf_dist.compress.plan import Plan, SBFLayer
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
+from sbf_dist.surgery import become
 
 
 def convert(model: nn.Module, plan: Plan) -> nn.Module:
@@ -36,10 +38,12 @@ def convert(model: nn.Module, plan: Plan) -> nn.Module:
 def replace(model: nn.Module, name: str, layer: SBFLayer) -> SBFConv2d:
     """Replace the convolution `name` of `model` in place, and return its SBF layer.
 
-    The SBF layer always has a bias: the means of what is rebuilt go there.
+    The SBF layer always has a bias: the means of what is rebuilt go there. A convolution that has
+    several names is replaced under all of them.
     """
     conv = model.get_submodule(name)
-    if type(conv) is not nn.Conv2d:
+    assert isinstance(conv, nn.Conv2d)
+    if not is_plain(conv):
         raise UserError(
             f"plan makes an SBF layer of {name}, a {type(conv).__name__}: it must stay dense"
         )
@@ -54,5 +58,6 @@ def replace(model: nn.Module, name: str, layer: SBFLayer) -> SBFConv2d:
         raise UserError(f"plan, layer {name}: {error}") from None
     if sbf.bias is None:
         sbf.bias = nn.Parameter(torch.zeros(conv.out_channels).to(conv.weight))
-    model.set_submodule(name, sbf, strict=True)
-    return sbf
+    become(conv, sbf)
+    assert isinstance(conv, SBFConv2d)
+    return conv

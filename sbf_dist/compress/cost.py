@@ -13,8 +13,8 @@ class Cost:
     """Cost of one forward pass of one image.
 
     `macs` counts the multiply-adds of convolutions, SBF layers and matrix products (batch norm,
-    activations and pooling are left out, as is usual); `layers` gives them by module name, each
-    including its children.
+    activations and pooling are left out, as is usual); `layers` gives them by module name (the
+    first, of a module that has several), each including its children.
     """
 
     macs: int
@@ -33,12 +33,13 @@ def count(model: nn.Module, input_shape: tuple[int, int, int]) -> Cost:
     with torch.no_grad(), counter:
         shadow(torch.empty(1, *input_shape, device="meta"))
     root = type(shadow).__name__
-    counts = counter.get_flop_counts()
-    layers = {
-        name.removeprefix(f"{root}."): sum(flops.values()) // 2
-        for name, flops in counts.items()
-        if name.startswith(f"{root}.")
-    }
+    first_name = {module: name for name, module in shadow.named_modules()}
+    layers: dict[str, int] = {}
+    for path, flops in counter.get_flop_counts().items():
+        if path.startswith(f"{root}."):
+            module = shadow.get_submodule(path.removeprefix(f"{root}."))
+            name = first_name[module]
+            layers[name] = layers.get(name, 0) + sum(flops.values()) // 2
     return Cost(
         macs=counter.get_total_flops() // 2,
         params=sum(parameter.numel() for parameter in model.parameters()),

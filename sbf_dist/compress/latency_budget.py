@@ -11,6 +11,7 @@ from sbf_dist.compress.budget import Budget, Option, allocate
 from sbf_dist.compress.latency import Form, build_form, latencies
 from sbf_dist.compress.latency_table import LatencyTable
 from sbf_dist.compress.statistics import run_until
+from sbf_dist.surgery import become
 
 ROUNDS = 4  # of choosing and measuring
 TOLERANCE = 0.02  # of the budget: about what a measurement of a whole network repeats to
@@ -135,5 +136,5 @@ def _build(dense: nn.Module, chosen: dict[str, Option], sizes: dict[str, int]) -
         conv = network.get_submodule(name)
         assert isinstance(conv, nn.Conv2d)
         form = Form(option.kept, option.sources, sizes[name])
-        network.set_submodule(name, build_form(conv, form), strict=True)
+        become(conv, build_form(conv, form))
     return network

@@ -10,6 +10,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.ops import expand
+from sbf_dist.surgery import become
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
             left[name] = reason
             continue
         _fold_pair(folded, str(node.all_input_nodes[0].target), norm)
-        folded.set_submodule(name, _what_remains(norm), strict=True)
+        become(norm, _what_remains(norm))
         del left[name]
     for reason in dict.fromkeys(left.values()):
         names = [name for name, its_reason in left.items() if its_reason == reason]
@@ -169,10 +170,10 @@ def _what_remains(norm: Norm) -> nn.Module:
 def _fold_pair(model: nn.Module, name: str, norm: Norm) -> None:
     conv = model.get_submodule(name)
     if isinstance(conv, SBFConv2d):
-        model.set_submodule(name, fold_into_sbf(conv, norm), strict=True)
+        become(conv, fold_into_sbf(conv, norm))
     else:
         assert isinstance(conv, nn.Conv2d)
-        model.set_submodule(name, fuse_conv_bn_eval(conv, norm), strict=True)
+        become(conv, fuse_conv_bn_eval(conv, norm))
 
 
 def fold_into_sbf(layer: SBFConv2d, norm: Norm) -> SBFConv2d | UnscaledSBFConv2d:

@@ -13,6 +13,7 @@ from sbf_dist.export.fold import LayerTracer, UnscaledSBFConv2d, fold_batchnorm
 from sbf_dist.export.fused import FusedConv2d, FusedSBFConv2d, numeric_padding
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.ops import Activation
+from sbf_dist.surgery import become
 
 logger = logging.getLogger(__name__)
 
@@ -66,11 +67,10 @@ def optimize(model: nn.Module) -> nn.Module:
             type(error).__name__,
             error,
         )
-        layers = {name: module for name, module in folded.named_modules() if _is_fusible(module)}
-        for name, module in layers.items():
-            inside_sbf = isinstance(layers.get(name.rpartition(".")[0]), SBF)
-            if name and not inside_sbf:
-                folded.set_submodule(name, _fused(module, "none"), strict=True)
+        bases = [module.basis for module in folded.modules() if isinstance(module, SBF)]
+        for module in list(folded.modules()):
+            if _is_fusible(module) and module not in bases:
+                become(module, _fused(module, "none"))
         return folded
     _drop_identities(graph, folded)
     _fuse_all(graph, folded)
@@ -101,7 +101,7 @@ def _fuse_all(graph: fx.Graph, model: nn.Module) -> None:
         if calls[node.target] > 1 or node.kwargs:
             continue
         epilogue = _epilogue(node, model)
-        model.set_submodule(name, _fused(module, epilogue.activation), strict=True)
+        become(module, _fused(module, epilogue.activation))
         if not epilogue.nodes:
             continue
         # The residual may be computed after the convolution: the call moves to where it is added.

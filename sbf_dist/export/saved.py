@@ -134,7 +134,7 @@ def load_student(folder: Path) -> nn.Module:
         raise UserError(f"file {path} is damaged: its SHA-256 is not the one in {CARD}")
     model = convert(models.build(plan.model, plan.classes), plan)
     try:
-        model.load_state_dict(load_file(path), strict=True)
+        models.load_state(model, load_file(path))
     except (SafetensorError, RuntimeError) as error:
         raise UserError(f"file {path} does not fit {PLAN}: {_first_line(error)}") from error
     return model.eval()

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from sbf_dist.export.fold import LayerTracer, UnscaledSBFConv2d
 from sbf_dist.layers import SBFConv2d
+from sbf_dist.surgery import become
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ def with_standard_operators(model: nn.Module) -> nn.Module:
             form = ConcatExpand(layer, in_order=True)
         else:
             form = DepthwiseExpand(layer)
-        portable.set_submodule(name, form, strict=True)
+        become(layer, form)
     return portable
 
 

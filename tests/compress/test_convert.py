@@ -126,6 +126,9 @@ def test_a_plan_that_does_not_fit_the_groups_is_refused_in_one_line():
 class Standardised(nn.Conv2d):
     """As timm's StdConv2d: not what its weights alone say."""
 
+    def forward(self, x):
+        return self._conv_forward(x, self.weight / self.weight.std(), self.bias)
+
 
 def test_a_special_convolution_stays_dense_and_a_plan_may_not_replace_it():
     model = nn.Sequential(Standardised(3, 4, 3))
