@@ -32,11 +32,13 @@ class Use:
 
 
 def uses(model: nn.Module, images: Tensor) -> dict[str, Use]:
-    """Observe the convolutions of `model` in a forward and a backward pass over `images`.
+    """Observe the convolutions of `model` in a forward and a backward pass.
 
-    `images` (N, C, H, W); names in the order in which the forward pass reaches them. Raises
-    UserError if the network has no convolution, cannot take the images, or gives no logits.
+    The first two of `images` (N, C, H, W) are used; names in the order in which the forward pass
+    reaches them. Raises UserError if the network has no convolution, cannot take the images, or
+    gives no logits.
     """
+    _check_images(images)
     names = {n: module for n, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     if not names:
         raise UserError(f"model {type(model).__name__} has no convolution (nn.Conv2d)")
@@ -57,7 +59,7 @@ def uses(model: nn.Module, images: Tensor) -> dict[str, Use]:
     handles = [module.register_forward_hook(observe(name)) for name, module in names.items()]
     try:
         with torch.enable_grad():
-            logits = _logits(model, images.detach().requires_grad_())
+            logits = _logits(model, images[:2].detach().requires_grad_())
     finally:
         for handle in handles:
             handle.remove()
@@ -65,20 +67,28 @@ def uses(model: nn.Module, images: Tensor) -> dict[str, Use]:
     reached = [name for name in found if outputs[name].requires_grad]
     if reached and logits.requires_grad:
         gradients = torch.autograd.grad(
-            logits.sum(), [outputs[name] for name in reached], allow_unused=True
+            logits,
+            [outputs[name] for name in reached],
+            grad_outputs=torch.ones_like(logits),
+            allow_unused=True,
         )
         for name, gradient in zip(reached, gradients, strict=True):
             found[name].matters = gradient is not None
     return found
 
 
-def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    kind = type(model).__name__
+def _check_images(images: Tensor) -> None:
     if images.ndim != 4 or len(images) == 0:
         raise UserError(
             f"calibration images have shape {tuple(images.shape)}: wanted (N, channels, height, "
             "width) with N > 0"
         )
+    if not images.is_floating_point():
+        raise UserError(f"calibration images are {images.dtype}: wanted floats, normalised")
+
+
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    kind = type(model).__name__
     size = " x ".join(map(str, images.shape[1:]))
     try:
         logits = model(images)
@@ -98,7 +108,7 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
 
 def forward_order(model: nn.Module, images: Tensor) -> list[str]:
     """Names of the convolutions of `model` in the order in which a forward pass reaches them."""
-    return list(uses(model, images[:2]))
+    return list(uses(model, images))
 
 
 def find_candidates(
@@ -106,12 +116,12 @@ def find_candidates(
 ) -> tuple[dict[str, str], list[str]]:
     """Split the convolutions into those left dense, with the reason, and those to convert.
 
-    `model` is in eval mode; the first two of `images` (N, C, H, W) go through it. Layers whose
-    names match a pattern of `keep` (`fnmatch`, e.g. "layer1.*") stay dense. Both results are in
-    forward order; layers that no forward pass reaches are in neither. Raises UserError as `uses`
-    does, and for a pattern that matches no convolution.
+    `model` is in eval mode; `images` (N, C, H, W) as for `uses`. Layers whose names match a pattern
+    of `keep` (`fnmatch`, e.g. "layer1.*") stay dense. Both results are in forward order; layers
+    that no forward pass reaches are in neither. Raises UserError as `uses` does, and for a pattern
+    that matches no convolution.
     """
-    found = uses(model, images[:2])
+    found = uses(model, images)
     kept = kept_dense(model, keep)
     total = sum(use.macs for use in found.values())
     reasons: dict[str, str] = {}
@@ -165,10 +175,10 @@ def is_plain(conv: nn.Conv2d) -> bool:
 
 
 def _by_itself(conv: nn.Conv2d) -> str | None:
-    if not is_plain(conv):
-        return f"{type(conv).__name__} is not a plain convolution"
     if conv._forward_hooks or conv._forward_pre_hooks:
         return "it has forward hooks (weight norm, pruning masks, your own), which would be lost"
+    if not is_plain(conv):
+        return f"{type(conv).__name__} is not a plain convolution"
     if conv.groups == conv.in_channels > 1:
         return "depthwise convolution: a filter costs no more than rebuilding a channel"
     if conv.groups > 1:

@@ -60,9 +60,9 @@ def compress(
     """
     _check_finite(model, model_name)
     dense = copy.deepcopy(model).eval()
+    reasons, candidates = find_candidates(dense, images, transform_size)
     input_shape = (images.shape[1], images.shape[2], images.shape[3])
     cost = count(dense, input_shape)
-    reasons, candidates = find_candidates(dense, images, transform_size)
     if not candidates:
         raise UserError(f"model {model_name!r} has no convolution that an SBF layer could replace")
 
