@@ -223,8 +223,8 @@ def markdown(report: dict) -> str:
         "size in the third column: this page tells what can be converted, not what accuracy is",
         "left. The budget holds at that size; multiply-adds (M) are those at the network's own.",
         "A loaded student gives the very logits that were saved; those of the optimized network",
-        f"differ by at most {fused:.0e} of the largest logit, those of the ONNX file (ONNX Runtime)",
-        f"by at most {worst:.0e}. All of it took {seconds / 60:.0f} minutes with "
+        f"differ by at most {fused:.0e} of the largest logit, those of the ONNX file in",
+        f"ONNX Runtime by at most {worst:.0e}. All of it took {seconds / 60:.0f} minutes with "
         f"{report['threads']} threads of a busy machine.",
         "",
         "| network | size | planned at | MACs | after | convolutions | SBF | ONNX differs by |",
