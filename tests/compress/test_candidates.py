@@ -6,7 +6,10 @@ from small_networks import pictures, small
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+from sbf_dist.compress.budget import Budget
 from sbf_dist.compress.candidates import find_candidates, forward_order
+from sbf_dist.compress.convert import convert
+from sbf_dist.compress.reconstruct import compress
 from sbf_dist.errors import UserError
 
 
@@ -237,3 +240,30 @@ def test_a_network_that_gives_no_logits_is_refused(kind):
 
     with pytest.raises(UserError, match="must return one tensor of logits"):
         find_candidates(Several(plain()).eval(), pictures(2), 3)
+
+
+@pytest.mark.parametrize(
+    ("model", "images", "message"),
+    [
+        (nn.Sequential(nn.Flatten(), nn.Linear(300, 5)), pictures(2), "has no convolution"),
+        (small(), torch.zeros(2, 4, 10, 10), "cannot take images of 4 x 10 x 10: RuntimeError"),
+        (small(), torch.zeros(0, 3, 10, 10), "wanted (N, channels, height, width) with N > 0"),
+        (Chain(plain(groups=4)), pictures(2), "no convolution that an SBF layer could replace"),
+    ],
+)
+def test_compress_tells_in_one_line_what_it_cannot_do(model, images, message):
+    with pytest.raises(UserError) as told:
+        compress(model, images, model_name="mine", classes=5, budget=Budget(macs=0.5))
+    assert message in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+def test_a_plan_of_another_network_is_refused_and_the_layer_is_named():
+    plan = compress(
+        small(), pictures(8), model_name="small", classes=5, budget=Budget(macs=0.7), sources=1
+    )[1]
+    assert plan.layers["conv1"].kind == plan.layers["conv2"].kind == "sbf"
+    with pytest.raises(UserError, match=r"gives layer conv1 16 channels, this network 12: .*other"):
+        convert(small(width=6), plan)
+    with pytest.raises(UserError, match=r"does not know layer parts.0: it was made for 'small'"):
+        convert(Chain(plain()), plan)
