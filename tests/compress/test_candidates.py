@@ -164,6 +164,24 @@ def test_a_layer_on_which_the_output_does_not_depend_stays_dense():
     assert "training_only" not in reasons
 
 
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x, conv: x.to(conv.weight.dtype),
+        lambda x, conv: nn.functional.conv_transpose2d(x, conv.weight),
+        lambda x, conv: x + conv.weight.mean(),
+    ],
+)
+def test_a_layer_whose_weight_is_read_elsewhere_stays_dense(read):
+    class Reads(Chain):
+        def forward(self, x):
+            return super().forward(x) + read(self.stem(x), self.parts[0]).mean()
+
+    reasons, candidates = find_candidates(Reads(plain(), plain()).eval(), pictures(2), 3)
+    assert reasons["parts.0"].startswith("its weight is read elsewhere in the network")
+    assert candidates == ["parts.1"]
+
+
 def test_neither_gradients_nor_hooks_remain():
     model = small()
     with torch.no_grad():
