@@ -79,9 +79,9 @@ def compress(
     dense = copy.deepcopy(model).eval()
     calibration = Calibration.of(images, device=device_of(model))
     input_shape, few = calibration.shape, calibration.first(2)
-    cost = count(dense, input_shape)
     # The least that rebuilding a channel takes is one tap.
     reasons, candidates = find_candidates(dense, few, 1, keep)
+    cost = count(dense, input_shape)
     if not candidates:
         raise UserError(f"model {model_name!r} has no convolution that an SBF layer could replace")
 
@@ -185,13 +185,13 @@ def fit_layers(
     """Convert the convolutions of `student` that are `chosen`, in place, each as its option says.
 
     `order` are all of its convolutions in forward order, `macs` the multiply-adds of those that
-    are converted; with `refit`, those that are not are mended as well (`SequentialFit`).
+    are converted; with `refit`, others that had options are mended (`SequentialFit`).
     """
     few = images.first(2)
     sizes = {
         name: chosen[name].size if name in chosen else 1
         for name in order
-        if name in chosen or (refit and is_mended(student, name, few))
+        if name in chosen or (refit and name in found.rows and is_mended(student, name, few))
     }
     fit = SequentialFit(student, reference, sizes, images, refit=refit)
     made: dict[str, SBFLayer] = {}
