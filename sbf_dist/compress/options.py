@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sbf_dist.compress.budget import Option
+from sbf_dist.compress.calibration import Calibration
 from sbf_dist.compress.candidates import convolution, filter_macs, size_for
 from sbf_dist.compress.cost import Cost
 from sbf_dist.compress.fitting import fit_transforms, install, rank_channels
-from sbf_dist.compress.statistics import BATCH, gather_moments, run_until
+from sbf_dist.compress.statistics import gather_moments, run_until
 
 PROBES = 128  # images on which the effect of an option is measured
 
@@ -19,7 +20,7 @@ PROBES = 128  # images on which the effect of an option is measured
 def layer_options(
     dense: nn.Module,
     name: str,
-    images: Tensor,
+    images: Calibration,
     cost: Cost,
     sensitivity: Tensor,
     sources: int,
@@ -37,7 +38,7 @@ def layer_options(
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
         bias = 0.0 if conv.bias is None else conv.bias[:, None, None]
-        for batch in images.split(BATCH):
+        for batch in images.parts(images.part):
             outputs = run_until(dense, name, batch, output=True)
             yield outputs - bias, outputs
 
@@ -58,7 +59,7 @@ def layer_options(
     dense_option = Option(kept=channels, sources=0, cost=cost.layers[name], loss=0.0)
     if not estimated:
         return [dense_option]
-    probe = images[:PROBES]
+    probe = images.first(PROBES)
     expected = dense(probe).log_softmax(1)
     scales = []
     for share in (0.25, 0.5, 0.75):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sbf_dist.compress.budget import Budget, Option, allocate
+from sbf_dist.compress.calibration import BATCH, Calibration, device_of
 from sbf_dist.compress.candidates import convolution, find_candidates, forward_order, size_for
 from sbf_dist.compress.cost import Cost, count
 from sbf_dist.compress.fitting import install, rank_channels
@@ -19,8 +20,8 @@ from sbf_dist.compress.latency_budget import TimedChoice, allocate_time
 from sbf_dist.compress.latency_table import LatencyTable, environment
 from sbf_dist.compress.options import layer_options
 from sbf_dist.compress.plan import DenseLayer, Latency, Layer, Plan, SBFLayer
+from sbf_dist.compress.reference import Reference
 from sbf_dist.compress.statistics import (
-    BATCH,
     gather_moments,
     measure_batch_norm,
     output_sensitivity,
@@ -34,7 +35,7 @@ Progress = Callable[[str, int, int], None]
 @torch.no_grad()
 def compress(
     model: nn.Module,
-    images: Tensor,
+    images: Tensor | Calibration,
     *,
     model_name: str,
     classes: int,
@@ -46,10 +47,13 @@ def compress(
     progress: Progress | None = None,
     table: LatencyTable | None = None,
     for_inference: Callable[[nn.Module], nn.Module] | None = None,
+    reference: Reference | None = None,
 ) -> tuple[nn.Module, Plan]:
     """Convert `model` to a fitted SBF network within `budget`.
 
-    `images` (N, C, H, W) are normalised calibration images; labels are not needed. `sources` is
+    `images` (N, C, H, W), or a Calibration of them, are normalised; labels are not needed. Layers
+    are fitted to the outputs of `reference`, the network that `model` was narrowed from (`model`
+    itself, if that is None). `sources` is
     the largest S, `transform_size` m (1 in layers of more than LARGEST_GRAM / m² channels, whose
     Gram matrices would be too large), `floor` the least share of a layer's channels that is kept,
     `progress` is told (what, done, of). With a budget of time, layers and networks are measured on
@@ -60,21 +64,24 @@ def compress(
     """
     _check_finite(model, model_name)
     dense = copy.deepcopy(model).eval()
-    input_shape = (images.shape[1], images.shape[2], images.shape[3])
+    calibration = Calibration.of(images, device=device_of(model))
+    reference = reference or Reference(dense)
+    input_shape = calibration.shape
     cost = count(dense, input_shape)
-    reasons, candidates = find_candidates(dense, images, transform_size)
+    few = calibration.first(2)
+    reasons, candidates = find_candidates(dense, few, transform_size)
     if not candidates:
         raise UserError(f"model {model_name!r} has no convolution that an SBF layer could replace")
 
     def batches() -> Iterator[Tensor]:
-        return iter(images.split(BATCH))
+        return calibration.parts(calibration.part)
 
     sensitivity = output_sensitivity(dense, candidates, batches, seed)
     options: dict[str, list[Option]] = {}
     for index, name in enumerate(candidates, 1):
         _tell(progress, "measure layers", index, len(candidates))
         options[name] = layer_options(
-            dense, name, images, cost, sensitivity[name], sources, transform_size, floor
+            dense, name, calibration, cost, sensitivity[name], sources, transform_size, floor
         )
     table = table or LatencyTable()
     for_inference = for_inference or _as_it_is
@@ -87,7 +94,7 @@ def compress(
             dense,
             options,
             {name: size_for(convolution(dense, name), transform_size) for name in candidates},
-            images[:1],
+            few[:1],
             budget,
             table,
             for_inference,
@@ -97,7 +104,7 @@ def compress(
 
     student = copy.deepcopy(dense)
     layers: dict[str, Layer] = {}
-    order = forward_order(dense, images)
+    order = forward_order(dense, few)
     for index, name in enumerate(order, 1):
         _tell(progress, "fit layers", index, len(order))
         if name in reasons:
@@ -111,8 +118,9 @@ def compress(
                 convertible=True,
             )
         else:
+            size = size_for(convolution(dense, name), transform_size)
             layers[name] = _fit_layer(
-                dense, student, name, images, chosen[name], sensitivity[name], transform_size, cost
+                reference, student, name, calibration, chosen[name], sensitivity[name], size, cost
             )
         if timed is not None and name in chosen:
             layers[name] = _with_time(name, layers[name], timed)
@@ -122,7 +130,7 @@ def compress(
                 reason="no forward pass in evaluation mode reaches it", macs=0, convertible=False
             )
     # The rebuilt channels vary less than the dense ones (least squares shrinks): measured again.
-    measure_batch_norm(student, images, BATCH)
+    measure_batch_norm(student, calibration, BATCH)
     after = count(student, input_shape)
     latency = None
     if timed is not None:
@@ -181,25 +189,26 @@ def _check_finite(model: nn.Module, name: str) -> None:
 
 
 def _fit_layer(
-    dense: nn.Module,
+    reference: Reference,
     student: nn.Module,
     name: str,
-    images: Tensor,
+    images: Calibration,
     option: Option,
     sensitivity: Tensor,
-    transform_size: int,
+    size: int,
     cost: Cost,
 ) -> SBFLayer:
     """Convert one layer of `student` in place, fitted on the inputs that `student` gives it."""
-    conv = convolution(dense, name)
+    conv = convolution(student, name)
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in images.split(BATCH):
+        for batch in images.parts(images.part):
             inputs = run_until(student, name, batch, output=False)
             # The basis of an SBF layer has no bias, so the candidates have none either.
             candidates = conv._conv_forward(inputs, conv.weight, None)
-            yield candidates, run_until(dense, name, batch, output=True)
+            wanted = run_until(reference.module, name, batch, output=True)
+            yield candidates, reference.select(name, wanted)
 
-    moments = gather_moments(pairs(), size_for(conv, transform_size))
+    moments = gather_moments(pairs(), size)
     kept = sorted(rank_channels(moments, sensitivity)[: option.kept])
     return install(student, name, moments, kept, option.sources, cost.layers[name])

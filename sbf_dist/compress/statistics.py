@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-BATCH = 64  # calibration images at a time; bounds the memory
+from sbf_dist.compress.calibration import Calibration
+
 POSITIONS = 512  # per image
 
 
@@ -170,20 +171,26 @@ def output_sensitivity(
 
 
 @torch.no_grad()
-def measure_batch_norm(model: nn.Module, images: Tensor, batch: int) -> None:
+def measure_batch_norm(model: nn.Module, images: Tensor | Calibration, batch: int) -> None:
     """Measure the running statistics of all batch norms anew, and leave `model` in eval mode.
 
     Only batch norms run in training mode, so that dropout does not disturb what is measured;
-    `images` (N, C, H, W) go through in equal parts of at most `batch`, so that all count alike.
+    `images` (N, C, H, W) go through in parts of at most `batch`, which count by their size.
     """
     model.eval()
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # the plain mean over the parts
         norm.train()
-    for part in images.tensor_split(math.ceil(len(images) / batch)):
+    calibration = Calibration.of(images)
+    seen = 0
+    for part in calibration.parts(
+        math.ceil(calibration.count / math.ceil(calibration.count / batch))
+    ):
+        seen += len(part)
+        for norm in norms:
+            norm.momentum = len(part) / seen  # the mean of all so far
         model(part)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
