@@ -14,20 +14,22 @@ from sbf_dist.compress.budget import Budget, Option, allocate
 from sbf_dist.compress.calibration import BATCH, Calibration, device_of
 from sbf_dist.compress.candidates import convolution, find_candidates, forward_order, size_for
 from sbf_dist.compress.cost import Cost, count
+from sbf_dist.compress.divergence import divergences
 from sbf_dist.compress.fitting import install, rank_channels
 from sbf_dist.compress.latency import latencies
 from sbf_dist.compress.latency_budget import TimedChoice, allocate_time
 from sbf_dist.compress.latency_table import LatencyTable, environment
-from sbf_dist.compress.options import layer_options
+from sbf_dist.compress.layerwise import Targets, draws, gather_layers, student_moments
+from sbf_dist.compress.options import PROBES, Estimated, estimate_options
 from sbf_dist.compress.plan import DenseLayer, Latency, Layer, Plan, SBFLayer
 from sbf_dist.compress.reference import Reference
 from sbf_dist.compress.statistics import (
-    gather_moments,
     measure_batch_norm,
     output_sensitivity,
-    run_until,
 )
 from sbf_dist.errors import UserError
+
+FISHER = 256  # images on which sensitivities are measured
 
 Progress = Callable[[str, int, int], None]
 
@@ -74,15 +76,27 @@ def compress(
         raise UserError(f"model {model_name!r} has no convolution that an SBF layer could replace")
 
     def batches() -> Iterator[Tensor]:
-        return calibration.parts(calibration.part)
+        return calibration.parts(calibration.part // 2 or 1, FISHER)
 
     sensitivity = output_sensitivity(dense, candidates, batches, seed)
-    options: dict[str, list[Option]] = {}
-    for index, name in enumerate(candidates, 1):
+    sizes = {name: size_for(convolution(dense, name), transform_size) for name in candidates}
+    estimated: dict[str, Estimated] = {}
+    for index, (name, moments) in enumerate(gather_layers(dense, sizes, calibration), 1):
         _tell(progress, "measure layers", index, len(candidates))
-        options[name] = layer_options(
-            dense, name, calibration, cost, sensitivity[name], sources, transform_size, floor
+        estimated[name] = estimate_options(
+            dense, name, moments, cost.layers[name], sensitivity[name], sources, floor
         )
+    trials = {name: row.trials for name, row in estimated.items() if row.trials}
+    measured = divergences(
+        dense, trials, calibration.parts(calibration.part // 2 or 1, PROBES), seed=seed
+    )
+    options = {
+        name: [
+            Option(convolution(dense, name).out_channels, 0, cost.layers[name], 0.0),
+            *row.scaled(measured.get(name, [])),
+        ]
+        for name, row in estimated.items()
+    }
     table = table or LatencyTable()
     for_inference = for_inference or _as_it_is
     timed: TimedChoice | None = None
@@ -93,7 +107,7 @@ def compress(
         timed = allocate_time(
             dense,
             options,
-            {name: size_for(convolution(dense, name), transform_size) for name in candidates},
+            sizes,
             few[:1],
             budget,
             table,
@@ -103,6 +117,9 @@ def compress(
         chosen = timed.options
 
     student = copy.deepcopy(dense)
+    converted = {name: sizes[name] for name, option in chosen.items() if option.sources}
+    drawn = draws(dense, converted, calibration) if converted else {}
+    targets = Targets(reference, drawn, calibration)
     layers: dict[str, Layer] = {}
     order = forward_order(dense, few)
     for index, name in enumerate(order, 1):
@@ -118,10 +135,12 @@ def compress(
                 convertible=True,
             )
         else:
-            size = size_for(convolution(dense, name), transform_size)
-            layers[name] = _fit_layer(
-                reference, student, name, calibration, chosen[name], sensitivity[name], size, cost
+            moments = student_moments(
+                student, name, sizes[name], calibration, drawn[name], targets.pop(name)
             )
+            option = chosen[name]
+            kept = sorted(rank_channels(moments, sensitivity[name])[: option.kept])
+            layers[name] = install(student, name, moments, kept, option.sources, cost.layers[name])
         if timed is not None and name in chosen:
             layers[name] = _with_time(name, layers[name], timed)
     for name, module in dense.named_modules():
@@ -186,29 +205,3 @@ def _check_finite(model: nn.Module, name: str) -> None:
             raise UserError(
                 f"model {name!r} has {what} in layer {layer} ({kind}): its weights must be numbers"
             )
-
-
-def _fit_layer(
-    reference: Reference,
-    student: nn.Module,
-    name: str,
-    images: Calibration,
-    option: Option,
-    sensitivity: Tensor,
-    size: int,
-    cost: Cost,
-) -> SBFLayer:
-    """Convert one layer of `student` in place, fitted on the inputs that `student` gives it."""
-    conv = convolution(student, name)
-
-    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in images.parts(images.part):
-            inputs = run_until(student, name, batch, output=False)
-            # The basis of an SBF layer has no bias, so the candidates have none either.
-            candidates = conv._conv_forward(inputs, conv.weight, None)
-            wanted = run_until(reference.module, name, batch, output=True)
-            yield candidates, reference.select(name, wanted)
-
-    moments = gather_moments(pairs(), size)
-    kept = sorted(rank_channels(moments, sensitivity)[: option.kept])
-    return install(student, name, moments, kept, option.sources, cost.layers[name])

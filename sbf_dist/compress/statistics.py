@@ -4,7 +4,7 @@ Nothing here grows with the number of images: each batch is reduced to Gram matr
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sbf_dist.compress.calibration import Calibration
 
-POSITIONS = 512  # per image
+BLOCK = 1024  # rows of a Gram matrix at a time
 
 
 class _Reached(Exception):  # noqa: N818  (it is control flow, not an error)
@@ -40,15 +40,27 @@ def run_until(model: nn.Module, name: str, images: Tensor, *, output: bool) -> T
     return found[0]
 
 
-def shifted(features: Tensor, size: int) -> Tensor:
-    """Lay out the size x size zero-padded neighbourhoods of (N, C, H, W) as (C·size², N·H·W).
+def neighbourhoods(features: Tensor, size: int, positions: Tensor | None = None) -> Tensor:
+    """Lay out size x size zero-padded neighbourhoods of (N, C, H, W) as rows (n, C·size²).
 
-    The result is never a view of `features`.
+    `positions` (N, k) are numbers in H·W, of each image its own; None takes all. Rows are in order
+    of images and positions. The result is never a view of `features`.
     """
-    if size == 1:
-        return features.transpose(0, 1).flatten(1).clone(memory_format=torch.contiguous_format)
-    columns = F.unfold(features, size, padding=(size - 1) // 2)
-    return columns.transpose(0, 1).reshape(columns.shape[1], -1)
+    count, channels, height, width = features.shape
+    border = size // 2
+    padded = F.pad(features, [border] * 4).permute(0, 2, 3, 1)
+    flat = padded.reshape(-1, channels)
+    if positions is None:
+        positions = torch.arange(height * width).expand(count, -1)
+    positions = positions.to(features.device)
+    padded_width = width + 2 * border
+    first = positions // width * padded_width + positions % width
+    image = torch.arange(count, device=features.device)[:, None]
+    first = (first + image * (height + 2 * border) * padded_width).ravel()
+    rows = flat.new_empty(len(first), channels, size**2)
+    for tap in range(size**2):
+        rows[:, :, tap] = flat.index_select(0, first + tap // size * padded_width + tap % size)
+    return rows.flatten(1)
 
 
 @dataclass
@@ -82,53 +94,73 @@ class Moments:
         )
 
 
-def gather_moments(batches: Iterator[tuple[Tensor, Tensor]], size: int) -> Moments:
-    """Reduce batches of (candidates z, targets y), both (N, C, H, W), to their moments.
+class MomentSums:
+    """Sums over rows of candidates and targets, from which their Moments follow.
 
-    Of each batch no more than POSITIONS positions per image are used, drawn at random: the
-    neighbours in a large feature map tell little more than the work that they cost.
+    Holds one (C·m², C·m²) matrix of doubles, however many rows there are; `add` needs little more.
     """
-    generator = torch.Generator().manual_seed(0)
-    count = 0
-    centre = size**2 // 2
-    sums: list[Tensor] = []
-    for z, y in batches:
-        columns, targets = shifted(z, size), shifted(y, 1)
-        enough = len(z) * POSITIONS
-        if targets.shape[1] > enough:
-            drawn = torch.randperm(targets.shape[1], generator=generator)[:enough]
-            columns, targets = columns[:, drawn], targets[:, drawn]
-        if not sums:
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.count = 0
+        self._sums: list[Tensor] = []
+
+    def add(self, columns: Tensor, targets: Tensor) -> None:
+        """Add rows of candidates (n, C·m²), which are overwritten, and of targets (n, C).
+
+        Both are as `neighbourhoods` lays them out, targets without shifts.
+        """
+        width, centre = columns.shape[1], self.size**2 // 2
+        if not self._sums:
             # Covariances do not depend on the origin. One near the means keeps the difference of
             # two large numbers, and so the images' precision, out of them.
-            z_origin, y_origin = columns.mean(1, keepdim=True), targets.mean(1, keepdim=True)
-        columns -= z_origin
-        targets -= y_origin
-        difference = targets - columns[centre :: size**2]
-        count += targets.shape[1]
-        # Products run in the images' precision, sums over batches in double.
-        terms = [
-            columns @ columns.T,
-            columns @ targets.T,
-            targets.square().sum(1),
-            columns.sum(1),
-            targets.sum(1),
-            difference.square().sum(1),
+            self._z_origin, self._y_origin = columns.mean(0), targets.mean(0)
+            shapes = [(width, width), (width, targets.shape[1])] + 4 * [()]
+            self._sums = [columns.new_zeros(shape, dtype=torch.double) for shape in shapes]
+        columns -= self._z_origin
+        targets = targets - self._y_origin
+        difference = targets - columns[:, centre :: self.size**2]
+        self.count += len(columns)
+        zz, zy, yy, z_sum, y_sum, drift = self._sums
+        # Products run in the images' precision, sums over batches in double. The matrix is
+        # symmetric: block by block, only what is right of the diagonal.
+        for start in range(0, width, BLOCK):
+            block = columns[:, start : start + BLOCK].T
+            zz[start : start + BLOCK, start:] += block @ columns[:, start:]
+            zy[start : start + BLOCK] += block @ targets
+        self._sums[2:] = [
+            yy + targets.square().sum(0),
+            z_sum + columns.sum(0),
+            y_sum + targets.sum(0),
+            drift + difference.square().sum(0),
         ]
-        doubles = [term.double() for term in terms]
-        sums = [a + b for a, b in zip(sums, doubles, strict=True)] if sums else doubles
-    # Small from here on, and full of small solves: the CPU's work.
-    zz, zy, yy, z_mean, y_mean, drift = (term.cpu() / count for term in sums)
-    shift = y_mean - z_mean[centre :: size**2]
-    return Moments(
-        zz=zz - torch.outer(z_mean, z_mean),
-        zy=zy - torch.outer(z_mean, y_mean),
-        yy=(yy - y_mean.square()).clamp(min=0),
-        z_mean=z_mean + z_origin[:, 0].double().cpu(),
-        y_mean=y_mean + y_origin[:, 0].double().cpu(),
-        drift=(drift - shift.square()).clamp(min=0),
-        size=size,
-    )
+
+    def moments(self) -> Moments:
+        """Return the moments of all rows, and forget the sums."""
+        # Small from here on, and full of small solves: the CPU's work.
+        zz, zy, yy, z_mean, y_mean, drift = (term.cpu().div_(self.count) for term in self._sums)
+        self._sums = []
+        for start in range(0, len(zz), BLOCK):
+            end = start + BLOCK
+            zz[end:, start:end] = zz[start:end, end:].T
+        shift = y_mean - z_mean[self.size**2 // 2 :: self.size**2]
+        return Moments(
+            zz=zz.addr_(z_mean, z_mean, alpha=-1),
+            zy=zy.addr_(z_mean, y_mean, alpha=-1),
+            yy=(yy - y_mean.square()).clamp(min=0),
+            z_mean=z_mean + self._z_origin.double().cpu(),
+            y_mean=y_mean + self._y_origin.double().cpu(),
+            drift=(drift - shift.square()).clamp(min=0),
+            size=self.size,
+        )
+
+
+def gather_moments(batches: Iterable[tuple[Tensor, Tensor]], size: int) -> Moments:
+    """Reduce batches of (candidates z, targets y), both (N, C, H, W), to their moments."""
+    sums = MomentSums(size)
+    for z, y in batches:
+        sums.add(neighbourhoods(z, size), neighbourhoods(y, 1))
+    return sums.moments()
 
 
 def output_sensitivity(
@@ -142,11 +174,14 @@ def output_sensitivity(
     """
     generator = torch.Generator().manual_seed(seed)
     totals: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., Tensor]:
+        def backward(gradient: Tensor) -> None:
+            total = gradient.double().square().sum((0, 2, 3))
+            totals[name] = totals[name] + total if name in totals else total
+
         def hook(_: nn.Module, __: tuple[Tensor, ...], result: Tensor) -> Tensor:
-            outputs[name] = result
+            result.register_hook(backward)
             return result.clone()  # which an activation may overwrite in place
 
         return hook
@@ -154,20 +189,18 @@ def output_sensitivity(
     handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
     count = 0
     try:
-        for images in batches():
+        for batch in batches():
             with torch.enable_grad():
-                logits = model(images.detach().requires_grad_())
+                images = batch.detach().requires_grad_()
+                logits = model(images)
                 drawn = torch.multinomial(logits.softmax(1).cpu(), 1, generator=generator)
                 loss = F.cross_entropy(logits, drawn[:, 0].to(logits.device), reduction="sum")
-                gradients = torch.autograd.grad(loss, [outputs[name] for name in names])
+                torch.autograd.grad(loss, images)
             count += len(images)
-            for name, gradient in zip(names, gradients, strict=True):
-                total = gradient.double().square().sum((0, 2, 3))
-                totals[name] = totals[name] + total if name in totals else total
     finally:
         for handle in handles:
             handle.remove()
-    return {name: total.cpu() / count for name, total in totals.items()}
+    return {name: totals[name].cpu() / count for name in names}
 
 
 @torch.no_grad()

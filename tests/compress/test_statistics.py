@@ -8,13 +8,13 @@ from torch import nn
 from sbf_dist.compress.statistics import (
     gather_moments,
     measure_batch_norm,
+    neighbourhoods,
     output_sensitivity,
     run_until,
-    shifted,
 )
 
 
-def neighbourhoods(features, size):
+def by_slicing(features, size):
     """(C · size², N · H · W) by slicing a padded array, tap by tap."""
     _, channels, h, w = features.shape
     border = size // 2
@@ -28,17 +28,17 @@ def neighbourhoods(features, size):
     return np.stack(rows)
 
 
-def test_shifted_lays_out_every_neighbourhood_as_a_column():
+def test_every_neighbourhood_is_laid_out_as_a_row():
     features = torch.randn(2, 3, 4, 5)
     for size in (1, 3, 5):
-        expected = neighbourhoods(features.numpy(), size)
-        np.testing.assert_array_equal(shifted(features, size).numpy(), expected)
+        expected = by_slicing(features.numpy(), size)
+        np.testing.assert_array_equal(neighbourhoods(features, size).T.numpy(), expected)
 
 
 @pytest.mark.parametrize("images", [1, 2])
-def test_shifted_never_shares_memory_with_the_features(images):
+def test_neighbourhoods_never_shares_memory_with_the_features(images):
     features = torch.ones(images, 2, 3, 3)
-    shifted(features, 1).zero_()
+    neighbourhoods(features, 1).zero_()
     assert features.sum() == features.numel()
 
 
@@ -59,7 +59,7 @@ def test_moments_are_the_covariances_however_the_images_are_split(
     y = 0.5 * z + torch.randn(images, channels, *shape, generator=generator)
     moments = gather_moments(zip(z.split(cuts), y.split(cuts), strict=True), size)
 
-    columns = neighbourhoods(z.double().numpy(), size)
+    columns = by_slicing(z.double().numpy(), size)
     targets = y.double().transpose(0, 1).flatten(1).numpy()
     joint = np.cov(np.concatenate([columns, targets]), bias=True)
     taps = len(columns)

@@ -1,0 +1,232 @@
+"""Moments of many layers from few forward passes.
+
+A pass costs as much as the network, a layer's Gram matrix as much memory as its width squared. So
+the layers of a network are taken in groups whose matrices fit a budget, and of each layer no more
+positions are looked at than its fit needs.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sbf_dist.compress.calibration import Calibration
+from sbf_dist.compress.candidates import convolution
+from sbf_dist.compress.reference import Reference
+from sbf_dist.compress.statistics import Moments, MomentSums, neighbourhoods, run_until
+
+SUMS = 768 * 2**20  # bytes of Gram matrices that are gathered in one pass
+TARGETS = 256 * 2**20  # bytes of a reference's outputs that are held at a time
+# Neighbours in a large feature map tell little more than the work that they cost.
+PER_IMAGE = 128
+LEAST, MOST = 2**14, 2**16  # positions in all; in between, the fewer the wider the layer is
+WIDE = 2304  # candidates, shifts included, at which LEAST suffices
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Which positions of a layer's outputs are looked at: `per_image` of each of `images`.
+
+    The same for any network in which the layer has the same name, so that what two networks give
+    can be compared without holding more.
+    """
+
+    name: str
+    images: int
+    per_image: int
+
+    @classmethod
+    def of(cls, name: str, width: int, positions: int, images: int) -> "Draw":
+        """Choose for a layer of `width` candidates, shifts included, that has `positions`."""
+        wanted = min(MOST, max(LEAST, LEAST * WIDE // width))
+        per_image = min(positions, max(PER_IMAGE, -(-wanted // images)))
+        return cls(name, min(images, -(-wanted // per_image)), per_image)
+
+    def rows(self, features: Tensor, size: int, start: int) -> Tensor:
+        """Lay out the drawn neighbourhoods of (N, C, H, W) as `neighbourhoods` does.
+
+        `start` is the number of the first image. Images beyond those of the draw are left out.
+        """
+        features = features[: max(0, self.images - start)]
+        positions = features.shape[2] * features.shape[3]
+        if self.per_image >= positions:
+            return neighbourhoods(features, size)
+        seed = zlib.crc32(f"{self.name} {start}".encode())
+        generator = torch.Generator().manual_seed(seed)
+        random = torch.rand(len(features), positions, generator=generator)
+        return neighbourhoods(features, size, random.topk(self.per_image).indices)
+
+
+def visit(
+    model: nn.Module, images: Tensor, layers: dict[str, Callable[[Tensor, Tensor], None]]
+) -> None:
+    """Run `model` until all `layers` have been reached, telling each its input and output."""
+    missing = set(layers)
+
+    class Reached(Exception):  # noqa: N818  (it is control flow, not an error)
+        pass
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            layers[name](inputs[0], output)
+            missing.discard(name)
+            if not missing:
+                raise Reached
+
+        return hook
+
+    handles = [model.get_submodule(n).register_forward_hook(hook_of(n)) for n in layers]
+    try:
+        model(images)
+    except Reached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert not missing, f"{sorted(missing)} are not reached by a forward pass"
+
+
+def draws(model: nn.Module, sizes: dict[str, int], images: Calibration) -> dict[str, Draw]:
+    """Choose the positions to look at in each layer, whose transformations have these sizes."""
+    chosen: dict[str, Draw] = {}
+
+    def choose(name: str) -> Callable[[Tensor, Tensor], None]:
+        def seen(_: Tensor, output: Tensor) -> None:
+            _, channels, height, width = output.shape
+            taps = sizes[name] ** 2
+            chosen[name] = Draw.of(name, channels * taps, height * width, images.count)
+
+        return seen
+
+    visit(model, images.first(1), {name: choose(name) for name in sizes})
+    return chosen
+
+
+def gather_layers(
+    model: nn.Module, sizes: dict[str, int], images: Calibration
+) -> Iterator[tuple[str, Moments]]:
+    """Give the moments of each layer's own outputs (without its bias, as candidates), one by one.
+
+    `sizes` are the layers' m, in forward order. Layers are gathered in groups, a pass for each:
+    take them as they come, and no more than one group's matrices are held.
+    """
+    chosen = draws(model, sizes, images)
+    for group in _groups(list(sizes), lambda name: _bytes_of_sums(model, name, sizes[name]), SUMS):
+        sums = {name: MomentSums(sizes[name]) for name in group}
+        start = 0
+        for batch in images.parts(images.part):
+            wanting = [name for name in group if start < chosen[name].images]
+            if not wanting:
+                break
+
+            def add_to(name: str, start: int = start) -> Callable[[Tensor, Tensor], None]:
+                bias = convolution(model, name).bias
+
+                def seen(_: Tensor, output: Tensor) -> None:
+                    plain = output if bias is None else output - bias[:, None, None]
+                    columns = chosen[name].rows(plain, sizes[name], start)
+                    sums[name].add(columns, chosen[name].rows(output, 1, start))
+
+                return seen
+
+            visit(model, batch, {name: add_to(name) for name in wanting})
+            start += len(batch)
+        for name in group:
+            yield name, sums.pop(name).moments()
+
+
+class Targets:
+    """What a reference's layers give at the positions that are drawn, some layers at a time.
+
+    Layers are asked for in the order of `chosen`; the rows of a group of them, TARGETS bytes in
+    all, come from one pass.
+    """
+
+    def __init__(self, reference: Reference, chosen: dict[str, Draw], images: Calibration) -> None:
+        self._reference = reference
+        self._chosen = chosen
+        self._images = images
+        self._left = _groups(list(chosen), self._bytes, TARGETS)
+        self._held: dict[str, list[Tensor]] = {}
+
+    def pop(self, name: str) -> list[Tensor]:
+        """Return the rows (n, C) of a layer, batch by batch, and forget them."""
+        if name not in self._held:
+            group = next(group for group in self._left if name in group)
+            self._held = {member: [] for member in group}
+            self._gather(group)
+        return self._held.pop(name)
+
+    def _gather(self, group: Sequence[str]) -> None:
+        start = 0
+        for batch in self._images.parts(self._images.part):
+            wanting = [name for name in group if start < self._chosen[name].images]
+            if not wanting:
+                break
+
+            def keep(name: str, start: int = start) -> Callable[[Tensor, Tensor], None]:
+                def seen(_: Tensor, output: Tensor) -> None:
+                    selected = self._reference.select(name, output)
+                    self._held[name].append(self._chosen[name].rows(selected, 1, start))
+
+                return seen
+
+            visit(self._reference.module, batch, {name: keep(name) for name in wanting})
+            start += len(batch)
+
+    def _bytes(self, name: str) -> int:
+        draw = self._chosen[name]
+        weight = convolution(self._reference.module, name).weight
+        return draw.images * draw.per_image * len(weight) * weight.element_size()
+
+
+def student_moments(
+    student: nn.Module,
+    name: str,
+    size: int,
+    images: Calibration,
+    draw: Draw,
+    targets: Sequence[Tensor],
+) -> Moments:
+    """Gather the moments of a layer on the inputs that `student` gives it, towards `targets`."""
+    conv = convolution(student, name)
+    sums = MomentSums(size)
+    for start, inputs, rows in student_inputs(student, name, images, draw, targets):
+        # The basis of an SBF layer has no bias, so the candidates have none either.
+        candidates = conv._conv_forward(inputs, conv.weight, None)
+        sums.add(draw.rows(candidates, size, start), rows)
+    return sums.moments()
+
+
+def student_inputs(
+    student: nn.Module,
+    name: str,
+    images: Calibration,
+    draw: Draw,
+    targets: Sequence[Tensor],
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Give, batch by batch, the first image's number, a layer's inputs and its target rows."""
+    start = 0
+    for batch, rows in zip(images.parts(images.part, draw.images), targets, strict=True):
+        yield start, run_until(student, name, batch, output=False), rows
+        start += len(batch)
+
+
+def _bytes_of_sums(model: nn.Module, name: str, size: int) -> int:
+    channels = convolution(model, name).out_channels
+    return 8 * channels * size**2 * (channels * size**2 + channels)
+
+
+def _groups(names: list[str], bytes_of: Callable[[str], int], most: int) -> list[list[str]]:
+    """Cut a list into runs of at most `most` bytes, or of one that is larger."""
+    groups: list[list[str]] = []
+    held = 0
+    for name in names:
+        held += bytes_of(name)
+        if not groups or held > most:
+            groups.append([])
+            held = bytes_of(name)
+        groups[-1].append(name)
+    return groups
