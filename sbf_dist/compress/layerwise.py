@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sbf_dist.compress.calibration import Calibration
 from sbf_dist.compress.candidates import convolution
 from sbf_dist.compress.reference import Reference
-from sbf_dist.compress.statistics import Moments, MomentSums, neighbourhoods, run_until
+from sbf_dist.compress.statistics import Moments, MomentSums, neighbourhoods
 
 SUMS = 768 * 2**20  # bytes of Gram matrices that are gathered in one pass
 TARGETS = 256 * 2**20  # bytes of a reference's outputs that are held at a time
@@ -50,13 +50,16 @@ class Draw:
         `start` is the number of the first image. Images beyond those of the draw are left out.
         """
         features = features[: max(0, self.images - start)]
-        positions = features.shape[2] * features.shape[3]
-        if self.per_image >= positions:
-            return neighbourhoods(features, size)
+        of = features.shape[2] * features.shape[3]
+        return neighbourhoods(features, size, self.positions(start, len(features), of))
+
+    def positions(self, start: int, images: int, of: int) -> Tensor | None:
+        """Draw positions (images, k) of `of`; None if that is all. `start` is as in `rows`."""
+        if self.per_image >= of:
+            return None
         seed = zlib.crc32(f"{self.name} {start}".encode())
         generator = torch.Generator().manual_seed(seed)
-        random = torch.rand(len(features), positions, generator=generator)
-        return neighbourhoods(features, size, random.topk(self.per_image).indices)
+        return torch.rand(images, of, generator=generator).topk(self.per_image).indices
 
 
 def visit(
@@ -180,38 +183,6 @@ class Targets:
         draw = self._chosen[name]
         weight = convolution(self._reference.module, name).weight
         return draw.images * draw.per_image * len(weight) * weight.element_size()
-
-
-def student_moments(
-    student: nn.Module,
-    name: str,
-    size: int,
-    images: Calibration,
-    draw: Draw,
-    targets: Sequence[Tensor],
-) -> Moments:
-    """Gather the moments of a layer on the inputs that `student` gives it, towards `targets`."""
-    conv = convolution(student, name)
-    sums = MomentSums(size)
-    for start, inputs, rows in student_inputs(student, name, images, draw, targets):
-        # The basis of an SBF layer has no bias, so the candidates have none either.
-        candidates = conv._conv_forward(inputs, conv.weight, None)
-        sums.add(draw.rows(candidates, size, start), rows)
-    return sums.moments()
-
-
-def student_inputs(
-    student: nn.Module,
-    name: str,
-    images: Calibration,
-    draw: Draw,
-    targets: Sequence[Tensor],
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Give, batch by batch, the first image's number, a layer's inputs and its target rows."""
-    start = 0
-    for batch, rows in zip(images.parts(images.part, draw.images), targets, strict=True):
-        yield start, run_until(student, name, batch, output=False), rows
-        start += len(batch)
 
 
 def _bytes_of_sums(model: nn.Module, name: str, size: int) -> int:

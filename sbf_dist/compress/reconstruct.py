@@ -6,6 +6,7 @@ produce, towards the dense network's outputs, so that later layers mend what ear
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +14,18 @@ from torch import Tensor, nn
 from sbf_dist.compress.budget import Budget, Option, allocate
 from sbf_dist.compress.calibration import BATCH, Calibration, device_of
 from sbf_dist.compress.candidates import convolution, find_candidates, forward_order, size_for
-from sbf_dist.compress.cost import Cost, count
+from sbf_dist.compress.cost import count
 from sbf_dist.compress.divergence import divergences
-from sbf_dist.compress.fitting import install, rank_channels
+from sbf_dist.compress.fitting import rank_channels
 from sbf_dist.compress.latency import latencies
 from sbf_dist.compress.latency_budget import TimedChoice, allocate_time
 from sbf_dist.compress.latency_table import LatencyTable, environment
-from sbf_dist.compress.layerwise import Targets, draws, gather_layers, student_moments
+from sbf_dist.compress.layerwise import gather_layers
 from sbf_dist.compress.options import PROBES, Estimated, estimate_options
 from sbf_dist.compress.plan import DenseLayer, Latency, Layer, Plan, SBFLayer
 from sbf_dist.compress.reference import Reference
+from sbf_dist.compress.refit import is_mended
+from sbf_dist.compress.sequential import SequentialFit
 from sbf_dist.compress.statistics import (
     measure_batch_norm,
     output_sensitivity,
@@ -50,6 +53,7 @@ def compress(
     table: LatencyTable | None = None,
     for_inference: Callable[[nn.Module], nn.Module] | None = None,
     reference: Reference | None = None,
+    refit: bool = True,
 ) -> tuple[nn.Module, Plan]:
     """Convert `model` to a fitted SBF network within `budget`.
 
@@ -117,11 +121,14 @@ def compress(
         chosen = timed.options
 
     student = copy.deepcopy(dense)
-    converted = {name: sizes[name] for name, option in chosen.items() if option.sources}
-    drawn = draws(dense, converted, calibration) if converted else {}
-    targets = Targets(reference, drawn, calibration)
-    layers: dict[str, Layer] = {}
     order = forward_order(dense, few)
+    fitted = {
+        name: sizes[name] if name in chosen and chosen[name].sources else 1
+        for name in order
+        if (name in chosen and chosen[name].sources) or (refit and is_mended(dense, name, few))
+    }
+    fit = SequentialFit(student, reference, fitted, calibration, refit=refit)
+    layers: dict[str, Layer] = {}
     for index, name in enumerate(order, 1):
         _tell(progress, "fit layers", index, len(order))
         if name in reasons:
@@ -135,12 +142,16 @@ def compress(
                 convertible=True,
             )
         else:
-            moments = student_moments(
-                student, name, sizes[name], calibration, drawn[name], targets.pop(name)
-            )
             option = chosen[name]
-            kept = sorted(rank_channels(moments, sensitivity[name])[: option.kept])
-            layers[name] = install(student, name, moments, kept, option.sources, cost.layers[name])
+            layers[name] = fit.convert(
+                name,
+                partial(rank_channels, weights=sensitivity[name]),
+                option.kept,
+                option.sources,
+                cost.layers[name],
+            )
+        if name in fitted and isinstance(layers[name], DenseLayer):
+            fit.mend(name)
         if timed is not None and name in chosen:
             layers[name] = _with_time(name, layers[name], timed)
     for name, module in dense.named_modules():

@@ -46,20 +46,37 @@ def neighbourhoods(features: Tensor, size: int, positions: Tensor | None = None)
     `positions` (N, k) are numbers in H·W, of each image its own; None takes all. Rows are in order
     of images and positions. The result is never a view of `features`.
     """
-    count, channels, height, width = features.shape
-    border = size // 2
-    padded = F.pad(features, [border] * 4).permute(0, 2, 3, 1)
-    flat = padded.reshape(-1, channels)
+    padded = F.pad(features, [size // 2] * 4)
+    return patches(padded, (size, size), positions, (1, 1), (1, 1))
+
+
+def patches(
+    padded: Tensor,
+    kernel: tuple[int, int],
+    positions: Tensor | None,
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+) -> Tensor:
+    """Lay out what a convolution's kernel sees of (N, C, H, W) as rows (n, C·kernel).
+
+    `positions` (N, k) are numbers in the H'·W' of the convolution's output; None takes all.
+    """
+    count, channels, height, width = padded.shape
+    reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    rows_out, columns_out = (
+        (height - reach[0] - 1) // stride[0] + 1,
+        (width - reach[1] - 1) // stride[1] + 1,
+    )
+    flat = padded.permute(0, 2, 3, 1).reshape(-1, channels)
     if positions is None:
-        positions = torch.arange(height * width).expand(count, -1)
-    positions = positions.to(features.device)
-    padded_width = width + 2 * border
-    first = positions // width * padded_width + positions % width
-    image = torch.arange(count, device=features.device)[:, None]
-    first = (first + image * (height + 2 * border) * padded_width).ravel()
-    rows = flat.new_empty(len(first), channels, size**2)
-    for tap in range(size**2):
-        rows[:, :, tap] = flat.index_select(0, first + tap // size * padded_width + tap % size)
+        positions = torch.arange(rows_out * columns_out).expand(count, -1)
+    positions = positions.to(padded.device)
+    first = positions // columns_out * stride[0] * width + positions % columns_out * stride[1]
+    first = (first + torch.arange(count, device=padded.device)[:, None] * height * width).ravel()
+    rows = flat.new_empty(len(first), channels, kernel[0] * kernel[1])
+    for tap in range(kernel[0] * kernel[1]):
+        down, right = tap // kernel[1] * dilation[0], tap % kernel[1] * dilation[1]
+        rows[:, :, tap] = flat.index_select(0, first + down * width + right)
     return rows.flatten(1)
 
 
@@ -100,8 +117,9 @@ class MomentSums:
     Holds one (C·m², C·m²) matrix of doubles, however many rows there are; `add` needs little more.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, paired: bool = True) -> None:
         self.size = size
+        self.paired = paired  # a candidate for each target: the drift is measured
         self.count = 0
         self._sums: list[Tensor] = []
 
@@ -119,9 +137,11 @@ class MomentSums:
             self._sums = [columns.new_zeros(shape, dtype=torch.double) for shape in shapes]
         columns -= self._z_origin
         targets = targets - self._y_origin
-        difference = targets - columns[:, centre :: self.size**2]
+        drift = 0.0
+        if self.paired:
+            drift = (targets - columns[:, centre :: self.size**2]).square().sum(0)
         self.count += len(columns)
-        zz, zy, yy, z_sum, y_sum, drift = self._sums
+        zz, zy, yy, z_sum, y_sum, drift_sum = self._sums
         # Products run in the images' precision, sums over batches in double. The matrix is
         # symmetric: block by block, only what is right of the diagonal.
         for start in range(0, width, BLOCK):
@@ -132,7 +152,7 @@ class MomentSums:
             yy + targets.square().sum(0),
             z_sum + columns.sum(0),
             y_sum + targets.sum(0),
-            drift + difference.square().sum(0),
+            drift_sum + drift,
         ]
 
     def moments(self) -> Moments:
@@ -143,14 +163,16 @@ class MomentSums:
         for start in range(0, len(zz), BLOCK):
             end = start + BLOCK
             zz[end:, start:end] = zz[start:end, end:].T
-        shift = y_mean - z_mean[self.size**2 // 2 :: self.size**2]
+        if self.paired:
+            shift = y_mean - z_mean[self.size**2 // 2 :: self.size**2]
+            drift = (drift - shift.square()).clamp(min=0)
         return Moments(
             zz=zz.addr_(z_mean, z_mean, alpha=-1),
             zy=zy.addr_(z_mean, y_mean, alpha=-1),
             yy=(yy - y_mean.square()).clamp(min=0),
             z_mean=z_mean + self._z_origin.double().cpu(),
             y_mean=y_mean + self._y_origin.double().cpu(),
-            drift=(drift - shift.square()).clamp(min=0),
+            drift=drift,
             size=self.size,
         )
 

@@ -1,0 +1,110 @@
+"""Fitting the layers of a student in forward order, each on what the student gives it."""
+
+from collections.abc import Callable, Iterator
+
+from torch import Tensor, nn
+
+from sbf_dist.compress.calibration import Calibration
+from sbf_dist.compress.candidates import convolution
+from sbf_dist.compress.fitting import install
+from sbf_dist.compress.layerwise import Draw, Targets, draws
+from sbf_dist.compress.plan import SBFLayer
+from sbf_dist.compress.reference import Reference
+from sbf_dist.compress.refit import obstacle, refit_filters
+from sbf_dist.compress.statistics import Moments, MomentSums, run_until
+
+INPUTS = 512 * 2**20  # bytes of a layer's inputs up to which a second use costs no second pass
+
+
+class SequentialFit:
+    """Fits layers of `student`, in place and in forward order, to the outputs of `reference`.
+
+    `sizes` are the m of the layers that will be fitted, 1 for those that stay dense, in forward
+    order; each is fitted once, in that order. With `refit`, filters are first solved anew on the
+    inputs that the student now gives (`refit`).
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        reference: Reference,
+        sizes: dict[str, int],
+        images: Calibration,
+        *,
+        refit: bool,
+    ) -> None:
+        self._student = student
+        self._images = images
+        self._sizes = sizes
+        self._draws = draws(student, sizes, images) if sizes else {}
+        self._targets = Targets(reference, self._draws, images)
+        self._refit = refit
+
+    def mend(self, name: str) -> None:
+        """Solve the filters of a layer that stays dense anew."""
+        conv = convolution(self._student, name)
+        refit_filters(conv, self._batches(name), self._draws[name], centred=conv.bias is not None)
+
+    def convert(
+        self,
+        name: str,
+        rank: Callable[[Moments], list[int]],
+        kept: int,
+        sources: int,
+        macs: int,
+    ) -> SBFLayer:
+        """Make an SBF layer of a convolution: the first `kept` channels of `rank` are its basis."""
+        conv = convolution(self._student, name)
+        draw, size = self._draws[name], self._sizes[name]
+        batches = self._batches(name)
+        if self._refit and obstacle(conv) is None:
+            refit_filters(conv, batches, draw, centred=True)
+        sums = MomentSums(size)
+        for start, inputs, rows in batches:
+            # The basis of an SBF layer has no bias, so the candidates have none either.
+            candidates = conv._conv_forward(inputs, conv.weight, None)
+            sums.add(draw.rows(candidates, size, start), rows)
+        moments = sums.moments()
+        return install(self._student, name, moments, sorted(rank(moments)[:kept]), sources, macs)
+
+    def _batches(self, name: str) -> "_Batches":
+        return _Batches(
+            self._student, name, self._images, self._draws[name], self._targets.pop(name)
+        )
+
+
+class _Batches:
+    """First image's number, a layer's inputs and target rows, batch by batch, more than once."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        name: str,
+        images: Calibration,
+        draw: Draw,
+        targets: list[Tensor],
+    ) -> None:
+        self._student = student
+        self._name = name
+        self._images = images
+        self._draw = draw
+        self._targets = targets
+        self._held: list[Tensor] = []
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        start = 0
+        for inputs, rows in zip(self._inputs(), self._targets, strict=True):
+            yield start, inputs, rows
+            start += len(inputs)
+
+    def _inputs(self) -> Iterator[Tensor]:
+        if self._held:
+            yield from self._held
+            return
+        for batch in self._images.parts(self._images.part, self._draw.images):
+            inputs = run_until(self._student, self._name, batch, output=False)
+            bytes_in_all = inputs[0].nbytes * self._draw.images
+            if bytes_in_all <= INPUTS:
+                # An activation may overwrite them in place later in the same pass only.
+                self._held.append(inputs)
+            yield inputs
