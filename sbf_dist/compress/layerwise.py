@@ -8,6 +8,7 @@ positions are looked at than its fit needs.
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -97,9 +98,9 @@ def draws(model: nn.Module, sizes: dict[str, int], images: Calibration) -> dict[
 
     def choose(name: str) -> Callable[[Tensor, Tensor], None]:
         def seen(_: Tensor, output: Tensor) -> None:
-            _, channels, height, width = output.shape
-            taps = sizes[name] ** 2
-            chosen[name] = Draw.of(name, channels * taps, height * width, images.count)
+            positions = output[0, 0].numel()
+            candidates = output.shape[1] * sizes[name] ** 2
+            chosen[name] = Draw.of(name, candidates, positions, images.count)
 
         return seen
 
@@ -116,28 +117,37 @@ def gather_layers(
     take them as they come, and no more than one group's matrices are held.
     """
     chosen = draws(model, sizes, images)
-    for group in _groups(list(sizes), lambda name: _bytes_of_sums(model, name, sizes[name]), SUMS):
+    groups = _groups(list(sizes), lambda name: _bytes_of_sums(model, name, sizes[name]), SUMS)
+    for group in groups:
         sums = {name: MomentSums(sizes[name]) for name in group}
-        start = 0
-        for batch in images.parts(images.part):
-            wanting = [name for name in group if start < chosen[name].images]
-            if not wanting:
-                break
 
-            def add_to(name: str, start: int = start) -> Callable[[Tensor, Tensor], None]:
-                bias = convolution(model, name).bias
+        def add(
+            name: str, start: int, _: Tensor, output: Tensor, sums: dict[str, MomentSums] = sums
+        ) -> None:
+            bias = convolution(model, name).bias
+            plain = output if bias is None else output - bias[:, None, None]
+            columns = chosen[name].rows(plain, sizes[name], start)
+            sums[name].add(columns, chosen[name].rows(output, 1, start))
 
-                def seen(_: Tensor, output: Tensor) -> None:
-                    plain = output if bias is None else output - bias[:, None, None]
-                    columns = chosen[name].rows(plain, sizes[name], start)
-                    sums[name].add(columns, chosen[name].rows(output, 1, start))
-
-                return seen
-
-            visit(model, batch, {name: add_to(name) for name in wanting})
-            start += len(batch)
+        _visit_drawn(model, {name: chosen[name] for name in group}, images, add)
         for name in group:
             yield name, sums.pop(name).moments()
+
+
+def _visit_drawn(
+    model: nn.Module,
+    chosen: dict[str, Draw],
+    images: Calibration,
+    seen: Callable[[str, int, Tensor, Tensor], None],
+) -> None:
+    """Tell `seen` a layer, the first image's number, inputs and outputs while its draw lasts."""
+    start = 0
+    for batch in images.parts(images.part):
+        wanting = [name for name, draw in chosen.items() if start < draw.images]
+        if not wanting:
+            return
+        visit(model, batch, {name: partial(seen, name, start) for name in wanting})
+        start += len(batch)
 
 
 class Targets:
@@ -163,21 +173,12 @@ class Targets:
         return self._held.pop(name)
 
     def _gather(self, group: Sequence[str]) -> None:
-        start = 0
-        for batch in self._images.parts(self._images.part):
-            wanting = [name for name in group if start < self._chosen[name].images]
-            if not wanting:
-                break
+        def keep(name: str, start: int, _: Tensor, output: Tensor) -> None:
+            selected = self._reference.select(name, output)
+            self._held[name].append(self._chosen[name].rows(selected, 1, start))
 
-            def keep(name: str, start: int = start) -> Callable[[Tensor, Tensor], None]:
-                def seen(_: Tensor, output: Tensor) -> None:
-                    selected = self._reference.select(name, output)
-                    self._held[name].append(self._chosen[name].rows(selected, 1, start))
-
-                return seen
-
-            visit(self._reference.module, batch, {name: keep(name) for name in wanting})
-            start += len(batch)
+        drawn = {name: self._chosen[name] for name in group}
+        _visit_drawn(self._reference.module, drawn, self._images, keep)
 
     def _bytes(self, name: str) -> int:
         draw = self._chosen[name]

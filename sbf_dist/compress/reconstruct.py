@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from sbf_dist.compress.budget import Budget, Option, allocate
-from sbf_dist.compress.calibration import BATCH, Calibration, device_of
+from sbf_dist.compress.calibration import Calibration, device_of
 from sbf_dist.compress.candidates import convolution, find_candidates, forward_order, size_for
-from sbf_dist.compress.cost import count
+from sbf_dist.compress.cost import Cost, count
 from sbf_dist.compress.divergence import divergences
 from sbf_dist.compress.fitting import rank_channels
 from sbf_dist.compress.latency import latencies
@@ -79,28 +79,9 @@ def compress(
     if not candidates:
         raise UserError(f"model {model_name!r} has no convolution that an SBF layer could replace")
 
-    def batches() -> Iterator[Tensor]:
-        return calibration.parts(calibration.part // 2 or 1, FISHER)
-
-    sensitivity = output_sensitivity(dense, candidates, batches, seed)
     sizes = {name: size_for(convolution(dense, name), transform_size) for name in candidates}
-    estimated: dict[str, Estimated] = {}
-    for index, (name, moments) in enumerate(gather_layers(dense, sizes, calibration), 1):
-        _tell(progress, "measure layers", index, len(candidates))
-        estimated[name] = estimate_options(
-            dense, name, moments, cost.layers[name], sensitivity[name], sources, floor
-        )
-    trials = {name: row.trials for name, row in estimated.items() if row.trials}
-    measured = divergences(
-        dense, trials, calibration.parts(calibration.part // 2 or 1, PROBES), seed=seed
-    )
-    options = {
-        name: [
-            Option(convolution(dense, name).out_channels, 0, cost.layers[name], 0.0),
-            *row.scaled(measured.get(name, [])),
-        ]
-        for name, row in estimated.items()
-    }
+    sensitivity = _sensitivity(dense, candidates, calibration, seed, progress)
+    options = _options(dense, sizes, calibration, cost, sensitivity, sources, floor, seed, progress)
     table = table or LatencyTable()
     for_inference = for_inference or _as_it_is
     timed: TimedChoice | None = None
@@ -122,45 +103,41 @@ def compress(
 
     student = copy.deepcopy(dense)
     order = forward_order(dense, few)
+    converted = {name for name in order if name in chosen and chosen[name].sources}
     fitted = {
-        name: sizes[name] if name in chosen and chosen[name].sources else 1
+        name: sizes[name] if name in converted else 1
         for name in order
-        if (name in chosen and chosen[name].sources) or (refit and is_mended(dense, name, few))
+        if name in converted or (refit and is_mended(dense, name, few))
     }
     fit = SequentialFit(student, reference, fitted, calibration, refit=refit)
     layers: dict[str, Layer] = {}
     for index, name in enumerate(order, 1):
         _tell(progress, "fit layers", index, len(order))
-        if name in reasons:
-            layers[name] = DenseLayer(
-                reason=reasons[name], macs=cost.layers[name], convertible=False
-            )
-        elif chosen[name].sources == 0:
-            layers[name] = DenseLayer(
-                reason="the budget is better spent by shrinking other layers",
-                macs=cost.layers[name],
-                convertible=True,
-            )
-        else:
-            option = chosen[name]
+        if name in converted:
             layers[name] = fit.convert(
                 name,
                 partial(rank_channels, weights=sensitivity[name]),
-                option.kept,
-                option.sources,
+                chosen[name].kept,
+                chosen[name].sources,
                 cost.layers[name],
             )
-        if name in fitted and isinstance(layers[name], DenseLayer):
+            continue
+        if name in fitted:
             fit.mend(name)
-        if timed is not None and name in chosen:
-            layers[name] = _with_time(name, layers[name], timed)
+        layers[name] = DenseLayer(
+            reason=reasons.get(name, "the budget is better spent by shrinking other layers"),
+            macs=cost.layers[name],
+            convertible=name not in reasons,
+        )
     for name, module in dense.named_modules():
         if isinstance(module, nn.Conv2d) and name not in layers:
             layers[name] = DenseLayer(
                 reason="no forward pass in evaluation mode reaches it", macs=0, convertible=False
             )
+    if timed is not None:
+        layers |= {name: _with_time(name, layers[name], timed) for name in chosen}
     # The rebuilt channels vary less than the dense ones (least squares shrinks): measured again.
-    measure_batch_norm(student, calibration, BATCH)
+    measure_batch_norm(student, calibration, calibration.part)
     after = count(student, input_shape)
     latency = None
     if timed is not None:
@@ -187,6 +164,49 @@ def compress(
     return student, plan
 
 
+def _sensitivity(
+    dense: nn.Module,
+    names: list[str],
+    images: Calibration,
+    seed: int,
+    progress: Progress | None,
+) -> dict[str, Tensor]:
+    def batches() -> Iterator[Tensor]:
+        return _told(progress, "measure sensitivities", images, FISHER)
+
+    return output_sensitivity(dense, names, batches, seed)
+
+
+def _options(
+    dense: nn.Module,
+    sizes: dict[str, int],
+    images: Calibration,
+    cost: Cost,
+    sensitivity: dict[str, Tensor],
+    sources: int,
+    floor: float,
+    seed: int,
+    progress: Progress | None,
+) -> dict[str, list[Option]]:
+    """Return the options of all layers; the first of each is the layer as it is."""
+    estimated: dict[str, Estimated] = {}
+    for index, (name, moments) in enumerate(gather_layers(dense, sizes, images), 1):
+        _tell(progress, "measure layers", index, len(sizes))
+        estimated[name] = estimate_options(
+            dense, name, moments, cost.layers[name], sensitivity[name], sources, floor
+        )
+    trials = {name: row.trials for name, row in estimated.items() if row.trials}
+    batches = _told(progress, "measure divergences", images, PROBES)
+    measured = divergences(dense, trials, batches, seed=seed)
+    return {
+        name: [
+            Option(convolution(dense, name).out_channels, 0, cost.layers[name], 0.0),
+            *row.scaled(measured.get(name, [])),
+        ]
+        for name, row in estimated.items()
+    }
+
+
 def _as_it_is(model: nn.Module) -> nn.Module:
     return model
 
@@ -206,6 +226,19 @@ def _with_time(name: str, layer: Layer, timed: TimedChoice) -> Layer:
 def _tell(progress: Progress | None, what: str, done: int, of: int) -> None:
     if progress is not None:
         progress(what, done, of)
+
+
+def _told(
+    progress: Progress | None, what: str, images: Calibration, first: int
+) -> Iterator[Tensor]:
+    """Give the first images for passes with gradients, and tell how far that is."""
+    done, of = 0, min(first, images.count)
+    # A graph of gradients is about as large again as the features.
+    for part in images.parts(images.part // 2 or 1, first):
+        _tell(progress, what, done, of)
+        yield part
+        done += len(part)
+    _tell(progress, what, of, of)
 
 
 def _check_finite(model: nn.Module, name: str) -> None:

@@ -63,10 +63,8 @@ def patches(
     """
     count, channels, height, width = padded.shape
     reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-    rows_out, columns_out = (
-        (height - reach[0] - 1) // stride[0] + 1,
-        (width - reach[1] - 1) // stride[1] + 1,
-    )
+    rows_out = (height - reach[0] - 1) // stride[0] + 1
+    columns_out = (width - reach[1] - 1) // stride[1] + 1
     flat = padded.permute(0, 2, 3, 1).reshape(-1, channels)
     if positions is None:
         positions = torch.arange(rows_out * columns_out).expand(count, -1)
@@ -137,7 +135,7 @@ class MomentSums:
             self._sums = [columns.new_zeros(shape, dtype=torch.double) for shape in shapes]
         columns -= self._z_origin
         targets = targets - self._y_origin
-        drift = 0.0
+        drift = torch.zeros_like(targets[0])
         if self.paired:
             drift = (targets - columns[:, centre :: self.size**2]).square().sum(0)
         self.count += len(columns)
