@@ -131,32 +131,29 @@ class MomentSums:
             # Covariances do not depend on the origin. One near the means keeps the difference of
             # two large numbers, and so the images' precision, out of them.
             self._z_origin, self._y_origin = columns.mean(0), targets.mean(0)
-            shapes = [(width, width), (width, targets.shape[1])] + 4 * [()]
+            channels = targets.shape[1]
+            shapes = [(width, width), (width, channels), *(3 * [(channels,)]), (width,)]
             self._sums = [columns.new_zeros(shape, dtype=torch.double) for shape in shapes]
         columns -= self._z_origin
         targets = targets - self._y_origin
-        drift = torch.zeros_like(targets[0])
-        if self.paired:
-            drift = (targets - columns[:, centre :: self.size**2]).square().sum(0)
         self.count += len(columns)
-        zz, zy, yy, z_sum, y_sum, drift_sum = self._sums
+        zz, zy, yy, y_sum, drift, z_sum = self._sums
         # Products run in the images' precision, sums over batches in double. The matrix is
         # symmetric: block by block, only what is right of the diagonal.
         for start in range(0, width, BLOCK):
             block = columns[:, start : start + BLOCK].T
             zz[start : start + BLOCK, start:] += block @ columns[:, start:]
             zy[start : start + BLOCK] += block @ targets
-        self._sums[2:] = [
-            yy + targets.square().sum(0),
-            z_sum + columns.sum(0),
-            y_sum + targets.sum(0),
-            drift_sum + drift,
-        ]
+        yy += targets.square().sum(0)
+        y_sum += targets.sum(0)
+        z_sum += columns.sum(0)
+        if self.paired:
+            drift += (targets - columns[:, centre :: self.size**2]).square().sum(0)
 
     def moments(self) -> Moments:
         """Return the moments of all rows, and forget the sums."""
         # Small from here on, and full of small solves: the CPU's work.
-        zz, zy, yy, z_mean, y_mean, drift = (term.cpu().div_(self.count) for term in self._sums)
+        zz, zy, yy, y_mean, drift, z_mean = (term.cpu().div_(self.count) for term in self._sums)
         self._sums = []
         for start in range(0, len(zz), BLOCK):
             end = start + BLOCK
