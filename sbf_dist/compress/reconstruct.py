@@ -24,7 +24,7 @@ from sbf_dist.compress.layerwise import gather_layers
 from sbf_dist.compress.options import PROBES, Estimated, estimate_options
 from sbf_dist.compress.plan import DenseLayer, Latency, Layer, Plan, SBFLayer
 from sbf_dist.compress.reference import Reference
-from sbf_dist.compress.refit import is_mended
+from sbf_dist.compress.refit import is_mended, refit_heads
 from sbf_dist.compress.sequential import SequentialFit
 from sbf_dist.compress.statistics import (
     measure_batch_norm,
@@ -65,8 +65,10 @@ def compress(
     `progress` is told (what, done, of). With a budget of time, layers and networks are measured on
     the model's device at the images' size: `table` keeps the layers' latencies and says how many
     images are in a forward pass, and a network is measured as `for_inference` makes it (as it is,
-    if that is None). Returns the network in eval mode and its plan. Raises UserError if the budget
-    cannot be met, a weight is not finite, or nothing can be converted.
+    if that is None). With `refit`, the filters that are kept, those of layers that stay dense and
+    linear layers are solved anew on what the converted layers before them give (`refit`). Returns
+    the network in eval mode and its plan. Raises UserError if the budget cannot be met, a weight is
+    not finite, or nothing can be converted.
     """
     _check_finite(model, model_name)
     dense = copy.deepcopy(model).eval()
@@ -138,6 +140,8 @@ def compress(
         layers |= {name: _with_time(name, layers[name], timed) for name in chosen}
     # The rebuilt channels vary less than the dense ones (least squares shrinks): measured again.
     measure_batch_norm(student, calibration, calibration.part)
+    if refit:
+        refit_heads(student, reference.module, calibration)
     after = count(student, input_shape)
     latency = None
     if timed is not None:

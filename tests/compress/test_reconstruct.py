@@ -10,12 +10,14 @@ from torch import nn
 from sbf_dist import models
 from sbf_dist.compress import candidates, latency, latency_budget, latency_table, reconstruct
 from sbf_dist.compress.budget import Budget
+from sbf_dist.compress.calibration import Calibration
 from sbf_dist.compress.candidates import forward_order
 from sbf_dist.compress.convert import convert
 from sbf_dist.compress.cost import count
 from sbf_dist.compress.latency_table import LatencyTable
 from sbf_dist.compress.plan import DenseLayer, Plan, SBFLayer
 from sbf_dist.compress.reconstruct import compress
+from sbf_dist.compress.reference import Reference
 from sbf_dist.compress.statistics import measure_batch_norm, run_until
 from sbf_dist.compress.zeroed import zero_channels
 from sbf_dist.errors import UserError
@@ -334,6 +336,48 @@ def test_a_layer_that_is_too_wide_for_shifts_gets_transformations_of_size_one(mo
     }
     assert sizes[16] == 3
     assert sizes[32] == sizes[64] == 1
+
+
+# --- calibration images and references ---------------------------------------------------------
+
+
+def test_a_stream_of_batches_gives_the_same_network_as_a_tensor():
+    model, images = small(), pictures(40)
+    one, plan = shrink(model, images)
+    other, same_plan = shrink(model, Calibration.of(list(images.split(64))))
+    assert plan == same_plan
+    for key, value in one.state_dict().items():
+        assert torch.equal(other.state_dict()[key], value), key
+
+
+def test_filters_solved_anew_bring_the_predictions_nearer():
+    model, images = redundant(), pictures(64)
+    plain, plan = shrink(model, images, macs=0.4, refit=False)
+    mended, same = shrink(model, images, macs=0.4)
+    assert same.macs_after == plan.macs_after
+    unseen = pictures(200)[64:]
+    assert divergence(model, mended, unseen) < 0.8 * divergence(model, plain, unseen)
+    assert torch.equal(plain.head.weight, model.head.weight)
+
+
+def test_without_refit_kept_filters_are_the_dense_networks_own():
+    model = small()
+    student, plan = shrink(model, macs=0.5, refit=False)
+    kept = plan.layers["conv2"].kept
+    assert torch.equal(student.conv2.basis.weight, model.conv2.weight[kept])
+
+
+def test_a_network_is_fitted_to_its_reference():
+    """The reference's logits are twice the network's own: so are then the student's."""
+    model, images = small(), pictures(64)
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        reference.head.weight.mul_(2)
+        reference.head.bias.mul_(2)
+    student, _ = shrink(model, images, macs=0.7, reference=Reference(reference))
+    with torch.no_grad():
+        made, wanted, own = student(images), reference(images), model(images)
+    assert (made - wanted).square().mean() < 0.3 * (made - own).square().mean()
 
 
 # --- budgets of time -----------------------------------------------------------------------------
