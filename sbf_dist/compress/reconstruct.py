@@ -68,11 +68,11 @@ def compress(
     channels are kept (see `criteria`); `refit` solves filters and linear layers anew on what the
     converted layers before them give; `between` is put between basis and transformations, to be
     trained; `progress` is told (what, done, of). With a budget of time, layers and networks are
-    measured on the model's device at the images' size: `table` keeps the layers' latencies and says how many
-    images are in a forward pass, and a network is measured as `for_inference` makes it (as it is,
-    if that is None). Returns the network in eval mode and its plan. Raises UserError if the budget
-    cannot be met, a weight is not finite, nothing can be converted, or the network has SBF layers
-    already.
+    measured on the model's device at the images' size: `table` keeps the layers' latencies and says
+    how many images are in a forward pass, and a network is measured as `for_inference` makes it (as
+    it is, if that is None). Returns the network in eval mode and its plan. Raises UserError if the
+    budget cannot be met, a weight is not finite, nothing can be converted, or the network has SBF
+    layers already.
     """
     _check_finite(model, model_name)
     _check_dense(model, model_name)
