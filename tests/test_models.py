@@ -34,6 +34,29 @@ def test_cifar_resnet20_costs_what_the_paper_says():
     assert cost.macs == pytest.approx(40.8e6, rel=0.02)
 
 
+@pytest.mark.parametrize("depth", [11, 13, 16, 19])
+def test_cifar_vggs_have_their_depth_width_and_classes(depth):
+    network = models.build(f"cifar_vgg{depth}_w2", 7)
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    assert len(convolutions) == depth - 3  # three linear layers have become one
+    assert [conv.out_channels for conv in (convolutions[0], convolutions[-1])] == [2, 16]
+    assert network.head.in_features == 16
+    for side in (32, 20, 16):
+        assert network.eval()(torch.randn(2, 3, side, side)).shape == (2, 7)
+
+
+def test_cifar_vgg16_costs_what_the_literature_says():
+    cost = count(models.build("cifar_vgg16", 10), (3, 32, 32))
+    # Li et al. (arXiv 1608.08710): 3.13e8 multiply-adds; 1.5e7 parameters with a wide linear layer
+    assert cost.macs == pytest.approx(3.13e8, rel=0.002)
+    assert cost.params == pytest.approx(1.47e7, rel=0.002)
+
+
+@pytest.mark.parametrize("name", ["torchvision:googlenet", "torchvision:inception_v3"])
+def test_networks_with_auxiliary_heads_come_without_and_return_logits_in_training(name):
+    assert models.build(name, 4).train()(torch.randn(2, 3, 96, 96)).shape == (2, 4)
+
+
 @pytest.mark.parametrize("name", ["timm:resnet18", "torchvision:shufflenet_v2_x0_5"])
 def test_networks_of_the_libraries_have_the_classes_asked_for(name):
     assert models.build(name, 7).eval()(torch.randn(1, 3, 64, 64)).shape == (1, 7)
@@ -48,6 +71,9 @@ def test_networks_of_the_libraries_have_the_classes_asked_for(name):
         ("cifar_resnet18", "model 'cifar_resnet18': the depth must be 6n + 2 (8, 14"),
         ("cifar_resnet2", "the depth must be 6n + 2"),
         ("cifar_resnet8_w0", "model 'cifar_resnet8_w0': the width must be at least 1"),
+        ("cifar_vgg16_w0", "model 'cifar_vgg16_w0': the width must be at least 1"),
+        ("cifar_vgg12", "model 'cifar_vgg12': the depth must be one of 11, 13, 16, 19"),
+        ("cifar_vgg16_bn", "model 'cifar_vgg16_bn' is unknown; names look like"),
         ("timm:resnet5O", "model 'timm:resnet5O' is unknown; did you mean 'resnet50'?"),
         ("torchvision:resnet19", "model 'torchvision:resnet19' is unknown; did you mean 'resnet1"),
         ("torchvision:fcn_resnet50", "model 'torchvision:fcn_resnet50' is unknown"),
@@ -103,6 +129,33 @@ def test_weights_of_another_network_are_refused_and_nothing_is_loaded(tmp_path, 
     assert str(told.value).startswith(f"weights {path}")
     assert message in str(told.value)
     assert all(torch.equal(v, before[name]) for name, v in network.state_dict().items())
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "model."])
+def test_weights_of_a_wrapped_network_are_refused_and_the_wrapper_is_named(tmp_path, wrapper):
+    path = tmp_path / "weights.safetensors"
+    state = models.build("cifar_resnet8_w4", 3).state_dict()
+    save_file({f"{wrapper}{name}": value for name, value in state.items()}, path)
+    with pytest.raises(
+        UserError, match=f"have '{wrapper}' before every name, as a wrapper"
+    ) as told:
+        models.load_weights(models.build("cifar_resnet8_w4", 3), path)
+    assert "\n" not in str(told.value)
+
+
+def test_a_pickle_is_refused_and_what_to_do_is_said(tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save(nn.Linear(1, 1).state_dict(), path)
+    with pytest.raises(UserError, match=r"torch.save's, a pickle, which is not read: write"):
+        models.load_weights(nn.Linear(1, 1), path)
+
+
+def test_a_network_that_wants_its_version_is_loaded(tmp_path):
+    one, other = (models.build("torchvision:mnasnet0_5", 3).eval() for _ in range(2))
+    models.save_weights(one, tmp_path / "weights.safetensors")
+    models.load_weights(other, tmp_path / "weights.safetensors")
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(one(x), other(x))
 
 
 @pytest.mark.parametrize("content", [b"", b"not safetensors at all", b"\x08" + 15 * b"\0"])

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
@@ -22,7 +24,8 @@ class Use:
     """How one forward pass uses a convolution.
 
     calls: how often; macs: multiply-adds per image, all calls; input_shape, output_shape: of one
-    image, in the last call; matters: whether the network's output depends on the layer's.
+    image, in the last call; matters: whether the network's output depends on the layer's;
+    is_read: whether code outside of the layer looks at its weight.
     """
 
     calls: int = 0
@@ -30,6 +33,31 @@ class Use:
     input_shape: tuple[int, ...] = ()
     output_shape: tuple[int, ...] = ()
     matters: bool = False
+    is_read: bool = False
+
+
+class _Readers(TorchFunctionMode):
+    """Notes, while active, the convolutions whose weights are read while they do not run."""
+
+    def __init__(self, convolutions: dict[str, nn.Conv2d]) -> None:
+        super().__init__()
+        self.names = {id(c.weight): name for name, c in convolutions.items() if is_plain(c)}
+        self.running: str | None = None
+        self.read: set[str] = set()
+
+    def __torch_function__(
+        self,
+        func: Callable,
+        types: Sequence[type],
+        args: tuple = (),
+        kwargs: dict | None = None,
+    ) -> object:
+        kwargs = kwargs or {}
+        for value in tree_leaves((args, kwargs)):
+            name = self.names.get(id(value))
+            if name is not None and name != self.running:
+                self.read.add(name)
+        return func(*args, **kwargs)
 
 
 def uses(model: nn.Module, images: Tensor) -> dict[str, Use]:
@@ -45,25 +73,37 @@ def uses(model: nn.Module, images: Tensor) -> dict[str, Use]:
         raise UserError(f"model {type(model).__name__} has no convolution (nn.Conv2d)")
     found: dict[str, Use] = {}
     outputs: dict[str, Tensor] = {}
+    filter_costs = {name: conv.weight[0].numel() for name, conv in names.items()}
+    readers = _Readers(names)
+
+    def begin(name: str) -> Callable[..., None]:
+        def hook(_: nn.Conv2d, __: tuple[Tensor, ...]) -> None:
+            readers.running = name
+
+        return hook
 
     def observe(name: str) -> Callable[..., Tensor]:
         def hook(conv: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             use = found.setdefault(name, Use())
+            readers.running = None
             use.calls += 1
-            use.macs += output[0].numel() * conv.weight[0].numel()
+            use.macs += output[0].numel() * filter_costs[name]
             use.input_shape, use.output_shape = tuple(inputs[0].shape[1:]), tuple(output.shape[1:])
             outputs[name] = output
             return output.clone()  # which an activation may overwrite in place
 
         return hook
 
-    handles = [module.register_forward_hook(observe(name)) for name, module in names.items()]
+    handles = [conv.register_forward_pre_hook(begin(name)) for name, conv in names.items()]
+    handles += [conv.register_forward_hook(observe(name)) for name, conv in names.items()]
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), readers:
             logits = _logits(model, images[:2].detach().requires_grad_())
     finally:
         for handle in handles:
             handle.remove()
+    for name in readers.read & found.keys():
+        found[name].is_read = True
     # Where nothing at all has a gradient the network detaches its output: none of it matters.
     reached = [name for name in found if outputs[name].requires_grad]
     if reached and logits.requires_grad:
@@ -192,6 +232,8 @@ def _by_itself(conv: nn.Conv2d) -> str | None:
 def _by_its_use(use: Use, image_shape: tuple[int, ...]) -> str | None:
     if use.calls > 1:
         return f"used {use.calls} times in a forward pass: no fit serves all its inputs"
+    if use.is_read:
+        return "its weight is read elsewhere in the network, which an SBF layer does not have"
     if not use.matters:
         return "no gradient leads from the network's output to it: its weight cannot be told"
     # The channels alone would not do: squeeze-and-excitation may have as few.

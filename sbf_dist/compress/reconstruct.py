@@ -28,7 +28,7 @@ from sbf_dist.compress.options import Search, Shape
 from sbf_dist.compress.plan import DenseLayer, Latency, Layer, Plan, SBFLayer
 from sbf_dist.compress.progress import Progress, tell
 from sbf_dist.compress.reference import Reference
-from sbf_dist.compress.refit import is_mended
+from sbf_dist.compress.refit import is_mended, refit_heads
 from sbf_dist.compress.sequential import SequentialFit
 from sbf_dist.compress.statistics import measure_batch_norm
 from sbf_dist.errors import UserError
@@ -65,23 +65,23 @@ def compress(
     which 1 is tried (only 1 in layers of more than LARGEST_GRAM / m² channels, whose Gram matrices
     would be too large); `floor` is the least share of a layer's channels that is kept, in multiples
     of `round_to`; `keep` are patterns of layers' names to leave alone; `criterion` decides which
-    channels are kept (see `criteria`); `refit` solves filters anew on what they now get (`refit`);
-    `between` is put between basis and transformations, to be trained (`between`); `progress` is
-    told (what, done, of). With a budget of time, layers and networks are measured on
-    the model's device at the images' size: `table` keeps the layers' latencies and says how many
-    images are in a forward pass, and a network is measured as `for_inference` makes it (as it is,
-    if that is None). Returns the network in eval mode and its plan. Raises UserError if the budget
-    cannot be met, a weight is not finite, nothing can be converted, or the network has SBF layers
-    already.
+    channels are kept (see `criteria`); `refit` solves filters and linear layers anew on what the
+    converted layers before them give; `between` is put between basis and transformations, to be
+    trained; `progress` is told (what, done, of). With a budget of time, layers and networks are
+    measured on the model's device at the images' size: `table` keeps the layers' latencies and says
+    how many images are in a forward pass, and a network is measured as `for_inference` makes it (as
+    it is, if that is None). Returns the network in eval mode and its plan. Raises UserError if the
+    budget cannot be met, a weight is not finite, nothing can be converted, or the network has SBF
+    layers already.
     """
     _check_finite(model, model_name)
     _check_dense(model, model_name)
     dense = copy.deepcopy(model).eval()
     calibration = Calibration.of(images, device=device_of(model))
     input_shape, few = calibration.shape, calibration.first(2)
-    cost = count(dense, input_shape)
     # The least that rebuilding a channel takes is one tap.
     reasons, candidates = find_candidates(dense, few, 1, keep)
+    cost = count(dense, input_shape)
     if not candidates:
         raise UserError(f"model {model_name!r} has no convolution that an SBF layer could replace")
 
@@ -112,10 +112,11 @@ def compress(
         between=between is not None,
     )
     student = copy.deepcopy(dense)
+    reference = reference or Reference(dense)
     order = forward_order(dense, few)
     made = fit_layers(
         student,
-        reference or Reference(dense),
+        reference,
         order,
         {name: option for name, option in shared.chosen.items() if option.sources},
         found,
@@ -128,6 +129,8 @@ def compress(
         made = insert_between(student, made, calibration, between)
     # The rebuilt channels vary less than the dense ones (least squares shrinks): measured again.
     measure_batch_norm(student, calibration, calibration.part)
+    if refit:
+        refit_heads(student, reference.module, calibration)
     after = count(student, input_shape)
     latency = None
     costs: list[float] = [cost.macs, after.macs]
@@ -185,13 +188,13 @@ def fit_layers(
     """Convert the convolutions of `student` that are `chosen`, in place, each as its option says.
 
     `order` are all of its convolutions in forward order, `macs` the multiply-adds of those that
-    are converted; with `refit`, those that are not are mended as well (`SequentialFit`).
+    are converted; with `refit`, others that had options are mended (`SequentialFit`).
     """
     few = images.first(2)
     sizes = {
         name: chosen[name].size if name in chosen else 1
         for name in order
-        if name in chosen or (refit and is_mended(student, name, few))
+        if name in chosen or (refit and name in found.rows and is_mended(student, name, few))
     }
     fit = SequentialFit(student, reference, sizes, images, refit=refit)
     made: dict[str, SBFLayer] = {}

@@ -5,11 +5,13 @@ import torch
 from small_networks import pictures, small
 from torch import nn
 
+from sbf_dist.compress.candidates import forward_order
 from sbf_dist.compress.convert import convert
 from sbf_dist.compress.cost import count
 from sbf_dist.compress.plan import DenseLayer, Plan, Removed, SBFLayer
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
+from sbf_dist.models import load_weights, save_weights
 
 
 def dense(convertible=True):
@@ -136,6 +138,56 @@ def test_a_special_convolution_stays_dense_and_a_plan_may_not_replace_it():
     assert type(student[0]) is Standardised
     with pytest.raises(UserError, match="SBF layer of 0, a Standardised: it must stay dense"):
         convert(model, plan(**{"0": every_other(4)}))
+
+
+class Held(nn.Module):
+    """Convolutions that stand under two names, in a plain list, and in a block with two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.conv = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.features = nn.Sequential(self.conv, self.norm)
+        self.listed = [nn.Conv2d(8, 8, 3, padding=1)]
+        self.add_module("registered", self.listed[0])
+        self.block = nn.Sequential(nn.Conv2d(8, 8, 1))
+        self.again = self.block
+
+    def forward(self, x):
+        x = self.listed[0](self.features(self.stem(x)))
+        return self.again(x).mean((2, 3))
+
+
+def held_plan():
+    layers = {name: every_other(8) for name in ("conv", "registered", "block.0")}
+    return plan(stem=dense(), **layers)
+
+
+def test_a_module_with_several_names_or_in_a_list_is_replaced_wherever_it_is_held():
+    torch.manual_seed(0)
+    model = Held().eval()
+    assert forward_order(model, pictures(2)) == ["stem", "conv", "registered", "block.0"]
+    student = convert(model, held_plan())
+    assert student.features[0] is student.conv
+    assert student.listed[0] is student.registered
+    assert student.again[0] is student.block[0]
+    # It costs less, so no dense convolution is left in use; the model is what it was.
+    before, after = (count(network, (3, 10, 10)) for network in (model, student))
+    assert before.macs - after.macs == 64 * (2 * 4 * 8 * 9 + 4 * 8 - 3 * 4 * 2 * 9)
+    assert not any(isinstance(module, SBFConv2d) for module in model.modules())
+
+
+def test_a_network_with_aliases_is_saved_and_loaded(tmp_path):
+    student = convert(Held(), held_plan())
+    for module in student.modules():
+        if isinstance(module, SBFConv2d):
+            nn.init.normal_(module.transforms)
+    save_weights(student, tmp_path / "weights.safetensors")
+    again = convert(Held(), held_plan())
+    load_weights(again, tmp_path / "weights.safetensors")
+    x = pictures(2)
+    assert torch.equal(again.eval()(x), student.eval()(x))
 
 
 def test_plan_and_weights_make_the_same_network_again():

@@ -10,12 +10,14 @@ from torch import nn
 from sbf_dist import models
 from sbf_dist.compress import candidates, latency, latency_budget, latency_table, reconstruct
 from sbf_dist.compress.budget import Budget
+from sbf_dist.compress.calibration import Calibration
 from sbf_dist.compress.candidates import forward_order
 from sbf_dist.compress.convert import convert
 from sbf_dist.compress.cost import count
 from sbf_dist.compress.latency_table import LatencyTable
 from sbf_dist.compress.plan import DenseLayer, Plan, SBFLayer
 from sbf_dist.compress.reconstruct import compress
+from sbf_dist.compress.reference import Reference
 from sbf_dist.compress.statistics import measure_batch_norm, run_until
 from sbf_dist.compress.zeroed import zero_channels
 from sbf_dist.errors import UserError
@@ -181,7 +183,8 @@ class Mixed(nn.Module):
         super().__init__()
         self.aside = nn.Conv2d(16, 16, 3)
         self.stem = nn.Conv2d(3, 16, 3)
-        self.special = type("Special", (nn.Conv2d,), {})(16, 16, 1)
+        own_forward = {"forward": lambda self, x: nn.Conv2d.forward(self, 1 * x)}
+        self.special = type("Special", (nn.Conv2d,), own_forward)(16, 16, 1)
         self.depthwise = nn.Conv2d(16, 16, 3, groups=16)
         self.narrow = nn.Conv2d(16, 1, 1)
         self.cheap = nn.Conv2d(1, 16, 1)
@@ -200,7 +203,7 @@ def test_what_cannot_be_converted_stays_dense_and_says_why():
     reasons = {name: layer.reason for name, layer in plan.layers.items() if layer.kind == "dense"}
     assert reasons["stem"] == "the stem: it reads the image itself"
     assert reasons["special"] == "Special is not a plain convolution"
-    assert reasons["depthwise"] == "grouped convolution (16 groups)"
+    assert reasons["depthwise"].startswith("depthwise convolution: ")
     assert reasons["cheap"] == "a filter costs 1 multiply-adds, rebuilding a channel at least 1"
     assert reasons["aside"] == "no forward pass in evaluation mode reaches it"
     assert "one" in reasons, "a single channel leaves nothing to rebuild"
@@ -283,15 +286,18 @@ def test_weights_that_are_no_numbers_are_refused(value, where, message):
 class Twice(nn.Module):
     def __init__(self):
         super().__init__()
-        self.stem, self.again = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+        self.stem, self.again = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, padding=1)
+        self.once = nn.Conv2d(16, 16, 3)
 
     def forward(self, x):
-        return self.again(self.again(self.stem(x))).mean((2, 3))
+        return self.once(self.again(self.again(self.stem(x)))).mean((2, 3))
 
 
-def test_a_layer_that_runs_twice_is_refused():
-    with pytest.raises(UserError, match="layer again is used 2 times"):
-        shrink(Twice().eval())
+def test_a_layer_that_runs_twice_stays_dense_and_the_others_do_not():
+    student, plan = shrink(Twice().eval(), macs=0.95)
+    assert plan.layers["again"].reason.startswith("used 2 times in a forward pass")
+    assert plan.layers["once"].kind == "sbf"
+    assert type(student.again) is nn.Conv2d
 
 
 def test_forward_order_is_that_of_running_not_of_definition():
@@ -334,6 +340,48 @@ def test_a_layer_that_is_too_wide_for_shifts_gets_transformations_of_size_one(mo
     }
     assert (16, 3) in sizes
     assert {size for channels, size in sizes if channels > 16} == {1}
+
+
+# --- calibration images and references ---------------------------------------------------------
+
+
+def test_a_stream_of_batches_gives_the_same_network_as_a_tensor():
+    model, images = small(), pictures(40)
+    one, plan = shrink(model, images)
+    other, same_plan = shrink(model, Calibration.of(list(images.split(64))))
+    assert plan == same_plan
+    for key, value in one.state_dict().items():
+        assert torch.equal(other.state_dict()[key], value), key
+
+
+def test_filters_solved_anew_bring_the_predictions_nearer():
+    model, images = redundant(), pictures(64)
+    plain, plan = shrink(model, images, macs=0.4, refit=False)
+    mended, same = shrink(model, images, macs=0.4)
+    assert same.macs_after == plan.macs_after
+    unseen = pictures(200)[64:]
+    assert divergence(model, mended, unseen) < 0.9 * divergence(model, plain, unseen)
+    assert torch.equal(plain.head.weight, model.head.weight)
+
+
+def test_without_refit_kept_filters_are_the_dense_networks_own():
+    model = small()
+    student, plan = shrink(model, macs=0.5, refit=False)
+    kept = plan.layers["conv2"].kept
+    assert torch.equal(student.conv2.basis.weight, model.conv2.weight[kept])
+
+
+def test_a_network_is_fitted_to_its_reference():
+    """The reference's logits are twice the network's own: so are then the student's."""
+    model, images = small(), pictures(64)
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        reference.head.weight.mul_(2)
+        reference.head.bias.mul_(2)
+    student, _ = shrink(model, images, macs=0.7, reference=Reference(reference))
+    with torch.no_grad():
+        made, wanted, own = student(images), reference(images), model(images)
+    assert (made - wanted).square().mean() < 0.3 * (made - own).square().mean()
 
 
 # --- budgets of time -----------------------------------------------------------------------------

@@ -1,0 +1,278 @@
+"""Every network of the zoo: planned, converted, run, trained a step, saved, loaded and exported.
+
+    python benchmarks/models.py --json benchmarks/results/models.json --markdown docs/models.md
+
+Weights are random (seed 0), calibration images are smooth noise, and planning runs on small images,
+so that all of it takes minutes: what is checked is that each network goes all the way, and that
+what is evaluated is what is saved and exported. Multiply-adds are counted at the network's own
+size. --models NAME … does a part and leaves the other rows of the JSON file as they are.
+"""
+
+import argparse
+import copy
+import datetime
+import gc
+import json
+import logging
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from timing import machine
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sbf_dist.compress.budget import Budget
+from sbf_dist.compress.cost import count
+from sbf_dist.compress.plan import DenseLayer, Plan, SBFLayer
+from sbf_dist.compress.reconstruct import compress
+from sbf_dist.export.onnx import to_onnx, verify_onnx
+from sbf_dist.export.optimize import optimize
+from sbf_dist.export.saved import Card, load_student, save_student
+from sbf_dist.models import build
+
+SHARE = 0.5  # of the multiply-adds
+TOLERANCE = 1e-3  # of the largest logit: between engines, in float32
+
+
+@dataclass(frozen=True)
+class Network:
+    """How a network is taken through: its own image size, the size that is planned on, classes."""
+
+    size: int = 224
+    planned: int = 64
+    classes: int = 1000
+
+
+CIFAR = Network(size=32, planned=32, classes=10)
+NETWORKS = {
+    **dict.fromkeys(
+        ["cifar_resnet20", "cifar_resnet56", "cifar_resnet110", "cifar_vgg16", "cifar_vgg11_w16"],
+        CIFAR,
+    ),
+    **dict.fromkeys(
+        [
+            "torchvision:alexnet",
+            "torchvision:convnext_tiny",
+            "torchvision:densenet121",
+            "torchvision:efficientnet_b0",
+            "torchvision:efficientnet_v2_s",
+            "torchvision:googlenet",
+            "torchvision:mnasnet1_0",
+            "torchvision:mobilenet_v2",
+            "torchvision:mobilenet_v3_large",
+            "torchvision:regnet_y_800mf",
+            "torchvision:resnet18",
+            "torchvision:resnet50",
+            "torchvision:resnet101",
+            "torchvision:resnext50_32x4d",
+            "torchvision:shufflenet_v2_x1_0",
+            "torchvision:squeezenet1_0",
+            "torchvision:vgg16_bn",
+            "torchvision:wide_resnet50_2",
+            "timm:darknet53",
+            "timm:dla34",
+            "timm:ghostnet_100",
+            "timm:hrnet_w18_small",
+            "timm:mobileone_s0",
+            "timm:repvgg_a0",
+            "timm:res2net50_26w_4s",
+            "timm:resnet26t",
+            "timm:resnet50d",
+            "timm:seresnet50",
+        ],
+        Network(),
+    ),
+    "torchvision:inception_v3": Network(size=299, planned=96),
+    "torchvision:maxvit_t": Network(planned=224),  # its windows want that size
+}
+
+
+def pictures(number: int, size: int) -> Tensor:
+    """Smooth noise: neighbours are alike, as in photographs."""
+    generator = torch.Generator().manual_seed(1)
+    raw = torch.randn(number, 3, size, size, generator=generator)
+    return raw + 2 * F.avg_pool2d(raw, 5, 1, 2)
+
+
+@torch.no_grad()
+def settle(model: nn.Module, images: Tensor) -> nn.Module:
+    """Let the batch norms know `images`, so that signals keep their scale; in eval mode."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    model.train()(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return model.eval()
+
+
+def check(name: str, network: Network, images: int) -> dict:
+    """Take a network all the way; RuntimeError where two forms of it compute different logits."""
+    start = time.process_time()
+    torch.manual_seed(0)
+    batch = pictures(images, network.planned)
+    model = settle(build(name, network.classes), batch)
+    student, plan = compress(
+        model,
+        batch,
+        model_name=name,
+        classes=network.classes,
+        budget=Budget(macs=SHARE),
+        sources=2,
+        transform_size=3 if network is CIFAR else 1,
+        floor=0.25,
+    )
+    planned = time.process_time() - start
+    take_a_step(name, student, batch)
+    few = batch[:2]
+    with torch.inference_mode():
+        expected = student(few)
+    with tempfile.TemporaryDirectory() as folder:
+        card = Card.of(
+            plan,
+            classes=[str(i) for i in range(network.classes)],
+            mean=[0.0] * 3,
+            std=[1.0] * 3,
+        )
+        save_student(Path(folder) / "student", student, plan, card)
+        scale = expected.abs().max().item()
+        with torch.inference_mode():
+            differences = {
+                "loaded": (load_student(Path(folder) / "student")(few) - expected).abs().max(),
+                "optimized": (
+                    optimize(student)(few.contiguous(memory_format=torch.channels_last)) - expected
+                )
+                .abs()
+                .max(),
+            }
+        path = Path(folder) / "student.onnx"
+        to_onnx(student, path, card)
+        differences["onnx"] = verify_onnx(path, student, few)
+    relative = {form: float(value) / scale for form, value in differences.items()}
+    for form, difference in relative.items():
+        most = 0.0 if form == "loaded" else TOLERANCE
+        if not difference <= most:
+            raise RuntimeError(f"{name}, {form}: logits differ by {difference:.1e} of the largest")
+    own = (3, network.size, network.size)
+    before, after = count(model, own), count(student, own)
+    return {
+        "size": network.size,
+        "planned_size": network.planned,
+        "macs_before": before.macs,
+        "macs_after": after.macs,
+        "planned_macs_before": plan.macs_before,
+        "planned_macs_after": plan.macs_after,
+        "params_before": before.params,
+        "params_after": after.params,
+        "convolutions": len(plan.layers),
+        "converted": sum(isinstance(layer, SBFLayer) for layer in plan.layers.values()),
+        "dense": left_dense(plan),
+        "difference": {form: float(f"{value:.1e}") for form, value in relative.items()},
+        "cpu_seconds": {
+            "plan": round(planned, 1),
+            "rest": round(time.process_time() - start - planned, 1),
+        },
+    }
+
+
+def take_a_step(name: str, student: nn.Module, images: Tensor) -> None:
+    """Run a copy of `student` forward and backward in training mode.
+
+    RuntimeError unless every parameter gets a gradient of numbers.
+    """
+    trained = copy.deepcopy(student).train()
+    logits = trained(images)
+    F.cross_entropy(logits, torch.arange(len(images)) % logits.shape[1]).backward()
+    for parameter_name, parameter in trained.named_parameters():
+        if parameter.grad is None or not parameter.grad.isfinite().all():
+            raise RuntimeError(f"{name}: {parameter_name} has no finite gradient")
+
+
+def left_dense(plan: Plan) -> dict[str, int]:
+    """Count the reasons of the layers that stay dense, the most frequent first."""
+    reasons = (layer.reason for layer in plan.layers.values() if isinstance(layer, DenseLayer))
+    return dict(Counter(reasons).most_common())
+
+
+def markdown(report: dict) -> str:
+    """Write the page: what was done, and one row per network."""
+    rows = report["networks"]
+    worst = max(row["difference"]["onnx"] for row in rows.values())
+    fused = max(row["difference"]["optimized"] for row in rows.values())
+    convolutions = sum(row["convolutions"] for row in rows.values())
+    converted = sum(row["converted"] for row in rows.values())
+    seconds = sum(sum(row["cpu_seconds"].values()) for row in rows.values())
+    lines = [
+        "# Which networks work",
+        "",
+        f"{len(rows)} networks were planned at {SHARE:g} of their multiply-adds, converted, trained"
+        " a step, saved,",
+        f"loaded, optimized and exported by `benchmarks/models.py`, which writes this page "
+        f"({report['date']}, torch {report['torch']}).",
+        f"Of their {convolutions} convolutions {converted} became SBF layers; each of the others",
+        "has its reason below.",
+        "",
+        f"The weights are random, the {report['images']} calibration images smooth noise of the",
+        "size in the third column: this page tells what can be converted, not what accuracy is",
+        "left. The budget holds at that size; multiply-adds (M) are those at the network's own.",
+        "A loaded student gives the very logits that were saved; those of the optimized network",
+        f"differ by at most {fused:.0e} of the largest logit, those of the ONNX file in",
+        f"ONNX Runtime by at most {worst:.0e}. All of it took {seconds / 60:.0f} minutes of one "
+        "core's time.",
+        "",
+        "| network | size | planned at | MACs | after | convolutions | SBF | ONNX differs by |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in rows.items():
+        lines.append(
+            f"| {name} | {row['size']} | {row['planned_size']} | {row['macs_before'] / 1e6:.1f} | "
+            f"{row['macs_after'] / 1e6:.1f} | {row['convolutions']} | {row['converted']} | "
+            f"{row['difference']['onnx']:.0e} |"
+        )
+    lines += ["", "## Why layers stay dense", "", "| network | layers | reason |", "|---|---:|---|"]
+    for name, row in rows.items():
+        lines += [f"| {name} | {number} | {reason} |" for reason, number in row["dense"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Take the networks through, and write the JSON and the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--models", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--images", type=int, default=4, help="calibration images")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    logging.getLogger("sbf_dist").setLevel(logging.ERROR)  # what is not folded is told elsewhere
+    known = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
+    rows: dict[str, dict] = known.get("networks", {})
+    for name in track(options.models):
+        rows[name] = check(name, NETWORKS[name], options.images)
+        gc.collect()
+        report = {
+            "machine": machine(),
+            "threads": options.threads,
+            "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+            "torch": torch.__version__,
+            "images": options.images,
+            "networks": {name: rows[name] for name in NETWORKS if name in rows},
+        }
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(report, indent=1) + "\n")
+        print(f"{name}: {json.dumps(rows[name])}", flush=True)
+    if options.markdown:
+        options.markdown.write_text(markdown(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from sbf_dist.export.fold import fold_batchnorm
+from sbf_dist.export.optimize import optimize
+from sbf_dist.export.standard_operators import with_standard_operators
+from sbf_dist.layers import SBFConv2d
+from sbf_dist.surgery import become
+
+
+def sbf():
+    kept = [0, 2, 4, 6]
+    layer = SBFConv2d(8, 8, 3, kept, [kept[:2]] * 4, padding=1)
+    nn.init.normal_(layer.transforms)
+    return layer
+
+
+class Held(nn.Module):
+    """Each layer is called by another name than its first, or from a plain list."""
+
+    def __init__(self, *, traceable=True):
+        super().__init__()
+        self.first, self.norm1 = sbf(), nn.BatchNorm2d(8)
+        self.block = nn.Sequential(self.first, self.norm1)
+        self.second, self.norm2 = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+        self.listed = [self.second, self.norm2]
+        self.traceable = traceable
+
+    def forward(self, x):
+        x = self.block(x)
+        if not self.traceable and x.sum() > 1e9:
+            return x
+        for module in self.listed:
+            x = module(x)
+        return x.relu().mean((2, 3))
+
+
+def held(**settings):
+    torch.manual_seed(0)
+    network = Held(**settings)
+    for norm in (network.norm1, network.norm2):
+        nn.init.uniform_(norm.running_mean, -0.5, 0.5)
+        nn.init.uniform_(norm.running_var, 0.5, 2.0)
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+    return network.eval()
+
+
+def test_a_module_is_another_wherever_it_is_held():
+    network = held()
+    x = torch.randn(2, 8, 7, 7)
+    become(network.first, nn.Identity())
+    assert type(network.first) is nn.Identity
+    assert network.block[0] is network.first
+    assert not [name for name, _ in network.named_parameters() if "first" in name]
+    assert torch.equal(network.block(x), network.norm1(x))
+
+
+def test_what_it_has_become_can_be_copied_saved_and_moved():
+    one, other = held(), held()
+    torch.manual_seed(1)
+    become(one.first, sbf())
+    state = copy.deepcopy(one).state_dict()
+    assert {"first.transforms", "block.0.transforms"} <= state.keys()
+    other.load_state_dict(state)
+    x = torch.randn(2, 8, 7, 7)
+    assert torch.equal(other(x), one(x))
+    assert one.double().block[0].transforms.dtype == torch.float64
+
+
+@pytest.mark.parametrize("traceable", [True, False])
+def test_layers_are_folded_and_fused_wherever_they_are_held(traceable):
+    network = held(traceable=traceable)
+    x = torch.randn(2, 8, 7, 7)
+    expected = network(x)
+    for changed in (
+        fold_batchnorm(network),
+        with_standard_operators(fold_batchnorm(network)),
+        optimize(network),
+    ):
+        with torch.inference_mode():
+            torch.testing.assert_close(changed(x), expected, rtol=1e-4, atol=1e-5)
+    folded = fold_batchnorm(network)
+    assert (type(folded.listed[1]) is nn.Identity) == traceable
