@@ -132,7 +132,7 @@ def shrink(
     )
     measure_batch_norm(smaller, calibration, calibration.part)
     if refit:
-        refit_heads(smaller, reference.module, calibration)
+        refit_heads(smaller, reference, calibration)
     after = count(smaller, calibration.shape)
     spending = Spending(
         budget=budget,

@@ -130,7 +130,7 @@ def compress(
     # The rebuilt channels vary less than the dense ones (least squares shrinks): measured again.
     measure_batch_norm(student, calibration, calibration.part)
     if refit:
-        refit_heads(student, reference.module, calibration)
+        refit_heads(student, reference, calibration)
     after = count(student, input_shape)
     latency = None
     costs: list[float] = [cost.macs, after.macs]

@@ -22,7 +22,7 @@ from sbf_dist.compress.importance import Criterion, has_scales, measure_importan
 from sbf_dist.compress.narrow import is_depthwise, narrow
 from sbf_dist.compress.plan import Removed
 from sbf_dist.compress.reference import Reference
-from sbf_dist.compress.refit import is_mended
+from sbf_dist.compress.refit import is_mended, refit_heads
 from sbf_dist.compress.sequential import SequentialFit
 from sbf_dist.compress.statistics import measure_batch_norm
 from sbf_dist.errors import UserError
@@ -44,12 +44,12 @@ class Removal:
     cost: Cost
 
     def remaining(self, dense: nn.Module) -> dict[str, list[int]]:
-        """Numbers in `dense` of the output channels that its narrowed convolutions still have."""
+        """Numbers in `dense` of the output channels that narrowed layers still have."""
         channels: dict[str, list[int]] = {}
         for name, module in dense.named_modules():
-            if isinstance(module, nn.Conv2d) and name in self.removed:
+            if isinstance(module, nn.Conv2d | nn.Linear) and name in self.removed:
                 gone = set(self.removed[name].out)
-                channels[name] = [c for c in range(module.out_channels) if c not in gone]
+                channels[name] = [c for c in range(len(module.weight)) if c not in gone]
         return channels
 
 
@@ -137,6 +137,8 @@ def remove(
     if refit:
         _refit(removal, dense, removable.images)
     measure_batch_norm(network, removable.images, removable.images.part)
+    if refit:
+        refit_heads(network, Reference(dense, removal.remaining(dense)), removable.images)
     return removal
 
 
