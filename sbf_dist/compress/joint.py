@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sbf_dist.compress.budget import ROUNDING, Budget
+from sbf_dist.compress.budget import COUNTS, ROUNDING, Budget
 from sbf_dist.compress.calibration import BATCH, Calibration, device_of
 from sbf_dist.compress.cost import count
 from sbf_dist.compress.importance import Criterion
 from sbf_dist.compress.plan import DenseLayer, Plan
 from sbf_dist.compress.probe import Probe, divergence, train_briefly
-from sbf_dist.compress.reconstruct import Progress, compress
+from sbf_dist.compress.progress import Progress, tell
+from sbf_dist.compress.reconstruct import compress
 from sbf_dist.compress.reference import Reference
 from sbf_dist.compress.removal import Measure, Removable, cost_of, find_removable, remove
 from sbf_dist.errors import UserError
@@ -71,13 +72,12 @@ class JointPlanner:
         seed: int = 0,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        ((unit, self.asked),) = budget.given().items()
-        if unit not in ("macs", "params"):
+        if budget.kind not in COUNTS:
             raise UserError(
-                f"budget {unit} = {self.asked:g}: channels can be removed to a budget of macs or "
-                "params only"
+                f"budget {budget.kind} = {budget.value:g}: channels can be removed to a budget of "
+                f"{' or '.join(COUNTS)} only"
             )
-        self.of: Measure = "macs" if unit == "macs" else "params"
+        self.of: Measure = "macs" if budget.kind == "macs" else "params"
         self.budget = budget
         self.removal = removal or RemovalSettings()
         self.probe = probe or Probe()
@@ -86,6 +86,8 @@ class JointPlanner:
         self.settings = dict(settings or {})
         self.dense = copy.deepcopy(model).eval()
         held, self.images = _split(Calibration.of(images, device=device_of(model)), held_out)
+        self.cost = count(self.dense, self.images.shape)
+        self.share = budget.limit(cost_of(self.cost, self.of)) / cost_of(self.cost, self.of)
         with torch.no_grad():
             self.held = [(x, self.dense(x).log_softmax(1)) for x in held.split(BATCH)]
 
@@ -119,13 +121,13 @@ class JointPlanner:
             return compress(self.dense, self.images, budget=self.budget, **common)
         removal = remove(
             self._removable,
-            share=1 - share * (1 - self.asked),
+            share=1 - share * (1 - self.share),
             of=self.of,
             floor=self.removal.floor,
             round_to=self.removal.round_to,
         )
-        cost = self._removable.cost
-        limit, left = self.asked * cost_of(cost, self.of), cost_of(removal.cost, self.of)
+        cost, criterion = self.cost, f"removal by {self.removal.criterion}"
+        limit, left = self.share * cost_of(cost, self.of), cost_of(removal.cost, self.of)
         if left <= limit * (1 + ROUNDING):
             student = removal.network
             plan = _plan_without_rebuilding(student, self.images, self.names)
@@ -137,12 +139,14 @@ class JointPlanner:
                 reference=Reference(self.dense, removal.remaining(self.dense)),
                 **common,
             )
+            criterion = f"{criterion}, then {plan.criterion}"
         return student, plan.model_copy(
             update={
                 "budget": self.budget.given(),
                 "macs_before": cost.macs,
                 "params_before": cost.params,
                 "removed": removal.removed,
+                "criterion": criterion,
             }
         )
 
@@ -195,8 +199,7 @@ def plan_jointly(
     rows: list[str] = []
     refusals: list[UserError] = []
     for index, share in enumerate(shares, 1):
-        if progress is not None:
-            progress("try shares of removal", index, len(shares))
+        tell(progress, "try shares of removal", index, len(shares))
         try:
             candidate = planner.candidate(share)
         except UserError as error:

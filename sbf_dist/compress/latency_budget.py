@@ -136,6 +136,5 @@ def _build(dense: nn.Module, chosen: dict[str, Option]) -> nn.Module:
         conv = network.get_submodule(name)
         assert isinstance(conv, nn.Conv2d)
         form = Form(option.kept, option.sources, option.size)
-        network.set_submodule(name, build_form(conv, form), strict=True)
         become(conv, build_form(conv, form))
     return network

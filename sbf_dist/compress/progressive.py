@@ -19,6 +19,7 @@ from sbf_dist.compress.plan import DenseLayer, Layer, Plan, SBFLayer
 from sbf_dist.compress.progress import Progress
 from sbf_dist.compress.reconstruct import fit_layers
 from sbf_dist.compress.reference import Reference
+from sbf_dist.compress.refit import refit_heads
 from sbf_dist.compress.statistics import measure_batch_norm
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
@@ -114,12 +115,13 @@ def shrink(
     chosen = allocate(rows, fixed=fixed, dense=whole, budget=budget)
 
     changed = {name: option for name, option in chosen.items() if option != rows[name][0]}
+    reference = reference or Reference(now)
     smaller = copy.deepcopy(now)
     for name in changed:
         become(smaller.get_submodule(name), copy.deepcopy(dense.get_submodule(name)))
     made = fit_layers(
         smaller,
-        reference or Reference(now),
+        reference,
         [n for n in forward_order(dense, few) if n in changed or _is_dense(now, n)],
         changed,
         found,
@@ -129,6 +131,8 @@ def shrink(
         progress=progress,
     )
     measure_batch_norm(smaller, calibration, calibration.part)
+    if refit:
+        refit_heads(smaller, reference, calibration)
     after = count(smaller, calibration.shape)
     spending = Spending(
         budget=budget,

@@ -65,14 +65,14 @@ def compress(
     which 1 is tried (only 1 in layers of more than LARGEST_GRAM / m² channels, whose Gram matrices
     would be too large); `floor` is the least share of a layer's channels that is kept, in multiples
     of `round_to`; `keep` are patterns of layers' names to leave alone; `criterion` decides which
-    channels are kept (see `criteria`); `refit` solves filters anew on what they now get, also those
-    of layers that stay dense and of linear layers (see `refit`); `between` is put between basis and
-    transformations, to be trained (see `between`); `progress` is told (what, done, of). With a
-    budget of time, layers and networks are measured on the model's device at the images' size:
-    `table` keeps the layers' latencies and says how many images are in a forward pass, and a
-    network is measured as `for_inference` makes it (as it is, if that is None). Returns the network
-    in eval mode and its plan. Raises UserError if the budget cannot be met, a weight is not finite,
-    nothing can be converted, or the network has SBF layers already.
+    channels are kept (see `criteria`); `refit` solves filters and linear layers anew on what the
+    converted layers before them give; `between` is put between basis and transformations, to be
+    trained; `progress` is told (what, done, of). With a budget of time, layers and networks are
+    measured on the model's device at the images' size: `table` keeps the layers' latencies and says
+    how many images are in a forward pass, and a network is measured as `for_inference` makes it (as
+    it is, if that is None). Returns the network in eval mode and its plan. Raises UserError if the
+    budget cannot be met, a weight is not finite, nothing can be converted, or the network has SBF
+    layers already.
     """
     _check_finite(model, model_name)
     _check_dense(model, model_name)
@@ -113,6 +113,7 @@ def compress(
         between=between is not None,
     )
     student = copy.deepcopy(dense)
+    reference = reference or Reference(dense)
     order = forward_order(dense, few)
     made = fit_layers(
         student,
@@ -130,7 +131,7 @@ def compress(
     # The rebuilt channels vary less than the dense ones (least squares shrinks): measured again.
     measure_batch_norm(student, calibration, calibration.part)
     if refit:
-        refit_heads(student, reference.module, calibration)
+        refit_heads(student, reference, calibration)
     after = count(student, input_shape)
     latency = None
     costs: list[float] = [cost.macs, after.macs]
@@ -188,13 +189,13 @@ def fit_layers(
     """Convert the convolutions of `student` that are `chosen`, in place, each as its option says.
 
     `order` are all of its convolutions in forward order, `macs` the multiply-adds of those that
-    are converted; with `refit`, those that are not are mended as well (`SequentialFit`).
+    are converted; with `refit`, others that had options are mended (`SequentialFit`).
     """
     few = images.first(2)
     sizes = {
         name: chosen[name].size if name in chosen else 1
         for name in order
-        if name in chosen or (refit and is_mended(student, name, few))
+        if name in chosen or (refit and name in found.rows and is_mended(student, name, few))
     }
     fit = SequentialFit(student, reference, sizes, images, refit=refit)
     made: dict[str, SBFLayer] = {}

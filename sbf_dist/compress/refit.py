@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from sbf_dist.compress.calibration import Calibration
 from sbf_dist.compress.candidates import LARGEST_GRAM, convolution
 from sbf_dist.compress.layerwise import Draw
+from sbf_dist.compress.reference import Reference
 from sbf_dist.compress.statistics import Moments, MomentSums, patches, run_until
 
 RIDGE = 1e-2  # towards the old filters, relative to the mean variance of the inputs
@@ -91,7 +92,7 @@ def solve(
 
 
 @torch.no_grad()
-def refit_heads(student: nn.Module, reference: nn.Module, images: Calibration) -> list[str]:
+def refit_heads(student: nn.Module, reference: Reference, images: Calibration) -> list[str]:
     """Fit the linear layers of `student` that read vectors, in place; return their names.
 
     Each is fitted, in forward order, to what the layer gives in `reference`, on the inputs that
@@ -105,7 +106,8 @@ def refit_heads(student: nn.Module, reference: nn.Module, images: Calibration) -
         assert isinstance(head, nn.Linear)
         halves = [MomentSums(1, paired=False), MomentSums(1, paired=False)]
         for index, batch in enumerate(images.parts(min(images.part, -(-images.count // 2)))):
-            wanted = run_until(reference, name, batch, output=True)
+            outputs = run_until(reference.module, name, batch, output=True)
+            wanted = reference.select(name, outputs)
             halves[index % 2].add(run_until(student, name, batch, output=False).clone(), wanted)
         if halves[1].count == 0:
             continue  # a single image

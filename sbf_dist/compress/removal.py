@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from sbf_dist.compress.calibration import Calibration, device_of
-from sbf_dist.compress.candidates import forward_order
+from sbf_dist.compress.candidates import uses
 from sbf_dist.compress.cost import Cost, count
 from sbf_dist.compress.coupled import Coupled, find_coupled, removed_channels
 from sbf_dist.compress.importance import Criterion, has_scales, measure_importance
 from sbf_dist.compress.narrow import is_depthwise, narrow
 from sbf_dist.compress.plan import Removed
 from sbf_dist.compress.reference import Reference
-from sbf_dist.compress.refit import is_mended
+from sbf_dist.compress.refit import is_mended, refit_heads
 from sbf_dist.compress.sequential import SequentialFit
 from sbf_dist.compress.statistics import measure_batch_norm
 from sbf_dist.errors import UserError
@@ -44,12 +44,12 @@ class Removal:
     cost: Cost
 
     def remaining(self, dense: nn.Module) -> dict[str, list[int]]:
-        """Numbers in `dense` of the output channels that its narrowed convolutions still have."""
+        """Numbers in `dense` of the output channels that narrowed layers still have."""
         channels: dict[str, list[int]] = {}
         for name, module in dense.named_modules():
-            if isinstance(module, nn.Conv2d) and name in self.removed:
+            if isinstance(module, nn.Conv2d | nn.Linear) and name in self.removed:
                 gone = set(self.removed[name].out)
-                channels[name] = [c for c in range(module.out_channels) if c not in gone]
+                channels[name] = [c for c in range(len(module.weight)) if c not in gone]
         return channels
 
 
@@ -137,6 +137,8 @@ def remove(
     if refit:
         _refit(removal, dense, removable.images)
     measure_batch_norm(network, removable.images, removable.images.part)
+    if refit:
+        refit_heads(network, Reference(dense, removal.remaining(dense)), removable.images)
     return removal
 
 
@@ -145,7 +147,11 @@ def _refit(removal: Removal, dense: nn.Module, images: Calibration) -> None:
     few = images.first(2)
     network = removal.network
     reference = Reference(dense, removal.remaining(dense))
-    sizes = {name: 1 for name in forward_order(network, few) if is_mended(network, name, few)}
+    sizes = {
+        name: 1
+        for name, use in uses(network, few).items()
+        if use.calls == 1 and is_mended(network, name, few)
+    }
     fit = SequentialFit(network, reference, sizes, images, refit=True)
     for name in sizes:
         fit.mend(name)

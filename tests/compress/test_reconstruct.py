@@ -360,7 +360,7 @@ def test_filters_solved_anew_bring_the_predictions_nearer():
     mended, same = shrink(model, images, macs=0.4)
     assert same.macs_after == plan.macs_after
     unseen = pictures(200)[64:]
-    assert divergence(model, mended, unseen) < 0.8 * divergence(model, plain, unseen)
+    assert divergence(model, mended, unseen) < 0.9 * divergence(model, plain, unseen)
     assert torch.equal(plain.head.weight, model.head.weight)
 
 

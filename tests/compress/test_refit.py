@@ -14,6 +14,7 @@ from torch import nn
 from sbf_dist.compress import refit
 from sbf_dist.compress.calibration import Calibration
 from sbf_dist.compress.layerwise import Draw
+from sbf_dist.compress.reference import Reference
 from sbf_dist.compress.refit import (
     _joined,
     drawn_patches,
@@ -161,7 +162,10 @@ def test_linear_layers_that_read_vectors_are_solved_anew(batch):
     other = disturbed(model)
     images, unseen = pictures(200).split([150, 50])
     before = difference(model, other, unseen)
-    assert refit_heads(other, model, Calibration.of(images, batch=batch)) == ["hidden", "head"]
+    assert refit_heads(other, Reference(model), Calibration.of(images, batch=batch)) == [
+        "hidden",
+        "head",
+    ]
     assert difference(model, other, unseen) < 0.5 * before
     for name in ("sequence", "twice"):
         assert torch.equal(other.get_submodule(name).weight, model.get_submodule(name).weight)
@@ -178,14 +182,14 @@ def test_few_images_do_not_make_a_head_worse_on_others():
         other[0].weight[:32] = 0.3 * torch.randn_like(other[0].weight[:32])
     images, unseen = pictures(1012).split([12, 1000])
     before = difference(model, other, unseen)
-    refit_heads(other, model, Calibration.of(images))
+    refit_heads(other, Reference(model), Calibration.of(images))
     assert difference(model, other, unseen) < 1.2 * before
 
 
 def test_a_single_image_leaves_heads_as_they_are():
     model = Heads().eval()
     other = copy.deepcopy(model)
-    refit_heads(other, model, Calibration.of(pictures(1)))
+    refit_heads(other, Reference(model), Calibration.of(pictures(1)))
     assert torch.equal(other.head.weight, model.head.weight)
 
 

@@ -158,9 +158,9 @@ def test_what_remains_is_told_by_the_dense_networks_numbers():
     remaining = removal.remaining(model)
     for name, left in remaining.items():
         conv, narrow = model.get_submodule(name), removal.network.get_submodule(name)
-        assert narrow.out_channels == len(left)
+        assert len(narrow.weight) == len(left)
         cut = removal.removed[name].inp
-        inputs = [c for c in range(conv.in_channels) if c not in cut]
+        inputs = [c for c in range(conv.weight.shape[1]) if c not in cut]
         assert torch.equal(narrow.weight, conv.weight[left][:, inputs])
 
 
