@@ -13,6 +13,7 @@ from sbf_dist.compress.reference import Reference
 from sbf_dist.compress.refit import obstacle, refit_filters
 from sbf_dist.compress.statistics import Moments, MomentSums, run_until
 
+ENOUGH = 3  # samples for each weight of a filter that is solved anew
 INPUTS = 512 * 2**20  # bytes of a layer's inputs up to which a second use costs no second pass
 
 
@@ -41,8 +42,11 @@ class SequentialFit:
         self._refit = refit
 
     def mend(self, name: str) -> None:
-        """Solve the filters of a layer that stays dense anew."""
+        """Solve the filters of a layer that stays dense anew, if there are samples enough."""
         conv = convolution(self._student, name)
+        if not self._can_solve(name):
+            self._targets.pop(name)
+            return
         refit_filters(conv, self._batches(name), self._draws[name], centred=conv.bias is not None)
 
     def convert(
@@ -57,7 +61,7 @@ class SequentialFit:
         conv = convolution(self._student, name)
         draw, size = self._draws[name], self._sizes[name]
         batches = self._batches(name)
-        if self._refit and obstacle(conv) is None:
+        if self._refit and self._can_solve(name):
             refit_filters(conv, batches, draw, centred=True)
         sums = MomentSums(size)
         for start, inputs, rows in batches:
@@ -66,6 +70,12 @@ class SequentialFit:
             sums.add(draw.rows(candidates, size, start), rows)
         moments = sums.moments()
         return install(self._student, name, moments, sorted(rank(moments)[:kept]), sources, macs)
+
+    def _can_solve(self, name: str) -> bool:
+        # Behind global pooling an image is one sample: filters would be fitted to chance.
+        conv, draw = convolution(self._student, name), self._draws[name]
+        samples = draw.images * draw.per_image
+        return obstacle(conv) is None and samples >= ENOUGH * conv.weight[0].numel()
 
     def _batches(self, name: str) -> "_Batches":
         return _Batches(

@@ -116,3 +116,12 @@ def test_only_the_positions_that_are_drawn_are_looked_at(monkeypatch):
     student, plans = fitted(model, refit=True)
     for name, plan in plans.items():
         assert plan.error == pytest.approx(error(model, student, name), rel=0.2)
+
+
+def test_filters_with_more_weights_than_samples_stay_as_they_are():
+    model = small()
+    student = copy.deepcopy(model)
+    few = Calibration.of(IMAGES[:4])  # 100 positions of conv2, whose filters have 144 weights
+    fit = SequentialFit(student, Reference(model), {"conv2": 1}, few, refit=True)
+    fit.mend("conv2")
+    assert torch.equal(student.conv2.weight, model.conv2.weight)
