@@ -106,12 +106,15 @@ class Estimated:
 
     def scaled(self, divergences: list[float]) -> list[Option]:
         """Return the options with losses scaled to the KL divergences that the trials cause."""
-        scales = [
-            (option.cost, divergence / max(option.loss, 1e-30))
-            for option, divergence in zip(self.tried, divergences, strict=True)
-        ]
+        scales: dict[int, list[tuple[float, float]]] = {}
+        for option, divergence in zip(self.tried, divergences, strict=True):
+            scale = divergence / max(option.loss, 1e-30)
+            scales.setdefault(option.size, []).append((option.cost, scale))
+        # Errors of different m add up differently over positions: each m has its own scales.
         return [
-            dataclasses.replace(o, loss=o.loss * min(scales, key=lambda s: abs(s[0] - o.cost))[1])
+            dataclasses.replace(
+                o, loss=o.loss * min(scales[o.size], key=lambda s: abs(s[0] - o.cost))[1]
+            )
             for o in self.options
         ]
 
@@ -146,8 +149,12 @@ def estimate_options(
                     estimated.append(Option(kept, used, size, cost, loss))
     if not estimated:
         return Estimated([], [], [])
-    probed = frontier(estimated)  # the others are not chosen
-    tried = [min(probed, key=lambda o: abs(o.cost - share * now.cost)) for share in SHARES]
+    tried = []
+    for size in orders:
+        probed = frontier([o for o in estimated if o.size == size])  # the others are not chosen
+        if probed:
+            wanted = [share * now.cost for share in SHARES]
+            tried += [min(probed, key=lambda o: abs(o.cost - cost)) for cost in wanted]
     trials = []
     for option in tried:
         kept_channels = sorted(orders[option.size][: option.kept])
