@@ -55,7 +55,7 @@ def shrink_in_rounds(
             path.parent.mkdir(exist_ok=True)
             plan.save(path)
             models.save_weights(student, weights)  # last: what says that the round is fitted
-        if number < len(budgets):
+        if number < len(budgets) and not folder.weights(networks.trained(number)).exists():
             train(networks.round_stage(jobs[number - 1]))
     return path
 

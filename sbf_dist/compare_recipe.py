@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from sbf_dist.recipe import Data, Name, Optimizer, Positive, Section, Share, load_as
+from sbf_dist.recipe import Data, Optimizer
+from sbf_dist.schema import Name, Positive, Section, Share, load_as
 
 Method = Literal[
     "magnitude",

@@ -1,10 +1,12 @@
 """Students and teachers by name: our CIFAR networks, timm's and torchvision's."""
 
 import difflib
+import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from sbf_dist.errors import UserError
 
 EXAMPLES = "cifar_resnet20, cifar_vgg16, timm:resnet50, torchvision:resnet18"
 INCEPTIONS = ("googlenet", "inception_v3")  # torchvision's networks with auxiliary heads
+AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # of the published weights
 # What wrappers of a network put before the names of its weights.
 WRAPPERS = ("module.", "_orig_mod.", "model.")
 
@@ -77,22 +80,15 @@ def save_weights(model: nn.Module, path: Path) -> None:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a safetensors file into `model`; UserError naming the first key that does not fit.
+    """Load a file of weights into `model`; UserError naming the first key that does not fit.
 
-    The message says so where all keys fit but for what a wrapper (DataParallel, torch.compile) put
-    before them, and where the file is torch.save's.
+    Safetensors, or torch.save's file of a state dict, or of a dict with one as "state_dict", of
+    which nothing but tensors is unpickled. The message says so where all keys fit but for what a
+    wrapper (DataParallel, torch.compile) put before them.
     """
-    try:
-        state = load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"weights {path} do not exist") from None
-    except (SafetensorError, OSError) as error:
-        if path.is_file() and zipfile.is_zipfile(path):
-            raise UserError(
-                f"weights {path} are torch.save's, a pickle, which is not read: write the state "
-                "dict with safetensors.torch.save_file"
-            ) from None
-        raise UserError(f"weights {path} are not a safetensors file: {error}") from None
+    state = _read_state(path)
+    if getattr(model, "aux_logits", None) is False:  # torchvision's, built without these heads
+        state = {name: x for name, x in state.items() if not name.startswith(AUXILIARY)}
     own = model.state_dict()
     for wrapper in WRAPPERS:
         if state and {name.removeprefix(wrapper) for name in state} == own.keys() != state.keys():
@@ -112,6 +108,30 @@ def load_weights(model: nn.Module, path: Path) -> None:
         if name not in own:
             raise UserError(f"weights {path} have {name}, which the model does not know")
     load_state(model, state)
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    if not path.exists():
+        raise UserError(f"weights {path} do not exist")
+    if not zipfile.is_zipfile(path):
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"weights {path} are neither a safetensors file nor torch.save's: {error}"
+            ) from None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError):
+        raise UserError(
+            f"weights {path} hold more than tensors, which is not unpickled: write the state dict "
+            "alone, best with safetensors.torch.save_file"
+        ) from None
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not all(isinstance(x, Tensor) for x in content.values()):
+        raise UserError(f"weights {path} are no state dict: wanted tensors by name")
+    return dict(content)
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -143,11 +143,45 @@ def test_weights_of_a_wrapped_network_are_refused_and_the_wrapper_is_named(tmp_p
     assert "\n" not in str(told.value)
 
 
-def test_a_pickle_is_refused_and_what_to_do_is_said(tmp_path):
-    path = tmp_path / "weights.pth"
-    torch.save(nn.Linear(1, 1).state_dict(), path)
-    with pytest.raises(UserError, match=r"torch.save's, a pickle, which is not read: write"):
-        models.load_weights(nn.Linear(1, 1), path)
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_state_dict_of_torch_save_is_read_also_out_of_a_checkpoint(tmp_path, inside):
+    one, other = nn.Linear(2, 3), nn.Linear(2, 3)
+    state = one.state_dict()
+    torch.save({"epoch": 7, "state_dict": state} if inside else state, tmp_path / "weights.pth")
+    models.load_weights(other, tmp_path / "weights.pth")
+    assert torch.equal(one.weight, other.weight)
+
+
+class _RunsCode:
+    def __init__(self, proof):
+        self.proof = proof
+
+    def __reduce__(self):
+        return (Path.touch, (self.proof,))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda folder: {"weight": _RunsCode(folder / "ran")}, "hold more than tensors"),
+        (lambda _: nn.Linear(2, 3), "hold more than tensors"),
+        (lambda _: [torch.zeros(1)], "are no state dict"),
+        (lambda _: {"epoch": 7}, "are no state dict"),
+    ],
+)
+def test_a_pickle_of_anything_but_tensors_is_refused_and_runs_nothing(tmp_path, content, message):
+    torch.save(content(tmp_path), tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=message) as told:
+        models.load_weights(nn.Linear(2, 3), tmp_path / "weights.pth")
+    assert "\n" not in str(told.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_published_weights_of_auxiliary_heads_are_left_out(tmp_path):
+    network = models.build("torchvision:googlenet", 3)
+    state = network.state_dict() | {"aux1.conv.conv.weight": torch.zeros(1)}
+    torch.save(state, tmp_path / "weights.pth")
+    models.load_weights(network, tmp_path / "weights.pth")
 
 
 def test_a_network_that_wants_its_version_is_loaded(tmp_path):
@@ -162,7 +196,7 @@ def test_a_network_that_wants_its_version_is_loaded(tmp_path):
 def test_a_file_that_holds_no_weights_is_refused(tmp_path, content):
     path = tmp_path / "weights.safetensors"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="are not a safetensors file") as told:
+    with pytest.raises(UserError, match="are neither a safetensors file") as told:
         models.load_weights(nn.Linear(1, 1), path)
     assert "\n" not in str(told.value)
 
@@ -170,7 +204,7 @@ def test_a_file_that_holds_no_weights_is_refused(tmp_path, content):
 def test_weights_that_are_missing_or_a_folder_are_refused(tmp_path):
     with pytest.raises(UserError, match="do not exist"):
         models.load_weights(nn.Linear(1, 1), tmp_path / "weights.safetensors")
-    with pytest.raises(UserError, match="are not a safetensors file"):
+    with pytest.raises(UserError, match="are neither a safetensors file"):
         models.load_weights(nn.Linear(1, 1), tmp_path)
 
 
@@ -179,5 +213,5 @@ def test_a_truncated_file_is_refused(tmp_path):
     models.save_weights(nn.Linear(9, 9), path)
     assert set(load_file(path)) == {"weight", "bias"}
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(UserError, match="are not a safetensors file"):
+    with pytest.raises(UserError, match="are neither a safetensors file"):
         models.load_weights(nn.Linear(9, 9), path)

@@ -1,0 +1,152 @@
+"""Recipes as YAML files: read, changed by overrides, checked field by field, errors in one line."""
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sbf_dist.errors import UserError
+
+Positive = typing.Annotated[int, Field(ge=1)]
+Share = typing.Annotated[float, Field(gt=0, le=1)]
+Above0 = typing.Annotated[float, Field(gt=0)]
+# No dot in front: "." and ".." are folders that exist.
+Name = typing.Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
+
+
+class Section(BaseModel):
+    """A part of a recipe; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Whole = typing.TypeVar("Whole", bound=Section)  # a whole recipe, of a run or of a comparison
+
+
+def load_as(schema: type[Whole], path: Path, overrides: typing.Sequence[str] = ()) -> Whole:
+    """Read a recipe; `overrides` are KEY=VALUE with dots in KEY and YAML in VALUE.
+
+    Raises UserError that names the key, its value, and what would be right.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"recipe {path} does not exist") from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"recipe {path} must be a mapping of keys to values")
+    return validate_as(schema, content, overrides, f"recipe {path}")
+
+
+def validate_as(
+    schema: type[Whole], content: dict[str, Any], overrides: typing.Sequence[str], origin: str
+) -> Whole:
+    """Make a recipe of `content`, changed by `overrides`; errors begin with `origin`.
+
+    Raises UserError as `load_as` does.
+    """
+    content = _unshared(content)
+    for override in overrides:
+        _override(content, override)
+    try:
+        return schema.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{origin}: {_explain(schema, error)}") from None
+
+
+def _unshared(content: Any) -> Any:
+    """Copy what YAML's aliases share, so that an override changes one place only."""
+    if isinstance(content, dict):
+        return {key: _unshared(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_unshared(value) for value in content]
+    return content
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r} must look like distill.training.steps=100")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: {text!r} is not a YAML value") from None
+    *parents, last = key.split(".")
+    place: Any = content
+    for depth, part in enumerate(parents):
+        place = _step(place, part, override, ".".join(parents[:depth]))
+        if place is None:
+            empty = ".".join(parents[: depth + 1])
+            raise UserError(f"override {override!r}: {empty} is not set; give the whole of it")
+    if isinstance(place, list):
+        _step(place, last, override, ".".join(parents))
+        place[int(last)] = value
+    elif isinstance(place, dict):
+        place[last] = value
+    else:
+        raise UserError(f"override {override!r}: {'.'.join(parents)} has no keys")
+
+
+def _step(place: Any, part: str, override: str, where: str) -> Any:
+    if isinstance(place, list):
+        if not part.isdecimal() or int(part) >= len(place):
+            entries = f"the entries 0 to {len(place) - 1}" if place else "no entries"
+            raise UserError(f"override {override!r}: {where} has {entries}")
+        return place[int(part)]
+    if isinstance(place, dict):
+        return place.setdefault(part, {})
+    raise UserError(f"override {override!r}: {where} has no keys")
+
+
+def _explain(schema: type[Section], error: ValidationError) -> str:
+    """Put the first thing that is wrong with a recipe in one line."""
+    errors = error.errors()
+    # A key that is wrongly written is missing as well: say what was written.
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(schema, first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+        return f"{key} is not a known key; {hint}"
+    if first["type"] == "missing":
+        return f"{key} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key} = {first['input']!r} {_demand(first['type'], message)}"
+
+
+def _demand(kind: str, message: str) -> str:
+    """Turn pydantic's 'Input should be …' into 'must be …'."""
+    if kind in ("model_type", "model_attributes_type"):
+        return "must be a mapping of keys to values"
+    if kind == "path_type":
+        return "must be a path"
+    if kind == "string_pattern_mismatch":
+        return "must be letters, digits, '_', '-' and '.', with no '.' in front"
+    if "should" not in message:
+        return f"is wrong: {message[0].lower()}{message[1:]}"
+    return "must" + message.partition("should")[2]
+
+
+def _fields_at(schema: type[Section], location: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields of the section at `location`."""
+    section: Any = schema
+    for part in location:
+        if isinstance(part, int):
+            continue
+        section = _section_of(section.model_fields[part].annotation)
+    return list(section.model_fields)
+
+
+def _section_of(annotation: Any) -> Any:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return annotation
+    candidates = [_section_of(inner) for inner in typing.get_args(annotation)]
+    return next(c for c in candidates if isinstance(c, type) and issubclass(c, Section))
