@@ -32,10 +32,19 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# quality.py goes on where it was cut: remove runs/quality after a change of the methods.
 bench: setup
 	$(BIN)/python benchmarks/digits.py --json benchmarks/results/digits.json
 	$(BIN)/python benchmarks/layer.py --json benchmarks/results/layer.json
 	$(BIN)/python benchmarks/network.py --json benchmarks/results/network.json
+	$(BIN)/python benchmarks/fitting.py errors --trained cifar_resnet14 \
+	    --json benchmarks/results/fitting-errors.json
+	$(BIN)/python benchmarks/fitting.py cost --json benchmarks/results/fitting-cost.json
+	$(BIN)/python benchmarks/models.py --json benchmarks/results/models.json \
+	    --markdown docs/models.md
+	$(BIN)/python benchmarks/joint.py --json benchmarks/results/joint.json
+	$(BIN)/python benchmarks/loader.py --json benchmarks/results/loader.json
+	$(BIN)/python benchmarks/quality.py --json benchmarks/results/quality.json
 	@if nvidia-smi > /dev/null 2>&1; then \
 	    $(BIN)/python benchmarks/gpu.py --json benchmarks/results/gpu.json; \
 	else echo 'benchmarks/gpu.py: left out, no GPU here'; fi
