@@ -71,4 +71,10 @@ def recipe_of(model: str, weights: Path, data: Path, budget: str, overrides: lis
         "compress": {"teacher": _NETWORK},
         "distill": {"training": {"steps": 1}},
     }
-    return recipes.validate(content, [f"compress.{budget}", *overrides], "command line")
+    recipe = recipes.validate(content, [f"compress.{budget}", *overrides], "command line")
+    if recipe.compress.rounds > 1:
+        raise UserError(
+            f"compress.rounds = {recipe.compress.rounds} must be 1 here: there is no training "
+            "between rounds (sbf run has it)"
+        )
+    return recipe

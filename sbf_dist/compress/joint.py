@@ -218,7 +218,8 @@ def plan_jointly(
         f"rebuilding: the least KL divergence from the dense network {when}, on images held out"
     )
     student = best.trained if keep_training else best.student
-    explanation = [told, *rows, *best.plan.explanation]
+    after = "" if best.share == 0 else "Of what removal leaves: "
+    explanation = [told, *rows, *(after + line for line in best.plan.explanation)]
     return student, best.plan.model_copy(update={"explanation": explanation})
 
 

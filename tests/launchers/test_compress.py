@@ -108,6 +108,14 @@ def test_a_mistake_is_told_in_one_line_and_nothing_is_written(
     assert not out.exists()
 
 
+def test_rounds_are_refused_where_nothing_is_trained_between_them(
+    folder: Path, tmp_path: Path
+) -> None:
+    words = [*arguments(folder, out=str(tmp_path / "student")), *SMALL, "compress.rounds=3"]
+    result = CliRunner().invoke(cli.app, words)
+    assert "compress.rounds = 3 must be 1 here" in str(result.exception)
+
+
 def test_a_folder_with_other_things_in_it_is_refused_before_the_work(
     folder: Path, tmp_path: Path
 ) -> None:
