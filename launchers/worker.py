@@ -25,7 +25,7 @@ from pipelines.agreement import check_workers_agree
 from pipelines.augmentation import Augmentation
 from pipelines.index import DataIndex
 from pipelines.loader import EvalLoader, TrainLoader
-from pipelines.mixture import MixedLoader
+from pipelines.mixture import MixedLoader, shares_of_batch
 from sbf_dist import models, tracking
 from sbf_dist.compress.convert import convert
 from sbf_dist.compress.plan import Plan
@@ -237,11 +237,9 @@ def _batches(here: Context, job: Job, index: DataIndex) -> MixedLoader:
     """Return the training batches: labelled images and, with teachers, unlabelled ones."""
     total = job.training.batch_size // here.world_size // job.training.accumulation
     augmentation = here.recipe.data.augmentation
-    pair = 2 if augmentation.mixes else 1  # images are mixed in pairs of one stream
-    labelled = pair * round(job.labelled_share * total / pair)
+    sizes = shares_of_batch(total, job.labelled_share, pairs=augmentation.mixes)
     if job.targets == "labels" or not len(index.parts["unlabelled"]):
-        labelled = total
-    sizes = {"labelled": labelled, "unlabelled": total - labelled}
+        sizes = {"labelled": total}
     return MixedLoader(
         [
             TrainLoader(
