@@ -4,7 +4,7 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,10 +19,11 @@ from launchers.shared_batches import SharedBatches
 from pipelines.augmentation import Augmentation
 from pipelines.index import DataIndex
 from pipelines.loader import TrainLoader
-from pipelines.mixture import MixedLoader
+from pipelines.mixture import MixedLoader, shares_of_batch
 from sbf_dist import models
 from sbf_dist.compare_recipe import Comparison, Method, Training
 from sbf_dist.compress.cost import count
+from sbf_dist.distill.mixing import mix
 from sbf_dist.distill.task import DistillationTask
 from sbf_dist.errors import UserError
 from sbf_dist.peers.methods import TITLES, compressed
@@ -131,8 +132,9 @@ class Bench:
             models.save_weights(dense, weights)
         dense.eval()
         recovery = recipe.recovery
-        known = round(recovery.labelled_share * recovery.batch_size)
-        parts = {"labelled": max(1, known), "unlabelled": recovery.batch_size - max(1, known)}
+        parts = shares_of_batch(
+            recovery.batch_size, recovery.labelled_share, pairs=recipe.data.augmentation.mixes
+        )
         if not len(index.parts["unlabelled"]):
             parts = {"labelled": recovery.batch_size}
 
@@ -270,7 +272,8 @@ def _fit(
 
 def _loader(
     recipe: Comparison, index: DataIndex, sizes: dict[str, int], seed: int, device: torch.device
-) -> MixedLoader:
+) -> Iterator[Batch]:
+    """Return endless batches; where the recipe says so, their images are mixed already."""
     data = recipe.data
     loader = partial(
         TrainLoader,
@@ -279,13 +282,15 @@ def _loader(
         mean=data.mean,
         std=data.std,
         augmentation=Augmentation(**data.augmentation.model_dump()),
+        cache=data.cache,
         seed=seed,
         rank=0,
         world_size=1,
         threads=data.threads,
         device=device,
     )
-    return MixedLoader([loader([part], batch_size=size) for part, size in sizes.items() if size])
+    loaders = [loader([part], batch_size=size) for part, size in sizes.items() if size]
+    return map(mix, MixedLoader(loaders))
 
 
 # --- files ---------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A prepared set, or 
 
 @app.command(short_help="Turn a set's archives into class folders or WebDataset shards.")
 def prepare(
-    name: Annotated[SetName, typer.Argument(metavar="SET", help=", ".join(SetName))],
+    name: Annotated[SetName, typer.Argument(metavar="SET", help="Which one.")],
     archives: Annotated[Path, typer.Option(help="Folder that holds the archives as published.")],
     out: Annotated[Path, typer.Option(help="Folder for the prepared set.")],
     layout: Annotated[
@@ -51,11 +51,20 @@ def prepare(
         bool, typer.Option("--no-checksum", help="Take archives of another MD5 sum as well.")
     ] = False,
 ) -> None:
-    """Prepare a set. Stopped or killed, the same command goes on.
+    """Prepare a set of images from its archives, which must be there: nothing is downloaded.
 
-    Archives: cifar-10-python.tar.gz or cifar-10-binary.tar.gz; cifar-100-python.tar.gz or
-    cifar-100-binary.tar.gz; tiny-imagenet-200.zip; ILSVRC2012_img_train.tar,
-    ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz.
+    Stopped or killed, the same command goes on; a set that is done is left as it is.
+
+    \b
+    cifar10        cifar-10-python.tar.gz or cifar-10-binary.tar.gz
+    cifar100       cifar-100-python.tar.gz or cifar-100-binary.tar.gz
+    tiny-imagenet  tiny-imagenet-200.zip
+    imagenet       ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar
+                   and ILSVRC2012_devkit_t12.tar.gz
+
+    \b
+    For example:
+    sbf data prepare cifar10 --archives downloads --out data/cifar10
     """
     from pipelines.sources.manifest import is_prepared
     from pipelines.sources.preparation import prepare as prepare_set

@@ -25,7 +25,7 @@ from pipelines.agreement import check_workers_agree
 from pipelines.augmentation import Augmentation
 from pipelines.index import DataIndex
 from pipelines.loader import EvalLoader, TrainLoader
-from pipelines.mixture import MixedLoader
+from pipelines.mixture import MixedLoader, shares_of_batch
 from sbf_dist import models, tracking
 from sbf_dist.compress.convert import convert
 from sbf_dist.compress.plan import Plan
@@ -208,7 +208,7 @@ def _targets(here: Context, job: Job) -> tuple[DataIndex, Callable[[Batch], Batc
         live = _live_targets(here, job.view)
         return index, lambda batch: live(mix(batch))  # the teachers see the mixed images
     join = stored_targets(
-        torch.from_numpy(stored.ids).to(here.device),
+        torch.tensor(stored.ids, device=here.device),  # a copy: Arrow's own is read-only
         torch.from_numpy(stored.dense(len(index.classes))).to(here.device),
     )
     return index, lambda batch: mix(join(batch))
@@ -237,11 +237,9 @@ def _batches(here: Context, job: Job, index: DataIndex) -> MixedLoader:
     """Return the training batches: labelled images and, with teachers, unlabelled ones."""
     total = job.training.batch_size // here.world_size // job.training.accumulation
     augmentation = here.recipe.data.augmentation
-    pair = 2 if augmentation.mixes else 1  # images are mixed in pairs of one stream
-    labelled = pair * round(job.labelled_share * total / pair)
+    sizes = shares_of_batch(total, job.labelled_share, pairs=augmentation.mixes)
     if job.targets == "labels" or not len(index.parts["unlabelled"]):
-        labelled = total
-    sizes = {"labelled": labelled, "unlabelled": total - labelled}
+        sizes = {"labelled": total}
     return MixedLoader(
         [
             TrainLoader(
@@ -281,17 +279,25 @@ def write_pseudo_labels(config: dict[str, Any]) -> dict[str, Any]:
     for number in range(here.rank, len(parts), here.world_size):
         if pseudo_labels.chunk_path(folder, number).exists():
             continue
-        probabilities = ensemble.average(
-            [_ask(here, ensemble, teacher, parts[number]) for teacher in range(len(ensemble.views))]
-        )
-        pseudo_labels.write_chunk(
-            folder, number, parts[number], probabilities.numpy(), here.recipe.pseudo_labels.top_k
-        )
+        _write_chunk(here, ensemble, number, parts[number])
         launcher.progress({"title": "pseudo-labels", "step": number + 1, "steps": len(parts)})
     dist.barrier()
     if here.rank == 0:
         pseudo_labels.finish(folder, ids)
     return {"images": len(ids)}
+
+
+def _write_chunk(here: Context, ensemble: TeacherEnsemble, number: int, ids: np.ndarray) -> None:
+    probabilities = ensemble.average(
+        [_ask(here, ensemble, teacher, ids) for teacher in range(len(ensemble.views))]
+    )
+    pseudo_labels.write_chunk(
+        here.run.pseudo_labels,
+        number,
+        ids,
+        probabilities.numpy(),
+        here.recipe.pseudo_labels.top_k,
+    )
 
 
 def _ask(here: Context, ensemble: TeacherEnsemble, teacher: int, ids: np.ndarray) -> Tensor:

@@ -354,6 +354,11 @@ class Recipe(Section):
                         f"{where}.batch_size = {training.batch_size} must be a multiple of "
                         f"workers x accumulation = {count}"
                     )
+            if self.data.augmentation.mixes and training.batch_size // count % 2:
+                raise ValueError(
+                    f"{where}.batch_size = {training.batch_size} is {training.batch_size // count} "
+                    "images for a worker at once; mixup and cutmix mix pairs, it must be even"
+                )
         return self
 
     def trainings(self) -> dict[str, Training]:

@@ -5,6 +5,7 @@ import pickle
 import struct
 import tarfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +23,11 @@ SYNSETS = [
     ("n02096294", "Australian terrier"),
 ]
 TINY = [("n03444034", "go-kart"), ("n01443537", "goldfish, Carassius auratus")]
+
+
+def synsets(count: int) -> list[tuple[str, str]]:
+    """WordNet ids, not sorted, and words."""
+    return [(f"n{10_000_000 + 7919 * k % 10_007:08}", f"thing {k}") for k in range(count)]
 
 
 def pixels(count: int, seed: int) -> np.ndarray:
@@ -139,21 +145,24 @@ def cifar10_binary(folder: Path, per_batch: int = 10) -> None:
     tar(folder / "cifar-10-binary.tar.gz", members, "w:gz")
 
 
-def cifar100_python(folder: Path) -> None:
+def cifar100_python(
+    folder: Path, names: Sequence[str] = FEW_OF_CIFAR100, train: int = 16, test: int = 8
+) -> None:
+    """cifar-100-python.tar.gz with `train` and `test` images of the fine classes `names`."""
     members = {"cifar-100-python/file.txt~": b""}
-    for seed, (name, count) in enumerate({"train": 16, "test": 8}.items()):
+    for seed, (name, count) in enumerate({"train": train, "test": test}.items()):
         members[f"cifar-100-python/{name}"] = python2_pickle(
             {
                 b"filenames": [f"bear_s_{k:06}.png".encode() for k in range(count)],
                 b"batch_label": b"training batch 1 of 1",
-                b"fine_labels": [k % 4 for k in range(count)],
+                b"fine_labels": [k % len(names) for k in range(count)],
                 b"coarse_labels": [k % 2 for k in range(count)],
                 b"data": planes(pixels(count, seed=20 + seed)),
             }
         )
     members["cifar-100-python/meta"] = python2_pickle(
         {
-            b"fine_label_names": [name.encode() for name in FEW_OF_CIFAR100],
+            b"fine_label_names": [name.encode() for name in names],
             b"coarse_label_names": [name.encode() for name in COARSE],
         }
     )
@@ -173,16 +182,18 @@ def cifar100_binary(folder: Path) -> None:
     tar(folder / "cifar-100-binary.tar.gz", members, "w:gz")
 
 
-def tiny_imagenet(folder: Path, per_class: int = 6) -> dict[str, bytes]:
+def tiny_imagenet(
+    folder: Path, per_class: int = 6, classes: Sequence[tuple[str, str]] = TINY, validation: int = 4
+) -> dict[str, bytes]:
     """tiny-imagenet-200.zip; returns its members."""
     root = "tiny-imagenet-200"
     members = {
-        f"{root}/wnids.txt": "".join(f"{wnid}\n" for wnid, _ in TINY).encode(),
+        f"{root}/wnids.txt": "".join(f"{wnid}\n" for wnid, _ in classes).encode(),
         f"{root}/words.txt": "".join(
-            f"{wnid}\t{words}\n" for wnid, words in [("n00001740", "entity"), *TINY]
+            f"{wnid}\t{words}\n" for wnid, words in [("n00001740", "entity"), *classes]
         ).encode(),
     }
-    for number, (wnid, _) in enumerate(TINY):
+    for number, (wnid, _) in enumerate(classes):
         boxes = ""
         for k in range(per_class):
             mode = "L" if k == 2 else "RGB"  # some are grey
@@ -192,9 +203,9 @@ def tiny_imagenet(folder: Path, per_class: int = 6) -> dict[str, bytes]:
             boxes += f"{wnid}_{k}.JPEG\t0\t10\t63\t58\n"
         members[f"{root}/train/{wnid}/{wnid}_boxes.txt"] = boxes.encode()
     rows = ""
-    for k in range(4):
+    for k in range(validation):
         members[f"{root}/val/images/val_{k}.JPEG"] = jpeg(100 + k)
-        rows += f"val_{k}.JPEG\t{TINY[k % 2][0]}\t0\t32\t44\t62\n"
+        rows += f"val_{k}.JPEG\t{classes[k % len(classes)][0]}\t0\t32\t44\t62\n"
     members[f"{root}/val/val_annotations.txt"] = rows.encode()
     members[f"{root}/test/images/test_0.JPEG"] = jpeg(200)
     folder.mkdir(parents=True, exist_ok=True)
@@ -205,31 +216,36 @@ def tiny_imagenet(folder: Path, per_class: int = 6) -> dict[str, bytes]:
     return members
 
 
-def meta_mat() -> bytes:
+def meta_mat(classes: Sequence[tuple[str, str]] = SYNSETS) -> bytes:
     """data/meta.mat: the struct array `synsets` with the devkit's fields, a hypernym among them."""
     fields = [
         "ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children",
         "wordnet_height", "num_train_images",
     ]  # fmt: skip
-    synsets = np.zeros((len(SYNSETS) + 1, 1), dtype=[(field, object) for field in fields])
-    for row, (wnid, words) in enumerate(SYNSETS):
-        synsets[row, 0] = (
+    rows = np.zeros((len(classes) + 1, 1), dtype=[(field, object) for field in fields])
+    for row, (wnid, words) in enumerate(classes):
+        rows[row, 0] = (
             float(row + 1), wnid, words, f"about {words}", 0.0, np.zeros((1, 0)), 0.0, 6.0,
         )  # fmt: skip
-    synsets[-1, 0] = (
-        float(len(SYNSETS) + 1), "n02083346", "canine, canid", "any of various mammals", 3.0,
+    rows[-1, 0] = (
+        float(len(classes) + 1), "n02083346", "canine, canid", "any of various mammals", 3.0,
         np.array([[1.0, 2.0, 3.0]]), 1.0, 0.0,
     )  # fmt: skip
     file = io.BytesIO()
-    savemat(file, {"synsets": synsets}, do_compression=True)
+    savemat(file, {"synsets": rows}, do_compression=True)
     return file.getvalue()
 
 
-def imagenet(folder: Path, per_class: int = 6, validation: int = 9) -> dict[str, bytes]:
+def imagenet(
+    folder: Path,
+    per_class: int = 6,
+    validation: int = 9,
+    classes: Sequence[tuple[str, str]] = SYNSETS,
+) -> dict[str, bytes]:
     """The three archives of ILSVRC-2012; returns the images by name."""
     images = {}
     outer = {}
-    for number, (wnid, _) in enumerate(SYNSETS):
+    for number, (wnid, _) in enumerate(classes):
         inner = {
             f"{wnid}_{7 * k + 3}.JPEG": jpeg(
                 10 * number + k, size=(60 + k, 50), mode="CMYK" if k == 1 else "RGB"
@@ -245,13 +261,13 @@ def imagenet(folder: Path, per_class: int = 6, validation: int = 9) -> dict[str,
     images |= held_out
     tar(folder / "ILSVRC2012_img_val.tar", held_out)
     root = "ILSVRC2012_devkit_t12"
-    truth = "".join(f"{truth_of(k)}\n" for k in range(1, validation + 1))
+    truth = "".join(f"{truth_of(k, len(classes))}\n" for k in range(1, validation + 1))
     tar(
         folder / "ILSVRC2012_devkit_t12.tar.gz",
         {
             f"{root}/COPYING": b"",
             f"{root}/data/ILSVRC2012_validation_ground_truth.txt": truth.encode(),
-            f"{root}/data/meta.mat": meta_mat(),
+            f"{root}/data/meta.mat": meta_mat(classes),
             f"{root}/evaluation/get_class2node.m": b"",
             f"{root}/readme.txt": b"",
         },
@@ -260,6 +276,6 @@ def imagenet(folder: Path, per_class: int = 6, validation: int = 9) -> dict[str,
     return images
 
 
-def truth_of(number: int) -> int:
+def truth_of(number: int, classes: int = len(SYNSETS)) -> int:
     """The ILSVRC2012_ID of a validation image."""
-    return (2 * number) % len(SYNSETS) + 1
+    return (2 * number) % classes + 1

@@ -403,5 +403,16 @@ def test_what_is_cached_is_no_part_of_the_identity_and_how_images_vary_is(path):
         assert other.data.augmentation.mixes == change.startswith(("mixup", "cutmix"))
 
 
+def test_images_are_mixed_in_pairs(path):
+    odd = ("workers.count=2", "distill.training.batch_size=36", "distill.training.accumulation=2")
+    assert recipe.load(path, odd).data.augmentation.mixes is False
+    for name in ("mixup", "cutmix"):
+        told = refusal(path, *odd, f"data.augmentation.{name}=0.2")
+        assert told.endswith(
+            "distill.training.batch_size = 36 is 9 images for a worker at once; mixup and cutmix "
+            "mix pairs, it must be even"
+        )
+
+
 def test_the_recipe_has_the_fields_of_the_pipeline_and_their_defaults():
     assert recipe.Augmentation().model_dump() == dataclasses.asdict(Augmentation())

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path, PurePosixPath
 from stat import S_IFMT, S_ISDIR, S_ISREG
 from types import TracebackType
@@ -76,7 +77,7 @@ def md5_of(path: Path, progress: Progress | None = None) -> str:
             digest.update(block)
             done += len(block)
             if progress is not None and (done == size or done % 10**8 < len(block)):
-                progress(f"MD5 of {path.name}", done // 10**6, size // 10**6, "MB")
+                progress(f"MD5 of {path.name} (MB)", ceil(done / 1e6), ceil(size / 1e6), "MB")
     return digest.hexdigest()
 
 

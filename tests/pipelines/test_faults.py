@@ -7,6 +7,8 @@ import struct
 import subprocess
 import sys
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -162,27 +164,27 @@ def test_the_largest_image_that_is_allowed_is_decoded(tmp_path):
 # --- disks ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_files():
-    """No file may grow beyond 100 bytes, as on a disk that is full."""
+@contextmanager
+def small_files() -> Iterator[None]:
+    """No file may grow beyond 100 bytes, as on a disk that is full; pytest's own log neither."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def files_below(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_a_full_disk_is_told_in_one_line_and_the_old_index_stays(
-    plain_root, plain_index, tmp_path, request
-):
+def test_a_full_disk_is_told_in_one_line_and_the_old_index_stays(plain_root, plain_index, tmp_path):
     plain_index.save(tmp_path)
     before = files_below(tmp_path)
     other = index_folder(plain_root, labelled_per_class=1, validation=5, seed=4)
-    request.getfixturevalue("small_files")
-    with pytest.raises(UserError, match=r"^index .*: cannot be written \(File too large\); free"):
+    message = r"^index .*: cannot be written \(File too large\); free"
+    with small_files(), pytest.raises(UserError, match=message):
         other.save(tmp_path)
     assert files_below(tmp_path) == before
     assert DataIndex.load(tmp_path).digest == plain_index.digest

@@ -1,0 +1,69 @@
+"""What the only worker of a run does, in this process: without Ray, and without DeepSpeed."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from launchers import worker
+from launchers.display import Display
+from launchers.images import index_images
+from launchers.layout import RunFolder
+from launchers.networks import Job
+from sbf_dist import models
+from sbf_dist.distill import pseudo_labels
+from sbf_dist.distill.task import DistillationTask
+from sbf_dist.recipe import Recipe
+from sbf_dist.train.engine import OptimizerConfig
+from sbf_dist.train.loop import LogRecord, fit
+from sbf_dist.train.schedule import schedule
+from sbf_dist.train.single import SingleEngine
+
+
+def begin(recipe: Recipe, runs: Path) -> worker.Context:
+    """Index the recipe's images; the worker's place in the run."""
+    run = RunFolder(runs, recipe.name)
+    index = index_images(recipe.data, runs, recipe.seed, Display())
+    index.save(run.index)
+    return worker.Context(recipe, run, index, rank=0, world_size=1, device=torch.device("cpu"))
+
+
+def train(here: worker.Context, job: Job) -> list[LogRecord]:
+    """Do one training of a run and keep its weights; the records of all its steps."""
+    torch.manual_seed(job.seed)
+    settings = job.training
+    student = worker.build_network(here.recipe, here.run, job.name, start_from=job.start_from)
+    index, annotate = worker._targets(here, job)
+    batches = worker._batches(here, job, index)
+    records: list[LogRecord] = []
+    fit(
+        SingleEngine(
+            DistillationTask(student, label_weight=job.label_weight),
+            OptimizerConfig(**settings.optimizer.model_dump()),
+        ),
+        batches,
+        steps=settings.steps,
+        lr_at=schedule(
+            settings.schedule,
+            lr=settings.optimizer.lr,
+            steps=settings.steps,
+            warmup=settings.warmup,
+        ),
+        log_every=1,
+        on_log=records.append,
+        annotate=annotate,
+    )
+    batches.close()
+    models.save_weights(student, here.run.weights(job.name))
+    return records
+
+
+def write_pseudo_labels(here: worker.Context) -> None:
+    """Let the teachers, whose weights are there, write their word on all training images."""
+    folder = here.run.pseudo_labels
+    ids = np.sort(np.concatenate([here.index.parts[p] for p in ("labelled", "unlabelled")]))
+    pseudo_labels.begin(folder, pseudo_labels.origin(here.recipe, here.index.digest))
+    ensemble = worker._ensemble(here, tuple(teacher.name for teacher in here.recipe.teachers))
+    for number, part in enumerate(pseudo_labels.chunks(ids)):
+        worker._write_chunk(here, ensemble, number, part)
+    pseudo_labels.finish(folder, ids)
