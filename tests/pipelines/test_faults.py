@@ -130,14 +130,15 @@ def test_a_folder_with_bad_files_is_read_and_they_are_named(odd_root):
 
 def test_a_huge_image_is_refused_by_its_header_and_takes_no_memory(tmp_path):
     code = f"""
-import resource, sys
+import sys
 from pathlib import Path
+from tests.peak_memory import peak_resident
 from pipelines.inspection import inspect_all
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_resident()
 found = inspect_all([Path(name) for name in sys.argv[1:]])
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+after = peak_resident()
 assert all("more than the {MAX_PIXELS // 1_000_000} million" in it.fault for it in found), found
-print(1024 * (after - before))
+print(after - before)
 """
     paths = []
     for number, data in enumerate((huge_png(20_000), huge_jpeg(20_000), huge_png(12_000)) * 3):

@@ -20,8 +20,9 @@ SIDE = 250
 LIMIT = 1.5e9
 
 FIRST_BATCH = f"""
-import json, resource, sys
+import json, sys
 from pathlib import Path
+from tests.peak_memory import peak_resident
 from pipelines.augmentation import Augmentation
 from pipelines.index import DataIndex
 from pipelines.loader import TrainLoader
@@ -37,7 +38,7 @@ print(json.dumps({{
     "labels": [int(i) for batch in batches for i in batch["label"]],
     "mean": float(batches[0]["image"].mean()),
     "digest": index.digest,
-    "resident": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    "resident": peak_resident(),
 }}))
 """
 
