@@ -23,7 +23,9 @@ def command(
     ],
     data: Annotated[
         Path,
-        typer.Option(help="Folder of images: CLASS/*, or train/CLASS/* and val/CLASS/*."),
+        typer.Option(
+            help="Folder of images: CLASS/*, train/CLASS/* and val/CLASS/*, or without classes."
+        ),
     ],
     budget: Annotated[
         str,

@@ -1,7 +1,7 @@
 """Images in this process, without workers: found, calibrated on, and compared exports on."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +36,13 @@ def index_images(data: Data, runs: Path, seed: int, display: Display) -> DataInd
         split=data.split,
         unlabelled=data.unlabelled,
         expected=data.expected,
-        progress=lambda done, of: display.show({"title": "images", "step": done, "steps": of}),
+        progress=images_read(display),
     )
+
+
+def images_read(display: Display) -> Callable[[int, int], None]:
+    """Return what tells `display` how many images have been looked into."""
+    return lambda done, of: display.show({"title": "images", "step": done, "steps": of})
 
 
 def calibration_images(data: Data, index: DataIndex, count: int, seed: int) -> Calibration:

@@ -7,14 +7,22 @@ import torch
 from torch import nn
 
 from launchers.display import Display, results_table
-from launchers.images import calibration_images, evaluation_images, evaluation_loader, index_images
+from launchers.images import (
+    calibration_images,
+    evaluation_images,
+    evaluation_loader,
+    images_read,
+    index_images,
+)
 from launchers.local_ray import available_cpus
 from launchers.student import export, make
 from pipelines.index import DataIndex
+from pipelines.sources.folder import index_plain
 from sbf_dist import models
 from sbf_dist.compress.cost import count
 from sbf_dist.compress.latency import latencies
 from sbf_dist.compress.plan import Plan
+from sbf_dist.errors import UserError
 from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import ONNX, PLAN, WEIGHTS, check_folder
 from sbf_dist.recipe import Recipe
@@ -35,15 +43,20 @@ def compress_once(recipe: Recipe, out: Path, classes: int | None) -> None:
     assert teacher.weights is not None
     with Display() as display:
         # Embedded sets are written beside the student.
-        index = index_images(recipe.data, out.parent, recipe.seed, display)
+        index = _index(recipe, out.parent, display)
         display.say(f"  {index.root}: {len(index)} images of {len(index.classes)} classes")
         outputs = classes or len(index.classes)
+        if not outputs:
+            raise UserError(
+                f"data {index.root}: has no class folders; say with --classes how many outputs the "
+                "network has"
+            )
         dense = models.build(teacher.model, outputs)
         models.load_weights(dense, teacher.weights)
         images = calibration_images(recipe.data, index, recipe.compress.images, recipe.seed)
         student, plan = make(recipe, dense, teacher.model, outputs, images, display)
         top1 = _accuracies(recipe, index, [dense, student], display)
-        ids = index.parts["validation"][:VERIFIED_IMAGES]
+        ids = index.parts["validation" if index.classes else "unlabelled"][:VERIFIED_IMAGES]
         export(
             out,
             student,
@@ -58,6 +71,15 @@ def compress_once(recipe: Recipe, out: Path, classes: int | None) -> None:
         display.say(f"plan      sbf plan show {out}")
 
 
+def _index(recipe: Recipe, runs: Path, display: Display) -> DataIndex:
+    """The images, which may lie in one folder without classes."""
+    root = recipe.data.root
+    plain = root is not None and root.is_dir() and not any(p.is_dir() for p in root.iterdir())
+    if recipe.data.source == "folder" and root is not None and plain and any(root.iterdir()):
+        return index_plain(root, progress=images_read(display))
+    return index_images(recipe.data, runs, recipe.seed, display)
+
+
 def _accuracies(
     recipe: Recipe, index: DataIndex, networks: list[nn.Module], display: Display
 ) -> list[float]:
@@ -66,6 +88,9 @@ def _accuracies(
     probe = torch.zeros(1, 3, recipe.data.image_size, recipe.data.image_size)
     with torch.no_grad():
         outputs = networks[0].eval()(probe).shape[1]
+    if not index.classes:
+        display.say("  no accuracy: the images have no labels")
+        return []
     if outputs != len(index.classes):
         display.say(
             f"  no accuracy: the network has {outputs} outputs, the images {len(index.classes)} "

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipelines.index import DataIndex
 from pipelines.inspection import Inspection, inspect_all
@@ -13,6 +14,9 @@ from pipelines.splits import Selection, parts
 from sbf_dist.errors import UserError
 
 _log = logging.getLogger(__name__)
+
+Ids = NDArray[np.int64]
+Parts = dict[str, Ids]
 
 _TOLERATED = 0.01  # the share of unusable files that is skipped rather than refused
 _NAMED = 3  # so many files are named in an error
@@ -52,6 +56,36 @@ def index_folder(
     root = Path(root).expanduser().absolute()
     selection = Selection(labelled_per_class, split, validation, seed)
     listing = _listing(root, expected, unlabelled)
+
+    def divide(files: list[str], labels: Ids, roles: Sequence[str], skipped: list[str]) -> Parts:
+        names = [line.partition(": ")[0] for line in skipped]
+        return parts(
+            root, listing.classes, files, labels, np.array(roles), selection, skipped=names
+        )
+
+    return _index(root, listing, divide, progress)
+
+
+def index_plain(root: Path, *, progress: Callable[[int, int], None] | None = None) -> DataIndex:
+    """Index all images below `root`, in any depth, as unlabelled ones of no classes.
+
+    Files that cannot be decoded are treated as index_folder does. UserError if there is no image.
+    """
+    root = Path(root).expanduser().absolute()
+    none = np.zeros(0, dtype=np.int64)
+
+    def divide(files: list[str], *_: object) -> Parts:
+        return {"labelled": none, "unlabelled": np.arange(len(files)), "validation": none}
+
+    return _index(root, list_unlabelled(root, root), divide, progress)
+
+
+def _index(
+    root: Path,
+    listing: Listing,
+    divide: Callable[[list[str], Ids, list[str], list[str]], Parts],
+    progress: Callable[[int, int], None] | None,
+) -> DataIndex:
     inspected = _inspected(root, listing, progress)
     good, skipped = _usable(root, listing.files, inspected)
     files = [listing.files[row] for row in good]
@@ -64,15 +98,7 @@ def index_folder(
         labels=labels,
         sizes=np.array([(it.height, it.width) for it in usable], dtype=np.int64),
         file_bytes=np.array([it.bytes for it in usable], dtype=np.int64),
-        parts=parts(
-            root,
-            listing.classes,
-            files,
-            labels,
-            np.array(listing.roles)[good],
-            selection,
-            skipped=[line.partition(": ")[0] for line in skipped],
-        ),
+        parts=divide(files, labels, [listing.roles[row] for row in good], skipped),
         skipped=skipped,
         shards=listing.shards,
         shard=listing.shard[good] if listing.shards else None,

@@ -89,7 +89,7 @@ def test_a_network_of_other_outputs_is_compressed_without_an_accuracy(
     [
         ({"budget": "mac=0.5"}, "budget 'mac=0.5' must look like macs=0.5"),
         ({"budget": "macs"}, "budget 'macs' must look like macs=0.5"),
-        ({"budget": "macs=1.5"}, "compress.macs = 1.5 must be"),
+        ({"budget": "macs=1.5"}, "compress.macs: 1.5 must be"),
         ({"model": "cifar_resnet9"}, "depth must be 6n"),
         ({"weights": "/nowhere.safetensors"}, "weights /nowhere.safetensors do not exist"),
         ({"data": "/nowhere"}, "data /nowhere: is no folder"),
@@ -106,6 +106,21 @@ def test_a_mistake_is_told_in_one_line_and_nothing_is_written(
     assert message in str(result.exception)
     assert "\n" not in str(result.exception)
     assert not out.exists()
+
+
+def test_images_without_labels_serve_as_well(told: str, folder: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for picture in sorted((folder / "digits" / "val" / "3").iterdir())[:40]:
+        (plain / picture.name).symlink_to(picture)
+    words = arguments(folder, data=str(plain), out=str(tmp_path / "student"))
+    refused = CliRunner().invoke(cli.app, [*words, *SMALL])
+    assert "say with --classes how many outputs" in str(refused.exception)
+    result = CliRunner().invoke(
+        cli.app, [*words, "--classes", "10", *SMALL], catch_exceptions=False
+    )
+    assert "no accuracy: the images have no labels" in result.output
+    assert load_card(tmp_path / "student").top1 is None
 
 
 def test_rounds_are_refused_where_nothing_is_trained_between_them(
