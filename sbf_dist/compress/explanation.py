@@ -174,6 +174,8 @@ def _slope(cheap: Option, dear: Option) -> float:
 
 
 def _wiring(option: Option) -> str:
+    if option.mixed:
+        return "the others mixed of all of them (m = 1)"
     sources = "1 source" if option.sources == 1 else f"{option.sources} sources"
     return f"{sources}, m = {option.size}"
 

@@ -7,6 +7,7 @@ from small_networks import pictures, small
 from sbf_dist.compress.budget import Option, frontier
 from sbf_dist.compress.cost import count
 from sbf_dist.compress.criteria import Ranking
+from sbf_dist.compress.divergence import MixtureTrial
 from sbf_dist.compress.fitting import install, rank_channels
 from sbf_dist.compress.options import Search, Shape, estimate_options
 from sbf_dist.compress.statistics import MomentSums, neighbourhoods, run_until
@@ -68,12 +69,41 @@ def options_of(model, name, search):
 
 
 def test_options_range_over_kept_channels_sources_and_sizes_below_the_layers_cost():
-    _, row = options_of(small(norm=False), "conv2", Search(sources=3, round_to=2))
+    _, row = options_of(small(norm=False), "conv2", Search(sources=3, round_to=2, mixtures=False))
     assert (row[0].kept, row[0].sources, row[0].loss) == (16, 0, 0)
     assert {option.size for option in row[1:]} == {1, 3}
     assert {option.sources for option in row[1:]} == {1, 2, 3}
     assert {option.kept for option in row[1:]} == {2, 4, 6, 8, 10, 12, 14}
     assert all(option.cost < row[0].cost for option in row[1:])
+
+
+def test_mixtures_of_the_whole_basis_take_the_place_of_few_sources_without_shifts():
+    _, row = options_of(small(norm=False), "conv2", Search(sources=3, round_to=2))
+    mixed = [option for option in row if option.mixed]
+    assert [option.kept for option in mixed] == [2, 4, 6, 8, 10, 12, 14]
+    assert all((option.sources, option.size) == (option.kept, 1) for option in mixed)
+    losses = [option.loss for option in mixed]
+    assert losses == sorted(losses, reverse=True)
+    assert {(option.sources, option.size) for option in row[1:] if not option.mixed} == {
+        (1, 3),
+        (2, 3),
+        (3, 3),
+    }
+
+
+def test_a_mixture_estimates_less_loss_than_any_sources_of_its_basis_without_shifts():
+    _, mixed = options_of(small(norm=False), "conv2", Search(sources=8, transform_size=1))
+    _, few = options_of(
+        small(norm=False), "conv2", Search(sources=8, transform_size=1, mixtures=False)
+    )
+    least = {kept: min(o.loss for o in few if o.kept == kept) for kept in range(2, 16)}
+    for option in mixed[1:]:
+        assert option.loss <= least[option.kept] * (1 + 1e-3)
+
+
+def test_where_time_is_the_budget_few_sources_are_tried_beside_mixtures():
+    _, row = options_of(small(norm=False), "conv2", Search(sources=2, timed=True))
+    assert {(o.size, o.mixed) for o in row[1:]} == {(1, False), (1, True), (3, False)}
 
 
 def test_a_layer_narrower_than_the_multiple_has_no_options():
@@ -91,10 +121,14 @@ def test_what_is_tried_are_options_that_could_be_chosen():
         Ranking("reconstruction"),
         Search(),
     )
-    assert [option.size for option in found.tried] == [1, 1, 1, 3, 3, 3], "each m has its scales"
+    assert [option.size for option in found.tried] == [3, 3, 3, 1, 1, 1], "each m has its scales"
+    assert [option.mixed for option in found.tried] == [False] * 3 + [True] * 3
     best = [o for m in (1, 3) for o in frontier([o for o in found.options if o.size == m])]
     for option, trial in zip(found.tried, found.trials, strict=True):
         assert option in best
+        if isinstance(trial, MixtureTrial):
+            assert len(trial.mixture.kept) == option.kept
+            continue
         assert len(trial.kept) == option.kept
         assert trial.fit.transforms.shape[1:] == (option.sources, option.size, option.size)
     doubled = found.scaled([2 * option.loss for option in found.tried])
@@ -113,7 +147,7 @@ def built(model, name, option):
 def test_an_options_costs_are_those_of_the_network_that_has_it(norm):
     model = small(norm=norm)
     dense = count(model, SHAPE)
-    shape, row = options_of(model, "conv2", Search(sources=2, round_to=4))
+    shape, row = options_of(model, "conv2", Search(sources=2, round_to=4, mixtures=False))
     in_params = shape.in_parameters(row)
     assert in_params[0].cost == sum(p.numel() for p in model.conv2.parameters())
     priced = {(o.kept, o.sources, o.size): o.cost for o in in_params}
