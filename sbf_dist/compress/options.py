@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from sbf_dist.compress.budget import Option, frontier
@@ -20,6 +22,8 @@ from sbf_dist.layers import SBFConv2d
 PROBES = 128  # images on which the effect of an option is measured
 SHARES = (0.25, 0.5, 0.75)  # of a layer's cost, at which options are tried
 STEPS = 16  # numbers of kept channels that are tried in a layer
+TINY = 1e-30
+EVENNESS = 0.3  # nats; what keeps layers trainable, against what is least lost before training
 MIXTURE_STEPS = 64  # the same of mixtures, which take one decomposition in all
 
 
@@ -104,24 +108,39 @@ class Shape:
 
 @dataclass(frozen=True)
 class Estimated:
-    """Options of a layer whose losses are comparable among themselves only, and trials of some."""
+    """Options of a layer whose losses are comparable among themselves only, and trials of some.
+
+    explained: the share of the outputs' variance that each option explains.
+    """
 
     options: list[Option]
+    explained: list[float]
     tried: list[Option]
     trials: list[Trial | MixtureTrial]
 
     def scaled(self, divergences: list[float]) -> list[Option]:
-        """Return the options with losses scaled to the KL divergences that the trials cause."""
+        """Return the options with losses scaled to the KL divergences that the trials cause.
+
+        To these, EVENNESS x −log of the explained share is added (the logarithm: Zhang et al. 2015,
+        arXiv 1505.06798, section 3.2): few dimensions that hardly matter now are still hard to
+        train.
+        Errors of different m add up differently over positions, so that each family has scales of
+        its own. They are interpolated between the costs of the trials: where a scale jumped, the
+        allocation would choose the options on the lower side of the jump.
+        """
         scales: dict[tuple[int, bool], list[tuple[float, float]]] = {}
         for option, divergence in zip(self.tried, divergences, strict=True):
-            scale = divergence / max(option.loss, 1e-30)
+            scale = math.log(max(divergence, TINY) / max(option.loss, TINY))
             scales.setdefault(family_of(option), []).append((option.cost, scale))
-        # Errors of different m add up differently over positions: each has its own scales.
+
+        def loss(option: Option, explained: float) -> float:
+            costs, logs = np.array(sorted(scales[family_of(option)])).T
+            scaled = option.loss * math.exp(np.interp(option.cost, costs, logs))
+            return scaled - EVENNESS * math.log(max(explained, TINY))
+
         return [
-            dataclasses.replace(
-                o, loss=o.loss * min(scales[family_of(o)], key=lambda s: abs(s[0] - o.cost))[1]
-            )
-            for o in self.options
+            dataclasses.replace(option, loss=loss(option, share))
+            for option, share in zip(self.options, self.explained, strict=True)
         ]
 
 
@@ -140,7 +159,8 @@ def estimate_options(
     those of different layers (errors that add up coherently over positions count for more), so
     they are to be scaled to the KL divergence that a few of the options cause.
     """
-    estimated: list[Option] = []
+    estimated: list[tuple[Option, float]] = []
+    variance = max(float(moments.yy.sum()), TINY)
     orders: dict[int, list[int]] = {}
     space = _space(search, ranking, now, moments, sensitivity)
     numbers = _kept(search, shape, now)
@@ -154,18 +174,24 @@ def estimate_options(
             rebuilt = sorted(set(range(shape.channels)) - set(order[:kept]))
             fit = fit_transforms(own.restrict(order[:kept]), rebuilt, search.sources)
             losses = (sensitivity[rebuilt][:, None] * fit.error).sum(0).tolist()
-            for used, loss in enumerate(losses, 1):
+            shares = (1 - fit.error.sum(0) / variance).tolist()
+            for used, (loss, share) in enumerate(zip(losses, shares, strict=True), 1):
                 cost = shape.option_macs(kept, used, size)
-                estimated.append(Option(kept, used, size, cost, loss))
+                estimated.append((Option(kept, used, size, cost, loss), share))
     if space is not None:
         losses = space.losses().tolist()
+        # Of the best space of that many dimensions, which is as good as this one but for weights.
+        even = MixtureSpace(moments.centre(1), torch.ones_like(sensitivity))
+        shares = (1 - even.losses() / variance).tolist()
         for kept in _kept(search, shape, now, MIXTURE_STEPS):
             cost = shape.option_macs(kept, kept, 1)
-            estimated.append(Option(kept, kept, 1, cost, losses[kept], mixed=True))
-    estimated = [option for option in estimated if option.cost < now.cost]
+            option = Option(kept, kept, 1, cost, losses[kept], mixed=True)
+            estimated.append((option, shares[kept]))
+    estimated = [(option, share) for option, share in estimated if option.cost < now.cost]
+    options = [option for option, _ in estimated]
     tried = []
-    for family in dict.fromkeys(map(family_of, estimated)):
-        probed = frontier([o for o in estimated if family_of(o) == family])  # others are not chosen
+    for family in dict.fromkeys(map(family_of, options)):
+        probed = frontier([o for o in options if family_of(o) == family])  # others are not chosen
         wanted = [share * now.cost for share in SHARES]
         tried += [min(probed, key=lambda o: abs(o.cost - cost)) for cost in wanted]
     trials: list[Trial | MixtureTrial] = []
@@ -178,7 +204,7 @@ def estimate_options(
         rebuilt = sorted(set(range(shape.channels)) - set(kept_channels))
         own = moments.centre(option.size).restrict(kept_channels)
         trials.append(Trial(kept_channels, fit_transforms(own, rebuilt, option.sources)))
-    return Estimated(estimated, tried, trials)
+    return Estimated(options, [share for _, share in estimated], tried, trials)
 
 
 def family_of(option: Option) -> tuple[int, bool]:

@@ -1,3 +1,6 @@
+import itertools
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +12,7 @@ from sbf_dist.compress.cost import count
 from sbf_dist.compress.criteria import Ranking
 from sbf_dist.compress.divergence import MixtureTrial
 from sbf_dist.compress.fitting import install, rank_channels
-from sbf_dist.compress.options import Search, Shape, estimate_options
+from sbf_dist.compress.options import EVENNESS, Estimated, Search, Shape, estimate_options
 from sbf_dist.compress.statistics import MomentSums, neighbourhoods, run_until
 
 SHAPE = (3, 10, 10)
@@ -131,8 +134,36 @@ def test_what_is_tried_are_options_that_could_be_chosen():
             continue
         assert len(trial.kept) == option.kept
         assert trial.fit.transforms.shape[1:] == (option.sources, option.size, option.size)
+
+
+def test_losses_are_scaled_to_the_divergences_of_the_trials_and_more_where_less_is_explained():
+    model = small(norm=False)
+    shape = Shape.of(model.conv2, count(model, SHAPE).layers["conv2"])
+    found = estimate_options(
+        shape,
+        shape.as_it_is(),
+        moments_of(model, "conv2", 3),
+        torch.ones(16, dtype=torch.double),
+        Ranking("reconstruction"),
+        Search(),
+    )
     doubled = found.scaled([2 * option.loss for option in found.tried])
-    assert [o.loss for o in doubled] == pytest.approx([2 * o.loss for o in found.options])
+    total = float(moments_of(model, "conv2", 3).yy.sum())
+    for before, after in zip(found.options, doubled, strict=True):
+        # With weights of one, the loss is the variance that is not explained.
+        added = -EVENNESS * math.log(1 - before.loss / total)
+        assert after.loss == pytest.approx(2 * before.loss + added, rel=1e-6)
+
+
+def test_scales_do_not_jump_between_the_trials():
+    options = [Option(k, k, 1, float(k), 10.0 - k, mixed=True) for k in range(1, 10)]
+    found = Estimated(options, [1.0] * 9, [options[1], options[6]], [])
+    scaled = found.scaled([options[1].loss, 8 * options[6].loss])
+    scales = [after.loss / before.loss for before, after in zip(options, scaled, strict=True)]
+    assert scales[:2] == pytest.approx([1, 1])
+    assert scales[6:] == pytest.approx([8, 8, 8])
+    steps = [after / before for before, after in itertools.pairwise(scales[1:7])]
+    assert steps == pytest.approx([8 ** (1 / 5)] * 5)
 
 
 def built(model, name, option):
