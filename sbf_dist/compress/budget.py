@@ -120,7 +120,8 @@ def _told(value: float) -> str:
 class Option:
     """One way to build a layer: its basis size, sources and m; its cost, the loss it causes.
 
-    No sources: the layer as it is.
+    No sources: the layer as it is. mixed: rebuilt channels are mixtures of the whole basis (see
+    `mixture`).
     """
 
     kept: int
@@ -128,6 +129,7 @@ class Option:
     size: int
     cost: float
     loss: float
+    mixed: bool = False
 
 
 def frontier(row: Sequence[Option]) -> list[Option]:

@@ -1,6 +1,6 @@
 """How much rebuilding a layer changes the network's predictions, for all layers in one pass."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from sbf_dist.compress.fitting import Fit
 from sbf_dist.compress.layerwise import layer_of
+from sbf_dist.compress.mixture import Mixture
 from sbf_dist.ops import expand
 
 
@@ -38,9 +39,23 @@ class Trial:
         return made[:, count:] - outputs[:, rebuilt], rebuilt
 
 
+@dataclass(frozen=True)
+class MixtureTrial:
+    """A way to make all of a layer's outputs of themselves, without bias: as `mixture` does."""
+
+    mixture: Mixture
+
+    def error(self, outputs: Tensor, bias: Tensor | None) -> tuple[Tensor, list[int]]:
+        """Return what the mixture differs by (N, C, H, W) from `outputs`, and all channels."""
+        plain = outputs if bias is None else outputs - bias[:, None, None]
+        matrix = self.mixture.matrix[:, :, None, None].to(plain)
+        made = F.conv2d(plain, matrix, self.mixture.bias.to(plain))
+        return made - outputs, list(range(outputs.shape[1]))
+
+
 def divergences(
     model: nn.Module,
-    trials: dict[str, list[Trial]],
+    trials: Mapping[str, Sequence[Trial | MixtureTrial]],
     batches: Iterable[Tensor],
     *,
     seed: int,

@@ -1,6 +1,7 @@
 """Why a plan is as it is: for each layer what it costs and loses, for all how it was shared out.
 
-Losses are estimates of the KL divergence (nats per image) from the predictions before.
+Losses are estimates of the KL divergence (nats per image) from the predictions before, and a little
+more where a layer keeps few dimensions (`options.Estimated.scaled`).
 """
 
 from collections.abc import Iterable, Mapping
@@ -174,6 +175,8 @@ def _slope(cheap: Option, dear: Option) -> float:
 
 
 def _wiring(option: Option) -> str:
+    if option.mixed:
+        return "the others mixed of all of them (m = 1)"
     sources = "1 source" if option.sources == 1 else f"{option.sources} sources"
     return f"{sources}, m = {option.size}"
 

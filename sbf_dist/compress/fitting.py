@@ -145,22 +145,14 @@ def install(
     size = moments.size
     rebuilt = sorted(set(range(conv.out_channels)) - set(kept))
     fit = fit_transforms(moments.restrict(kept), rebuilt, sources)
-    per_filter, per_tap = filter_macs(conv, macs)
     left = moments.drift[kept].sum() + fit.error[:, -1].sum()
-    layer = SBFLayer(
-        channels=conv.out_channels,
-        kept=kept,
-        sources=[[kept[position] for position in row] for row in fit.sources.tolist()],
-        transform_size=size,
-        macs_before=macs,
-        macs_after=round(
-            len(kept) * per_filter + len(rebuilt) * fit.sources.shape[1] * size**2 * per_tap
-        ),
-        error=round(float(left / moments.yy.sum().clamp(min=1e-30)), 6),
-        reason=(
-            f"{len(kept)} of {conv.out_channels} filters kept, {sources} sources: least "
-            "estimated loss within the budget"
-        ),
+    layer = planned_layer(
+        conv,
+        kept,
+        [[kept[position] for position in row] for row in fit.sources.tolist()],
+        size=size,
+        macs=macs,
+        error=float(left / moments.yy.sum().clamp(min=1e-30)),
     )
     sbf = replace(model, name, layer)
     assert sbf.bias is not None
@@ -170,3 +162,30 @@ def install(
     sbf.bias[kept] = shift[kept].to(sbf.bias)
     sbf.bias[rebuilt] = fit.bias.to(sbf.bias)
     return layer
+
+
+def planned_layer(
+    conv: nn.Conv2d,
+    kept: list[int],
+    sources: list[list[int]],
+    *,
+    size: int,
+    macs: int,
+    error: float,
+) -> SBFLayer:
+    """Describe the SBF layer of `conv`, of `macs` multiply-adds; `error` is a share of variance."""
+    per_filter, per_tap = filter_macs(conv, macs)
+    taps = sum(map(len, sources)) * size**2
+    return SBFLayer(
+        channels=conv.out_channels,
+        kept=kept,
+        sources=sources,
+        transform_size=size,
+        macs_before=macs,
+        macs_after=round(len(kept) * per_filter + taps * per_tap),
+        error=round(error, 6),
+        reason=(
+            f"{len(kept)} of {conv.out_channels} filters kept, {len(sources[0])} sources: least "
+            "estimated loss within the budget"
+        ),
+    )

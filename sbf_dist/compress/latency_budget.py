@@ -48,7 +48,7 @@ def price(
     for index, (name, row) in enumerate(options.items(), 1):
         conv = dense.get_submodule(name)
         assert isinstance(conv, nn.Conv2d)
-        most = max(option.sources for option in row)
+        most = max(option.sources for option in row if not option.mixed)
         timed = [o for o in row if o.sources & (o.sources - 1) == 0 or o.sources == most]
         forms = [Form(o.kept, o.sources, o.size) if o.sources else Form(o.kept) for o in timed]
         height, width = run_until(dense, name, image, output=False).shape[2:]

@@ -95,7 +95,7 @@ def shrink(
     reasons, candidates = find_candidates(dense, few, 1, keep)
     cost = count(now, calibration.shape)
     shapes = {name: _shape(now, plan, name, cost.layers[name]) for name in candidates}
-    search = Search(sources, transform_size, floor, round_to)
+    search = Search(sources, transform_size, floor, round_to, mixtures=refit)
     found = measure_options(
         now,
         shapes,
@@ -215,7 +215,8 @@ def _as_it_is(model: nn.Module, name: str, shape: Shape) -> Option:
     if isinstance(layer, nn.Conv2d):
         return shape.as_it_is()
     kept, used, size = len(layer.kept), layer.sources.shape[1], layer.transform_size
-    return Option(kept, used, size, shape.option_macs(kept, used, size), loss=0.0)
+    cost = shape.option_macs(kept, used, size)
+    return Option(kept, used, size, cost, loss=0.0, mixed=size == 1 and used == kept)
 
 
 def _layers(

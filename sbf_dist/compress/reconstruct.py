@@ -56,6 +56,7 @@ def compress(
     reference: Reference | None = None,
     refit: bool = True,
     between: Literal["bn_relu"] | None = None,
+    mixtures: bool = True,
 ) -> tuple[nn.Module, Plan]:
     """Convert `model` to a fitted SBF network within `budget`.
 
@@ -63,7 +64,9 @@ def compress(
     are fitted to the outputs of `reference`, the network that `model` was narrowed from (`model`
     itself, if that is None). `sources` is the largest S, `transform_size` the largest m, beside
     which 1 is tried (only 1 in layers of more than LARGEST_GRAM / m² channels, whose Gram matrices
-    would be too large); `floor` is the least share of a layer's channels that is kept, in multiples
+    would be too large); with `mixtures`, rebuilt channels may also read the whole basis with m = 1,
+    beyond `sources` (see `mixture`; only with `refit`, and with the criterion 'reconstruction', as
+    any basis will do); `floor` is the least share of a layer's channels that is kept, in multiples
     of `round_to`; `keep` are patterns of layers' names to leave alone; `criterion` decides which
     channels are kept (see `criteria`); `refit` solves filters and linear layers anew on what the
     converted layers before them give; `between` is put between basis and transformations, to be
@@ -86,7 +89,15 @@ def compress(
     if not candidates:
         raise UserError(f"model {model_name!r} has no convolution that an SBF layer could replace")
 
-    search = Search(sources, transform_size, floor, round_to, between is not None)
+    search = Search(
+        sources=sources,
+        transform_size=transform_size,
+        floor=floor,
+        round_to=round_to,
+        between=between is not None,
+        mixtures=mixtures and refit,
+        timed=budget.unit == "ms",
+    )
     shapes = {n: Shape.of(convolution(dense, n), cost.layers[n]) for n in candidates}
     found = measure_options(
         dense,
@@ -203,7 +214,11 @@ def fit_layers(
         tell(progress, "fit layers", index, len(order))
         if name in chosen:
             option, rank = chosen[name], partial(found.order, name)
-            made[name] = fit.convert(name, rank, option.kept, option.sources, macs[name])
+            if option.mixed:
+                weights, among = found.sensitivity[name], found.rankings[name].among
+                made[name] = fit.mix(name, option.kept, weights, among, macs[name])
+            else:
+                made[name] = fit.convert(name, rank, option.kept, option.sources, macs[name])
         elif name in sizes:
             fit.mend(name)
     return made

@@ -1,6 +1,6 @@
 """Fitting the layers of a student in forward order, each on what the student gives it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from torch import Tensor, nn
 
@@ -8,6 +8,7 @@ from sbf_dist.compress.calibration import Calibration
 from sbf_dist.compress.candidates import convolution
 from sbf_dist.compress.fitting import install
 from sbf_dist.compress.layerwise import Draw, Targets, draws
+from sbf_dist.compress.mixture import MixtureSpace, install_mixture
 from sbf_dist.compress.plan import SBFLayer
 from sbf_dist.compress.reference import Reference
 from sbf_dist.compress.refit import obstacle, refit_filters
@@ -58,6 +59,22 @@ class SequentialFit:
         macs: int,
     ) -> SBFLayer:
         """Make an SBF layer of a convolution: the first `kept` channels of `rank` are its basis."""
+        moments = self._moments(name)
+        return install(self._student, name, moments, sorted(rank(moments)[:kept]), sources, macs)
+
+    def mix(
+        self, name: str, kept: int, weights: Tensor, among: Collection[int] | None, macs: int
+    ) -> SBFLayer:
+        """Make a convolution an SBF layer whose rebuilt channels mix the whole basis of `kept`.
+
+        Errors of channels count by `weights` (C,); `among` are those that may be kept, None all.
+        """
+        moments = self._moments(name)
+        mixture = MixtureSpace(moments, weights).fit(kept, among)
+        return install_mixture(self._student, name, mixture, moments, macs)
+
+    def _moments(self, name: str) -> Moments:
+        """Solve a layer's filters anew, if that can be done, and gather what they then give."""
         conv = convolution(self._student, name)
         draw, size = self._draws[name], self._sizes[name]
         batches = self._batches(name)
@@ -68,8 +85,7 @@ class SequentialFit:
             # The basis of an SBF layer has no bias, so the candidates have none either.
             candidates = conv._conv_forward(inputs, conv.weight, None)
             sums.add(draw.rows(candidates, size, start), rows)
-        moments = sums.moments()
-        return install(self._student, name, moments, sorted(rank(moments)[:kept]), sources, macs)
+        return sums.moments()
 
     def _can_solve(self, name: str) -> bool:
         # Behind global pooling an image is one sample: filters would be fitted to chance.

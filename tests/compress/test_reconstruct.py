@@ -92,6 +92,20 @@ def test_the_same_seed_gives_the_same_student():
     assert torch.equal(one(x), other(x))
 
 
+def test_layers_that_mix_their_basis_have_the_errors_that_are_measured():
+    model, images = small(norm=False), pictures(48)
+    student, plan = shrink(model, images, macs=0.4)
+    made_of = {n: layer for n, layer in plan.layers.items() if isinstance(layer, SBFLayer)}
+    mixed = {name: all(row == m.kept for row in m.sources) for name, m in made_of.items()}
+    assert any(mixed.values())
+    for name, layer in made_of.items():
+        wanted = run_until(model, name, images, output=True)
+        made = run_until(student, name, images, output=True)
+        variance = wanted.transpose(0, 1).flatten(1).var(1, correction=0).sum()
+        measured = (wanted - made).square().mean((0, 2, 3)).sum() / variance
+        assert layer.error == pytest.approx(measured.item(), rel=1e-3, abs=1e-4)
+
+
 def copies(kernels):
     """A network whose convolutions can be rebuilt from a quarter of their channels without loss.
 
@@ -159,7 +173,7 @@ def test_more_sources_leave_a_smaller_error():
     model, images = redundant(norm=False), pictures(48)
     errors = []
     for sources in (1, 4):
-        _, plan = shrink(model, images, macs=0.7, sources=sources)
+        _, plan = shrink(model, images, macs=0.7, sources=sources, mixtures=False)
         used = {len(layer.sources[0]) for layer in plan.layers.values() if layer.kind == "sbf"}
         assert max(used) <= sources
         errors.append(sum(layer.error for layer in plan.layers.values() if layer.kind == "sbf"))
@@ -332,7 +346,7 @@ def test_progress_goes_up_to_the_end_of_each_part():
 
 def test_a_layer_that_is_too_wide_for_shifts_gets_transformations_of_size_one(monkeypatch):
     monkeypatch.setattr(candidates, "LARGEST_GRAM", 9 * 31)
-    _, plan = shrink(models.build("cifar_resnet8", 5).eval(), macs=0.4)
+    _, plan = shrink(models.build("cifar_resnet8", 5).eval(), macs=0.4, mixtures=False)
     sizes = {
         (layer.channels, layer.transform_size)
         for layer in plan.layers.values()
@@ -357,7 +371,7 @@ def test_a_stream_of_batches_gives_the_same_network_as_a_tensor():
 def test_filters_solved_anew_bring_the_predictions_nearer():
     model, images = redundant(), pictures(64)
     plain, plan = shrink(model, images, macs=0.4, refit=False)
-    mended, same = shrink(model, images, macs=0.4)
+    mended, same = shrink(model, images, macs=0.4, mixtures=False)
     assert same.macs_after == plan.macs_after
     unseen = pictures(200)[64:]
     assert divergence(model, mended, unseen) < 0.9 * divergence(model, plain, unseen)
