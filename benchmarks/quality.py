@@ -26,7 +26,12 @@ from sbf_dist.tracking import origin
 ROOT = Path(__file__).parents[1]
 DATA = ("photos", "digits")
 MODELS = ("cifar_resnet14", "cifar_vgg11_w16")
-SETTINGS = ["macs=[0.5, 0.25]", "recovery.steps=[60, 240]", "dense.steps=400"]
+SETTINGS = [
+    "methods=[magnitude, depgraph, ghost, low-rank, sbf]",
+    "macs=[0.5, 0.25]",
+    "recovery.steps=[50, 150]",
+    "dense.steps=400",
+]
 QUICK = ["macs=[0.5]", "recovery.steps=[30, 60]", "dense.steps=200"]
 
 
