@@ -14,6 +14,7 @@
 
 #include "arguments.h"
 #include "expand_double.h"
+#include "mixture.h"
 #include "tile.h"
 
 namespace sbf {
@@ -289,6 +290,9 @@ at::Tensor expanded(const at::Tensor& z_any, const at::Tensor& transforms,
                     const Epilogue& epilogue) {
   const Shape shape = check_expand(z_any, transforms, sources_any, order_any, epilogue.bias);
   const auto format = z_any.suggest_memory_format();
+  if (is_mixture(shape, z_any)) {
+    return mixed(z_any, transforms, sources_any, order_any, epilogue, shape, format);
+  }
   const at::Tensor z = z_any.contiguous(format);
   const at::Tensor sources = sources_any.contiguous(), order = order_any.contiguous();
   const at::Tensor y =
@@ -390,9 +394,10 @@ at::Tensor conv2d(const at::Tensor& x, const at::Tensor& weight, const at::Tenso
   Epilogue epilogue{bias, residual, activation_of(activation)};
   if (residual.has_value()) epilogue.residual = residual->contiguous(format);
   if (packed.has_value()) check_packed(*packed, weight);
-  if (multiplies_tiles(x, weight, padding, groups, packed.has_value(), shape)) {
-    return convolved(x, weight, packed.has_value() ? *packed : pack_filters(weight), transforms, sources, order, epilogue, stride, padding, dilation,
-                     shape);
+  if (!is_mixture(shape, x) &&
+      multiplies_tiles(x, weight, padding, groups, packed.has_value(), shape)) {
+    return convolved(x, weight, packed.has_value() ? *packed : pack_filters(weight), transforms,
+                     sources, order, epilogue, stride, padding, dilation, shape);
   }
   const at::Tensor z = at::conv2d(x, weight, {}, stride, padding, dilation, groups);
   return expanded(z.contiguous(format), transforms, sources, order, epilogue);
@@ -401,6 +406,9 @@ at::Tensor conv2d(const at::Tensor& x, const at::Tensor& weight, const at::Tenso
 at::Tensor expand_grad_input(const at::Tensor& grad_any, const at::Tensor& transforms,
                              const at::Tensor& sources, const at::Tensor& order) {
   const Shape shape = check_grad_input(grad_any, transforms, sources, order);
+  if (is_mixture(shape, grad_any)) {
+    return mixed_grad_input(grad_any, transforms, sources, order, shape);
+  }
   const auto format = grad_any.suggest_memory_format();
   const at::Tensor grad = grad_any.contiguous(format);
   const at::Tensor grad_z =
@@ -420,6 +428,9 @@ at::Tensor expand_grad_transforms(const at::Tensor& grad_any, const at::Tensor& 
   const Shape shape = check_grad_transforms(grad_any, z_any, sources_any, order, size);
   const std::vector<int64_t> sizes = {shape.rebuilt, shape.sources_each, size, size};
   if (shape.terms() == 0 || z_any.numel() == 0) return at::zeros(sizes, z_any.options());
+  if (is_mixture(shape, z_any)) {
+    return mixed_grad_transforms(grad_any, z_any, sources_any, order, shape);
+  }
   const bool channels_last = is_channels_last(z_any);
   const at::Tensor z = z_any.contiguous(z_any.suggest_memory_format());
   const at::Tensor grad = grad_any.contiguous(z_any.suggest_memory_format());

@@ -9,6 +9,7 @@
 #include "arguments.h"
 #include "cuda_launch.h"
 #include "mix_block.h"
+#include "mixture.h"
 
 namespace sbf {
 namespace {
@@ -137,6 +138,9 @@ void mix(const at::Tensor& output, const at::Tensor& input, const Wiring& wiring
 at::Tensor expand_with(const at::Tensor& z_any, const at::Tensor& transforms,
                        const at::Tensor& sources_any, const at::Tensor& order_any,
                        const Epilogue& epilogue, const Shape& shape, at::MemoryFormat format) {
+  if (is_mixture(shape, z_any)) {
+    return mixed(z_any, transforms, sources_any, order_any, epilogue, shape, format);
+  }
   const at::Tensor z = z_any.contiguous(format);
   const at::Tensor sources = sources_any.contiguous(), order = order_any.contiguous();
   const at::Tensor y = at::empty({shape.batch, shape.channels, shape.height, shape.width},
@@ -174,6 +178,9 @@ at::Tensor expand_grad_input(const at::Tensor& grad_any, const at::Tensor& trans
                              const at::Tensor& sources, const at::Tensor& order) {
   const c10::cuda::CUDAGuard guard(grad_any.device());
   const Shape shape = check_grad_input(grad_any, transforms, sources, order);
+  if (is_mixture(shape, grad_any)) {
+    return mixed_grad_input(grad_any, transforms, sources, order, shape);
+  }
   const auto format = grad_any.suggest_memory_format();
   const at::Tensor grad = grad_any.contiguous(format);
   const at::Tensor grad_z =

@@ -7,6 +7,7 @@
 
 #include "arguments.h"
 #include "cuda_launch.h"
+#include "mixture.h"
 #include "product_block.h"
 
 namespace sbf {
@@ -164,6 +165,9 @@ at::Tensor expand_grad_transforms(const at::Tensor& grad_any, const at::Tensor& 
   const Shape shape = check_grad_transforms(grad_any, z_any, sources_any, order_any, size);
   const std::vector<int64_t> sizes = {shape.rebuilt, shape.sources_each, size, size};
   if (shape.terms() == 0 || z_any.numel() == 0) return at::zeros(sizes, z_any.options());
+  if (is_mixture(shape, z_any)) {
+    return mixed_grad_transforms(grad_any, z_any, sources_any, order_any, shape);
+  }
   const auto format = z_any.suggest_memory_format();
   const bool channels_last = is_channels_last(z_any);
   const at::Tensor z = z_any.contiguous(format), grad = grad_any.contiguous(format);
