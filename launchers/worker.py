@@ -207,10 +207,11 @@ def _targets(here: Context, job: Job) -> tuple[DataIndex, Callable[[Batch], Batc
     if job.targets == "live":
         live = _live_targets(here, job.view)
         return index, lambda batch: live(mix(batch))  # the teachers see the mixed images
-    join = stored_targets(
-        torch.tensor(stored.ids, device=here.device),  # a copy: Arrow's own is read-only
-        torch.from_numpy(stored.dense(len(index.classes))).to(here.device),
+    ids, classes, probabilities = (
+        torch.tensor(column, device=here.device)  # a copy: Arrow's own is read-only
+        for column in (stored.ids, stored.classes, stored.probabilities)
     )
+    join = stored_targets(ids, classes, probabilities, count=len(index.classes))
     return index, lambda batch: mix(join(batch))
 
 
