@@ -270,6 +270,7 @@ def _batches(here: Context, job: Job, index: DataIndex) -> MixedLoader:
 def write_pseudo_labels(config: dict[str, Any]) -> dict[str, Any]:
     """Write what the teachers say of every training image; chunks that are there are kept."""
     here = Context.of(config)
+    check_workers_agree(here.index, here.device)  # the first stage with workers, perhaps
     folder = here.run.pseudo_labels
     ids = np.sort(np.concatenate([here.index.parts[p] for p in ("labelled", "unlabelled")]))
     if here.rank == 0:
