@@ -38,6 +38,8 @@ _QUIET = {
     "RAY_enable_worker_prestart": "0",
     "RAY_prestart_worker_first_driver": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # A machine that is busy with other work answers late: only after minutes is it taken for dead.
+    "RAY_health_check_failure_threshold": "30",
 }
 
 

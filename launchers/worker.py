@@ -207,10 +207,11 @@ def _targets(here: Context, job: Job) -> tuple[DataIndex, Callable[[Batch], Batc
     if job.targets == "live":
         live = _live_targets(here, job.view)
         return index, lambda batch: live(mix(batch))  # the teachers see the mixed images
-    join = stored_targets(
-        torch.tensor(stored.ids, device=here.device),  # a copy: Arrow's own is read-only
-        torch.from_numpy(stored.dense(len(index.classes))).to(here.device),
+    ids, classes, probabilities = (
+        torch.tensor(column, device=here.device)  # a copy: Arrow's own is read-only
+        for column in (stored.ids, stored.classes, stored.probabilities)
     )
+    join = stored_targets(ids, classes, probabilities, count=len(index.classes))
     return index, lambda batch: mix(join(batch))
 
 
@@ -269,6 +270,7 @@ def _batches(here: Context, job: Job, index: DataIndex) -> MixedLoader:
 def write_pseudo_labels(config: dict[str, Any]) -> dict[str, Any]:
     """Write what the teachers say of every training image; chunks that are there are kept."""
     here = Context.of(config)
+    check_workers_agree(here.index, here.device)  # the first stage with workers, perhaps
     folder = here.run.pseudo_labels
     ids = np.sort(np.concatenate([here.index.parts[p] for p in ("labelled", "unlabelled")]))
     if here.rank == 0:

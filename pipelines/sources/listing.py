@@ -13,8 +13,6 @@ from pipelines.inspection import SUFFIXES, Inspection
 from pipelines.sources.manifest import CLASSES, is_prepared, read_manifest, read_samples
 from sbf_dist.errors import UserError
 
-_ROLE = {"train": "train", "val": "val"}
-
 
 @dataclass
 class Listing:
@@ -147,7 +145,7 @@ def _prepared(root: Path) -> Listing:
     return Listing(
         classes=[entry["folder"] for entry in manifest.classes],
         files=files,
-        roles=[_ROLE[file.partition("/")[0]] for file in files],
+        roles=[file.partition("/")[0] for file in files],
         labels=table["label"].to_numpy().astype(np.int64),
         seen=[Inspection(*it) for it in zip(*columns.values(), strict=True)],
         shard=table["shard"].to_numpy().astype(np.int64),

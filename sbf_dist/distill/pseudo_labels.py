@@ -40,16 +40,6 @@ class PseudoLabels:
     probabilities: NDArray[np.float32]
     entropy: NDArray[np.float32]
 
-    def dense(self, classes: int) -> NDArray[np.float32]:
-        """Return full distributions (n, classes); what is not stored is shared out evenly."""
-        count, stored = self.probabilities.shape
-        full = np.zeros((count, classes), np.float32)
-        if stored < classes:
-            rest = np.clip(1 - self.probabilities.sum(1), 0, None) / (classes - stored)
-            full += rest[:, None].astype(np.float32)
-        np.put_along_axis(full, self.classes, self.probabilities, axis=1)
-        return full
-
 
 def origin(recipe: Recipe, data_digest: str) -> dict[str, Any]:
     """Return what the pseudo-labels of a run depend on."""

@@ -58,16 +58,30 @@ def _cross_entropy(scores: Tensor, batch: Batch) -> Tensor:
     return total / torch.where(mass > 0, mass, 1)
 
 
-def stored_targets(ids: Tensor, probabilities: Tensor) -> Callable[[Batch], Batch]:
-    """Return a function that adds "teacher" to a batch by sample id.
+def stored_targets(
+    ids: Tensor, classes: Tensor, probabilities: Tensor, *, count: int
+) -> Callable[[Batch], Batch]:
+    """Return a function that adds "teacher" (N, count) to a batch by sample id.
 
-    ids: (n,) ascending; probabilities: (n, classes). A batch with a sample that has no
-    pseudo-label is our own bug.
+    ids: (n,) ascending; classes, probabilities: (n, k), as pseudo_labels.PseudoLabels has them. A
+    batch with a sample that has no pseudo-label is our own bug.
     """
 
     def annotate(batch: Batch) -> Batch:
         place = torch.searchsorted(ids, batch["id"]).clamp(max=len(ids) - 1)
         assert bool((ids[place] == batch["id"]).all()), "an image has no pseudo-label"
-        return batch | {"teacher": probabilities[place]}
+        # Made full batch by batch: those of all of ImageNet would take 5 GB.
+        full = full_distributions(classes[place], probabilities[place], count)
+        return batch | {"teacher": full}
 
     return annotate
+
+
+def full_distributions(classes: Tensor, probabilities: Tensor, count: int) -> Tensor:
+    """Return distributions over `count` classes, (N, count), of the k most probable, (N, k) each.
+
+    What is not stored is shared out evenly.
+    """
+    images, stored = probabilities.shape
+    rest = (1 - probabilities.sum(1, keepdim=True)).clamp(min=0) / max(1, count - stored)
+    return rest.expand(images, count).scatter(1, classes, probabilities)

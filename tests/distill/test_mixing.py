@@ -48,7 +48,9 @@ def test_cutmix_shows_the_partner_inside_the_box_only(batch):
 
 def test_stored_words_of_teachers_are_mixed_as_the_images(batch):
     probabilities = torch.softmax(torch.randn(4, 5, generator=torch.Generator().manual_seed(1)), 1)
-    teacher = mix(stored_targets(torch.arange(4), probabilities)(batch))["teacher"]
+    classes = torch.arange(5).expand(4, 5)
+    join = stored_targets(torch.arange(4), classes, probabilities, count=5)
+    teacher = mix(join(batch))["teacher"]
     assert torch.allclose(teacher[0], 0.25 * probabilities[0] + 0.75 * probabilities[1])
     assert torch.allclose(teacher.sum(1), torch.ones(4))
 

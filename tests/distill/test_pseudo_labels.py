@@ -5,11 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sbf_dist import recipe
 from sbf_dist.distill import pseudo_labels as store
+from sbf_dist.distill.task import full_distributions
 from sbf_dist.errors import UserError
 
 ORIGIN = {"teachers": "t" * 64, "data": "d" * 64, "temperature": 1.5, "top_k": 3}
@@ -19,6 +21,11 @@ def distributions(images, classes, seed=0):
     logits = np.random.default_rng(seed).normal(0, 3, (images, classes))
     raw = np.exp(logits)
     return (raw / raw.sum(1, keepdims=True)).astype(np.float32)
+
+
+def full(read: store.PseudoLabels, classes: int) -> np.ndarray:
+    stored = torch.tensor(read.classes), torch.tensor(read.probabilities)
+    return full_distributions(*stored, classes).numpy()
 
 
 @pytest.fixture
@@ -74,7 +81,7 @@ def test_images_of_a_chunk_may_come_in_any_order(tmp_path):
     store.finish(tmp_path, np.array([2, 5, 9]))
     read = store.load(tmp_path, ORIGIN)
     assert read.ids.tolist() == [2, 5, 9]
-    np.testing.assert_array_equal(read.dense(4), said[[1, 2, 0]])
+    np.testing.assert_array_equal(full(read, 4), said[[1, 2, 0]])
     np.testing.assert_allclose(read.entropy, scipy.stats.entropy(said[[1, 2, 0]], axis=1), 1e-5)
 
 
@@ -103,14 +110,14 @@ def test_full_distributions_keep_what_is_stored_and_share_the_rest_out(
     store.write_chunk(folder, 0, np.arange(images), said, k)
     store.finish(folder, np.arange(images))
     read = store.load(folder, ORIGIN)
-    full = read.dense(classes)
-    assert full.shape == (images, classes)
-    assert full.dtype == np.float32
-    np.testing.assert_allclose(full.sum(1), 1, atol=1e-5)
+    found = full(read, classes)
+    assert found.shape == (images, classes)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found.sum(1), 1, atol=1e-5)
     if k >= classes:
-        np.testing.assert_array_equal(full, said)
+        np.testing.assert_array_equal(found, said)
         return
-    for row, whole, top in zip(full, said, read.classes, strict=True):
+    for row, whole, top in zip(found, said, read.classes, strict=True):
         np.testing.assert_array_equal(row[top], whole[top])
         rest = np.delete(np.arange(classes), top)
         np.testing.assert_allclose(row[rest], whole[rest].sum() / len(rest), atol=1e-6)

@@ -94,17 +94,20 @@ def test_loss_is_full_precision_also_for_half_precision_logits():
 @given(st.permutations([2, 3, 8, 20]), st.integers(1, 4))
 def test_stored_targets_are_joined_by_sample_id(order, count):
     ids = torch.tensor([2, 3, 8, 20])
-    probabilities = torch.arange(8.0).view(4, 2)
+    classes = torch.tensor([[0, 1], [1, 0], [2, 1], [0, 2]])
+    probabilities = torch.tensor([[0.5, 0.25], [0.75, 0.25], [1.0, 0.0], [0.5, 0.125]])
+    full = [[0.5, 0.25, 0.25], [0.25, 0.75, 0.0], [0.0, 0.0, 1.0], [0.5, 0.375, 0.125]]
     made = {"id": torch.tensor(order[:count]), "image": torch.zeros(count)}
-    annotated = stored_targets(ids, probabilities)(made)
+    annotated = stored_targets(ids, classes, probabilities, count=3)(made)
     assert "teacher" not in made
     assert annotated["image"] is made["image"]
     rows = [[2, 3, 8, 20].index(i) for i in order[:count]]
-    assert torch.equal(annotated["teacher"], probabilities[rows])
+    assert torch.equal(annotated["teacher"], torch.tensor(full)[rows])
 
 
 @pytest.mark.parametrize("stranger", [0, 5, 99])
 def test_an_image_without_pseudo_label_is_our_own_bug(stranger):
-    annotate = stored_targets(torch.tensor([2, 8]), torch.zeros(2, 3))
+    classes = torch.zeros(2, 1, dtype=torch.int64)
+    annotate = stored_targets(torch.tensor([2, 8]), classes, torch.ones(2, 1), count=3)
     with pytest.raises(AssertionError, match="no pseudo-label"):
         annotate({"id": torch.tensor([2, stranger])})

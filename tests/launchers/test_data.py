@@ -1,3 +1,4 @@
+import re
 import sys
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from archive_makers import cifar10_python, imagenet
 from launchers import cli
 from launchers.data import _Progress
 from launchers.display import Display
+from pipelines.sources.preparation import _ARCHIVES
 from sbf_dist import recipe as recipes
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -122,6 +124,19 @@ def test_a_number_of_labels_that_is_impossible_is_told(sbf, tmp_path, labelled):
     assert error.count("\n") == 1
     assert labelled in error
     assert not write.exists()
+
+
+def test_help_tells_of_every_set_which_archives_it_needs(sbf, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, told, error = sbf("data", "prepare", "--help")
+    assert (code, error) == (0, "")
+    assert max(map(len, told.splitlines())) <= 80
+    table = told[: told.index("For example")]
+    for name, needed in _ARCHIVES.items():
+        lines = table[table.index(f"  {name} ") :]
+        for archive in (archive for alternatives in needed for archive in alternatives):
+            assert archive.name in lines
+    assert re.search(r"^ +sbf data prepare cifar10 --archives \S+ --out \S+$", told, re.MULTILINE)
 
 
 def test_progress_tells_rate_and_time_left_in_plain_lines(capsys, monkeypatch):

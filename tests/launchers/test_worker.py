@@ -16,6 +16,7 @@ from pipelines.loader import TrainLoader
 from pipelines.sources.preparation import prepare
 from sbf_dist import models
 from sbf_dist.distill import pseudo_labels
+from sbf_dist.distill.task import full_distributions
 from sbf_dist.errors import UserError
 from sbf_dist.recipe import Recipe
 
@@ -96,7 +97,8 @@ def test_stored_targets_are_mixed_as_the_images_are(begin, mixture):
     stored = pseudo_labels.load(
         here.run.pseudo_labels, pseudo_labels.origin(here.recipe, here.index.digest)
     )
-    word = torch.from_numpy(stored.dense(10))
+    said = torch.tensor(stored.classes), torch.tensor(stored.probabilities)
+    word = full_distributions(*said, 10)
     _, annotate = worker._targets(here, distillation(here))
     for unmixed, batch in zip(plain, batches(here, distillation(here)), strict=True):
         assert torch.equal(batch["image"], unmixed["image"])  # until it is annotated
