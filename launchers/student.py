@@ -44,6 +44,7 @@ def make(
         "round_to": settings.round_to,
         "between": settings.between,
         "sources": settings.sources,
+        "mixtures": settings.mixtures,
         "transform_size": settings.transform_size,
         "floor": settings.floor,
         "refit": settings.refit,

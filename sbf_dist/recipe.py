@@ -224,7 +224,12 @@ class Compress(Section):
     keep: list[str] = Field(
         [], description="patterns of layers' names to leave as they are, e.g. 'layer1.*'"
     )
-    sources: Positive = Field(4, description="largest number S of sources per rebuilt channel")
+    sources: Positive = Field(
+        4, description="largest number S of sources per rebuilt channel, but for mixtures"
+    )
+    mixtures: bool = Field(
+        True, description="channels may also be rebuilt from the whole basis, with m = 1"
+    )
     transform_size: Positive = Field(
         3, description="largest m, side of the transformations, odd; each layer gets this or 1"
     )

@@ -8,11 +8,20 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_serializer,
+    model_validator,
+)
 
 from sbf_dist.errors import UserError
+
+ALL = "all"
 
 
 class SBFLayer(BaseModel):
@@ -24,7 +33,8 @@ class SBFLayer(BaseModel):
     channels: int = Field(gt=0, description="output channels of the layer")
     kept: list[int] = Field(description="output channels that keep their filter, ascending")
     sources: list[list[int]] = Field(
-        description="for each other channel, ascending, the kept channels it is rebuilt from"
+        description="for each other channel, ascending, the kept channels it is rebuilt from; in "
+        "the file 'all' where each is rebuilt from all of them"
     )
     transform_size: int = Field(description="m: side of the m x m transformations, odd")
     between: Literal["bn_relu"] | None = Field(
@@ -40,6 +50,20 @@ class SBFLayer(BaseModel):
         description="share of the variance of the dense layer's output that is not rebuilt"
     )
     reason: str = Field(description="why the layer has these numbers")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _all_are_listed(cls, content: Any) -> Any:
+        if isinstance(content, dict) and content.get("sources") == ALL:
+            kept, channels = content.get("kept"), content.get("channels")
+            if isinstance(kept, list) and isinstance(channels, int):
+                rebuilt = max(0, channels - len(kept))
+                return {**content, "sources": [list(kept) for _ in range(rebuilt)]}
+        return content
+
+    @field_serializer("sources")
+    def _all_in_one_word(self, sources: list[list[int]]) -> list[list[int]] | str:
+        return ALL if len(sources) > 0 and all(row == self.kept for row in sources) else sources
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "SBFLayer":

@@ -116,6 +116,25 @@ def test_an_edit_that_makes_no_layer_is_refused_in_one_line_that_names_it(
     assert "\n" not in str(told.value)
 
 
+def test_a_layer_rebuilt_from_its_whole_basis_is_one_word_in_the_file(tmp_path: Path):
+    layer = sbf_layer(sources=[[0, 2], [0, 2]])
+    plan({"body": layer}).save(tmp_path / "plan.json")
+    assert json.loads((tmp_path / "plan.json").read_text())["layers"]["body"]["sources"] == "all"
+    assert Plan.load(tmp_path / "plan.json").layers["body"] == layer
+    without = plan({"body": sbf_layer(kept=[0, 1, 2, 3], sources=[])})
+    assert json.loads(without.model_dump_json())["layers"]["body"]["sources"] == []
+
+
+@pytest.mark.parametrize("changes", [{"kept": "all"}, {"kept": [0, 9]}, {"channels": "four"}])
+def test_the_whole_basis_of_a_layer_that_is_none_is_refused(tmp_path: Path, changes):
+    content = json.loads(plan({"body": sbf_layer()}).model_dump_json())
+    content["layers"]["body"] |= {"sources": "all"} | changes
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"layers\.body") as told:
+        Plan.load(tmp_path / "plan.json")
+    assert "\n" not in str(told.value)
+
+
 def test_a_layer_that_is_called_like_a_kind_is_named(tmp_path: Path):
     content = json.loads(plan({"dense": sbf_layer()}).model_dump_json())
     content["layers"]["dense"]["kept"] = "all"
