@@ -13,6 +13,7 @@ from sbf_dist.export.fold import fold_batchnorm
 from sbf_dist.export.standard_operators import (
     ConcatExpand,
     DepthwiseExpand,
+    ProductExpand,
     with_standard_operators,
 )
 from sbf_dist.layers import SBFConv2d
@@ -57,6 +58,20 @@ def test_all_forms_equal_the_layer(
         torch.testing.assert_close(ConcatExpand(layer, in_order=True)(x), expected)
         free = ConcatExpand(layer, in_order=False)(x)
         torch.testing.assert_close(free[:, layer.order], expected)
+    if m == 1:
+        torch.testing.assert_close(ProductExpand(layer)(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("slots", "form"), [(1, DepthwiseExpand), (2, DepthwiseExpand), (3, ProductExpand)]
+)
+def test_mixtures_of_most_of_the_basis_are_products(slots: int, form: type) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(random_layer(4, 8, kept=4, slots=slots, m=1))
+    portable = with_standard_operators(model)
+    assert type(portable[0]) is form
+    x = images()
+    torch.testing.assert_close(portable(x), model(x))
 
 
 @pytest.mark.parametrize(
