@@ -24,6 +24,7 @@ SHARES = (0.25, 0.5, 0.75)  # of a layer's cost, at which options are tried
 STEPS = 16  # numbers of kept channels that are tried in a layer
 TINY = 1e-30
 EVENNESS = 0.3  # nats; what keeps layers trainable, against what is least lost before training
+DEAR = 4  # weights of a filter, of those of a channel mixed from all others
 MIXTURE_STEPS = 64  # the same of mixtures, which take one decomposition in all
 
 
@@ -165,7 +166,7 @@ def estimate_options(
     space = _space(search, ranking, now, moments, sensitivity)
     numbers = _kept(search, shape, now)
     sizes = {1, moments.size}
-    if space is not None and not search.timed:
+    if space is not None and not search.timed and shape.weights >= DEAR * shape.channels:
         sizes -= {1}  # a mixture is better, and its taps cost little beside the filters
     for size in sorted(sizes):
         own = moments.centre(size)
