@@ -261,7 +261,7 @@ class Compress(Section):
     def _share_or_number(cls, value: float | None) -> float | None:
         if value is None or 0 < value <= 1 or (value > 1 and value.is_integer()):
             return value
-        raise ValueError(f"{value:g} must be a share in (0, 1] or a whole number above 1")
+        raise ValueError("must be a share in (0, 1] or a whole number above 1")
 
     @model_validator(mode="after")
     def _is_odd(self) -> "Compress":

@@ -117,6 +117,8 @@ def _explain(schema: type[Section], error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{key} is missing"
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error" and message.startswith("must"):
+        return f"{key} = {first['input']!r} {message}"
     if first["type"] == "value_error":
         return f"{key}: {message}" if key else message
     return f"{key} = {first['input']!r} {_demand(first['type'], message)}"

@@ -158,7 +158,7 @@ def test_help_of_run_explains_every_argument_and_stage(told):
             "recipe tiny.yaml: compress.mac is not a known key; did you mean 'macs'?",
         ),
         ("unknown stage", "Invalid value for '--until': 'distil' is not one of 'prepare', 'teach"),
-        ("budget", "recipe tiny.yaml: compress.macs = 1.5 must be less than or equal to 1"),
+        ("budget", "recipe tiny.yaml: compress.macs = 1.5 must be a share in (0, 1]"),
         ("unknown model", "model 'timm:resnet5O' is unknown; did you mean 'resnet50'?"),
         ("too many workers", "workers.count = 1024 with workers.cpus = 1: needs 1024 CPUs, this"),
         ("missing data", "/work/nowhere: is no folder"),

@@ -89,7 +89,7 @@ def test_a_network_of_other_outputs_is_compressed_without_an_accuracy(
     [
         ({"budget": "mac=0.5"}, "budget 'mac=0.5' must look like macs=0.5"),
         ({"budget": "macs"}, "budget 'macs' must look like macs=0.5"),
-        ({"budget": "macs=1.5"}, "compress.macs: 1.5 must be"),
+        ({"budget": "macs=1.5"}, "compress.macs = 1.5 must be"),
         ({"model": "cifar_resnet9"}, "depth must be 6n"),
         ({"weights": "/nowhere.safetensors"}, "weights /nowhere.safetensors do not exist"),
         ({"data": "/nowhere"}, "data /nowhere: is no folder"),

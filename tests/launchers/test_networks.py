@@ -122,7 +122,7 @@ def test_an_ensemble_of_one_has_no_row():
 )
 def test_networks_are_built_from_their_teachers_architecture(network, model, planned):
     assert networks.model_of(made(), network) == model
-    assert (networks.plan_of(recipe, RunFolder(Path("runs"), "x"), network) is not None) is planned
+    assert (networks.plan_of(made(), RUN, network) is not None) is planned
 
 
 def test_the_shipped_recipe_compresses_one_of_its_teachers():
