@@ -256,9 +256,9 @@ def test_a_key_that_is_wrongly_written_comes_before_the_one_that_is_missing_for_
     ("override", "message"),
     [
         ("compress.macs=1.5", "compress.macs = 1.5 must be a share in (0, 1] or a whole number"),
-        ("compress.macs=0", "compress.macs = 0 must be a share in (0, 1] or a whole number above 1"),
+        ("compress.macs=0", "compress.macs = 0 must be a share in (0, 1] or a whole"),
         ("compress.macs=.nan", "compress.macs = nan must be a finite number"),
-        ("compress={teacher: one, params: -4}", "compress.params = -4 must be a share in (0, 1] or"),
+        ("compress={teacher: one, params: -4}", "compress.params = -4 must be a share in (0, 1]"),
         ("compress.params=0.5", "compress: give exactly one of macs, params, latency and latency_ms"
          ", not macs = 0.5 and params = 0.5 (null takes one away)"),
         ("compress.criterion=l3", "compress.criterion = 'l3' must be 'reconstruction', 'l1', 'l2', "
