@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sbf_dist.export.fold import UnscaledSBFConv2d
+from sbf_dist.export.mixture import mixing_weight
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.ops import Activation, Pair, pack_filters, sbf_conv2d
 
@@ -197,6 +198,30 @@ class FusedConv2d(nn.Module):
             f"{inputs * self.groups}, {outputs}, kernel_size={tuple(size)}, "
             f"activation={self.activation}"
         )
+
+
+class FusedMixture(nn.Module):
+    """activation(SBF layer + bias + residual) of a mixture of its basis, as two convolutions.
+
+    Basis and, 1 x 1, the mixing matrix, each by oneDNN with weights that are put into blocks once.
+    """
+
+    def __init__(self, layer: SBFConv2d | UnscaledSBFConv2d, activation: Activation) -> None:
+        super().__init__()
+        self.basis = FusedConv2d(layer.basis, "none")
+        weight = mixing_weight(layer)
+        mix = nn.utils.skip_init(
+            nn.Conv2d, weight.shape[1], weight.shape[0], 1, bias=layer.bias is not None
+        )
+        mix.weight = nn.Parameter(weight, requires_grad=False)
+        if layer.bias is not None:
+            bias = layer.bias.detach()[: layer.out_channels].clone()
+            mix.bias = nn.Parameter(bias, requires_grad=False)
+        self.mix = FusedConv2d(mix, activation)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Map (N, C_in, H, W), and a residual that broadcasts to the output, to the output."""
+        return self.mix(self.basis(x), residual)
 
 
 def _forget_blocks(layer: nn.Module, _: object) -> None:

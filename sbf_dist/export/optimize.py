@@ -10,7 +10,13 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from sbf_dist.export.fold import LayerTracer, UnscaledSBFConv2d, fold_batchnorm
-from sbf_dist.export.fused import FusedConv2d, FusedSBFConv2d, numeric_padding
+from sbf_dist.export.fused import (
+    FusedConv2d,
+    FusedMixture,
+    FusedSBFConv2d,
+    numeric_padding,
+)
+from sbf_dist.export.mixture import is_mixture
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.ops import Activation
 from sbf_dist.surgery import become
@@ -120,10 +126,13 @@ def _reuse_residuals(graph: fx.Graph, model: nn.Module) -> None:
 
     def fused(node: fx.Node) -> nn.Module | None:
         module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
-        return module if isinstance(module, FusedConv2d | FusedSBFConv2d) else None
+        kinds = FusedConv2d | FusedMixture | FusedSBFConv2d
+        return module if isinstance(module, kinds) else None
 
     for node in graph.nodes:
         layer = fused(node)
+        if isinstance(layer, FusedMixture):
+            layer = layer.mix
         if not isinstance(layer, FusedConv2d) or len(node.args) != 2:
             continue
         image, residual = node.args
@@ -157,6 +166,8 @@ def _fused(module: nn.Module, activation: Activation) -> nn.Module:
     if isinstance(module, nn.Conv2d):
         return FusedConv2d(module, activation).eval()
     assert isinstance(module, SBF)
+    if is_mixture(module):
+        return FusedMixture(module, activation).eval()
     return FusedSBFConv2d(module, activation).eval()
 
 

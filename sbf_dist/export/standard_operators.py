@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from sbf_dist.export.fold import LayerTracer, UnscaledSBFConv2d
+from sbf_dist.export.mixture import is_mixture, mixing_weight
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.surgery import become
 
@@ -117,12 +118,8 @@ class ProductExpand(nn.Module):
     def __init__(self, layer: SBF) -> None:
         super().__init__()
         self.basis = layer.basis
-        outputs, kept = layer.out_channels, layer.basis.out_channels
-        taps = layer.transforms.detach().flatten(1)
-        made = taps.new_zeros(len(taps), kept).scatter_add_(1, layer.sources, taps)
-        rows = torch.cat([torch.eye(kept).to(taps), made])[layer.order[:outputs]]
-        self.weight = _constant(rows[:, :, None, None])
-        self.bias = None if layer.bias is None else _constant(layer.bias[:outputs])
+        self.weight = _constant(mixing_weight(layer))
+        self.bias = None if layer.bias is None else _constant(layer.bias[: layer.out_channels])
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C_in, H, W) to (N, C_out, H', W')."""
@@ -146,12 +143,12 @@ def with_standard_operators(model: nn.Module) -> nn.Module:
         if layer.sources.numel()
         and layer.sources.shape[1] > 1
         and _between(layer) is None
-        and not _is_mixture(layer)
+        and not is_mixture(layer)
     }
     free = _absorb_orders(portable, several) if several else set()
     for name, layer in layers.items():
         form: nn.Module
-        if _is_mixture(layer):
+        if is_mixture(layer):
             form = ProductExpand(layer)
         elif name in free:
             form = ConcatExpand(layer, in_order=False)
@@ -166,13 +163,6 @@ def with_standard_operators(model: nn.Module) -> nn.Module:
 def _is_wide(layer: SBF) -> bool:
     """Tell whether the kept channels, S times, are more than all."""
     return layer.sources.shape[1] * layer.basis.out_channels > len(layer.order)
-
-
-def _is_mixture(layer: SBF) -> bool:
-    """Tell whether channels are rebuilt from more than half of the basis, pixel by pixel."""
-    rebuilt, sources, m, _ = layer.transforms.shape
-    many = sources > 1 and layer.basis.out_channels < 2 * sources
-    return rebuilt > 0 and m == 1 and many and _between(layer) is None
 
 
 def _between(layer: SBF) -> nn.Module | None:
