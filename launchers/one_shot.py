@@ -15,7 +15,7 @@ from launchers.images import (
     index_images,
 )
 from launchers.local_ray import available_cpus
-from launchers.student import export, make
+from launchers.student import VERIFIED_IMAGES, export, make
 from pipelines.index import DataIndex
 from pipelines.sources.folder import index_plain
 from sbf_dist import models
@@ -27,8 +27,6 @@ from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import ONNX, PLAN, WEIGHTS, check_folder
 from sbf_dist.recipe import Recipe
 from sbf_dist.train.evaluate import accuracy
-
-VERIFIED_IMAGES = 64
 
 
 def compress_once(recipe: Recipe, out: Path, classes: int | None) -> None:

@@ -13,6 +13,7 @@ from launchers.display import Display
 from launchers.images import calibration_images, evaluation_images, index_images
 from launchers.layout import RunFolder, write_json
 from launchers.local_ray import local_ray
+from launchers.student import VERIFIED_IMAGES
 from launchers.student import export as export_student
 from launchers.student import make as make_student
 from launchers.worker import build_network, evaluate_networks, train_networks, write_pseudo_labels
@@ -31,8 +32,6 @@ from sbf_dist.recipe import Recipe
 from sbf_dist.report.chart import accuracy_and_cost
 
 Result = dict[str, Any]
-
-VERIFIED_IMAGES = 64
 
 
 @dataclass

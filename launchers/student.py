@@ -21,6 +21,7 @@ from sbf_dist.export.saved import ONNX, Card, save_student
 from sbf_dist.recipe import Compress, Recipe
 
 LARGEST_ONNX_DIFFERENCE = 1e-4
+VERIFIED_IMAGES = 64  # on which the exported network is compared
 
 
 def make(

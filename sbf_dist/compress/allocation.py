@@ -40,9 +40,8 @@ def share_out(
     """Choose an option for each layer of `dense` so that the network costs what `budget` says.
 
     The options come with multiply-adds as their costs; `shapes` are the layers', `cost` is that of
-    `dense`. Raises UserError,
-    naming the smallest budget that works, if there is no such choice; see `allocate_time` for the
-    other arguments, which concern budgets of time.
+    `dense`. Raises UserError, naming the smallest budget that works, if there is no such choice;
+    see `allocate_time` for the other arguments, which concern budgets of time.
     """
     if budget.unit == "ms":
         timed = allocate_time(dense, options, image, budget, table, for_inference, tell)

@@ -124,7 +124,6 @@ def compress(
         between=between is not None,
     )
     student = copy.deepcopy(dense)
-    reference = reference or Reference(dense)
     order = forward_order(dense, few)
     made = fit_layers(
         student,

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sbf_dist.compress.calibration import BATCH
 from sbf_dist.compress.criteria import following_norms
 from sbf_dist.compress.statistics import measure_batch_norm
-
-BATCH = 64
 
 
 @torch.no_grad()
