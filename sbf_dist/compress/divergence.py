@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -41,15 +42,24 @@ class Trial:
 
 @dataclass(frozen=True)
 class MixtureTrial:
-    """A way to make all of a layer's outputs of themselves, without bias: as `mixture` does."""
+    """A way to make all of a layer's outputs of themselves, without bias: as `mixture` does.
 
-    mixture: Mixture
+    matrix: (C, C); bias: (C,); single precision, as there are some of them for each layer.
+    """
+
+    matrix: Tensor
+    bias: Tensor
+
+    @classmethod
+    def of(cls, mixture: Mixture) -> Self:
+        """Keep of a mixture what its error follows from."""
+        return cls(mixture.matrix.float(), mixture.bias.float())
 
     def error(self, outputs: Tensor, bias: Tensor | None) -> tuple[Tensor, list[int]]:
         """Return what the mixture differs by (N, C, H, W) from `outputs`, and all channels."""
         plain = outputs if bias is None else outputs - bias[:, None, None]
-        matrix = self.mixture.matrix[:, :, None, None].to(plain)
-        made = F.conv2d(plain, matrix, self.mixture.bias.to(plain))
+        matrix = self.matrix[:, :, None, None].to(plain)
+        made = F.conv2d(plain, matrix, self.bias.to(plain))
         return made - outputs, list(range(outputs.shape[1]))
 
 
@@ -76,10 +86,13 @@ def divergences(
         bias = layer_of(model, name).bias
 
         def hook(_: nn.Module, __: tuple[Tensor, ...], outputs: Tensor) -> Tensor:
+            # A hook that knew `outputs` would keep the graph that keeps the hook: nothing frees both.
+            features = outputs.detach()
+
             def backward(gradient: Tensor) -> None:
                 with torch.no_grad():
                     for index, trial in enumerate(trials[name]):
-                        error, rebuilt = trial.error(outputs.detach(), bias)
+                        error, rebuilt = trial.error(features, bias)
                         product = (gradient[:, rebuilt] * error).sum((1, 2, 3))
                         totals[name][index] += float(product.double().square().sum()) / 2
 

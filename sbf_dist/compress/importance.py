@@ -56,10 +56,11 @@ def _products(
 
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             features = inputs[0].clone()  # so that the gradient is that of this reader alone
+            seen = features.detach()  # the features would keep the graph that keeps the hook
 
             def backward(gradient: Tensor) -> None:
                 with torch.no_grad():
-                    x, g = features.detach(), gradient
+                    x, g = seen, gradient
                     if linear:
                         x, g = x.movedim(-1, 1), g.movedim(-1, 1)
                     x, g = (t.reshape(*t.shape[:2], -1) for t in (x, g))

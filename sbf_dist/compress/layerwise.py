@@ -20,10 +20,12 @@ from sbf_dist.layers import SBFConv2d
 
 SUMS = 768 * 2**20  # bytes of Gram matrices that are gathered in one pass
 TARGETS = 256 * 2**20  # bytes of a reference's outputs that are held at a time
-# Neighbours in a large feature map tell little more than the work that they cost.
-PER_IMAGE = 128
+# Neighbours in a large feature map tell little more than the work that they cost. But an image less
+# is a forward pass less, and those are dear where maps are large: there, IMAGES will do.
+PER_IMAGE, PER_MAP = 128, 1 / 6  # positions of an image, and their share, that are worth taking
+IMAGES = 128
 LEAST, MOST = 2**14, 2**16  # positions in all; in between, the fewer the wider the layer is
-WIDE = 2304  # candidates, shifts included, at which LEAST suffices
+WIDE = 1024  # candidates, shifts included, at which LEAST suffices
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Draw:
     def of(cls, name: str, width: int, positions: int, images: int) -> "Draw":
         """Choose for a layer of `width` candidates, shifts included, that has `positions`."""
         wanted = min(MOST, max(LEAST, LEAST * WIDE // width))
-        per_image = min(positions, max(PER_IMAGE, -(-wanted // images)))
+        dense = min(round(PER_MAP * positions), -(-wanted // IMAGES))
+        per_image = min(positions, max(PER_IMAGE, dense, -(-wanted // images)))
         return cls(name, min(images, -(-wanted // per_image)), per_image)
 
     def rows(self, features: Tensor, size: int, start: int) -> Tensor:
@@ -162,20 +165,27 @@ class Targets:
         self._chosen = chosen
         self._images = images
         self._left = _groups(list(chosen), self._bytes, TARGETS)
-        self._held: dict[str, list[Tensor]] = {}
+        self._held: dict[str, Tensor] = {}
 
-    def pop(self, name: str) -> list[Tensor]:
-        """Return the rows (n, C) of a layer, batch by batch, and forget them."""
+    def pop(self, name: str) -> Tensor:
+        """Return the rows (images · per_image, C) of a layer's draw, and forget them."""
         if name not in self._held:
             group = next(group for group in self._left if name in group)
-            self._held = {member: [] for member in group}
+            self._held = {}
             self._gather(group)
         return self._held.pop(name)
 
     def _gather(self, group: Sequence[str]) -> None:
         def keep(name: str, start: int, _: Tensor, output: Tensor) -> None:
             selected = self._reference.select(name, output)
-            self._held[name].append(self._chosen[name].rows(selected, 1, start))
+            draw = self._chosen[name]
+            rows = draw.rows(selected, 1, start)
+            if name not in self._held:
+                # In one piece: between features that come and go, small pieces that stay would
+                # leave holes of their size.
+                self._held[name] = rows.new_empty(draw.images * draw.per_image, rows.shape[1])
+            first = start * draw.per_image
+            self._held[name][first : first + len(rows)] = rows
 
         drawn = {name: self._chosen[name] for name in group}
         _visit_drawn(self._reference.module, drawn, self._images, keep)

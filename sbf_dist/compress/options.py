@@ -199,7 +199,7 @@ def estimate_options(
     for option in tried:
         if option.mixed:
             assert space is not None
-            trials.append(MixtureTrial(space.fit(option.kept, ranking.among)))
+            trials.append(MixtureTrial.of(space.fit(option.kept, ranking.among)))
             continue
         kept_channels = sorted(orders[option.size][: option.kept])
         rebuilt = sorted(set(range(shape.channels)) - set(kept_channels))

@@ -108,29 +108,34 @@ class _Batches:
         name: str,
         images: Calibration,
         draw: Draw,
-        targets: list[Tensor],
+        targets: Tensor,
     ) -> None:
         self._student = student
         self._name = name
         self._images = images
         self._draw = draw
         self._targets = targets
-        self._held: list[Tensor] = []
+        self._held: Tensor | None = None  # inputs of all images, once they have been seen
 
     def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        start = 0
-        for inputs, rows in zip(self._inputs(), self._targets, strict=True):
-            yield start, inputs, rows
-            start += len(inputs)
+        start, per_image = 0, self._draw.per_image
+        for inputs in self._inputs():
+            end = start + len(inputs)
+            yield start, inputs, self._targets[start * per_image : end * per_image]
+            start = end
 
     def _inputs(self) -> Iterator[Tensor]:
-        if self._held:
-            yield from self._held
+        if self._held is not None:
+            yield from self._held.split(self._images.part)
             return
-        for batch in self._images.parts(self._images.part, self._draw.images):
+        held: Tensor | None = None
+        start, images = 0, self._draw.images
+        for batch in self._images.parts(self._images.part, images):
             inputs = run_until(self._student, self._name, batch, output=False)
-            bytes_in_all = inputs[0].nbytes * self._draw.images
-            if bytes_in_all <= INPUTS:
-                # An activation may overwrite them in place later in the same pass only.
-                self._held.append(inputs)
+            if start == 0 and inputs[0].nbytes * images <= INPUTS:
+                held = inputs.new_empty(images, *inputs.shape[1:])
+            if held is not None:
+                held[start : start + len(inputs)] = inputs
+            start += len(inputs)
             yield inputs
+        self._held = held

@@ -1,11 +1,13 @@
 """Divergences to second order, against those that are measured with the layer in place."""
 
 import copy
+import gc
 
 import pytest
 import torch
 import torch.nn.functional as F
 from small_networks import pictures, small
+from test_calibration import Stream
 
 from sbf_dist.compress.calibration import Calibration
 from sbf_dist.compress.convert import replace
@@ -101,3 +103,17 @@ def test_divergences_depend_on_the_seed_only():
     assert divergences(model, trials, IMAGES.split(16), seed=1) != first
     assert all(p.grad is None for p in model.parameters())
     assert not model.conv1._forward_hooks
+
+
+@torch.no_grad()
+def test_a_batch_and_its_graph_are_gone_when_the_next_comes():
+    model = small()
+    trials = {"conv1": trials_of(model, "conv1", 3, [8])}
+    stream = Stream([4] * 6)
+    gc.disable()  # which frees what is held in a circle some time later, if it can
+    try:
+        divergences(model, trials, iter(stream), seed=0)
+        assert stream.most <= 2
+        assert stream.alive == 0
+    finally:
+        gc.enable()

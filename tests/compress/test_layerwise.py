@@ -58,12 +58,13 @@ def test_a_pass_ends_at_the_last_layer_that_is_looked_at():
 @pytest.mark.parametrize(
     ("width", "positions", "images", "expected"),
     [
-        (576, 56 * 56, 512, (512, 128)),  # narrow: many positions
-        (4608, 28 * 28, 512, (128, 128)),  # wide: fewer, and so fewer images
+        (576, 28 * 28, 512, (223, 131)),  # narrow: many positions
+        (576, 56 * 56, 512, (128, 228)),  # a large map: more of it, and so fewer images
+        (4608, 28 * 28, 512, (128, 128)),  # wide: fewer
         (4608, 7 * 7, 512, (335, 49)),  # small maps: more images
         (4608, 56 * 56, 8, (8, 2048)),  # few images: more of each
         (64, 10 * 10, 30, (30, 100)),  # all that there is
-        (576, 56 * 56, 10**6, (512, 128)),  # no more images than needed
+        (576, 56 * 56, 10**6, (128, 228)),  # no more images than needed
     ],
 )
 def test_positions_are_drawn_as_the_width_of_the_layer_needs(width, positions, images, expected):
@@ -121,4 +122,4 @@ def test_targets_are_the_references_outputs_at_the_drawn_positions(monkeypatch):
                 for start, part in zip((0, 5, 10), outputs.split(5), strict=True)
                 if start < chosen[name].images
             ]
-            torch.testing.assert_close(torch.cat(rows), torch.cat(parts))
+            torch.testing.assert_close(rows, torch.cat(parts))

@@ -103,7 +103,7 @@ def test_the_layer_in_place_gives_what_is_planned_and_what_trials_say(norm):
     planned = install_mixture(student, "conv2", fit, moments, macs=14400)
     outputs = run_until(model, "conv2", IMAGES, output=True)
     made = run_until(student, "conv2", IMAGES, output=True)
-    error, channels = MixtureTrial(fit).error(outputs, model.conv2.bias)
+    error, channels = MixtureTrial.of(fit).error(outputs, model.conv2.bias)
     assert channels == list(range(16))
     torch.testing.assert_close(error, made - outputs, rtol=1e-3, atol=1e-4)
     variance = outputs.transpose(0, 1).flatten(1).var(1, correction=0).sum()

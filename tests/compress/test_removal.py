@@ -1,4 +1,5 @@
 import copy
+import gc
 import itertools
 
 import pytest
@@ -6,9 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_networks import pictures, small
+from test_calibration import Stream
 from torch import nn
 
 from sbf_dist import models
+from sbf_dist.compress.calibration import Calibration
 from sbf_dist.compress.cost import count
 from sbf_dist.compress.coupled import silence
 from sbf_dist.compress.importance import measure_importance
@@ -173,6 +176,21 @@ def test_the_same_seed_removes_the_same_and_the_model_stays():
     for module in itertools.chain(model.modules(), one.network.modules()):
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
+
+
+@pytest.mark.parametrize("criterion", ["fisher", "taylor"])
+def test_a_batch_and_its_graph_are_gone_when_the_next_comes(criterion):
+    found = find_removable(small(), pictures(8, 4))
+    stream = Stream([4] * 6)
+    images = Calibration.of(stream)
+    gc.disable()  # which frees what is held in a circle some time later, if it can
+    try:
+        stream.most = stream.alive
+        measure_importance(found.dense, found.groups, images, criterion)
+        assert stream.most <= 2
+        assert stream.alive == 0
+    finally:
+        gc.enable()
 
 
 def test_weights_alone_are_judged_as_a_share_of_the_groups_mean():
