@@ -7,6 +7,7 @@
 
 namespace sbf {
 int cpu_lanes();  // expand_cpu.cpp
+int64_t mixed_in_tiles();
 }
 
 TORCH_LIBRARY(sbf, m) {
@@ -73,4 +74,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       },
       "How this extension was built: cuda, cuda_archs, compiler, torch (its version then); and\n"
       "cpu_lanes, how many floats a vector of the kernels chosen for this CPU has");
+  // Multiply-adds of a mixture up to which conv2d makes it within its tiles, on a CPU.
+  m.attr("MIXED_IN_TILES") = sbf::mixed_in_tiles();
 }

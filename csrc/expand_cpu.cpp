@@ -290,7 +290,7 @@ at::Tensor expanded(const at::Tensor& z_any, const at::Tensor& transforms,
                     const Epilogue& epilogue) {
   const Shape shape = check_expand(z_any, transforms, sources_any, order_any, epilogue.bias);
   const auto format = z_any.suggest_memory_format();
-  if (is_mixture(shape, z_any)) {
+  if (is_large_mixture(shape, z_any)) {
     return mixed(z_any, transforms, sources_any, order_any, epilogue, shape, format);
   }
   const at::Tensor z = z_any.contiguous(format);
@@ -394,7 +394,7 @@ at::Tensor conv2d(const at::Tensor& x, const at::Tensor& weight, const at::Tenso
   Epilogue epilogue{bias, residual, activation_of(activation)};
   if (residual.has_value()) epilogue.residual = residual->contiguous(format);
   if (packed.has_value()) check_packed(*packed, weight);
-  if (!is_mixture(shape, x) &&
+  if (!is_large_mixture(shape, x) &&
       multiplies_tiles(x, weight, padding, groups, packed.has_value(), shape)) {
     return convolved(x, weight, packed.has_value() ? *packed : pack_filters(weight), transforms,
                      sources, order, epilogue, stride, padding, dilation, shape);
@@ -406,7 +406,7 @@ at::Tensor conv2d(const at::Tensor& x, const at::Tensor& weight, const at::Tenso
 at::Tensor expand_grad_input(const at::Tensor& grad_any, const at::Tensor& transforms,
                              const at::Tensor& sources, const at::Tensor& order) {
   const Shape shape = check_grad_input(grad_any, transforms, sources, order);
-  if (is_mixture(shape, grad_any)) {
+  if (is_large_mixture(shape, grad_any)) {
     return mixed_grad_input(grad_any, transforms, sources, order, shape);
   }
   const auto format = grad_any.suggest_memory_format();
@@ -447,6 +447,7 @@ at::Tensor expand_grad_transforms(const at::Tensor& grad_any, const at::Tensor& 
 }  // namespace
 
 int cpu_lanes() { return tile_kernels().lanes; }
+int64_t mixed_in_tiles() { return kMixedInTiles; }
 
 TORCH_LIBRARY_IMPL(sbf, CPU, m) {
   m.impl("expand", &expand);

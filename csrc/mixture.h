@@ -1,5 +1,6 @@
 // Rebuilt channels that are mixtures of most of the basis, without a look at the neighbours: a
-// matrix product of every pixel's features, at which ATen is faster than sums channel by channel.
+// matrix product of every pixel's features, at which ATen is faster than sums channel by channel
+// once there is enough to multiply.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -10,13 +11,23 @@ namespace sbf {
 
 // Fewer sources are gathered faster than multiplied with a matrix that is mostly zero.
 constexpr int64_t kFewSources = 8;
+// Multiply-adds of a product up to which a CPU's tiles take less time than an operator more. They
+// meet between one and two million, with feature maps of 5 px as of 56 (docs/kernels.md).
+constexpr int64_t kMixedInTiles = 3 << 19;
 
+// Whether channels are rebuilt from so much of the basis that a product is the way to make them.
 inline bool is_mixture(const Shape& shape, const at::Tensor& features) {
   const auto type = features.scalar_type();
   // On a CPU, ATen's products of half precision are rounded between the steps, or slow.
   const bool is_exact = !features.is_cpu() || type == at::kFloat || type == at::kDouble;
   return is_exact && shape.m == 1 && shape.sources_each > kFewSources &&
          2 * shape.sources_each > shape.basis;
+}
+
+// Whether that product is worth an operator of its own on a CPU.
+inline bool is_large_mixture(const Shape& shape, const at::Tensor& features) {
+  const int64_t pixels = shape.batch * shape.height * shape.width;
+  return is_mixture(shape, features) && pixels * shape.channels * shape.basis > kMixedInTiles;
 }
 
 // (C, B, 1, 1): what each output channel is made of, kept ones of themselves.

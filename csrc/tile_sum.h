@@ -81,6 +81,32 @@ struct Mixer {
     }
   }
 
+  // Without neighbours: a row of taps times the planes, several vectors of pixels at a time, so that
+  // sums do not wait for each other.
+  template <int V>
+  SBF_INLINE void step1(float* sum, const float* start, int32_t first_link, int32_t last_link,
+                        int64_t first, int64_t i) const {
+    Vector total[V];
+    for (int v = 0; v < V; ++v) total[v] = start == nullptr ? Vector{} : load(start + i + v * L);
+    for (int32_t l = first_link; l < last_link; ++l) {
+      const float* z = link(l, first + i);
+      const float tap = *taps(l);
+      for (int v = 0; v < V; ++v) total[v] += load(z + v * L) * tap;
+    }
+    for (int v = 0; v < V; ++v) put(sum + i + v * L, total[v]);
+  }
+
+  void sum1(float* sum, const float* start, int32_t first_link, int32_t last_link, int64_t first,
+            int64_t count) const {
+    constexpr int V = 8;
+    int64_t i = 0;
+    for (; i + (V - 1) * L < count; i += V * L) {
+      step1<V>(sum, start, first_link, last_link, first, i);
+    }
+    for (; i + L < count; i += 2 * L) step1<2>(sum, start, first_link, last_link, first, i);
+    for (; i < count; i += L) step1<1>(sum, start, first_link, last_link, first, i);
+  }
+
   void sum_any(float* sum, const float* start, int32_t first_link, int32_t last_link,
                int64_t first, int64_t count) const {
     const int m = task.m;
@@ -109,6 +135,8 @@ struct Mixer {
     if (begin == end && start != nullptr) return start;
     if (task.m == 3) {
       sum3(sum, start, begin, end, first, count);
+    } else if (task.m == 1) {
+      sum1(sum, start, begin, end, first, count);
     } else {
       sum_any(sum, start, begin, end, first, count);
     }

@@ -8,4 +8,6 @@ class BuildInfo(TypedDict):
     torch: str
     cpu_lanes: int
 
+MIXED_IN_TILES: int
+
 def build_info() -> BuildInfo: ...

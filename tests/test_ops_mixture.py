@@ -1,4 +1,4 @@
-"""Rebuilt channels of m = 1 and many sources, which ATen's matrix products compute."""
+"""Rebuilt channels of m = 1 and many sources: matrix products, by tiles or, large ones, by ATen."""
 
 import pytest
 import torch
@@ -6,18 +6,23 @@ from test_ops import DEVICES, LAYOUTS, TOLERANCES, arguments, assert_like_refere
 from test_ops_conv2d import assert_like_reference as assert_conv2d_like_reference
 from test_ops_conv2d import problem
 
+from sbf_dist import _C
 from sbf_dist.ops import ACTIVATIONS, expand
 
 SOURCES = [8, 9, 12, 20]  # the first is gathered; of 20, some basis channel comes twice
+SIZES = [(7, 5), (61, 65)]  # of 35 channels from 12: by tiles, and beyond MIXED_IN_TILES
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("per_channel", SOURCES)
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_output_and_gradients_equal_the_reference(layout, dtype, per_channel, device):
+@pytest.mark.parametrize("size", SIZES)
+def test_output_and_gradients_equal_the_reference(size, layout, dtype, per_channel, device):
+    shape = (2, 12, 23, *size)
+    assert (2 * 12 * 35 * size[0] * size[1] > _C.MIXED_IN_TILES) == (size == SIZES[1])
     case = arguments(
-        2, 12, 23, 7, 5, per_channel=per_channel, size=1, dtype=dtype, layout=layout, device=device
+        *shape, per_channel=per_channel, size=1, dtype=dtype, layout=layout, device=device
     )
     assert_like_reference(*case)
 
@@ -66,9 +71,12 @@ def test_operators_keep_their_contract_with_pytorch(shape, layout, device):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_the_whole_layer_equals_the_reference(dtype, kernel, layout, with_residual, activation):
+@pytest.mark.parametrize("size", [(6, 5), (95, 93)])
+def test_the_whole_layer_equals_the_reference(
+    size, dtype, kernel, layout, with_residual, activation
+):
     case = problem(
-        7, 12, 9, 6, 5,
+        7, 12, 9, *size,
         kernel=kernel,
         padding=(kernel[0] // 2, kernel[1] // 2),
         per_channel=12,

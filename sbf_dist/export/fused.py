@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sbf_dist import _C
 from sbf_dist.export.fold import UnscaledSBFConv2d
 from sbf_dist.export.mixture import mixing_weight
 from sbf_dist.layers import SBFConv2d
@@ -201,13 +202,16 @@ class FusedConv2d(nn.Module):
 
 
 class FusedMixture(nn.Module):
-    """activation(SBF layer + bias + residual) of a mixture of its basis, as two convolutions.
+    """activation(SBF layer + bias + residual) of a mixture of its basis, in the faster of two ways.
 
-    Basis and, 1 x 1, the mixing matrix, each by oneDNN with weights that are put into blocks once.
+    Where mixing takes little, on a CPU, one operator (`tiles`, a FusedSBFConv2d); else two
+    convolutions, the basis and, 1 x 1, the mixing matrix, each by oneDNN with weights that are put
+    into blocks once.
     """
 
     def __init__(self, layer: SBFConv2d | UnscaledSBFConv2d, activation: Activation) -> None:
         super().__init__()
+        self.tiles = FusedSBFConv2d(layer, activation)
         self.basis = FusedConv2d(layer.basis, "none")
         weight = mixing_weight(layer)
         mix = nn.utils.skip_init(
@@ -221,7 +225,16 @@ class FusedMixture(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Map (N, C_in, H, W), and a residual that broadcasts to the output, to the output."""
+        if self._is_small(x):
+            return self.tiles(x, residual)
         return self.mix(self.basis(x), residual)
+
+    def _is_small(self, x: Tensor) -> bool:
+        if x.device.type != "cpu" or x.dtype != torch.float32 or self.tiles.packed is None:
+            return False
+        outputs, basis = self.mix.weight.shape[:2]
+        batch, _, height, width = _output_shape(self.basis, basis, self.basis.weight, x)
+        return batch * height * width * outputs * basis <= _C.MIXED_IN_TILES
 
 
 def _forget_blocks(layer: nn.Module, _: object) -> None:

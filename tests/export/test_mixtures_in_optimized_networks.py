@@ -1,4 +1,4 @@
-"""Mixtures of the whole basis in optimized networks: two convolutions, whatever follows them."""
+"""Mixtures of the whole basis in optimized networks, on maps of a size for either way."""
 
 import pickle
 
@@ -7,6 +7,7 @@ import torch
 from test_optimize import ACTIVATIONS, check_agreement, kinds
 from torch import Tensor, nn
 
+from sbf_dist import _C
 from sbf_dist.export.fused import FusedMixture, FusedSBFConv2d
 from sbf_dist.export.mixture import is_mixture, mixing_weight
 from sbf_dist.export.optimize import optimize
@@ -38,22 +39,40 @@ class Block(nn.Module):
         return self.head(self.act(self.norms[1](self.second(y)) + x).mean((2, 3)))
 
 
+SMALL, LARGE = (9, 7), (120, 90)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_a_mixture_with_what_follows_it_is_two_convolutions(
-    activation: str, layout: torch.memory_format
+@pytest.mark.parametrize("size", [SMALL, LARGE])
+def test_a_mixture_takes_what_follows_it_along(
+    size: tuple[int, int], activation: str, layout: torch.memory_format
 ) -> None:
     torch.manual_seed(0)
     model = Block(activation)
-    x = torch.randn(3, 3, 9, 7)
+    x = torch.randn(3, 3, *size)
     model.train()(x)
     optimized = optimize(model.eval())
     found = kinds(optimized)
-    assert found[FusedMixture] == 2
-    assert not found[FusedSBFConv2d] and not found[SBFConv2d] and not found[nn.BatchNorm2d]
+    assert found[FusedMixture] == found[FusedSBFConv2d] == 2  # the one has the other
+    assert not found[SBFConv2d] and not found[nn.BatchNorm2d]
     for batch in (x, x[:1]):
         check_agreement(optimized, model, batch.contiguous(memory_format=layout))
     check_agreement(pickle.loads(pickle.dumps(optimized)), model, x)
+
+
+@pytest.mark.parametrize(("size", "operators"), [(SMALL, 1), (LARGE, 2)])
+def test_little_mixing_is_done_by_one_operator_and_much_by_two(
+    size: tuple[int, int], operators: int
+) -> None:
+    x = torch.randn(3, 12, *size)
+    fused = FusedMixture(mixture().eval(), "relu")
+    assert (3 * size[0] * size[1] * 12 * 5 <= _C.MIXED_IN_TILES) == (operators == 1)
+    with torch.profiler.profile() as profile, torch.no_grad():
+        fused(x.contiguous(memory_format=torch.channels_last))
+    names = [event.name for event in profile.events()]
+    assert names.count("sbf::conv2d") == 2 - operators
+    assert names.count("mkldnn::_convolution_pointwise") == 2 * (operators - 1)
 
 
 def test_the_model_is_not_changed_by_running_what_was_made_of_it() -> None:
