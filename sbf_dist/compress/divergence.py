@@ -86,7 +86,7 @@ def divergences(
         bias = layer_of(model, name).bias
 
         def hook(_: nn.Module, __: tuple[Tensor, ...], outputs: Tensor) -> Tensor:
-            # A hook that knew `outputs` would keep the graph that keeps the hook: nothing frees both.
+            # A hook that knew `outputs` would keep the graph that keeps the hook.
             features = outputs.detach()
 
             def backward(gradient: Tensor) -> None:
