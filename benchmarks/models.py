@@ -39,6 +39,7 @@ from sbf_dist.models import build
 
 SHARE = 0.5  # of the multiply-adds
 TOLERANCE = 1e-3  # of the largest logit: between engines, in float32
+EXACT = 1e-9  # the same, in double: what is left of a difference that is rounding
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,8 @@ def check(name: str, network: Network, images: int) -> dict:
         save_student(Path(folder) / "student", student, plan, card)
         scale = expected.abs().max().item()
         with torch.inference_mode():
+            precise = copy.deepcopy(student).double()
+            exact = precise(few.double())
             differences = {
                 "loaded": (load_student(Path(folder) / "student")(few) - expected).abs().max(),
                 "optimized": (
@@ -151,15 +154,22 @@ def check(name: str, network: Network, images: int) -> dict:
                 )
                 .abs()
                 .max(),
+                "optimized, double": (optimize(precise)(few.double()) - exact).abs().max(),
+                "rounding": (expected - exact).abs().max(),  # of the student itself
             }
         path = Path(folder) / "student.onnx"
         to_onnx(student, path, card)
         differences["onnx"] = verify_onnx(path, student, few)
     relative = {form: float(value) / scale for form, value in differences.items()}
-    for form, difference in relative.items():
-        most = 0.0 if form == "loaded" else TOLERANCE
-        if not difference <= most:
-            raise RuntimeError(f"{name}, {form}: logits differ by {difference:.1e} of the largest")
+    # Weights that were fitted to noise may be badly conditioned: then the student's own rounding
+    # says what float32 can give.
+    rounded = max(TOLERANCE, 3 * relative["rounding"])
+    allowed = {"loaded": 0.0, "optimized": rounded, "optimized, double": EXACT, "onnx": rounded}
+    for form, most in allowed.items():
+        if not relative[form] <= most:
+            raise RuntimeError(
+                f"{name}, {form}: logits differ by {relative[form]:.1e} of the largest"
+            )
     own = (3, network.size, network.size)
     before, after = count(model, own), count(student, own)
     return {
@@ -227,6 +237,7 @@ def markdown(report: dict) -> str:
     rows = report["networks"]
     worst = max(row["difference"]["onnx"] for row in rows.values())
     fused = max(row["difference"]["optimized"] for row in rows.values())
+    own = max(row["difference"].get("rounding", 0.0) for row in rows.values())
     convolutions = sum(row["convolutions"] for row in rows.values())
     converted = sum(row["converted"] for row in rows.values())
     seconds = sum(sum(row["cpu_seconds"].values()) for row in rows.values())
@@ -245,7 +256,9 @@ def markdown(report: dict) -> str:
         "left. The budget holds at that size; multiply-adds (M) are those at the network's own. A "
         "loaded student gives the very logits that were saved; those of the optimized network "
         f"differ by at most {fused:.0e} of the largest logit, those of the ONNX file in ONNX "
-        f"Runtime by at most {worst:.0e}."
+        f"Runtime by at most {worst:.0e}. What is more than {TOLERANCE:g} of it is rounding: the "
+        f"student itself differs by up to {own:.0e} between float32 and double; in double the "
+        f"optimized network differs by no more than {EXACT:g}."
     )
     lines = [
         "# Which networks work",

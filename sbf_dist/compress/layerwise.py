@@ -19,7 +19,7 @@ from sbf_dist.compress.statistics import Moments, MomentSums, neighbourhoods
 from sbf_dist.layers import SBFConv2d
 
 SUMS = 768 * 2**20  # bytes of Gram matrices that are gathered in one pass
-TARGETS = 256 * 2**20  # bytes of a reference's outputs that are held at a time
+TARGETS = 640 * 2**20  # bytes of a reference's outputs that are held at a time
 # Neighbours in a large feature map tell little more than the work that they cost. But an image less
 # is a forward pass less, and those are dear where maps are large: there, IMAGES will do.
 PER_IMAGE, PER_MAP = 128, 1 / 6  # positions of an image, and their share, that are worth taking

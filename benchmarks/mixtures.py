@@ -1,0 +1,118 @@
+"""Layers whose rebuilt channels mix the whole basis (S = B, m = 1): how fast, in which form.
+
+    python benchmarks/mixtures.py --json benchmarks/results/mixtures.json
+
+Beside the dense convolution with its ReLU, in float32 and channels_last: as `sbf_conv2d` ("one
+operator", which mixes within its tiles up to MIXED_IN_TILES multiply-adds), as two oneDNN
+convolutions ("two calls"), and as `optimize` chooses; and the layer of m = 3 with four sources.
+Medians of interleaved rounds; ratios above 1 are faster than dense. Narrow layers on small maps are
+those of networks for CIFAR, the others those of ResNet-50.
+"""
+
+import argparse
+import datetime
+import json
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from timing import interleaved_medians, machine, pin_malloc
+from torch import nn
+
+from sbf_dist.export.fused import FusedConv2d, FusedMixture, FusedSBFConv2d
+from sbf_dist.layers import SBFConv2d
+
+# inputs, outputs, kernel, side, batch
+SHAPES = [
+    (16, 16, 3, 20, 1),
+    (16, 16, 3, 32, 8),
+    (32, 32, 3, 10, 1),
+    (32, 32, 3, 16, 8),
+    (64, 64, 3, 5, 1),
+    (64, 64, 3, 8, 8),
+    (64, 64, 3, 56, 1),
+    (64, 64, 3, 56, 8),
+    (128, 128, 3, 28, 1),
+    (128, 128, 3, 28, 8),
+    (256, 256, 3, 14, 1),
+    (256, 256, 3, 14, 8),
+    (512, 512, 3, 7, 1),
+    (512, 512, 3, 7, 8),
+    (256, 64, 1, 56, 1),
+    (64, 256, 1, 56, 8),
+    (512, 128, 1, 28, 8),
+    (128, 512, 1, 28, 8),
+    (256, 1024, 1, 14, 8),
+]
+SHARES = (0.25, 0.5)
+FORMS = ("one operator", "two calls", "optimize", "m = 3, S = 4")
+
+
+@torch.inference_mode()
+def measure(shape: tuple[int, int, int, int, int], share: float, rounds: int) -> dict:
+    """Time the forms of one layer that keeps `share` of its filters."""
+    inputs, outputs, kernel, side, batch = shape
+    x = torch.randn(batch, inputs, side, side).contiguous(memory_format=torch.channels_last)
+    conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
+    conv = conv.to(memory_format=torch.channels_last)
+    kept = list(range(int(share * outputs)))
+
+    def layer(sources: int, size: int) -> SBFConv2d:
+        return SBFConv2d.from_conv(conv, kept, [kept[:sources]] * (outputs - len(kept)), size)
+
+    mixture = FusedMixture(layer(len(kept), 1), "relu")
+    dense, few = FusedConv2d(conv, "relu"), FusedSBFConv2d(layer(4, 3), "relu")
+    calls = {
+        "dense": lambda: dense(x),
+        "one operator": lambda: mixture.tiles(x),
+        "two calls": lambda: mixture.mix(mixture.basis(x)),
+        "optimize": lambda: mixture(x),
+        "m = 3, S = 4": lambda: few(x),
+    }
+    ms = interleaved_medians(calls, rounds=rounds, repeats=10)
+    return {
+        "layer": f"{inputs}→{outputs}, {kernel} x {kernel}, {side} px",
+        "batch": batch,
+        "kept": len(kept),
+        "milliseconds": {name: round(value, 4) for name, value in ms.items()},
+        "faster": {form: round(ms["dense"] / ms[form], 2) for form in FORMS},
+    }
+
+
+def main() -> None:
+    """Measure all layers, print the table and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    pin_malloc()
+    table = Table("layer", "batch", "kept", "dense ms", *FORMS)
+    rows = []
+    for shape in SHAPES:
+        for share in SHARES:
+            row = measure(shape, share, options.rounds)
+            rows.append(row)
+            table.add_row(
+                row["layer"],
+                str(row["batch"]),
+                str(row["kept"]),
+                f"{row['milliseconds']['dense']:.3f}",
+                *(f"{row['faster'][form]:.2f}" for form in FORMS),
+            )
+    Console(width=110).print(table)
+    if options.json:
+        report = {
+            "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+            "machine": machine(),
+            "threads": options.threads,
+            "torch": torch.__version__,
+            "rows": rows,
+        }
+        options.json.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()
