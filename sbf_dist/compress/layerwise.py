@@ -25,7 +25,7 @@ TARGETS = 640 * 2**20  # bytes of a reference's outputs that are held at a time
 PER_IMAGE, PER_MAP = 128, 1 / 6  # positions of an image, and their share, that are worth taking
 IMAGES = 128
 LEAST, MOST = 2**14, 2**16  # positions in all; in between, the fewer the wider the layer is
-WIDE = 1024  # candidates, shifts included, at which LEAST suffices
+WIDE = 1024  # candidates, shifts included, or weights of a filter, at which LEAST suffices
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Draw:
 
     @classmethod
     def of(cls, name: str, width: int, positions: int, images: int) -> "Draw":
-        """Choose for a layer of `width` candidates, shifts included, that has `positions`."""
+        """Choose for a layer of `width` unknowns to solve for at once, that has `positions`."""
         wanted = min(MOST, max(LEAST, LEAST * WIDE // width))
         dense = min(round(PER_MAP * positions), -(-wanted // IMAGES))
         per_image = min(positions, max(PER_IMAGE, dense, -(-wanted // images)))
@@ -103,7 +103,10 @@ def draws(model: nn.Module, sizes: dict[str, int], images: Calibration) -> dict[
         def seen(_: Tensor, output: Tensor) -> None:
             positions = output[0, 0].numel()
             candidates = output.shape[1] * sizes[name] ** 2
-            chosen[name] = Draw.of(name, candidates, positions, images.count)
+            layer = layer_of(model, name)
+            conv = layer.basis if isinstance(layer, SBFConv2d) else layer
+            width = max(candidates, conv.weight[0].numel())  # filters may be solved anew, too
+            chosen[name] = Draw.of(name, width, positions, images.count)
 
         return seen
 
