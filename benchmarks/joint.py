@@ -18,7 +18,7 @@ from sbf_dist import models
 from sbf_dist.compress.budget import Budget
 from sbf_dist.compress.calibration import Calibration
 from sbf_dist.compress.joint import SHARES, JointPlanner
-from sbf_dist.compress.probe import Probe, train_briefly
+from sbf_dist.compress.removal.probe import Probe, train_briefly
 
 SIDE = 16
 CALIBRATION = 512

@@ -21,9 +21,9 @@ from pipelines.index import DataIndex
 from sbf_dist import models, tracking
 from sbf_dist.compress.calibration import Calibration
 from sbf_dist.compress.cost import count
-from sbf_dist.compress.latency import latency
 from sbf_dist.compress.plan import DenseLayer, Plan
-from sbf_dist.compress.zeroed import zero_channels
+from sbf_dist.compress.planning.latency import latency
+from sbf_dist.compress.removal.zeroed import zero_channels
 from sbf_dist.distill import pseudo_labels
 from sbf_dist.distill.selection import select
 from sbf_dist.export.optimize import optimize

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from sbf_dist.schema import Above0, Name, Positive, Section, Share, load_as, validate_as
 
-# As sbf_dist.compress.criteria has it, which loads PyTorch.
+# As sbf_dist.compress.planning.criteria has it, which loads PyTorch.
 Criterion = Literal["reconstruction", "l1", "l2", "bn_scale", "taylor", "random"]
 KNOWN_SETS = ("cifar10", "cifar100", "tiny-imagenet", "imagenet")  # see sbf data prepare
 
@@ -219,7 +219,7 @@ class Compress(Section):
     )
     teacher: str = Field(description="the teacher that is compressed to become the student")
     criterion: Criterion = Field(
-        "reconstruction", description="which channels of a layer are kept; see compress.criteria"
+        "reconstruction", description="which channels of a layer are kept; see docs/planning.md"
     )
     keep: list[str] = Field(
         [], description="patterns of layers' names to leave as they are, e.g. 'layer1.*'"

@@ -86,7 +86,7 @@ def test_pipelines_know_errors_and_recipe_of_the_library_at_most():
         ("typer", "launchers"),
         ("rich", ("launchers", "sbf_dist.report.plan_table")),
         ("torchvision", "sbf_dist.models"),
-        ("torch_pruning", ("sbf_dist.compress.coupled", "sbf_dist.peers.pruned")),
+        ("torch_pruning", ("sbf_dist.compress.removal.coupled", "sbf_dist.peers.pruned")),
     ],
 )
 def test_a_dependency_is_known_in_its_home_alone(package, home):
@@ -102,6 +102,8 @@ def test_a_dependency_is_known_in_its_home_alone(package, home):
         ("sbf_dist.ops", ["sbf_dist.layers", "sbf_dist.compress", "sbf_dist.train"]),
         ("sbf_dist.layers", ["sbf_dist.compress", "sbf_dist.train", "sbf_dist.models"]),
         ("sbf_dist.compress", ["sbf_dist.distill", "sbf_dist.train", "sbf_dist.export"]),
+        ("sbf_dist.compress.fitting", ["sbf_dist.compress.planning", "sbf_dist.compress.removal"]),
+        ("sbf_dist.compress.planning", ["sbf_dist.compress.removal"]),
         ("sbf_dist.distill", ["sbf_dist.train", "sbf_dist.compress", "sbf_dist.export"]),
         ("sbf_dist.train", ["sbf_dist.distill", "sbf_dist.compress", "sbf_dist.layers"]),
         ("sbf_dist.recipe", ["sbf_dist.models", "sbf_dist.compress", "torch"]),

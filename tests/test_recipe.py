@@ -9,7 +9,7 @@ import yaml
 
 from pipelines.augmentation import Augmentation
 from sbf_dist import recipe
-from sbf_dist.compress.criteria import CRITERIA
+from sbf_dist.compress.planning.criteria import CRITERIA
 from sbf_dist.errors import UserError
 from sbf_dist.recipe import Recipe
 

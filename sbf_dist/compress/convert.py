@@ -5,10 +5,10 @@ import copy
 import torch
 from torch import nn
 
-from sbf_dist.compress.between import make_between
 from sbf_dist.compress.candidates import is_plain
-from sbf_dist.compress.narrow import check_fits, narrow
+from sbf_dist.compress.fitting.between import make_between
 from sbf_dist.compress.plan import Plan, SBFLayer
+from sbf_dist.compress.removal.narrow import check_fits, narrow
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.surgery import become

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from sbf_dist.compress.budget import COUNTS, ROUNDING, Budget
 from sbf_dist.compress.calibration import BATCH, Calibration, device_of
 from sbf_dist.compress.cost import count
-from sbf_dist.compress.importance import Criterion
+from sbf_dist.compress.fitting.reference import Reference
 from sbf_dist.compress.plan import DenseLayer, Plan
-from sbf_dist.compress.probe import Probe, divergence, train_briefly
 from sbf_dist.compress.progress import Progress, tell
 from sbf_dist.compress.reconstruct import compress
-from sbf_dist.compress.reference import Reference
-from sbf_dist.compress.removal import Measure, Removable, cost_of, find_removable, remove
+from sbf_dist.compress.removal.importance import Criterion
+from sbf_dist.compress.removal.probe import Probe, divergence, train_briefly
+from sbf_dist.compress.removal.pruning import Measure, Removable, cost_of, find_removable, remove
 from sbf_dist.errors import UserError
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)

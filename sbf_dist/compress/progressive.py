@@ -6,21 +6,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sbf_dist.compress.budget import Budget, Option, allocate
+from sbf_dist.compress.budget import Budget
 from sbf_dist.compress.calibration import Calibration, device_of
 from sbf_dist.compress.candidates import find_candidates, forward_order
 from sbf_dist.compress.cost import count
-from sbf_dist.compress.criteria import Criterion
-from sbf_dist.compress.explanation import Spending
-from sbf_dist.compress.layerwise import layer_of
-from sbf_dist.compress.option_table import measure_options
-from sbf_dist.compress.options import Search, Shape
+from sbf_dist.compress.fitting.layerwise import layer_of
+from sbf_dist.compress.fitting.reference import Reference
+from sbf_dist.compress.fitting.refit import refit_heads
+from sbf_dist.compress.fitting.statistics import measure_batch_norm
 from sbf_dist.compress.plan import DenseLayer, Layer, Plan, SBFLayer
+from sbf_dist.compress.planning.criteria import Criterion
+from sbf_dist.compress.planning.explanation import Spending
+from sbf_dist.compress.planning.knapsack import Option, allocate
+from sbf_dist.compress.planning.option_table import measure_options
+from sbf_dist.compress.planning.options import Search, Shape
 from sbf_dist.compress.progress import Progress
 from sbf_dist.compress.reconstruct import fit_layers
-from sbf_dist.compress.reference import Reference
-from sbf_dist.compress.refit import refit_heads
-from sbf_dist.compress.statistics import measure_batch_norm
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.surgery import become

@@ -12,25 +12,26 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sbf_dist.compress.allocation import share_out
-from sbf_dist.compress.between import insert_between
-from sbf_dist.compress.budget import Budget, Option
+from sbf_dist.compress.budget import Budget
 from sbf_dist.compress.calibration import Calibration, device_of
 from sbf_dist.compress.candidates import convolution, find_candidates, forward_order
 from sbf_dist.compress.cost import Cost, count
-from sbf_dist.compress.criteria import Criterion
-from sbf_dist.compress.explanation import Spending
-from sbf_dist.compress.latency import latencies
-from sbf_dist.compress.latency_budget import TimedChoice
-from sbf_dist.compress.latency_table import LatencyTable, environment
-from sbf_dist.compress.option_table import OptionTable, measure_options
-from sbf_dist.compress.options import Search, Shape
+from sbf_dist.compress.fitting.between import insert_between
+from sbf_dist.compress.fitting.reference import Reference
+from sbf_dist.compress.fitting.refit import is_mended, refit_heads
+from sbf_dist.compress.fitting.sequential import SequentialFit
+from sbf_dist.compress.fitting.statistics import measure_batch_norm
 from sbf_dist.compress.plan import DenseLayer, Latency, Layer, Plan, SBFLayer
+from sbf_dist.compress.planning.allocation import share_out
+from sbf_dist.compress.planning.criteria import Criterion
+from sbf_dist.compress.planning.explanation import Spending
+from sbf_dist.compress.planning.knapsack import Option
+from sbf_dist.compress.planning.latency import latencies
+from sbf_dist.compress.planning.latency_budget import TimedChoice
+from sbf_dist.compress.planning.latency_table import LatencyTable, environment
+from sbf_dist.compress.planning.option_table import OptionTable, measure_options
+from sbf_dist.compress.planning.options import Search, Shape
 from sbf_dist.compress.progress import Progress, tell
-from sbf_dist.compress.reference import Reference
-from sbf_dist.compress.refit import is_mended, refit_heads
-from sbf_dist.compress.sequential import SequentialFit
-from sbf_dist.compress.statistics import measure_batch_norm
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
 

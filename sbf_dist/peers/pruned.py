@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sbf_dist.compress.calibration import BATCH
 from sbf_dist.compress.cost import count
-from sbf_dist.compress.statistics import measure_batch_norm
+from sbf_dist.compress.fitting.statistics import measure_batch_norm
 from sbf_dist.errors import UserError
 from sbf_dist.peers.shrinking import in_proportion, longest_within
 

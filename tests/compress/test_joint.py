@@ -11,8 +11,8 @@ from sbf_dist.compress.convert import convert
 from sbf_dist.compress.cost import count
 from sbf_dist.compress.joint import JointPlanner, RemovalSettings, plan_jointly
 from sbf_dist.compress.plan import Plan, SBFLayer
-from sbf_dist.compress.probe import Probe, divergence, train_briefly
 from sbf_dist.compress.reconstruct import compress
+from sbf_dist.compress.removal.probe import Probe, divergence, train_briefly
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
 

@@ -12,11 +12,11 @@ from sbf_dist import models
 from sbf_dist.compress.budget import Budget
 from sbf_dist.compress.convert import convert
 from sbf_dist.compress.cost import count
-from sbf_dist.compress.criteria import CRITERIA
+from sbf_dist.compress.fitting.reference import Reference
 from sbf_dist.compress.plan import Plan, SBFLayer
+from sbf_dist.compress.planning.criteria import CRITERIA
 from sbf_dist.compress.progressive import round_budgets, shrink, unfolded
 from sbf_dist.compress.reconstruct import compress
-from sbf_dist.compress.reference import Reference
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
 

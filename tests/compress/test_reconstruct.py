@@ -8,18 +8,19 @@ from small_networks import Small, pictures, small
 from torch import nn
 
 from sbf_dist import models
-from sbf_dist.compress import candidates, latency, latency_budget, latency_table, reconstruct
+from sbf_dist.compress import candidates, reconstruct
 from sbf_dist.compress.budget import Budget
 from sbf_dist.compress.calibration import Calibration
 from sbf_dist.compress.candidates import forward_order
 from sbf_dist.compress.convert import convert
 from sbf_dist.compress.cost import count
-from sbf_dist.compress.latency_table import LatencyTable
+from sbf_dist.compress.fitting.reference import Reference
+from sbf_dist.compress.fitting.statistics import measure_batch_norm, run_until
 from sbf_dist.compress.plan import DenseLayer, Plan, SBFLayer
+from sbf_dist.compress.planning import latency, latency_budget, latency_table
+from sbf_dist.compress.planning.latency_table import LatencyTable
 from sbf_dist.compress.reconstruct import compress
-from sbf_dist.compress.reference import Reference
-from sbf_dist.compress.statistics import measure_batch_norm, run_until
-from sbf_dist.compress.zeroed import zero_channels
+from sbf_dist.compress.removal.zeroed import zero_channels
 from sbf_dist.errors import UserError
 from sbf_dist.export.fold import fold_batchnorm
 from sbf_dist.layers import SBFConv2d

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sbf_dist.compress.cost import count
-from sbf_dist.compress.statistics import gather_moments
+from sbf_dist.compress.fitting.statistics import gather_moments
 from sbf_dist.errors import UserError
 from sbf_dist.peers.low_rank import LowRankConv2d, low_rank, reduced_regression, truncated_svd
 

@@ -1,0 +1,45 @@
+"""Networks that are compressed in well under a second."""
+
+import torch
+from torch import Tensor, nn
+
+from sbf_dist.compress.fitting.statistics import measure_batch_norm
+
+
+class Small(nn.Module):
+    """A stem, two plain convolutions with batch norm, and a classifier."""
+
+    def __init__(self, *, norm: bool = True, width: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.conv1 = nn.Conv2d(width, 2 * width, 3, padding=1, bias=not norm)
+        self.norm1: nn.Module = nn.BatchNorm2d(2 * width) if norm else nn.Identity()
+        self.conv2 = nn.Conv2d(2 * width, 2 * width, 3, stride=2, padding=1, bias=not norm)
+        self.norm2: nn.Module = nn.BatchNorm2d(2 * width) if norm else nn.Identity()
+        self.head = nn.Linear(2 * width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        x = self.norm1(self.conv1(x)).relu()
+        x = self.norm2(self.conv2(x)).relu()
+        return self.head(x.mean((2, 3)))
+
+
+def small(*, seed: int = 0, **settings) -> nn.Module:
+    """A Small in eval mode whose batch norms know `pictures`."""
+    torch.manual_seed(seed)
+    network = Small(**settings)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.2, 0.5)
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=1.0)
+    measure_batch_norm(network, pictures(64), 64)
+    return network
+
+
+def pictures(count: int = 32, size: int = 10) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    raw = torch.randn(count, 3, size, size, generator=generator)
+    return raw + nn.functional.avg_pool2d(raw, 3, 1, 1)
