@@ -45,6 +45,8 @@ bench: setup
 	$(BIN)/python benchmarks/joint.py --json benchmarks/results/joint.json
 	$(BIN)/python benchmarks/loader.py --json benchmarks/results/loader.json
 	$(BIN)/python benchmarks/quality.py --json benchmarks/results/quality.json
+	$(BIN)/python benchmarks/quality_latency.py --json benchmarks/results/quality-latency.json
+	$(BIN)/python benchmarks/mixtures.py --json benchmarks/results/mixtures.json
 	@if nvidia-smi > /dev/null 2>&1; then \
 	    $(BIN)/python benchmarks/gpu.py --json benchmarks/results/gpu.json; \
 	else echo 'benchmarks/gpu.py: left out, no GPU here'; fi

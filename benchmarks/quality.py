@@ -2,10 +2,10 @@
 
 python benchmarks/quality.py --json benchmarks/results/quality.json
 
-The recipes are recipes/compare-digits.yaml and recipes/compare-photos.yaml, with
-shorter trainings. All tables are made with the first seed, then with two, then with three, and the
-JSON is written after each of them. Every network's result is kept under --runs as soon as it is
-there: a benchmark that was cut goes on. --quick is one seed, one network and one cost.
+The recipes are recipes/compare-digits.yaml and recipes/compare-photos.yaml, with shorter trainings.
+All tables are made with the first seed, then with two, then with three, and the JSON is written
+after each of them. Every network's result is kept under --runs as soon as it is there: a benchmark
+that was cut goes on. --quick is one seed, one network and one cost.
 """
 
 import argparse
