@@ -5,7 +5,8 @@
 Beside the dense convolution with its ReLU, in float32 and channels_last: as `sbf_conv2d` ("one
 operator", which mixes within its tiles up to MIXED_IN_TILES multiply-adds), as two oneDNN
 convolutions ("two calls"), and as `optimize` chooses; and the layer of m = 3 with four sources.
-Medians of interleaved rounds; ratios above 1 are faster than dense. Narrow layers on small maps are
+Each keeps as many filters as a share of the dense layer's multiply-adds allows. Medians of
+interleaved rounds; ratios above 1 are faster than dense. Narrow layers on small maps are
 those of networks for CIFAR, the others those of ResNet-50.
 """
 
@@ -45,23 +46,32 @@ SHAPES = [
     (128, 512, 1, 28, 8),
     (256, 1024, 1, 14, 8),
 ]
-SHARES = (0.25, 0.5)
+SHARES = (0.25, 0.5)  # of the dense layer's multiply-adds
 FORMS = ("one operator", "two calls", "optimize", "m = 3, S = 4")
 
 
 @torch.inference_mode()
 def measure(shape: tuple[int, int, int, int, int], share: float, rounds: int) -> dict:
-    """Time the forms of one layer that keeps `share` of its filters."""
+    """Time the forms of one layer at `share` of its multiply-adds."""
     inputs, outputs, kernel, side, batch = shape
+    weights = inputs * kernel**2
     x = torch.randn(batch, inputs, side, side).contiguous(memory_format=torch.channels_last)
     conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
     conv = conv.to(memory_format=torch.channels_last)
-    kept = list(range(int(share * outputs)))
 
     def layer(sources: int, size: int) -> SBFConv2d:
-        return SBFConv2d.from_conv(conv, kept, [kept[:sources]] * (outputs - len(kept)), size)
+        """Make the layer of most filters within the share."""
+        most = max(
+            kept
+            for kept in range(1, outputs)
+            if kept * weights + (outputs - kept) * min(kept, sources) * size**2
+            <= share * outputs * weights
+        )
+        kept = list(range(most))
+        return SBFConv2d.from_conv(conv, kept, [kept[:sources]] * (outputs - most), size)
 
-    mixture = FusedMixture(layer(len(kept), 1), "relu")
+    mixed = layer(outputs, 1)
+    mixture = FusedMixture(mixed, "relu")
     dense, few = FusedConv2d(conv, "relu"), FusedSBFConv2d(layer(4, 3), "relu")
     calls = {
         "dense": lambda: dense(x),
@@ -74,7 +84,8 @@ def measure(shape: tuple[int, int, int, int, int], share: float, rounds: int) ->
     return {
         "layer": f"{inputs}→{outputs}, {kernel} x {kernel}, {side} px",
         "batch": batch,
-        "kept": len(kept),
+        "share": share,
+        "kept": len(mixed.kept),
         "milliseconds": {name: round(value, 4) for name, value in ms.items()},
         "faster": {form: round(ms["dense"] / ms[form], 2) for form in FORMS},
     }
@@ -89,7 +100,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     pin_malloc()
-    table = Table("layer", "batch", "kept", "dense ms", *FORMS)
+    table = Table("layer", "batch", "MACs", "kept", "dense ms", *FORMS)
     rows = []
     for shape in SHAPES:
         for share in SHARES:
@@ -98,11 +109,12 @@ def main() -> None:
             table.add_row(
                 row["layer"],
                 str(row["batch"]),
+                f"{share:g}",
                 str(row["kept"]),
                 f"{row['milliseconds']['dense']:.3f}",
                 *(f"{row['faster'][form]:.2f}" for form in FORMS),
             )
-    Console(width=110).print(table)
+    Console(width=120).print(table)
     if options.json:
         report = {
             "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),

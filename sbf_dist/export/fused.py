@@ -1,5 +1,6 @@
 """Convolutions with bias, residual and activation in one operator, for inference."""
 
+import math
 from typing import Self
 
 import torch
@@ -222,19 +223,16 @@ class FusedMixture(nn.Module):
             bias = layer.bias.detach()[: layer.out_channels].clone()
             mix.bias = nn.Parameter(bias, requires_grad=False)
         self.mix = FusedConv2d(mix, activation)
+        # Of the input, so that a call costs one product: borders do not matter here.
+        self.most_pixels = _C.MIXED_IN_TILES * math.prod(self.basis.stride) // weight.numel()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Map (N, C_in, H, W), and a residual that broadcasts to the output, to the output."""
-        if self._is_small(x):
+        batch, _, height, width = x.shape
+        little = batch * height * width <= self.most_pixels
+        if little and self.tiles.packed is not None and x.dtype == torch.float32:
             return self.tiles(x, residual)
         return self.mix(self.basis(x), residual)
-
-    def _is_small(self, x: Tensor) -> bool:
-        if x.device.type != "cpu" or x.dtype != torch.float32 or self.tiles.packed is None:
-            return False
-        outputs, basis = self.mix.weight.shape[:2]
-        batch, _, height, width = _output_shape(self.basis, basis, self.basis.weight, x)
-        return batch * height * width * outputs * basis <= _C.MIXED_IN_TILES
 
 
 def _forget_blocks(layer: nn.Module, _: object) -> None:
