@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sbf_dist.compress.calibration import Calibration, device_of
-from sbf_dist.compress.candidates import uses
+from sbf_dist.compress.candidates import kept_dense, uses
 from sbf_dist.compress.cost import Cost, count
 from sbf_dist.compress.fitting.reference import Reference
 from sbf_dist.compress.fitting.refit import is_mended, refit_heads
@@ -78,8 +78,9 @@ def find_removable(
 
     `images` (N, C, H, W) are normalised calibration images. Groups with a layer whose name matches
     a pattern of `keep` (as in a shell: 'stages.0.*') are left whole, and so is the network's
-    output.
+    output. Raises UserError for a pattern that matches no convolution.
     """
+    kept_dense(model, keep)
     dense = copy.deepcopy(model).eval()
     calibration = Calibration.of(images, device=device_of(model))
     groups, left = find_coupled(dense, calibration.first(2))

@@ -178,6 +178,11 @@ def test_the_same_seed_removes_the_same_and_the_model_stays():
         assert not module._forward_pre_hooks
 
 
+def test_a_pattern_of_layers_to_keep_that_matches_nothing_is_refused_with_the_nearest_name():
+    with pytest.raises(UserError, match=r"'stage.0.\*' matches no convolution; did you mean 's"):
+        find_removable(resnet(), pictures(8, 16), keep=("stage.0.*",))
+
+
 @pytest.mark.parametrize("criterion", ["fisher", "taylor"])
 def test_a_batch_and_its_graph_are_gone_when_the_next_comes(criterion):
     found = find_removable(small(), pictures(8, 4))
