@@ -169,7 +169,9 @@ def test_a_users_mistake_on_one_rank_arrives_as_its_line_at_the_first_try(
             max_failures=3,
         )
     assert str(caught.value) == "batch size 7: must be a multiple of 2"
-    assert len(list(tmp_path.glob("tries-*"))) == 2  # one per rank
+    # Rank 0 may be ended before it has begun.
+    assert len(list(tmp_path.glob("tries-of-1-*"))) == 1
+    assert len(list(tmp_path.glob("tries-of-0-*"))) <= 1
 
 
 def test_any_other_error_arrives_with_the_workers_traceback(ray: None, tmp_path: Path) -> None:

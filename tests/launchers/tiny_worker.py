@@ -87,7 +87,7 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
 
 def refuse_on_rank_1(config: dict[str, Any]) -> None:
     """Rank 1 finds the user's mistake while rank 0 waits for it."""
-    Path(config["diary"], f"tries-{os.getpid()}").touch()
+    Path(config["diary"], f"tries-of-{dist.get_rank()}-{os.getpid()}").touch()
     if dist.get_rank() == 1:
         raise UserError("batch size 7: must be a multiple of 2")
     dist.barrier()
