@@ -97,6 +97,7 @@ def _smaller(
         criterion=settings.criterion,
         seed=recipe.seed,
         refit=settings.refit,
+        mixtures=settings.mixtures,
         progress=progress_of(display),
     )
     display.say(f"  {plan.summary()}")

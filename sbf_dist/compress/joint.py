@@ -125,6 +125,7 @@ class JointPlanner:
             of=self.of,
             floor=self.removal.floor,
             round_to=self.removal.round_to,
+            refit=self.settings.get("refit", True),
         )
         cost, criterion = self.cost, f"removal by {self.removal.criterion}"
         limit, left = self.share * cost_of(cost, self.of), cost_of(removal.cost, self.of)

@@ -67,6 +67,7 @@ def shrink(
     progress: Progress | None = None,
     reference: Reference | None = None,
     refit: bool = True,
+    mixtures: bool = True,
 ) -> tuple[nn.Module, Plan]:
     """Make `student`, which `plan` made and training may have changed, fit a smaller budget.
 
@@ -96,7 +97,7 @@ def shrink(
     reasons, candidates = find_candidates(dense, few, 1, keep)
     cost = count(now, calibration.shape)
     shapes = {name: _shape(now, plan, name, cost.layers[name]) for name in candidates}
-    search = Search(sources, transform_size, floor, round_to, mixtures=refit)
+    search = Search(sources, transform_size, floor, round_to, mixtures=mixtures and refit)
     found = measure_options(
         now,
         shapes,

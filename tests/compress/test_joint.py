@@ -116,6 +116,17 @@ def test_a_network_of_which_nothing_can_be_removed_is_rebuilt():
     assert "share 0.5 by removal: impossible, removal: no channel can be" in plan.explanation[2]
 
 
+def test_without_refit_what_removal_leaves_are_the_networks_own_filters():
+    model = small()
+    student, plan = jointly(model, shares=(1,), refit=False)
+    solved, _ = jointly(model, shares=(1,))
+    left = sorted(set(range(16)) - set(plan.removed["conv2"].out))
+    inputs = sorted(set(range(16)) - set(plan.removed["conv2"].inp))
+    own = model.conv2.weight[left][:, inputs]
+    assert torch.equal(student.conv2.weight, own)
+    assert not torch.equal(solved.conv2.weight, own)
+
+
 def test_layers_to_be_kept_are_not_narrowed():
     _, plan = jointly(small(), macs=0.7, shares=(1,), removal=RemovalSettings(keep=("conv1",)))
     assert "conv1" not in plan.removed or not plan.removed["conv1"].out

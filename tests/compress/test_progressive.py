@@ -172,6 +172,18 @@ def test_every_criterion_shrinks(criterion):
         assert set(new.layers[name].kept) <= set(layer.kept)
 
 
+def test_without_mixtures_no_dense_layer_becomes_one():
+    student, plan = first_round(small(), 0.85, keep=["conv2"])
+
+    def sources(mixtures):
+        budget = Budget(macs=0.5)
+        _, new = shrink(student, plan, pictures(48), budget, sources=1, mixtures=mixtures)
+        return len(converted(new)["conv2"].sources[0])
+
+    assert sources(mixtures=True) > 1  # which only a mixture has here
+    assert sources(mixtures=False) == 1
+
+
 def test_layers_that_are_kept_stay_as_they_are():
     student, plan = first_round(small(), macs=0.6)
     name = next(iter(converted(plan)))

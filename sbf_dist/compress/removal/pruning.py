@@ -78,9 +78,10 @@ def find_removable(
 
     `images` (N, C, H, W) are normalised calibration images. Groups with a layer whose name matches
     a pattern of `keep` (as in a shell: 'stages.0.*') are left whole, and so is the network's
-    output. Raises UserError for a pattern that matches no convolution.
+    output. Raises UserError for a pattern that matches neither a convolution nor a linear layer.
     """
-    kept_dense(model, keep)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    kept_dense(model, [pattern for pattern in keep if not fnmatch.filter(linear, pattern)])
     dense = copy.deepcopy(model).eval()
     calibration = Calibration.of(images, device=device_of(model))
     groups, left = find_coupled(dense, calibration.first(2))

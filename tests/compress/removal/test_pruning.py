@@ -183,6 +183,11 @@ def test_a_pattern_of_layers_to_keep_that_matches_nothing_is_refused_with_the_ne
         find_removable(resnet(), pictures(8, 16), keep=("stage.0.*",))
 
 
+def test_a_pattern_may_name_a_linear_layer_alone():
+    keep = ("head",)
+    assert find_removable(small(), pictures(8), keep=keep).groups
+
+
 @pytest.mark.parametrize("criterion", ["fisher", "taylor"])
 def test_a_batch_and_its_graph_are_gone_when_the_next_comes(criterion):
     found = find_removable(small(), pictures(8, 4))
