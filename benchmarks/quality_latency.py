@@ -38,7 +38,8 @@ def measure(model: str, runs: Path, rounds: int, display: Display) -> list[dict]
         ROOT / "recipes" / "compare-photos.yaml", [f"name={name}", f"model={model}", *SETTINGS]
     )
     index = index_images(recipe.data, runs, 0, display)
-    images = calibration_images(recipe.data, index, recipe.images, seed=0)
+    calibration = calibration_images(recipe.data, index, recipe.images, seed=0)
+    images = calibration.first(calibration.count)
     classes = len(index.classes)
     dense = models.build(model, classes)
     models.load_weights(dense, runs / name / "dense" / "seed-0.safetensors")
@@ -50,7 +51,7 @@ def measure(model: str, runs: Path, rounds: int, display: Display) -> list[dict]
                 method,
                 dense,
                 macs,
-                images.first(images.count),
+                images,
                 model_name=model,
                 classes=classes,
                 seed=0,

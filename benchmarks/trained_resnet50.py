@@ -82,7 +82,8 @@ class HalfResNet50(nn.Module):
 
 def load(path: Path, images: Tensor) -> nn.Module:
     """Build the network of the file; RuntimeError unless it gives the file's own features."""
-    graph = onnx.load(path).graph
+    proto = onnx.load(path)
+    graph = proto.graph
     arrays = {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer}
     given = iter(
         (arrays[node.input[1]], arrays[node.input[2]])
@@ -98,8 +99,7 @@ def load(path: Path, images: Tensor) -> nn.Module:
     for conv, (weight, bias) in zip(order, given, strict=True):
         conv.weight.data.copy_(torch.from_numpy(weight.copy()))
         conv.bias.data.copy_(torch.from_numpy(bias.copy()))
-    proto = onnx.load(path)
-    proto.graph.output.append(onnx.helper.make_empty_tensor_value_info(FEATURES))
+    graph.output.append(onnx.helper.make_empty_tensor_value_info(FEATURES))
     session = onnxruntime.InferenceSession(
         proto.SerializeToString(), providers=["CPUExecutionProvider"]
     )

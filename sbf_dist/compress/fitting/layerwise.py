@@ -44,8 +44,8 @@ class Draw:
     def of(cls, name: str, width: int, positions: int, images: int) -> "Draw":
         """Choose for a layer of `width` unknowns to solve for at once, that has `positions`."""
         wanted = min(MOST, max(LEAST, LEAST * WIDE // width))
-        dense = min(round(PER_MAP * positions), -(-wanted // IMAGES))
-        per_image = min(positions, max(PER_IMAGE, dense, -(-wanted // images)))
+        of_large_maps = min(round(PER_MAP * positions), -(-wanted // IMAGES))
+        per_image = min(positions, max(PER_IMAGE, of_large_maps, -(-wanted // images)))
         return cls(name, min(images, -(-wanted // per_image)), per_image)
 
     def rows(self, features: Tensor, size: int, start: int) -> Tensor:
