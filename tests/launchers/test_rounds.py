@@ -1,5 +1,6 @@
 """Shrinking in rounds: what each round makes, and that none is done twice."""
 
+import inspect
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from sbf_dist import models, recipe
 from sbf_dist.compress.calibration import Calibration
 from sbf_dist.compress.cost import count
 from sbf_dist.compress.plan import Plan
+from sbf_dist.compress.progressive import shrink
 
 SHAPE = (3, 16, 16)
 RECIPE = recipe.validate(
@@ -128,3 +130,22 @@ def test_what_rounds_leave_is_found(run: Run) -> None:
     left = rounds.files(RECIPE, run.folder)
     assert all(path.exists() for path in left if path.suffix)
     assert {p.name for p in run.folder.plan.parent.glob("weights/*")} <= {p.name for p in left}
+
+
+def test_later_rounds_are_told_every_setting_that_shrinking_has(tmp_path, monkeypatch):
+    given: list[dict] = []
+
+    def told(*args, **settings):
+        given.append(settings)
+        return shrink(*args, **settings)
+
+    monkeypatch.setattr(rounds, "shrink", told)
+    Run(tmp_path).shrink()
+    parameters = inspect.signature(shrink).parameters.values()
+    named = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    known = named & set(type(RECIPE.compress).model_fields)
+    assert {"sources", "mixtures", "refit", "keep"} <= known
+    assert len(given) == RECIPE.compress.rounds - 1
+    for settings in given:
+        for name in known:
+            assert settings[name] == getattr(RECIPE.compress, name), name
