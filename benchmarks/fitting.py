@@ -30,14 +30,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sbf_dist import models
-from sbf_dist.compress.budget import Budget
-from sbf_dist.compress.calibration import Calibration
-from sbf_dist.compress.candidates import convolution
-from sbf_dist.compress.fitting.layerwise import gather_layers
-from sbf_dist.compress.fitting.statistics import Moments, measure_batch_norm
-from sbf_dist.compress.fitting.transforms import fit_transforms, rank_channels
-from sbf_dist.compress.plan import SBFLayer
-from sbf_dist.compress.reconstruct import compress
+from sbf_dist.budget import Budget
+from sbf_dist.compression.calibration import Calibration
+from sbf_dist.compression.candidates import convolution
+from sbf_dist.compression.fitting.layerwise import gather_layers
+from sbf_dist.compression.fitting.statistics import Moments, measure_batch_norm
+from sbf_dist.compression.fitting.transforms import fit_transforms, rank_channels
+from sbf_dist.compression.plan import SBFLayer
+from sbf_dist.compression.reconstruct import compress
 
 PHOTOGRAPHS = [
     *(("skimage.data", f) for f in ("astronaut.png", "chelsea.png", "coffee.png", "ihc.png")),

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sbf_dist import models
-from sbf_dist.compress.budget import Budget
-from sbf_dist.compress.calibration import Calibration
-from sbf_dist.compress.joint import SHARES, JointPlanner
-from sbf_dist.compress.removal.probe import Probe, train_briefly
+from sbf_dist.budget import Budget
+from sbf_dist.compression.calibration import Calibration
+from sbf_dist.compression.joint import SHARES, JointPlanner
+from sbf_dist.compression.removal.probe import Probe, train_briefly
 
 SIDE = 16
 CALIBRATION = 512

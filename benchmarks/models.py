@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sbf_dist.compress.budget import Budget
-from sbf_dist.compress.cost import count
-from sbf_dist.compress.plan import DenseLayer, Plan, SBFLayer
-from sbf_dist.compress.reconstruct import compress
+from sbf_dist.budget import Budget
+from sbf_dist.compression.cost import count
+from sbf_dist.compression.plan import DenseLayer, Plan, SBFLayer
+from sbf_dist.compression.reconstruct import compress
 from sbf_dist.export.onnx import to_onnx, verify_onnx
 from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import Card, load_student, save_student

@@ -33,9 +33,9 @@ from rich.table import Table
 from timing import interleaved_medians, machine, pin_malloc
 from torch import Tensor, nn
 
-from sbf_dist.compress.convert import convert
-from sbf_dist.compress.cost import count
-from sbf_dist.compress.plan import DenseLayer, Plan, SBFLayer
+from sbf_dist.compression.convert import convert
+from sbf_dist.compression.cost import count
+from sbf_dist.compression.plan import DenseLayer, Plan, SBFLayer
 from sbf_dist.export.onnx import to_onnx
 from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import Card

@@ -31,9 +31,9 @@ from rich.table import Table
 from timing import machine
 from torch import Tensor, nn
 
-from sbf_dist.compress.budget import Budget
-from sbf_dist.compress.cost import count
-from sbf_dist.compress.reconstruct import compress
+from sbf_dist.budget import Budget
+from sbf_dist.compression.cost import count
+from sbf_dist.compression.reconstruct import compress
 from sbf_dist.peers.ghost import ghost
 from sbf_dist.peers.low_rank import low_rank
 

@@ -22,7 +22,7 @@ from pipelines.loader import TrainLoader
 from pipelines.mixture import MixedLoader, shares_of_batch
 from sbf_dist import models
 from sbf_dist.compare_recipe import Comparison, Method, Training
-from sbf_dist.compress.cost import count
+from sbf_dist.compression.cost import count
 from sbf_dist.distill.mixing import mix
 from sbf_dist.distill.task import DistillationTask
 from sbf_dist.errors import UserError

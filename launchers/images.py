@@ -12,7 +12,7 @@ from pipelines.index import DataIndex
 from pipelines.loader import EvalLoader
 from pipelines.sources import digits, photos
 from pipelines.sources.folder import index_folder
-from sbf_dist.compress.calibration import Calibration
+from sbf_dist.compression.calibration import Calibration
 from sbf_dist.recipe import Data
 
 BATCH = 64

@@ -19,9 +19,9 @@ from launchers.student import VERIFIED_IMAGES, export, make
 from pipelines.index import DataIndex
 from pipelines.sources.folder import index_plain
 from sbf_dist import models
-from sbf_dist.compress.cost import count
-from sbf_dist.compress.plan import Plan
-from sbf_dist.compress.planning.latency import latencies
+from sbf_dist.compression.cost import count
+from sbf_dist.compression.plan import Plan
+from sbf_dist.compression.planning.latency import latencies
 from sbf_dist.errors import UserError
 from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import ONNX, PLAN, WEIGHTS, check_folder

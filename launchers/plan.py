@@ -31,7 +31,7 @@ def show(
     path = place / _FILE if place.is_dir() else place
     if place.is_dir() and not path.exists():
         raise UserError(f"folder {place} has no {_FILE}: give a student's or a run's folder")
-    from sbf_dist.compress.plan import Plan
+    from sbf_dist.compression.plan import Plan
     from sbf_dist.report.plan_table import show_plan
 
     show_plan(Plan.load(path), Console(highlight=False))

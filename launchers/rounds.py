@@ -12,11 +12,11 @@ from launchers.layout import RunFolder
 from launchers.student import budget_of, make, progress_of
 from launchers.worker import build_network
 from sbf_dist import models
-from sbf_dist.compress.budget import Budget
-from sbf_dist.compress.calibration import Calibration
-from sbf_dist.compress.cost import count
-from sbf_dist.compress.plan import Plan
-from sbf_dist.compress.progressive import round_budgets, shrink
+from sbf_dist.budget import Budget
+from sbf_dist.compression.calibration import Calibration
+from sbf_dist.compression.cost import count
+from sbf_dist.compression.plan import Plan
+from sbf_dist.compression.progressive import round_budgets, shrink
 from sbf_dist.recipe import Recipe
 
 

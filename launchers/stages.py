@@ -19,11 +19,11 @@ from launchers.student import make as make_student
 from launchers.worker import build_network, evaluate_networks, train_networks, write_pseudo_labels
 from pipelines.index import DataIndex
 from sbf_dist import models, tracking
-from sbf_dist.compress.calibration import Calibration
-from sbf_dist.compress.cost import count
-from sbf_dist.compress.plan import DenseLayer, Plan
-from sbf_dist.compress.planning.latency import latency
-from sbf_dist.compress.removal.zeroed import zero_channels
+from sbf_dist.compression.calibration import Calibration
+from sbf_dist.compression.cost import count
+from sbf_dist.compression.plan import DenseLayer, Plan
+from sbf_dist.compression.planning.latency import latency
+from sbf_dist.compression.removal.zeroed import zero_channels
 from sbf_dist.distill import pseudo_labels
 from sbf_dist.distill.selection import select
 from sbf_dist.export.optimize import optimize

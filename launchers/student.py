@@ -7,14 +7,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from launchers.display import Display
-from sbf_dist.compress.budget import Budget
-from sbf_dist.compress.calibration import Calibration
-from sbf_dist.compress.joint import SHARES, RemovalSettings, plan_jointly
-from sbf_dist.compress.plan import Plan
-from sbf_dist.compress.planning.latency_table import LatencyTable, default_path
-from sbf_dist.compress.progress import Progress
-from sbf_dist.compress.reconstruct import compress
-from sbf_dist.compress.removal.probe import Probe
+from sbf_dist.budget import Budget
+from sbf_dist.compression.calibration import Calibration
+from sbf_dist.compression.joint import SHARES, RemovalSettings, plan_jointly
+from sbf_dist.compression.plan import Plan
+from sbf_dist.compression.planning.latency_table import LatencyTable, default_path
+from sbf_dist.compression.progress import Progress
+from sbf_dist.compression.reconstruct import compress
+from sbf_dist.compression.removal.probe import Probe
 from sbf_dist.export.onnx import to_onnx, verify_onnx
 from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import ONNX, Card, save_student

@@ -27,8 +27,8 @@ from pipelines.index import DataIndex
 from pipelines.loader import EvalLoader, TrainLoader
 from pipelines.mixture import MixedLoader, shares_of_batch
 from sbf_dist import models, tracking
-from sbf_dist.compress.convert import convert
-from sbf_dist.compress.plan import Plan
+from sbf_dist.compression.convert import convert
+from sbf_dist.compression.plan import Plan
 from sbf_dist.distill import pseudo_labels
 from sbf_dist.distill.mixing import mix
 from sbf_dist.distill.selection import select

@@ -6,8 +6,9 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from sbf_dist.recipe import Data, Optimizer
+from sbf_dist.recipe import Data
 from sbf_dist.schema import Name, Positive, Section, Share, load_as
+from sbf_dist.settings import Optimizer
 
 Method = Literal[
     "magnitude",

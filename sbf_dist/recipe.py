@@ -4,57 +4,14 @@ import hashlib
 import json
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from sbf_dist.schema import Above0, Name, Positive, Section, Share, load_as, validate_as
+from sbf_dist.settings import Augmentation, Compression, Optimizer, PseudoLabels
 
-# As sbf_dist.compress.planning.criteria has it, which loads PyTorch.
-Criterion = Literal["reconstruction", "l1", "l2", "bn_scale", "taylor", "random"]
 KNOWN_SETS = ("cifar10", "cifar100", "tiny-imagenet", "imagenet")  # see sbf data prepare
-
-
-class Augmentation(Section):
-    """How a training image is varied; see pipelines.augmentation for the meaning in detail."""
-
-    crop: Literal["resized", "padded"] = Field(
-        "resized",
-        description="'resized': of random area and shape (photographs); 'padded': out of the image "
-        "with a border around it (CIFAR)",
-    )
-    padding: int = Field(4, ge=0, le=1024, description="border of padded crops, pixels")
-    min_scale: Share = Field(0.35, description="least share of the image's area in a crop")
-    max_scale: Share = Field(1.0, description="largest share of the image's area in a crop")
-    min_ratio: float = Field(3 / 4, gt=0, description="least width/height of a crop")
-    max_ratio: float = Field(4 / 3, gt=0, description="largest width/height of a crop")
-    flip: bool = Field(True, description="mirror half of the images")
-    rotate: float = Field(0.0, ge=0, le=180, description="largest rotation, degrees")
-    shift: float = Field(0.0, ge=0, le=1, description="largest shift, share of the side")
-    color: float = Field(0.0, ge=0, le=1, description="jitter of brightness, contrast, saturation")
-    rand_augment: int = Field(
-        0, ge=0, le=16, description="random operations per image (RandAugment); 0: none"
-    )
-    magnitude: int = Field(9, ge=0, le=30, description="strength of these operations")
-    mixup: float = Field(
-        0.0, ge=0, le=1000, description="blend pairs of images, share ~ Beta(mixup, mixup); 0: none"
-    )
-    cutmix: float = Field(
-        0.0, ge=0, le=1000, description="put boxes of one image into another, area ~ Beta; 0: none"
-    )
-
-    @model_validator(mode="after")
-    def _has_ranges(self) -> "Augmentation":
-        for low, high in (("min_scale", "max_scale"), ("min_ratio", "max_ratio")):
-            least, most = getattr(self, low), getattr(self, high)
-            if least > most:
-                raise ValueError(f"{low} = {least} must not be above {high} = {most}")
-        return self
-
-    @property
-    def mixes(self) -> bool:
-        """Whether pairs of images are mixed, for which a worker's batches must be even."""
-        return self.mixup > 0 or self.cutmix > 0
 
 
 class Data(Section):
@@ -138,17 +95,6 @@ class Workers(Section):
     max_failures: int = Field(2, ge=0, description="restarts from the last checkpoint per stage")
 
 
-class Optimizer(Section):
-    """How parameters are stepped."""
-
-    name: Literal["sgd", "adamw"] = Field("sgd", description="SGD with Nesterov momentum, or AdamW")
-    lr: float = Field(0.1, gt=0, description="peak learning rate")
-    weight_decay: float = Field(1e-4, ge=0, description="of weights; not of biases and norms")
-    momentum: float = Field(0.9, ge=0, lt=1, description="sgd only")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="adamw only")
-    clip: float | None = Field(None, gt=0, description="largest norm of the whole gradient")
-
-
 class Training(Section):
     """Length and manner of one training."""
 
@@ -189,111 +135,21 @@ class Teacher(Section):
         return self
 
 
-class PseudoLabels(Section):
-    """What the ensemble writes on the images, and which of them are used."""
+class Compress(Compression):
+    """How the student is compressed: the settings of `compress`, and what only a run knows."""
 
-    temperature: float = Field(1.0, gt=0, description="softens each teacher's probabilities")
-    top_k: Positive = Field(10, description="classes stored per image")
-    threshold: float = Field(0.0, ge=0, lt=1, description="least confidence of a used image")
-    per_class: Positive | None = Field(
-        None, description="use only the so many most confident images of each predicted class"
-    )
-
-
-class Compress(Section):
-    """From a dense network to an SBF network; the budget is exactly one of the first four."""
-
-    macs: float | None = Field(
-        None, description="multiply-adds to reach: a share of the dense network's, or a number > 1"
-    )
-    params: float | None = Field(
-        None, description="parameters to reach: a share of the dense network's, or a number > 1"
-    )
-    latency: Share | None = Field(
-        None, description="time to reach as measured here, as a share of the dense network's"
-    )
-    latency_ms: Above0 | None = Field(None, description="time to reach here, milliseconds")
     latency_batch: Positive = Field(1, description="images in a forward pass that is timed")
     latency_table: Path | None = Field(
         None, description="file of measured times; null: sbf-dist/latency.json in the user's cache"
     )
     teacher: str = Field(description="the teacher that is compressed to become the student")
-    criterion: Criterion = Field(
-        "reconstruction", description="which channels of a layer are kept; see docs/planning.md"
-    )
-    keep: list[str] = Field(
-        [], description="patterns of layers' names to leave as they are, e.g. 'layer1.*'"
-    )
-    sources: Positive = Field(
-        4, description="largest number S of sources per rebuilt channel, but for mixtures"
-    )
-    mixtures: bool = Field(
-        True, description="channels may also be rebuilt from the whole basis, with m = 1"
-    )
-    transform_size: Positive = Field(
-        3, description="largest m, side of the transformations, odd; each layer gets this or 1"
-    )
-    floor: Share = Field(0.125, description="least share of a layer's channels that is kept")
-    round_to: Positive = Field(
-        1, description="kept channels come in multiples of this; narrower layers keep all"
-    )
-    refit: bool = Field(
-        True, description="solve filters anew, too, on what the converted layers before them give"
-    )
-    removal: typing.Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field(
-        0.0,
-        description="share of the saving that comes from removing channels, the rest from "
-        "rebuilding; 'auto' tries several out",
-    )
-    probe_steps: int = Field(
-        100, ge=0, description="of distillation before the shares of 'auto' are compared"
-    )
     rounds: Positive = Field(
         1, description="of shrinking with training between; more than 1 for macs and params only"
     )
-    between: Literal["bn_relu"] | None = Field(
-        None, description="what stands before the transformations: batch norm and ReLU, or nothing"
-    )
     images: Positive = Field(512, description="calibration images, no labels needed")
 
-    @field_validator("macs", "params")
-    @classmethod
-    def _share_or_number(cls, value: float | None) -> float | None:
-        if value is None or 0 < value <= 1 or (value > 1 and value.is_integer()):
-            return value
-        raise ValueError("must be a share in (0, 1] or a whole number above 1")
-
     @model_validator(mode="after")
-    def _is_odd(self) -> "Compress":
-        if self.transform_size % 2 == 0:
-            raise ValueError(f"transform_size = {self.transform_size} must be odd")
-        return self
-
-    @model_validator(mode="after")
-    def _has_one_budget(self) -> "Compress":
-        budgets = {
-            "macs": self.macs,
-            "params": self.params,
-            "latency": self.latency,
-            "latency_ms": self.latency_ms,
-        }
-        given = [f"{key} = {value:g}" for key, value in budgets.items() if value is not None]
-        if len(given) != 1:
-            told = f"not {' and '.join(given)} (null takes one away)" if given else "not none"
-            raise ValueError(f"give exactly one of macs, params, latency and latency_ms, {told}")
-        return self
-
-    @model_validator(mode="after")
-    def _removes_to_a_count(self) -> "Compress":
-        if self.removal != 0 and self.macs is None and self.params is None:
-            raise ValueError(
-                f"removal = {self.removal!r} needs a budget of macs or params; for a time it must "
-                "be 0"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _counts_in_rounds(self) -> "Compress":
+    def _counts_in_rounds(self) -> Self:
         if self.rounds > 1 and self.macs is None and self.params is None:
             raise ValueError(
                 f"rounds = {self.rounds} needs a budget of macs or params; for a time it must be 1"

@@ -56,7 +56,7 @@ def validate_as(
     try:
         return schema.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"{origin}: {_explain(schema, error)}") from None
+        raise UserError(f"{origin}: {explain(schema, error)}") from None
 
 
 def _unshared(content: Any) -> Any:
@@ -103,7 +103,7 @@ def _step(place: Any, part: str, override: str, where: str) -> Any:
     raise UserError(f"override {override!r}: {where} has no keys")
 
 
-def _explain(schema: type[Section], error: ValidationError) -> str:
+def explain(schema: type[BaseModel], error: ValidationError) -> str:
     """Put the first thing that is wrong with a recipe in one line."""
     errors = error.errors()
     # A key that is wrongly written is missing as well: say what was written.
@@ -137,7 +137,7 @@ def _demand(kind: str, message: str) -> str:
     return "must" + message.partition("should")[2]
 
 
-def _fields_at(schema: type[Section], location: tuple[int | str, ...]) -> list[str]:
+def _fields_at(schema: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     """Names of the fields of the section at `location`."""
     section: Any = schema
     for part in location:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from sbf_dist.compress.fitting.statistics import measure_batch_norm
+from sbf_dist.compression.fitting.statistics import measure_batch_norm
 
 
 class Small(nn.Module):

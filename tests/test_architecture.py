@@ -66,8 +66,8 @@ def test_the_library_knows_neither_launchers_nor_pipelines():
         assert not strangers, f"{package} is imported in sbf_dist"
 
 
-def test_pipelines_know_errors_and_recipe_of_the_library_at_most():
-    allowed = ("sbf_dist.errors", "sbf_dist.recipe")
+def test_pipelines_know_errors_files_and_settings_of_the_library_at_most():
+    allowed = ("sbf_dist.errors", "sbf_dist.files", "sbf_dist.recipe", "sbf_dist.settings")
     for module, names in IMPORTS.items():
         if not within(module, "pipelines"):
             continue
@@ -86,7 +86,7 @@ def test_pipelines_know_errors_and_recipe_of_the_library_at_most():
         ("typer", "launchers"),
         ("rich", ("launchers", "sbf_dist.report.plan_table")),
         ("torchvision", "sbf_dist.models"),
-        ("torch_pruning", ("sbf_dist.compress.removal.coupled", "sbf_dist.peers.pruned")),
+        ("torch_pruning", ("sbf_dist.compression.removal.coupled", "sbf_dist.peers.pruned")),
     ],
 )
 def test_a_dependency_is_known_in_its_home_alone(package, home):
@@ -99,14 +99,18 @@ def test_a_dependency_is_known_in_its_home_alone(package, home):
 @pytest.mark.parametrize(
     ("part", "unknown"),
     [
-        ("sbf_dist.ops", ["sbf_dist.layers", "sbf_dist.compress", "sbf_dist.train"]),
-        ("sbf_dist.layers", ["sbf_dist.compress", "sbf_dist.train", "sbf_dist.models"]),
-        ("sbf_dist.compress", ["sbf_dist.distill", "sbf_dist.train", "sbf_dist.export"]),
-        ("sbf_dist.compress.fitting", ["sbf_dist.compress.planning", "sbf_dist.compress.removal"]),
-        ("sbf_dist.compress.planning", ["sbf_dist.compress.removal"]),
-        ("sbf_dist.distill", ["sbf_dist.train", "sbf_dist.compress", "sbf_dist.export"]),
-        ("sbf_dist.train", ["sbf_dist.distill", "sbf_dist.compress", "sbf_dist.layers"]),
-        ("sbf_dist.recipe", ["sbf_dist.models", "sbf_dist.compress", "torch"]),
+        ("sbf_dist.ops", ["sbf_dist.layers", "sbf_dist.compression", "sbf_dist.train"]),
+        ("sbf_dist.layers", ["sbf_dist.compression", "sbf_dist.train", "sbf_dist.models"]),
+        ("sbf_dist.compression", ["sbf_dist.distill", "sbf_dist.train", "sbf_dist.export"]),
+        (
+            "sbf_dist.compression.fitting",
+            ["sbf_dist.compression.planning", "sbf_dist.compression.removal"],
+        ),
+        ("sbf_dist.compression.planning", ["sbf_dist.compression.removal"]),
+        ("sbf_dist.distill", ["sbf_dist.train", "sbf_dist.compression", "sbf_dist.export"]),
+        ("sbf_dist.train", ["sbf_dist.distill", "sbf_dist.compression", "sbf_dist.layers"]),
+        ("sbf_dist.recipe", ["sbf_dist.models", "sbf_dist.compression", "torch"]),
+        ("sbf_dist.settings", ["sbf_dist.recipe", "sbf_dist.compression", "torch"]),
     ],
 )
 def test_parts_of_the_library_do_not_know_those_above_them(part, unknown):

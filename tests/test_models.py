@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sbf_dist import models
-from sbf_dist.compress.cost import count
+from sbf_dist.compression.cost import count
 from sbf_dist.errors import UserError
 
 

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from pipelines.augmentation import Augmentation
-from sbf_dist import recipe
-from sbf_dist.compress.planning.criteria import CRITERIA
+from sbf_dist import recipe, settings
+from sbf_dist.compression.planning.criteria import CRITERIA
 from sbf_dist.errors import UserError
 from sbf_dist.recipe import Recipe
 
@@ -113,7 +113,7 @@ def test_what_a_plan_can_be_asked_for(path):
 
 
 def test_criteria_are_those_of_the_library():
-    assert typing.get_args(recipe.Criterion) == CRITERIA
+    assert typing.get_args(settings.Criterion) == CRITERIA
 
 
 def test_a_recipe_survives_json(path):
@@ -275,7 +275,7 @@ def test_a_key_that_is_wrongly_written_comes_before_the_one_that_is_missing_for_
         ("compress.macs=half", "compress.macs = 'half' must be a valid number"),
         ("compress.transform_size=4", "compress: transform_size = 4 must be odd"),
         ("compress.macs=null",
-         "compress: give exactly one of macs, params, latency and latency_ms, not none"),
+         "compress: give exactly one of macs, params, latency and latency_ms; none is given"),
         ("compress.latency=0.6", "compress: give exactly one of macs, params, latency and "
          "latency_ms, not macs = 0.5 and latency = 0.6 (null takes one away)"),
         ("compress={teacher: one, latency: 1.5}",

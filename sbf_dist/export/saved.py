@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sbf_dist import models
-from sbf_dist.compress.convert import convert
-from sbf_dist.compress.plan import Plan
+from sbf_dist.compression.convert import convert
+from sbf_dist.compression.plan import Plan
 from sbf_dist.errors import UserError
 
 WEIGHTS = "weights.safetensors"

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sbf_dist.compress.calibration import BATCH
-from sbf_dist.compress.candidates import convolution, filter_macs, find_candidates
-from sbf_dist.compress.cost import count
-from sbf_dist.compress.fitting.statistics import measure_batch_norm
+from sbf_dist.compression.calibration import BATCH
+from sbf_dist.compression.candidates import convolution, filter_macs, find_candidates
+from sbf_dist.compression.cost import count
+from sbf_dist.compression.fitting.statistics import measure_batch_norm
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.peers.shrinking import in_proportion, longest_within

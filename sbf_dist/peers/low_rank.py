@@ -8,17 +8,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sbf_dist.compress.budget import Budget
-from sbf_dist.compress.calibration import BATCH
-from sbf_dist.compress.candidates import convolution, find_candidates
-from sbf_dist.compress.cost import count
-from sbf_dist.compress.fitting.statistics import (
+from sbf_dist.budget import Budget
+from sbf_dist.compression.calibration import BATCH
+from sbf_dist.compression.candidates import convolution, find_candidates
+from sbf_dist.compression.cost import count
+from sbf_dist.compression.fitting.statistics import (
     Moments,
     gather_moments,
     measure_batch_norm,
     run_until,
 )
-from sbf_dist.compress.planning.knapsack import Option, allocate
+from sbf_dist.compression.planning.knapsack import Option, allocate
 from sbf_dist.errors import UserError
 
 Basis = Literal["filters", "responses"]

@@ -5,9 +5,9 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from sbf_dist.budget import Budget
 from sbf_dist.compare_recipe import Method
-from sbf_dist.compress.budget import Budget
-from sbf_dist.compress.reconstruct import compress
+from sbf_dist.compression.reconstruct import compress
 from sbf_dist.peers.ghost import ghost
 from sbf_dist.peers.low_rank import low_rank
 from sbf_dist.peers.pruned import prune

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sbf_dist.compress.calibration import BATCH
-from sbf_dist.compress.cost import count
-from sbf_dist.compress.fitting.statistics import measure_batch_norm
+from sbf_dist.compression.calibration import BATCH
+from sbf_dist.compression.cost import count
+from sbf_dist.compression.fitting.statistics import measure_batch_norm
 from sbf_dist.errors import UserError
 from sbf_dist.peers.shrinking import in_proportion, longest_within
 

@@ -7,7 +7,7 @@ from rich.padding import Padding
 from rich.table import Column, Table
 from rich.text import Text
 
-from sbf_dist.compress.plan import Layer, Plan, SBFLayer
+from sbf_dist.compression.plan import Layer, Plan, SBFLayer
 
 WIDE = 110  # columns from which on there is room for reasons
 NONE = "-"

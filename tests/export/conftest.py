@@ -2,7 +2,7 @@ import pytest
 from students import half_of_every_block, make_student
 from torch import nn
 
-from sbf_dist.compress.plan import Plan
+from sbf_dist.compression.plan import Plan
 from sbf_dist.export.saved import Card
 
 

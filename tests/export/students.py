@@ -2,8 +2,8 @@ import torch
 from torch import nn
 
 from sbf_dist import models
-from sbf_dist.compress.convert import convert
-from sbf_dist.compress.plan import DenseLayer, Plan, SBFLayer
+from sbf_dist.compression.convert import convert
+from sbf_dist.compression.plan import DenseLayer, Plan, SBFLayer
 
 
 def half_of_every_block(sources: int, transform_size: int = 3) -> Plan:

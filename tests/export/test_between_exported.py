@@ -7,7 +7,7 @@ import pytest
 import torch
 from students import half_of_every_block, make_student
 
-from sbf_dist.compress.plan import Plan, SBFLayer
+from sbf_dist.compression.plan import Plan, SBFLayer
 from sbf_dist.export.fold import fold_batchnorm
 from sbf_dist.export.onnx import to_onnx, verify_onnx
 from sbf_dist.export.optimize import optimize

@@ -8,7 +8,7 @@ import torch
 from students import half_of_every_block, make_student
 from torch import Tensor, nn
 
-from sbf_dist.compress.plan import Plan
+from sbf_dist.compression.plan import Plan
 from sbf_dist.errors import UserError
 from sbf_dist.export.fold import UnscaledSBFConv2d, fold_batchnorm
 from sbf_dist.export.onnx import OPSET, to_onnx, verify_onnx

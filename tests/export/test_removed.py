@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from sbf_dist import models
-from sbf_dist.compress.budget import Budget
-from sbf_dist.compress.joint import plan_jointly
+from sbf_dist.budget import Budget
+from sbf_dist.compression.joint import plan_jointly
 from sbf_dist.export.onnx import to_onnx, verify_onnx
 from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import Card, load_student, save_student

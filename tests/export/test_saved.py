@@ -8,7 +8,7 @@ from students import half_of_every_block, randomise
 from torch import nn
 
 from sbf_dist import models
-from sbf_dist.compress.plan import Plan
+from sbf_dist.compression.plan import Plan
 from sbf_dist.errors import UserError
 from sbf_dist.export.saved import (
     CARD,

@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 from launchers import cli
 from pipelines.sources import digits
 from sbf_dist import models
-from sbf_dist.compress.cost import count
-from sbf_dist.compress.plan import Plan
+from sbf_dist.compression.cost import count
+from sbf_dist.compression.plan import Plan
 from sbf_dist.errors import UserError
 from sbf_dist.export.saved import load_card, load_student
 from sbf_dist.export.sbf_student import Student

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from launchers import cli
-from sbf_dist.compress.plan import DenseLayer, Plan, SBFLayer
+from sbf_dist.compression.plan import DenseLayer, Plan, SBFLayer
 from sbf_dist.errors import UserError
 
 

@@ -14,10 +14,10 @@ from launchers.student import make
 from launchers.worker import build_network
 from pipelines.index import PARTS, DataIndex
 from sbf_dist import models, recipe
-from sbf_dist.compress.calibration import Calibration
-from sbf_dist.compress.cost import count
-from sbf_dist.compress.plan import Plan
-from sbf_dist.compress.progressive import shrink
+from sbf_dist.compression.calibration import Calibration
+from sbf_dist.compression.cost import count
+from sbf_dist.compression.plan import Plan
+from sbf_dist.compression.progressive import shrink
 
 SHAPE = (3, 16, 16)
 RECIPE = recipe.validate(

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from sbf_dist import models
-from sbf_dist.compress.fitting.statistics import measure_batch_norm
+from sbf_dist.compression.fitting.statistics import measure_batch_norm
 
 
 def images(count: int = 48, size: int = 16) -> torch.Tensor:

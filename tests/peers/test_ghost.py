@@ -4,7 +4,7 @@ from compared_networks import images, network
 from torch import nn
 from torch.nn import functional as F
 
-from sbf_dist.compress.cost import count
+from sbf_dist.compression.cost import count
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.peers.ghost import ghost, ghost_module

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sbf_dist.compress.cost import count
-from sbf_dist.compress.fitting.statistics import gather_moments
+from sbf_dist.compression.cost import count
+from sbf_dist.compression.fitting.statistics import gather_moments
 from sbf_dist.errors import UserError
 from sbf_dist.peers.low_rank import LowRankConv2d, low_rank, reduced_regression, truncated_svd
 

@@ -6,7 +6,7 @@ import torch_pruning as tp
 from compared_networks import images, network
 from torch import nn
 
-from sbf_dist.compress.cost import count
+from sbf_dist.compression.cost import count
 from sbf_dist.errors import UserError
 from sbf_dist.peers.pruned import prune
 

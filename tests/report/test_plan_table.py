@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from sbf_dist.compress.plan import DenseLayer, Plan, Removed, SBFLayer
+from sbf_dist.compression.plan import DenseLayer, Plan, Removed, SBFLayer
 from sbf_dist.report.plan_table import plan_table, plan_text, show_plan
 
 

@@ -1,0 +1,113 @@
+"""The budget that a network is compressed to."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from sbf_dist.errors import UserError
+
+ROUNDING = 1e-9  # of a budget: sums of costs in another order differ by as much
+COUNTS = {"macs": "multiply-adds", "params": "parameters"}
+BUDGETS = ("macs", "params", "latency", "latency_ms")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the compressed network may cost: exactly one of the four is given.
+
+    macs, params: multiply-adds or parameters, as a share of the dense network's in (0, 1], or a
+    whole number above 1; latency: measured time, as a share of the dense network's; latency_ms:
+    measured milliseconds. Raises UserError for any other value, and unless exactly one is given.
+    """
+
+    macs: float | None = None
+    latency: float | None = None
+    latency_ms: float | None = None
+    params: float | None = None
+
+    def __post_init__(self) -> None:
+        given = self.given()
+        if len(given) != 1:
+            named = " and ".join(f"{key} = {value:g}" for key, value in given.items())
+            raise UserError(
+                "budget must be exactly one of macs, params, latency and latency_ms, "
+                f"{named or 'none'} is given"
+            )
+        wrong = wrong_value(self.kind, self.value)
+        if wrong:
+            raise UserError(f"budget {self.kind} = {_told(self.value)} {wrong}")
+
+    @property
+    def kind(self) -> str:
+        """Which of the four is given."""
+        (kind,) = self.given()
+        return kind
+
+    @property
+    def value(self) -> float:
+        """What is given: a share, a number, or milliseconds."""
+        (value,) = self.given().values()
+        return value
+
+    @property
+    def unit(self) -> str:
+        """What costs are counted in: 'multiply-adds', 'parameters' or 'ms'."""
+        return COUNTS.get(self.kind, "ms")
+
+    def given(self) -> dict[str, float]:
+        """Return what was asked for, e.g. {'macs': 0.5}, as plans record it."""
+        return {key: v for key, v in dataclasses.asdict(self).items() if v is not None}
+
+    def is_share(self) -> bool:
+        """Tell whether the value is a share of the dense network's cost."""
+        return self.kind != "latency_ms" and self.value <= 1
+
+    def limit(self, dense: float, slack: float = ROUNDING) -> float:
+        """Return the budget in the unit of `dense`, the dense network's cost.
+
+        Raises UserError for a budget that is above `dense` by more than the share `slack`.
+        """
+        if self.is_share():
+            return self.value * dense
+        if self.value > dense * (1 + slack):
+            own = f"{dense:.4g}" if self.unit == "ms" else _told(dense)
+            raise UserError(
+                f"{self.kind} = {_told(self.value)} is above the dense network's own {own} "
+                f"{self.unit}: it must be less to compress anything"
+            )
+        return self.value
+
+    def refusal(self, cheapest: float, dense: float) -> UserError:
+        """Return the error that the network cannot cost less than `cheapest`, of `dense`."""
+        if self.unit == "ms":
+            told = f"of the dense network's {dense:.4g} ms is less than its layers reach here"
+        else:
+            of = "" if self.is_share() else f"'s {_told(dense)} {self.unit}"
+            told = f"of the dense network{of} is less than floor, round_to and keep allow"
+        if self.is_share():
+            smallest = f"{math.ceil(1e4 * cheapest / dense) / 1e4:.6g}"
+        elif self.unit == "ms":
+            smallest = f"{math.ceil(1e4 * cheapest) / 1e4:.6g}"
+        else:
+            smallest = str(math.ceil(cheapest * (1 - ROUNDING)))
+        return UserError(
+            f"{self.kind} = {_told(self.value)} {told}: the smallest that works is {smallest}"
+        )
+
+
+def wrong_value(kind: str, value: float) -> str | None:
+    """Say what a budget's value must be, if it is not that: 'must be …'."""
+    if kind == "latency_ms":
+        return None if 0 < value < math.inf else "must be above 0"
+    if 0 < value <= 1:
+        return None
+    if kind == "latency":
+        return "must be in (0, 1]"
+    if 1 < value < math.inf and float(value).is_integer():
+        return None
+    return f"must be a share in (0, 1] or a whole number of {COUNTS[kind]}"
+
+
+def _told(value: float) -> str:
+    """Write counts in full, and shares and milliseconds as they are usually written."""
+    return str(int(value)) if value > 1 and float(value).is_integer() else f"{value:g}"

@@ -1,0 +1,69 @@
+"""Model surgery: apply a plan to a network."""
+
+import copy
+
+import torch
+from torch import nn
+
+from sbf_dist.compression.candidates import is_plain
+from sbf_dist.compression.fitting.between import make_between
+from sbf_dist.compression.plan import Plan, SBFLayer
+from sbf_dist.compression.removal.narrow import check_fits, narrow
+from sbf_dist.errors import UserError
+from sbf_dist.layers import SBFConv2d
+from sbf_dist.surgery import become
+
+
+def convert(model: nn.Module, plan: Plan) -> nn.Module:
+    """Return a copy of `model` without removed channels, planned convolutions as SBF layers.
+
+    Kept filters and biases are copied; transformations have their initial values until they are
+    fitted (`compress.reconstruct`) or loaded. `model` itself is not changed. Raises UserError,
+    naming the first layer that differs, if the plan was made for another network.
+    """
+    student = copy.deepcopy(model)
+    convolutions = [n for n, module in student.named_modules() if isinstance(module, nn.Conv2d)]
+    for name in convolutions:
+        if name not in plan.layers:
+            raise UserError(f"plan does not know layer {name}: it was made for {plan.model!r}")
+    if plan.removed:
+        narrow(student, plan.removed)
+        check_fits(student, plan.input_shape)
+    for name, layer in plan.layers.items():
+        if name not in convolutions:
+            raise UserError(
+                f"plan names layer {name}, which this network does not have: "
+                f"it was made for {plan.model!r}"
+            )
+        if isinstance(layer, SBFLayer):
+            replace(student, name, layer)
+    return student
+
+
+def replace(model: nn.Module, name: str, layer: SBFLayer) -> SBFConv2d:
+    """Replace the convolution `name` of `model` in place, and return its SBF layer.
+
+    The SBF layer always has a bias: the means of what is rebuilt go there. A convolution that has
+    several names is replaced under all of them.
+    """
+    conv = model.get_submodule(name)
+    assert isinstance(conv, nn.Conv2d)
+    if not is_plain(conv):
+        raise UserError(
+            f"plan makes an SBF layer of {name}, a {type(conv).__name__}: it must stay dense"
+        )
+    if conv.out_channels != layer.channels:
+        raise UserError(
+            f"plan gives layer {name} {layer.channels} channels, this network "
+            f"{conv.out_channels}: the plan was made for another network"
+        )
+    try:
+        between = make_between(layer.between, len(layer.kept), conv.weight)
+        sbf = SBFConv2d.from_conv(conv, layer.kept, layer.sources, layer.transform_size, between)
+    except ValueError as error:  # a plan that was edited: what its own checks cannot know
+        raise UserError(f"plan, layer {name}: {error}") from None
+    if sbf.bias is None:
+        sbf.bias = nn.Parameter(torch.zeros(conv.out_channels).to(conv.weight))
+    become(conv, sbf)
+    assert isinstance(conv, SBFConv2d)
+    return conv

@@ -1,0 +1,225 @@
+"""Moments of many layers from few forward passes.
+
+A pass costs as much as the network, a layer's Gram matrix as much memory as its width squared. So
+the layers of a network are taken in groups whose matrices fit a budget, and of each layer no more
+positions are looked at than its fit needs.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from sbf_dist.compression.calibration import Calibration
+from sbf_dist.compression.fitting.reference import Reference
+from sbf_dist.compression.fitting.statistics import Moments, MomentSums, neighbourhoods
+from sbf_dist.layers import SBFConv2d
+
+SUMS = 768 * 2**20  # bytes of Gram matrices that are gathered in one pass
+TARGETS = 640 * 2**20  # bytes of a reference's outputs that are held at a time
+# Neighbours in a large feature map tell little more than the work that they cost. But an image less
+# is a forward pass less, and those are dear where maps are large: there, IMAGES will do.
+PER_IMAGE, PER_MAP = 128, 1 / 6  # positions of an image, and their share, that are worth taking
+IMAGES = 128
+LEAST, MOST = 2**14, 2**16  # positions in all; in between, the fewer the wider the layer is
+WIDE = 1024  # candidates, shifts included, or weights of a filter, at which LEAST suffices
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Which positions of a layer's outputs are looked at: `per_image` of each of `images`.
+
+    The same for any network in which the layer has the same name, so that what two networks give
+    can be compared without holding more.
+    """
+
+    name: str
+    images: int
+    per_image: int
+
+    @classmethod
+    def of(cls, name: str, width: int, positions: int, images: int) -> "Draw":
+        """Choose for a layer of `width` unknowns to solve for at once, that has `positions`."""
+        wanted = min(MOST, max(LEAST, LEAST * WIDE // width))
+        of_large_maps = min(round(PER_MAP * positions), -(-wanted // IMAGES))
+        per_image = min(positions, max(PER_IMAGE, of_large_maps, -(-wanted // images)))
+        return cls(name, min(images, -(-wanted // per_image)), per_image)
+
+    def rows(self, features: Tensor, size: int, start: int) -> Tensor:
+        """Lay out the drawn neighbourhoods of (N, C, H, W) as `neighbourhoods` does.
+
+        `start` is the number of the first image. Images beyond those of the draw are left out.
+        """
+        features = features[: max(0, self.images - start)]
+        of = features.shape[2] * features.shape[3]
+        return neighbourhoods(features, size, self.positions(start, len(features), of))
+
+    def positions(self, start: int, images: int, of: int) -> Tensor | None:
+        """Draw positions (images, k) of `of`; None if that is all. `start` is as in `rows`."""
+        if self.per_image >= of:
+            return None
+        seed = zlib.crc32(f"{self.name} {start}".encode())
+        generator = torch.Generator().manual_seed(seed)
+        return torch.rand(images, of, generator=generator).topk(self.per_image).indices
+
+
+def visit(
+    model: nn.Module, images: Tensor, layers: dict[str, Callable[[Tensor, Tensor], None]]
+) -> None:
+    """Run `model` until all `layers` have been reached, telling each its input and output."""
+    missing = set(layers)
+
+    class Reached(Exception):  # noqa: N818  (it is control flow, not an error)
+        pass
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            layers[name](inputs[0], output)
+            missing.discard(name)
+            if not missing:
+                raise Reached
+
+        return hook
+
+    handles = [model.get_submodule(n).register_forward_hook(hook_of(n)) for n in layers]
+    try:
+        model(images)
+    except Reached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert not missing, f"{sorted(missing)} are not reached by a forward pass"
+
+
+def draws(model: nn.Module, sizes: dict[str, int], images: Calibration) -> dict[str, Draw]:
+    """Choose the positions to look at in each layer, whose transformations have these sizes."""
+    chosen: dict[str, Draw] = {}
+
+    def choose(name: str) -> Callable[[Tensor, Tensor], None]:
+        def seen(_: Tensor, output: Tensor) -> None:
+            positions = output[0, 0].numel()
+            candidates = output.shape[1] * sizes[name] ** 2
+            layer = layer_of(model, name)
+            conv = layer.basis if isinstance(layer, SBFConv2d) else layer
+            width = max(candidates, conv.weight[0].numel())  # filters may be solved anew, too
+            chosen[name] = Draw.of(name, width, positions, images.count)
+
+        return seen
+
+    visit(model, images.first(1), {name: choose(name) for name in sizes})
+    return chosen
+
+
+def gather_layers(
+    model: nn.Module, sizes: dict[str, int], images: Calibration
+) -> Iterator[tuple[str, Moments]]:
+    """Give the moments of each layer's own outputs (without its bias, as candidates), one by one.
+
+    `sizes` are the layers' m, in forward order. Layers are gathered in groups, a pass for each:
+    take them as they come, and no more than one group's matrices are held.
+    """
+    chosen = draws(model, sizes, images)
+    groups = _groups(list(sizes), lambda name: _bytes_of_sums(model, name, sizes[name]), SUMS)
+    for group in groups:
+        sums = {name: MomentSums(sizes[name]) for name in group}
+
+        def add(
+            name: str, start: int, _: Tensor, output: Tensor, sums: dict[str, MomentSums] = sums
+        ) -> None:
+            bias = layer_of(model, name).bias
+            plain = output if bias is None else output - bias[:, None, None]
+            columns = chosen[name].rows(plain, sizes[name], start)
+            sums[name].add(columns, chosen[name].rows(output, 1, start))
+
+        _visit_drawn(model, {name: chosen[name] for name in group}, images, add)
+        for name in group:
+            yield name, sums.pop(name).moments()
+
+
+def _visit_drawn(
+    model: nn.Module,
+    chosen: dict[str, Draw],
+    images: Calibration,
+    seen: Callable[[str, int, Tensor, Tensor], None],
+) -> None:
+    """Tell `seen` a layer, the first image's number, inputs and outputs while its draw lasts."""
+    start = 0
+    for batch in images.parts(images.part):
+        wanting = [name for name, draw in chosen.items() if start < draw.images]
+        if not wanting:
+            return
+        visit(model, batch, {name: partial(seen, name, start) for name in wanting})
+        start += len(batch)
+
+
+class Targets:
+    """What a reference's layers give at the positions that are drawn, some layers at a time.
+
+    Layers are asked for in the order of `chosen`; the rows of a group of them, TARGETS bytes in
+    all, come from one pass.
+    """
+
+    def __init__(self, reference: Reference, chosen: dict[str, Draw], images: Calibration) -> None:
+        self._reference = reference
+        self._chosen = chosen
+        self._images = images
+        self._left = _groups(list(chosen), self._bytes, TARGETS)
+        self._held: dict[str, Tensor] = {}
+
+    def pop(self, name: str) -> Tensor:
+        """Return the rows (images · per_image, C) of a layer's draw, and forget them."""
+        if name not in self._held:
+            group = next(group for group in self._left if name in group)
+            self._held = {}
+            self._gather(group)
+        return self._held.pop(name)
+
+    def _gather(self, group: Sequence[str]) -> None:
+        def keep(name: str, start: int, _: Tensor, output: Tensor) -> None:
+            selected = self._reference.select(name, output)
+            draw = self._chosen[name]
+            rows = draw.rows(selected, 1, start)
+            if name not in self._held:
+                # In one piece: between features that come and go, small pieces that stay would
+                # leave holes of their size.
+                self._held[name] = rows.new_empty(draw.images * draw.per_image, rows.shape[1])
+            first = start * draw.per_image
+            self._held[name][first : first + len(rows)] = rows
+
+        drawn = {name: self._chosen[name] for name in group}
+        _visit_drawn(self._reference.module, drawn, self._images, keep)
+
+    def _bytes(self, name: str) -> int:
+        draw = self._chosen[name]
+        layer = layer_of(self._reference.module, name)
+        element = next(layer.parameters()).element_size()
+        return draw.images * draw.per_image * layer.out_channels * element
+
+
+def _bytes_of_sums(model: nn.Module, name: str, size: int) -> int:
+    channels = layer_of(model, name).out_channels
+    return 8 * channels * size**2 * (channels * size**2 + channels)
+
+
+def layer_of(model: nn.Module, name: str) -> nn.Conv2d | SBFConv2d:
+    """Return a layer of a network, whether it has been converted or not."""
+    layer = model.get_submodule(name)
+    assert isinstance(layer, nn.Conv2d | SBFConv2d)
+    return layer
+
+
+def _groups(names: list[str], bytes_of: Callable[[str], int], most: int) -> list[list[str]]:
+    """Cut a list into runs of at most `most` bytes, or of one that is larger."""
+    groups: list[list[str]] = []
+    held = 0
+    for name in names:
+        held += bytes_of(name)
+        if not groups or held > most:
+            groups.append([])
+            held = bytes_of(name)
+        groups[-1].append(name)
+    return groups

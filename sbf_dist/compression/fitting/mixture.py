@@ -1,0 +1,117 @@
+"""Layers whose rebuilt channels are mixtures of all basis features: S = B, m = 1.
+
+The outputs of such a layer lie in a space of B dimensions, and any B channels that span it can be
+kept. So the space is chosen first, by reduced-rank regression (Izenman 1975), with basis filters
+that are combinations of all the old ones; then the channels that are its best conditioned
+coordinates, by a pivoted QR factorisation (interpolative decomposition: Cheng et al. 2005, On the
+compression of low rank matrices). A low-rank factorisation of rank B gives the same outputs, but
+has all channels to make of its B features: kept channels cost no more than their filters.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import scipy.linalg
+import torch
+from torch import Tensor, nn
+
+from sbf_dist.compression.candidates import convolution
+from sbf_dist.compression.convert import replace
+from sbf_dist.compression.fitting.statistics import Moments
+from sbf_dist.compression.fitting.transforms import planned_layer
+from sbf_dist.compression.plan import SBFLayer
+
+RIDGE = 1e-6  # of the mean variance of the candidates
+LEAST_WEIGHT = 1e-3  # of the mean: what hardly matters is still to be rebuilt
+LEAST_VARIANCE = 1e-3  # of the mean: channels that vary less are no coordinates to choose first
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Basis features that are combinations of candidates, and rebuilt channels that mix them.
+
+    kept: B channels, ascending; basis: (B, candidates); transforms: (P, B); bias: (C,); matrix:
+    (C, candidates), all of the outputs from the candidates; error: (C,), the variance left.
+    """
+
+    kept: list[int]
+    basis: Tensor
+    transforms: Tensor
+    bias: Tensor
+    matrix: Tensor
+    error: Tensor
+
+
+class MixtureSpace:
+    """The regression of targets on candidates, of which each number of dimensions is the best.
+
+    `moments` have m = 1; squared errors count by `weights` (C,).
+    """
+
+    def __init__(self, moments: Moments, weights: Tensor) -> None:
+        self._moments = moments
+        weights = weights.double()
+        self._scale = weights.clamp(min=LEAST_WEIGHT * float(weights.mean())).add(1e-30).sqrt()
+        trace = moments.zz.diagonal().mean()
+        added = (RIDGE * trace).clamp(min=torch.finfo(torch.double).tiny ** 0.5)
+        gram = moments.zz + added * torch.eye(len(moments.zz), dtype=torch.double)
+        self._matrix = torch.linalg.solve(gram, moments.zy).T
+        explained = self._matrix @ moments.zz @ self._matrix.T
+        values, vectors = torch.linalg.eigh(self._scale[:, None] * explained * self._scale)
+        self._values, self._vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+
+    def losses(self) -> Tensor:
+        """Return the weighted error (C + 1,) that 0, 1, … C dimensions leave."""
+        total = (self._scale.square() * self._moments.yy).sum()
+        return (total - torch.cat([torch.zeros(1), self._values.cumsum(0)])).clamp(min=0)
+
+    def fit(self, kept: int, among: Collection[int] | None = None) -> Mixture:
+        """Return the mixture of `kept` dimensions; `among` are the channels that may be kept."""
+        moments = self._moments
+        leading = self._vectors[:, :kept]
+        span = leading / self._scale[:, None]  # of the outputs, one row each
+        inner = (leading.T * self._scale) @ self._matrix
+        chosen = self._coordinates(span, among)
+        others = sorted(set(range(len(span))) - set(chosen))
+        transforms = torch.linalg.solve(span[chosen].T, span[others].T).T
+        matrix = span @ inner
+        explained = 2 * (matrix * moments.zy.T).sum(1) - ((matrix @ moments.zz) * matrix).sum(1)
+        return Mixture(
+            kept=chosen,
+            basis=matrix[chosen],
+            transforms=transforms,
+            bias=moments.y_mean - matrix @ moments.z_mean,
+            matrix=matrix,
+            error=(moments.yy - explained).clamp(min=0),
+        )
+
+    def _coordinates(self, span: Tensor, among: Collection[int] | None) -> list[int]:
+        rows = span * self._values[: span.shape[1]].clamp(min=1e-12 * self._values[0]).sqrt()
+        variance = rows.square().sum(1, keepdim=True)
+        rows = rows / (variance + LEAST_VARIANCE * variance.mean() + 1e-30).sqrt()
+        allowed = sorted(among) if among is not None else list(range(len(rows)))
+        _, pivots = scipy.linalg.qr(rows[allowed].T.numpy(), mode="r", pivoting=True)
+        return sorted(allowed[pivot] for pivot in pivots[: span.shape[1]])
+
+
+def install_mixture(
+    model: nn.Module, name: str, mixture: Mixture, moments: Moments, macs: int = 0
+) -> SBFLayer:
+    """Put the SBF layer of a mixture of a convolution's own outputs, without bias, in its place."""
+    conv = convolution(model, name)
+    filters = conv.weight.double().cpu().flatten(1)
+    kept = mixture.kept
+    layer = planned_layer(
+        conv,
+        kept,
+        [kept] * (conv.out_channels - len(kept)),
+        size=1,
+        macs=macs,
+        error=float(mixture.error.sum() / moments.yy.sum().clamp(min=1e-30)),
+    )
+    sbf = replace(model, name, layer)
+    assert sbf.bias is not None
+    sbf.basis.weight.copy_((mixture.basis @ filters).view_as(sbf.basis.weight))
+    sbf.transforms.copy_(mixture.transforms[:, :, None, None])
+    sbf.bias.copy_(mixture.bias)
+    return layer

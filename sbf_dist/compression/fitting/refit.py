@@ -1,0 +1,166 @@
+"""Filters solved anew by least squares, on the inputs that a converted network really gives.
+
+What the layers before a convolution have spoiled is mended by its own filters as far as these can:
+they are fitted to what the dense network's layer gives, whatever their inputs now are.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sbf_dist.compression.calibration import Calibration
+from sbf_dist.compression.candidates import LARGEST_GRAM, convolution
+from sbf_dist.compression.fitting.layerwise import Draw
+from sbf_dist.compression.fitting.reference import Reference
+from sbf_dist.compression.fitting.statistics import Moments, MomentSums, patches, run_until
+
+RIDGE = 1e-2  # towards the old filters, relative to the mean variance of the inputs
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e3)  # to choose from where samples are few
+
+
+def obstacle(conv: nn.Conv2d) -> str | None:
+    """Tell why the filters of `conv` cannot be solved anew, if they cannot."""
+    if conv.groups > 1:
+        return f"grouped convolution ({conv.groups} groups)"
+    width = conv.weight[0].numel()
+    if width > LARGEST_GRAM:
+        return f"a filter has {width} weights, more than {LARGEST_GRAM}"
+    return None
+
+
+def is_mended(model: nn.Module, name: str, images: Tensor) -> bool:
+    """Tell whether a layer that stays dense can profit: not the stem, which reads the images."""
+    conv = convolution(model, name)
+    return conv.in_channels != images.shape[1] and obstacle(conv) is None
+
+
+@torch.no_grad()
+def refit_filters(
+    conv: nn.Conv2d,
+    batches: Iterable[tuple[int, Tensor, Tensor]],
+    draw: Draw,
+    *,
+    centred: bool,
+) -> None:
+    """Fit weight and bias of `conv`, in place, to targets on the inputs that it gets.
+
+    `batches` give the number of the first image, inputs (N, C, H, W), and the rows (n, C') of
+    targets at the positions of `draw`. Of all filters that explain the targets equally well the
+    nearest to the old ones are taken. With `centred`, means are left to a bias (which is set if
+    `conv` has one); else the filters have to explain them too.
+    """
+    sums = MomentSums(1, paired=False)
+    for start, inputs, targets in batches:
+        sums.add(drawn_patches(conv, inputs, draw, start), targets)
+    weight, bias = solve(sums.moments(), conv.weight, centred=centred)
+    conv.weight.copy_(weight)
+    if centred and conv.bias is not None:
+        conv.bias.copy_(bias)
+
+
+def drawn_patches(conv: nn.Conv2d, inputs: Tensor, draw: Draw, start: int) -> Tensor:
+    """Lay out what the filters of `conv` see at the positions of `draw` as rows (n, C·k·k)."""
+    inputs = inputs[: max(0, draw.images - start)]
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    padded = F.pad(inputs, conv._reversed_padding_repeated_twice, mode)
+    sizes = [
+        (side - d * (k - 1) - 1) // s + 1
+        for side, k, s, d in zip(
+            padded.shape[2:], conv.kernel_size, conv.stride, conv.dilation, strict=True
+        )
+    ]
+    positions = draw.positions(start, len(inputs), sizes[0] * sizes[1])
+    return patches(padded, conv.kernel_size, positions, conv.stride, conv.dilation)  # type: ignore[arg-type]
+
+
+def solve(
+    moments: Moments, weight: Tensor, *, centred: bool = True, ridge: float = RIDGE
+) -> tuple[Tensor, Tensor]:
+    """Return weight and bias that explain the targets of `moments`, near to the old `weight`."""
+    old = weight.detach().flatten(1).double().cpu()
+    gram, cross = moments.zz, moments.zy
+    if not centred:
+        gram = gram.addr(moments.z_mean, moments.z_mean)
+        cross = cross.addr(moments.z_mean, moments.y_mean)
+    added = ridge * gram.diagonal().mean() + torch.finfo(torch.double).tiny ** 0.5
+    left = cross - gram @ old.T
+    factor = torch.linalg.cholesky(gram + added * torch.eye(len(gram), dtype=torch.double))
+    new = old + torch.cholesky_solve(left, factor).T
+    return new.view_as(weight), moments.y_mean - new @ moments.z_mean
+
+
+@torch.no_grad()
+def refit_heads(student: nn.Module, reference: Reference, images: Calibration) -> list[str]:
+    """Fit the linear layers of `student` that read vectors, in place; return their names.
+
+    Each is fitted, in forward order, to what the layer gives in `reference`, on the inputs that
+    `student` gives it. An image is one sample, and there may be fewer of them than weights. So how
+    near to the old weights the new ones stay is chosen by what solutions of one half of the
+    batches are worth on the other.
+    """
+    names = _heads(student, images.first(2))
+    for name in names:
+        head = student.get_submodule(name)
+        assert isinstance(head, nn.Linear)
+        halves = [MomentSums(1, paired=False), MomentSums(1, paired=False)]
+        for index, batch in enumerate(images.parts(min(images.part, -(-images.count // 2)))):
+            outputs = run_until(reference.module, name, batch, output=True)
+            wanted = reference.select(name, outputs)
+            halves[index % 2].add(run_until(student, name, batch, output=False).clone(), wanted)
+        if halves[1].count == 0:
+            continue  # a single image
+        one, other = (half.moments() for half in halves)
+
+        def lost(ridge: float, head: nn.Linear = head, one=one, other=other) -> float:
+            return _lost(solve(one, head.weight, ridge=ridge), other) + _lost(
+                solve(other, head.weight, ridge=ridge), one
+            )
+
+        shares = [half.count / images.count for half in halves]
+        weight, bias = solve(_joined(one, other, shares), head.weight, ridge=min(RIDGES, key=lost))
+        head.weight.copy_(weight)
+        if head.bias is not None:
+            head.bias.copy_(bias)
+    return names
+
+
+def _heads(model: nn.Module, images: Tensor) -> list[str]:
+    """Names of the linear layers, in forward order, that can be solved anew: see `refit_heads`."""
+    inputs: list[tuple[str, int]] = []
+    handles = [
+        module.register_forward_hook(
+            lambda _, given, __, name=name: inputs.append((name, given[0].ndim))
+        )
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and module.in_features <= LARGEST_GRAM
+    ]
+    model(images)
+    for handle in handles:
+        handle.remove()
+    names = [name for name, _ in inputs]
+    return [name for name, axes in inputs if axes == 2 and names.count(name) == 1]
+
+
+def _lost(solution: tuple[Tensor, Tensor], moments: Moments) -> float:
+    """Mean squared error, summed over targets, of weight and bias on other moments."""
+    weight, bias = solution
+    explained = 2 * (weight.T * moments.zy).sum() - ((weight @ moments.zz) * weight).sum()
+    shift = moments.y_mean - weight @ moments.z_mean - bias
+    return float(moments.yy.sum() - explained + shift.square().sum())
+
+
+def _joined(one: Moments, other: Moments, shares: list[float]) -> Moments:
+    """Moments of two sets of rows as of one; `shares` are how many of the rows each has."""
+    a, b = shares
+    z, y = one.z_mean - other.z_mean, one.y_mean - other.y_mean
+    return Moments(
+        zz=a * one.zz + b * other.zz + a * b * torch.outer(z, z),
+        zy=a * one.zy + b * other.zy + a * b * torch.outer(z, y),
+        yy=a * one.yy + b * other.yy + a * b * y.square(),
+        z_mean=a * one.z_mean + b * other.z_mean,
+        y_mean=a * one.y_mean + b * other.y_mean,
+        drift=one.drift,
+        size=1,
+    )

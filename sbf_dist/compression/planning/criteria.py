@@ -1,0 +1,184 @@
+"""Criteria: which channels of a layer are its basis, of whatever size the budget allows.
+
+- reconstruction: the channels from which the others are best rebuilt (`transforms.rank_channels`).
+- l1, l2: the norms of the filters (Li et al., arXiv 1608.08710).
+- bn_scale: |gamma| of the batch norm that reads the layer's output (Liu et al., arXiv 1708.06519).
+- taylor: the squared sum over positions of gradient x activation, behind the batch norm where one
+  follows (Molchanov et al. 2019, arXiv 1906.10771, section 3.2), of the loss with labels drawn
+  from the network's own predictions: calibration images have no labels.
+- random: an order drawn from the seed; what a criterion must beat.
+
+A criterion decides what is kept. How much is lost by it is estimated in the same way for all.
+"""
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sbf_dist.compression.fitting.layerwise import layer_of
+from sbf_dist.compression.fitting.statistics import Moments
+from sbf_dist.compression.fitting.transforms import rank_channels
+from sbf_dist.errors import UserError
+from sbf_dist.layers import SBFConv2d
+
+Criterion = Literal["reconstruction", "l1", "l2", "bn_scale", "taylor", "random"]
+CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """How the channels of one layer are put in order.
+
+    told: the criterion that was used, as a plan's reason tells it; scores: (C,), the larger the
+    more the channel matters, or None for 'reconstruction'; among: the channels that may be kept,
+    None for all.
+    """
+
+    told: str
+    scores: Tensor | None = None
+    among: Collection[int] | None = None
+
+    def order(self, moments: Moments, sensitivity: Tensor) -> list[int]:
+        """Order the channels so that each prefix is the basis of its size."""
+        if self.scores is None:
+            return rank_channels(moments, sensitivity, self.among)
+        ranked = self.scores.argsort(descending=True, stable=True).tolist()
+        return ranked if self.among is None else [c for c in ranked if c in self.among]
+
+    def restrict(self, among: Collection[int]) -> "Ranking":
+        """Return the ranking of these channels only."""
+        return dataclasses.replace(self, among=frozenset(among))
+
+
+def rankings(
+    model: nn.Module,
+    names: list[str],
+    batches: Callable[[], Iterable[Tensor]],
+    criterion: str,
+    seed: int,
+) -> dict[str, Ranking]:
+    """Give each of the layers `names` of `model` (in eval mode) its order of channels.
+
+    Channels that an SBF layer rebuilds have no filter: l1 and l2 rank them last. `batches` gives
+    calibration images (N, C, H, W), anew at each call. Where bn_scale finds no batch norm with a
+    scale behind a layer, l2 is used there, and the ranking says so. Raises UserError for an
+    unknown criterion.
+    """
+    if criterion not in CRITERIA:
+        raise UserError(f"criterion = {criterion!r} must be one of {', '.join(CRITERIA)}")
+    if criterion == "reconstruction":
+        return {name: Ranking(criterion) for name in names}
+    if criterion == "random":
+        generator = torch.Generator().manual_seed(seed)
+        widths = {name: layer_of(model, name).out_channels for name in names}
+        return {
+            name: Ranking(criterion, torch.rand(width, generator=generator, dtype=torch.double))
+            for name, width in widths.items()
+        }
+    if criterion in ("l1", "l2"):
+        norm = 1 if criterion == "l1" else 2
+        return {name: Ranking(criterion, _filter_norms(model, name, norm)) for name in names}
+    first = next(iter(batches()))
+    following = following_norms(model, first[:2])
+    if criterion == "bn_scale":
+        return {name: _by_scale(model, name, following.get(name)) for name in names}
+    readers = {name: following.get(name, name) for name in names}
+    scores = _taylor(model, list(readers.values()), batches, seed)
+    return {name: Ranking(criterion, scores[reader]) for name, reader in readers.items()}
+
+
+def _filter_norms(model: nn.Module, name: str, order: int) -> Tensor:
+    layer = layer_of(model, name)
+    weight = layer.basis.weight if isinstance(layer, SBFConv2d) else layer.weight
+    norms = weight.detach().flatten(1).double().norm(order, dim=1).cpu()
+    if isinstance(layer, SBFConv2d):
+        norms = (
+            torch.zeros(layer.out_channels).double().index_put((torch.tensor(layer.kept),), norms)
+        )
+    return norms
+
+
+def _by_scale(model: nn.Module, name: str, norm: str | None) -> Ranking:
+    scale = None if norm is None else model.get_submodule(norm).weight
+    if not isinstance(scale, Tensor):
+        what = "no batch norm reads its output" if norm is None else "its batch norm has no scale"
+        return Ranking(f"l2 ({what})", _filter_norms(model, name, 2))
+    return Ranking("bn_scale", scale.detach().double().abs().cpu())
+
+
+def _taylor(
+    model: nn.Module, names: list[str], batches: Callable[[], Iterable[Tensor]], seed: int
+) -> dict[str, Tensor]:
+    """Mean over images of (sum over positions of gradient x activation)² of each channel."""
+    totals: dict[str, Tensor] = {}
+    count = 0
+    for outputs, gradients in _gradients(model, names, batches(), seed):
+        for name, gradient in zip(names, gradients, strict=True):
+            products = (gradient.double() * outputs[name].detach().double()).sum((2, 3))
+            total = products.square().sum(0)
+            totals[name] = totals[name] + total if name in totals else total
+        count += len(gradients[0])
+    return {name: total.cpu() / count for name, total in totals.items()}
+
+
+def _gradients(
+    model: nn.Module, names: list[str], batches: Iterable[Tensor], seed: int
+) -> Iterator[tuple[dict[str, Tensor], tuple[Tensor, ...]]]:
+    """Outputs of the named modules and, for each, the gradient of every image's own loss."""
+    generator = torch.Generator().manual_seed(seed)
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., Tensor]:
+        def hook(_: nn.Module, __: tuple[Tensor, ...], result: Tensor) -> Tensor:
+            outputs[name] = result
+            return result.clone()  # which an activation may overwrite in place
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    try:
+        for images in batches:
+            with torch.enable_grad():
+                logits = model(images.detach().requires_grad_())
+                drawn = torch.multinomial(logits.softmax(1).cpu(), 1, generator=generator)
+                loss = F.cross_entropy(logits, drawn[:, 0].to(logits.device), reduction="sum")
+                gradients = torch.autograd.grad(loss, [outputs[name] for name in names])
+            yield outputs, gradients
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def following_norms(model: nn.Module, images: Tensor) -> dict[str, str]:
+    """Map each convolution or SBF layer to the batch norm that reads its very output."""
+    outputs: list[tuple[Tensor, str]] = []  # kept alive, so that identities stay unique
+    following: dict[str, str] = {}
+
+    def of_conv(name: str) -> Callable[..., None]:
+        return lambda _, __, output: outputs.append((output, name))
+
+    def of_norm(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            for output, conv in outputs:
+                if output is inputs[0]:
+                    following[conv] = name
+
+        return hook
+
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | SBFConv2d):
+            handles.append(module.register_forward_hook(of_conv(name)))
+        elif isinstance(module, nn.BatchNorm2d):
+            handles.append(module.register_forward_pre_hook(of_norm(name)))
+    try:
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return following

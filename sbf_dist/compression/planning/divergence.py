@@ -1,0 +1,120 @@
+"""How much rebuilding a layer changes the network's predictions, for all layers in one pass."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sbf_dist.compression.fitting.layerwise import layer_of
+from sbf_dist.compression.fitting.mixture import Mixture
+from sbf_dist.compression.fitting.transforms import Fit
+from sbf_dist.ops import expand
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A way to rebuild a layer: all channels but `kept`, ascending, as `fit` does."""
+
+    kept: list[int]
+    fit: Fit
+
+    def error(self, outputs: Tensor, bias: Tensor | None) -> tuple[Tensor, list[int]]:
+        """Return what rebuilding differs by (N, P, H, W) from `outputs`, and which channels."""
+        kept = set(self.kept)
+        rebuilt = [channel for channel in range(outputs.shape[1]) if channel not in kept]
+        basis = outputs[:, self.kept]
+        if bias is not None:
+            basis = basis - bias[self.kept, None, None]
+        count = len(self.kept)
+        shift = torch.cat([torch.zeros(count), self.fit.bias.float()])
+        made = expand(
+            basis.contiguous(),
+            self.fit.transforms.to(basis),
+            self.fit.sources.to(basis.device),
+            torch.arange(count + len(rebuilt), device=basis.device),
+            shift.to(basis),
+        )
+        return made[:, count:] - outputs[:, rebuilt], rebuilt
+
+
+@dataclass(frozen=True)
+class MixtureTrial:
+    """A way to make all of a layer's outputs of themselves, without bias: as `mixture` does.
+
+    matrix: (C, C); bias: (C,); single precision, as there are some of them for each layer.
+    """
+
+    matrix: Tensor
+    bias: Tensor
+
+    @classmethod
+    def of(cls, mixture: Mixture) -> Self:
+        """Keep of a mixture what its error follows from."""
+        return cls(mixture.matrix.float(), mixture.bias.float())
+
+    def error(self, outputs: Tensor, bias: Tensor | None) -> tuple[Tensor, list[int]]:
+        """Return what the mixture differs by (N, C, H, W) from `outputs`, and all channels."""
+        plain = outputs if bias is None else outputs - bias[:, None, None]
+        matrix = self.matrix[:, :, None, None].to(plain)
+        made = F.conv2d(plain, matrix, self.bias.to(plain))
+        return made - outputs, list(range(outputs.shape[1]))
+
+
+def divergences(
+    model: nn.Module,
+    trials: Mapping[str, Sequence[Trial | MixtureTrial]],
+    batches: Iterable[Tensor],
+    *,
+    seed: int,
+    draws: int = 1,
+) -> dict[str, list[float]]:
+    """Estimate the KL divergence that each trial causes, all other layers being as they are.
+
+    To second order, half of E⟨g, e⟩² with the gradient g of the log-probability of a label drawn
+    from the network's own predictions and the error e in the layer's outputs (Martens, arXiv
+    1412.1193, section 5). The product sums over channels and positions, so errors that add up
+    count as they do in the network. `draws` labels are drawn for each image.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    totals = {name: torch.zeros(len(row), dtype=torch.double) for name, row in trials.items()}
+    count = 0
+
+    def measure(name: str) -> Callable[..., Tensor]:
+        bias = layer_of(model, name).bias
+
+        def hook(_: nn.Module, __: tuple[Tensor, ...], outputs: Tensor) -> Tensor:
+            # A hook that knew `outputs` would keep the graph that keeps the hook.
+            features = outputs.detach()
+
+            def backward(gradient: Tensor) -> None:
+                with torch.no_grad():
+                    for index, trial in enumerate(trials[name]):
+                        error, rebuilt = trial.error(features, bias)
+                        product = (gradient[:, rebuilt] * error).sum((1, 2, 3))
+                        totals[name][index] += float(product.double().square().sum()) / 2
+
+            outputs.register_hook(backward)
+            return outputs.clone()  # which an activation may overwrite in place
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(measure(name)) for name in trials]
+    try:
+        for batch in batches:
+            with torch.enable_grad():
+                images = batch.detach().requires_grad_()
+                predictions = model(images).log_softmax(1)
+                labels = torch.multinomial(
+                    predictions.detach().exp().cpu(), draws, replacement=True, generator=generator
+                )
+                for number, drawn in enumerate(labels.T.to(predictions.device), 1):
+                    loss = F.nll_loss(predictions, drawn, reduction="sum")
+                    torch.autograd.grad(loss, images, retain_graph=number < draws)
+            count += len(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: (total / (count * draws)).tolist() for name, total in totals.items()}

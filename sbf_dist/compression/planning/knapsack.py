@@ -1,0 +1,79 @@
+"""Choosing one option for each layer: a multiple-choice knapsack."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from sbf_dist.budget import ROUNDING, Budget
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to build a layer: its basis size, sources and m; its cost, the loss it causes.
+
+    No sources: the layer as it is. mixed: rebuilt channels are mixtures of the whole basis (see
+    `mixture`).
+    """
+
+    kept: int
+    sources: int
+    size: int
+    cost: float
+    loss: float
+    mixed: bool = False
+
+
+def frontier(row: Sequence[Option]) -> list[Option]:
+    """Return the options that no other beats at both cost and loss, from cheap to dear."""
+    best: list[Option] = []
+    for option in sorted(row, key=lambda o: (o.cost, o.loss)):
+        if not best or option.loss < best[-1].loss:
+            best.append(option)
+    return best
+
+
+def allocate(
+    options: dict[str, list[Option]], *, fixed: float, dense: float, budget: Budget
+) -> dict[str, Option]:
+    """Choose one option per layer so that the summed loss is least and the cost within the budget.
+
+    The first option of a layer is the layer as it is. `fixed` is the cost of everything that has
+    no options, `dense` that of the whole dense network; in the budget's unit. The multiple-choice
+    knapsack problem is solved by mixed-integer programming (HiGHS) to a relative gap of 1e-4.
+    Raises UserError, naming the smallest budget that works, if even the cheapest options exceed it.
+    """
+    limit = budget.value if budget.kind == "latency_ms" else budget.limit(dense)
+    cheapest = fixed + sum(min(option.cost for option in row) for row in options.values())
+    if cheapest > limit * (1 + ROUNDING):
+        raise budget.refusal(cheapest, dense)
+    rows = [_worth_choosing(row) for row in options.values()]
+    flat = [option for row in rows for option in row]
+    loss = np.array([option.loss for option in flat])
+    cost = np.array([option.cost for option in flat])
+    membership = np.zeros((len(rows), len(flat)))
+    start = 0
+    for index, row in enumerate(rows):
+        membership[index, start : start + len(row)] = 1
+        start += len(row)
+    # Scaled to about one: HiGHS' tolerances are absolute.
+    result = milp(
+        loss / max(loss.max(), 1e-30),
+        constraints=[
+            LinearConstraint(membership, 1, 1),
+            LinearConstraint(cost[None] / limit, -np.inf, 1 - fixed / limit + ROUNDING),
+        ],
+        integrality=np.ones(len(flat)),
+        bounds=Bounds(0, 1),
+        options={"mip_rel_gap": 1e-4},
+    )
+    assert result.success, result.message
+    chosen = np.flatnonzero(result.x > 0.5)
+    return {name: flat[index] for name, index in zip(options, chosen, strict=True)}
+
+
+def _worth_choosing(row: list[Option]) -> list[Option]:
+    """Leave out what another option beats, but never the layer as it is."""
+    best = frontier(row)
+    return best if row[0] in best else [row[0], *best]

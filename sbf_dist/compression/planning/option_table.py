@@ -1,0 +1,75 @@
+"""The options of all layers of a network, measured on calibration images."""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from sbf_dist.compression.calibration import Calibration
+from sbf_dist.compression.fitting.layerwise import gather_layers, layer_of
+from sbf_dist.compression.fitting.statistics import Moments, output_sensitivity
+from sbf_dist.compression.planning.criteria import Ranking, rankings
+from sbf_dist.compression.planning.divergence import divergences
+from sbf_dist.compression.planning.knapsack import Option
+from sbf_dist.compression.planning.options import PROBES, Estimated, Search, Shape, estimate_options
+from sbf_dist.compression.progress import Progress, tell, told
+
+FISHER = 256  # images on which sensitivities are measured
+
+
+@dataclass(frozen=True)
+class OptionTable:
+    """What each layer could become, and what decides which channels it then keeps.
+
+    rows: the options, the layer as it is first, with multiply-adds as costs.
+    """
+
+    rows: dict[str, list[Option]]
+    rankings: dict[str, Ranking]
+    sensitivity: dict[str, Tensor]
+
+    def order(self, name: str, moments: Moments) -> list[int]:
+        """Order the channels of a layer so that each prefix is the basis of its size."""
+        return self.rankings[name].order(moments, self.sensitivity[name])
+
+
+def measure_options(
+    model: nn.Module,
+    shapes: Mapping[str, Shape],
+    now: Mapping[str, Option],
+    images: Calibration,
+    *,
+    search: Search,
+    criterion: str,
+    seed: int,
+    among: Mapping[str, Collection[int]] | None = None,
+    progress: Progress | None = None,
+) -> OptionTable:
+    """Measure the options of the layers of `model` (in eval mode) that `shapes` names.
+
+    `now` is what each of them is, convolution or SBF layer; `among` names the channels of a layer
+    that may be kept, where these are not all. Raises UserError for an unknown criterion.
+    """
+    names = list(shapes)
+
+    def batches() -> Iterator[Tensor]:
+        return told(progress, "measure sensitivities", images, FISHER)
+
+    ranked = rankings(model, names, batches, criterion, seed)
+    for name, channels in (among or {}).items():
+        ranked[name] = ranked[name].restrict(channels)
+    sensitivity = output_sensitivity(model, names, batches, seed)
+    sizes = {name: search.size(layer_of(model, name)) for name in names}
+    estimated: dict[str, Estimated] = {}
+    for index, (name, moments) in enumerate(gather_layers(model, sizes, images), 1):
+        tell(progress, "measure layers", index, len(sizes))
+        estimated[name] = estimate_options(
+            shapes[name], now[name], moments, sensitivity[name], ranked[name], search
+        )
+    trials = {name: row.trials for name, row in estimated.items() if row.trials}
+    probes = told(progress, "measure divergences", images, PROBES)
+    measured = divergences(model, trials, probes, seed=seed)
+    rows = {
+        name: [now[name], *row.scaled(measured.get(name, []))] for name, row in estimated.items()
+    }
+    return OptionTable(rows, ranked, sensitivity)

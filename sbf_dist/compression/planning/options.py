@@ -1,0 +1,233 @@
+"""What each layer could become: its options, with their costs and the losses that they cause."""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sbf_dist.compression.candidates import size_for
+from sbf_dist.compression.fitting.mixture import MixtureSpace
+from sbf_dist.compression.fitting.statistics import Moments
+from sbf_dist.compression.fitting.transforms import fit_transforms
+from sbf_dist.compression.planning.criteria import Ranking
+from sbf_dist.compression.planning.divergence import MixtureTrial, Trial
+from sbf_dist.compression.planning.knapsack import Option, frontier
+from sbf_dist.layers import SBFConv2d
+
+PROBES = 128  # images on which the effect of an option is measured
+SHARES = (0.25, 0.5, 0.75)  # of a layer's cost, at which options are tried
+STEPS = 16  # numbers of kept channels that are tried in a layer
+TINY = 1e-30
+EVENNESS = 0.3  # nats; what keeps layers trainable, against what is least lost before training
+DEAR = 4  # weights of a filter, of those of a channel mixed from all others
+MIXTURE_STEPS = 64  # the same of mixtures, which take one decomposition in all
+
+
+@dataclass(frozen=True)
+class Search:
+    """What the options of a layer range over.
+
+    sources: the largest S; transform_size: the largest m, beside which 1 is tried; floor: the
+    least share of a layer's channels that is kept; round_to: kept channels come in multiples of
+    it, so that layers of no more channels than that stay as they are; between: whether layers
+    will have a batch norm between basis and transformations, which has parameters; mixtures:
+    whether rebuilt channels may be mixtures of the whole basis (see `mixture`), beyond `sources`;
+    timed: whether costs will be measured times, which few sources may keep low.
+    """
+
+    sources: int = 4
+    transform_size: int = 3
+    floor: float = 0.125
+    round_to: int = 1
+    between: bool = False
+    mixtures: bool = True
+    timed: bool = False
+
+    def kept(self, channels: int, steps: int = STEPS) -> range:
+        """Return the numbers of channels, less than all, that a layer may keep."""
+        least = max(1, round(self.floor * channels))
+        step = max(1, channels // steps)
+        multiple = self.round_to
+        return range(
+            multiple * math.ceil(least / multiple), channels, multiple * math.ceil(step / multiple)
+        )
+
+    def size(self, layer: nn.Conv2d | SBFConv2d) -> int:
+        """Return the largest m that is tried in a layer."""
+        return size_for(layer, self.transform_size)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the cost of a layer follows from.
+
+    channels: output channels; weights: of one filter; macs, params: of the dense convolution.
+    """
+
+    channels: int
+    weights: int
+    macs: int
+    params: int
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d, macs: int) -> Self:
+        """Describe `conv`, which has `macs` multiply-adds."""
+        params = sum(parameter.numel() for parameter in conv.parameters())
+        return cls(conv.out_channels, conv.weight[0].numel(), macs, params)
+
+    def as_it_is(self) -> Option:
+        """Return the option of the dense convolution."""
+        return Option(self.channels, sources=0, size=1, cost=self.macs, loss=0.0)
+
+    def option_macs(self, kept: int, sources: int, size: int) -> float:
+        """Count the multiply-adds of the convolution as an SBF layer."""
+        taps = (self.channels - kept) * sources * size**2
+        return self.macs * (kept + taps / self.weights) / self.channels
+
+    def option_params(self, kept: int, sources: int, size: int, *, between: bool = False) -> int:
+        """Count the parameters as an SBF layer: it always has a bias, for the means."""
+        taps = (self.channels - kept) * sources * size**2
+        return kept * (self.weights + 2 * between) + taps + self.channels
+
+    def in_parameters(self, row: list[Option], *, between: bool = False) -> list[Option]:
+        """Give options their parameters as cost, and leave out those not below the first's."""
+        priced = [
+            dataclasses.replace(
+                o, cost=self.option_params(o.kept, o.sources, o.size, between=between)
+            )
+            if o.sources
+            else dataclasses.replace(o, cost=self.params)
+            for o in row
+        ]
+        return [priced[0], *(option for option in priced[1:] if option.cost < priced[0].cost)]
+
+
+@dataclass(frozen=True)
+class Estimated:
+    """Options of a layer whose losses are comparable among themselves only, and trials of some.
+
+    explained: the share of the outputs' variance that each option explains.
+    """
+
+    options: list[Option]
+    explained: list[float]
+    tried: list[Option]
+    trials: list[Trial | MixtureTrial]
+
+    def scaled(self, divergences: list[float]) -> list[Option]:
+        """Return the options with losses scaled to the KL divergences that the trials cause.
+
+        To these, EVENNESS x −log of the explained share is added (the logarithm: Zhang et al. 2015,
+        arXiv 1505.06798, section 3.2): few dimensions that hardly matter now are still hard to
+        train.
+        Errors of different m add up differently over positions, so that each family has scales of
+        its own. They are interpolated between the costs of the trials: where a scale jumped, the
+        allocation would choose the options on the lower side of the jump.
+        """
+        scales: dict[tuple[int, bool], list[tuple[float, float]]] = {}
+        for option, divergence in zip(self.tried, divergences, strict=True):
+            scale = math.log(max(divergence, TINY) / max(option.loss, TINY))
+            scales.setdefault(family_of(option), []).append((option.cost, scale))
+
+        def loss(option: Option, explained: float) -> float:
+            costs, logs = np.array(sorted(scales[family_of(option)])).T
+            scaled = option.loss * math.exp(np.interp(option.cost, costs, logs))
+            return scaled - EVENNESS * math.log(max(explained, TINY))
+
+        return [
+            dataclasses.replace(option, loss=loss(option, share))
+            for option, share in zip(self.options, self.explained, strict=True)
+        ]
+
+
+def estimate_options(
+    shape: Shape,
+    now: Option,
+    moments: Moments,
+    sensitivity: Tensor,
+    ranking: Ranking,
+    search: Search,
+) -> Estimated:
+    """Estimate the loss of each (kept, sources, m) of a layer below `now`, what it is.
+
+    Costs are multiply-adds; `moments` are those of the layer's own outputs at the largest m. The
+    summed squared errors, weighted by sensitivity, rank the options of one layer well but not
+    those of different layers (errors that add up coherently over positions count for more), so
+    they are to be scaled to the KL divergence that a few of the options cause.
+    """
+    estimated: list[tuple[Option, float]] = []
+    variance = max(float(moments.yy.sum()), TINY)
+    orders: dict[int, list[int]] = {}
+    space = _space(search, ranking, now, moments, sensitivity)
+    numbers = _kept(search, shape, now)
+    sizes = {1, moments.size}
+    if space is not None and not search.timed and shape.weights >= DEAR * shape.channels:
+        sizes -= {1}  # a mixture is better, and its taps cost little beside the filters
+    for size in sorted(sizes):
+        own = moments.centre(size)
+        order = orders[size] = ranking.order(own, sensitivity)
+        for kept in numbers:
+            rebuilt = sorted(set(range(shape.channels)) - set(order[:kept]))
+            fit = fit_transforms(own.restrict(order[:kept]), rebuilt, search.sources)
+            losses = (sensitivity[rebuilt][:, None] * fit.error).sum(0).tolist()
+            shares = (1 - fit.error.sum(0) / variance).tolist()
+            for used, (loss, share) in enumerate(zip(losses, shares, strict=True), 1):
+                cost = shape.option_macs(kept, used, size)
+                estimated.append((Option(kept, used, size, cost, loss), share))
+    if space is not None:
+        losses = space.losses().tolist()
+        # Of the best space of that many dimensions, which is as good as this one but for weights.
+        even = MixtureSpace(moments.centre(1), torch.ones_like(sensitivity))
+        shares = (1 - even.losses() / variance).tolist()
+        for kept in _kept(search, shape, now, MIXTURE_STEPS):
+            cost = shape.option_macs(kept, kept, 1)
+            option = Option(kept, kept, 1, cost, losses[kept], mixed=True)
+            estimated.append((option, shares[kept]))
+    estimated = [(option, share) for option, share in estimated if option.cost < now.cost]
+    options = [option for option, _ in estimated]
+    tried = []
+    for family in dict.fromkeys(map(family_of, options)):
+        probed = frontier([o for o in options if family_of(o) == family])  # others are not chosen
+        wanted = [share * now.cost for share in SHARES]
+        tried += [min(probed, key=lambda o: abs(o.cost - cost)) for cost in wanted]
+    trials: list[Trial | MixtureTrial] = []
+    for option in tried:
+        if option.mixed:
+            assert space is not None
+            trials.append(MixtureTrial.of(space.fit(option.kept, ranking.among)))
+            continue
+        kept_channels = sorted(orders[option.size][: option.kept])
+        rebuilt = sorted(set(range(shape.channels)) - set(kept_channels))
+        own = moments.centre(option.size).restrict(kept_channels)
+        trials.append(Trial(kept_channels, fit_transforms(own, rebuilt, option.sources)))
+    return Estimated(options, [share for _, share in estimated], tried, trials)
+
+
+def family_of(option: Option) -> tuple[int, bool]:
+    """Tell which options' errors are alike, so that they add up alike over positions."""
+    return option.size, option.mixed
+
+
+def _space(
+    search: Search, ranking: Ranking, now: Option, moments: Moments, sensitivity: Tensor
+) -> MixtureSpace | None:
+    """The space of a layer's outputs, if mixtures are to be tried and can be.
+
+    An SBF layer of another form has no filters for what it rebuilds, and scores would have no say.
+    """
+    if search.mixtures and ranking.scores is None and (not now.sources or now.mixed):
+        return MixtureSpace(moments.centre(1), sensitivity)
+    return None
+
+
+def _kept(search: Search, shape: Shape, now: Option, steps: int = STEPS) -> Iterable[int]:
+    """Numbers of channels to try: of an SBF layer also its own, with fewer sources."""
+    fewer = [kept for kept in search.kept(shape.channels, steps) if kept <= now.kept]
+    if now.sources and now.kept not in fewer:
+        fewer.append(now.kept)
+    return fewer

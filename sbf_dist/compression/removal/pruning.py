@@ -1,0 +1,335 @@
+"""Removing channels altogether, with what depends on them, to reach a cost.
+
+What is removed is judged by what its absence does to the network's own predictions, so no labels
+are needed. Pruning is this alone; `joint` shares a budget out between it and rebuilding.
+"""
+
+import copy
+import fnmatch
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sbf_dist.compression.calibration import Calibration, device_of
+from sbf_dist.compression.candidates import kept_dense, uses
+from sbf_dist.compression.cost import Cost, count
+from sbf_dist.compression.fitting.reference import Reference
+from sbf_dist.compression.fitting.refit import is_mended, refit_heads
+from sbf_dist.compression.fitting.sequential import SequentialFit
+from sbf_dist.compression.fitting.statistics import measure_batch_norm
+from sbf_dist.compression.plan import Removed
+from sbf_dist.compression.removal.coupled import Coupled, find_coupled, removed_channels
+from sbf_dist.compression.removal.importance import Criterion, has_scales, measure_importance
+from sbf_dist.compression.removal.narrow import is_depthwise, narrow
+from sbf_dist.errors import UserError
+
+Measure = Literal["macs", "params"]
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A narrowed network, in eval mode, and how it was made.
+
+    removed: by module name, what was cut off; left: layers none of whose channels could be
+    removed, and why ('' is the network as a whole); cost: of the narrowed network.
+    """
+
+    network: nn.Module
+    removed: dict[str, Removed]
+    left: dict[str, str]
+    cost: Cost
+
+    def remaining(self, dense: nn.Module) -> dict[str, list[int]]:
+        """Numbers in `dense` of the output channels that narrowed layers still have."""
+        channels: dict[str, list[int]] = {}
+        for name, module in dense.named_modules():
+            if isinstance(module, nn.Conv2d | nn.Linear) and name in self.removed:
+                gone = set(self.removed[name].out)
+                channels[name] = [c for c in range(len(module.weight)) if c not in gone]
+        return channels
+
+
+@dataclass(frozen=True)
+class Removable:
+    """What could be removed from a network, and how much that would matter."""
+
+    dense: nn.Module  # a copy, in eval mode
+    images: Calibration
+    cost: Cost
+    groups: list[Coupled]
+    importance: list[Tensor]  # of each group's channels
+    left: dict[str, str]
+
+
+@torch.no_grad()
+def find_removable(
+    model: nn.Module,
+    images: Tensor | Calibration,
+    *,
+    criterion: Criterion = "fisher",
+    keep: tuple[str, ...] = (),
+    seed: int = 0,
+) -> Removable:
+    """Find the coupled channels of `model`, and how much they matter by `criterion`.
+
+    `images` (N, C, H, W) are normalised calibration images. Groups with a layer whose name matches
+    a pattern of `keep` (as in a shell: 'stages.0.*') are left whole, and so is the network's
+    output. Raises UserError for a pattern that matches neither a convolution nor a linear layer.
+    """
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    kept_dense(model, [pattern for pattern in keep if not fnmatch.filter(linear, pattern)])
+    dense = copy.deepcopy(model).eval()
+    calibration = Calibration.of(images, device=device_of(model))
+    groups, left = find_coupled(dense, calibration.first(2))
+    groups, kept = _without(groups, keep)
+    left |= kept
+    if criterion == "bn_scale":
+        without = [group for group in groups if not has_scales(dense, group)]
+        left |= {group.name: "no batch norm scales its channels" for group in without}
+        groups = [group for group in groups if has_scales(dense, group)]
+    importance = measure_importance(dense, groups, calibration, criterion, seed)
+    cost = count(dense, calibration.shape)
+    return Removable(dense, calibration, cost, groups, importance, left)
+
+
+@torch.no_grad()
+def remove(
+    removable: Removable,
+    *,
+    share: float,
+    of: Measure = "macs",
+    floor: float = 0.125,
+    round_to: int = 1,
+    refit: bool = True,
+) -> Removal:
+    """Narrow a copy of the network until it costs `share` of what it did.
+
+    Those channels go that matter least for what they cost, which is counted anew after each step.
+    Every group of coupled channels keeps at least `floor` of its channels, and a multiple of
+    `round_to`. What reads the rest has the removed channels' means added to its bias; with `refit`
+    the filters that are left are solved anew, in forward order, so that they give what they gave
+    in the dense network; batch norm is measured again. Raises UserError if the share cannot be
+    reached.
+    """
+    if not 0 < share <= 1:
+        raise UserError(f"removal: share = {share:g} of {of} must lie in (0, 1]")
+    dense, groups = removable.dense, removable.groups
+    if not groups and share < 1:
+        why = next(iter(removable.left.items()), ("", "it has no convolution or linear layer"))
+        raise UserError(f"removal: no channel can be removed: {': '.join(filter(None, why))}")
+    limit = share * cost_of(removable.cost, of)
+    # What no layer's widths say, such as products of features in attention, is counted at the end.
+    excess = 0.0
+    while True:
+        chosen = _choose(removable, of, limit - excess, floor, round_to)
+        removed = removed_channels(list(zip(groups, chosen, strict=True)))
+        network = copy.deepcopy(dense)
+        narrow(network, removed)
+        after = count(network, removable.images.shape)
+        over = cost_of(after, of) - limit
+        if over <= 1e-9 * limit:
+            break
+        excess += over
+    _absorb_means(dense, network, removed, removable.images)
+    removal = Removal(network, removed, removable.left, after)
+    if refit:
+        _refit(removal, dense, removable.images)
+    measure_batch_norm(network, removable.images, removable.images.part)
+    if refit:
+        refit_heads(network, Reference(dense, removal.remaining(dense)), removable.images)
+    return removal
+
+
+def _refit(removal: Removal, dense: nn.Module, images: Calibration) -> None:
+    """Solve the filters of the narrowed network anew, on the inputs that it gives them."""
+    few = images.first(2)
+    network = removal.network
+    reference = Reference(dense, removal.remaining(dense))
+    sizes = {
+        name: 1
+        for name, use in uses(network, few).items()
+        if use.calls == 1 and is_mended(network, name, few)
+    }
+    fit = SequentialFit(network, reference, sizes, images, refit=True)
+    for name in sizes:
+        fit.mend(name)
+
+
+def cost_of(cost: Cost, what: Measure) -> int:
+    """Return the multiply-adds or the parameters."""
+    return cost.macs if what == "macs" else cost.params
+
+
+def _absorb_means(
+    dense: nn.Module, network: nn.Module, removed: dict[str, Removed], images: Calibration
+) -> None:
+    """Add what removed channels bring on average to the biases of the layers that read them."""
+    readers = {
+        name: dense.get_submodule(name)
+        for name, channels in removed.items()
+        if channels.inp and network.get_submodule(name).bias is not None
+    }
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def read(name: str, linear: bool) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            features = inputs[0].movedim(-1 if linear else 1, -1).flatten(0, -2)
+            total = features.double().sum(0)
+            sums[name] = sums[name] + total if name in sums else total
+            counts[name] = counts.get(name, 0) + len(features)
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(read(name, isinstance(module, nn.Linear)))
+        for name, module in readers.items()
+    ]
+    try:
+        for batch in images:
+            dense(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, total in sums.items():
+        mean = total[removed[name].inp] / counts[name]
+        weight = readers[name].get_parameter("weight")[:, removed[name].inp].double()
+        shift = weight.flatten(2).sum(2) if weight.ndim > 2 else weight
+        gone = set(removed[name].out)
+        rows = [row for row in range(len(weight)) if row not in gone]
+        bias = network.get_submodule(name).get_parameter("bias")
+        bias.add_((shift[rows] @ mean).to(bias))
+
+
+def _without(groups: list[Coupled], keep: tuple[str, ...]) -> tuple[list[Coupled], dict[str, str]]:
+    """Take the groups that make channels of a layer matching `keep` out, with the reason."""
+    rest, reasons = [], {}
+    for group in groups:
+        made = [part.name for part in group.parts if part.side == "out"]
+        matches = [p for p in keep if any(fnmatch.fnmatchcase(name, p) for name in made)]
+        if matches:
+            reasons[group.name] = f"kept whole, as {matches[0]!r} asks"
+        else:
+            rest.append(group)
+    return rest, reasons
+
+
+class _Widths:
+    """The widths of all layers while channels go, and what the network costs with them."""
+
+    def __init__(self, dense: nn.Module, groups: list[Coupled], cost: Cost, of: Measure) -> None:
+        self.of = of
+        self.width: dict[str, list[int]] = {}  # output and input channels
+        self.price: dict[str, tuple[float, float]] = {}  # of a pair of them, of an output alone
+        self.removed: list[dict[str, tuple[int, int]]] = []  # by one channel of each group
+        for group in groups:
+            losses: dict[str, tuple[int, int]] = {}
+            for part in group.parts:
+                if part.name not in self.width:
+                    self._add(dense, part.name, cost)
+                out, inp = losses.get(part.name, (0, 0))
+                several = len(part.channels[0])
+                out, inp = (out + several, inp) if part.side == "out" else (out, inp + several)
+                losses[part.name] = (out, inp)
+            self.removed.append(losses)
+        self.total = float(cost_of(cost, of))
+
+    def _add(self, dense: nn.Module, name: str, cost: Cost) -> None:
+        module = dense.get_submodule(name)
+        paired, alone = 0.0, 0.0
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            out, inp = module.weight.shape[0], module.weight.shape[1]
+            if is_depthwise(module):
+                inp = 1
+            paired = module.weight.numel() / (out * inp)
+            if self.of == "macs":
+                paired = cost.layers.get(name, 0) / (out * inp)
+            elif module.bias is not None:
+                alone = 1.0
+        else:
+            out = max([len(p) for p in module.parameters(recurse=False)], default=0)
+            inp = 1
+            if self.of == "params":
+                alone = float(len(list(module.parameters(recurse=False))))
+        self.width[name] = [out, inp]
+        self.price[name] = (paired, alone)
+
+    def saving(self, group: int, channels: int) -> float:
+        """What the network costs less without so many more channels of a group."""
+        saved = 0.0
+        for name, (out, inp) in self.removed[group].items():
+            paired, alone = self.price[name]
+            made, read = self.width[name]
+            lost = made * read - (made - channels * out) * (read - channels * inp)
+            saved += paired * lost + alone * channels * out
+        return saved
+
+    def remove(self, group: int, channels: int) -> None:
+        self.total -= self.saving(group, channels)
+        for name, (out, inp) in self.removed[group].items():
+            self.width[name][0] -= channels * out
+            self.width[name][1] -= channels * inp
+
+    def neighbours(self) -> list[list[int]]:
+        """For each group, those whose savings change when it is narrowed (itself among them)."""
+        users: dict[str, list[int]] = {}
+        for index, losses in enumerate(self.removed):
+            for name in losses:
+                users.setdefault(name, []).append(index)
+        return [
+            sorted({user for name in losses for user in users[name]}) for losses in self.removed
+        ]
+
+
+def _choose(
+    removable: Removable,
+    of: Measure,
+    limit: float,
+    floor: float,
+    round_to: int,
+) -> list[list[int]]:
+    """Return which channels of each group go, so that what is left costs at most `limit`.
+
+    Greedy: again and again those go that matter least for what they save now.
+    """
+    groups, importance, cost = removable.groups, removable.importance, removable.cost
+    widths = _Widths(removable.dense, groups, cost, of)
+    neighbours = widths.neighbours()
+    orders = [scores.argsort(stable=True).tolist() for scores in importance]
+    sums = [scores[order].cumsum(0) for scores, order in zip(importance, orders, strict=True)]
+    gone = [0] * len(groups)
+
+    def step(index: int) -> int:
+        """How many channels of a group go next; none where that would leave too few."""
+        size = groups[index].size
+        count = (size - gone[index]) % round_to or round_to
+        least = max(1, math.ceil(floor * size - 1e-9))
+        return count if size - gone[index] - count >= least else 0
+
+    def rate(index: int) -> float:
+        channels = step(index)
+        saved = widths.saving(index, channels) if channels else 0.0
+        if saved <= 0:
+            return math.inf
+        start = float(sums[index][gone[index] - 1]) if gone[index] else 0.0
+        return (float(sums[index][gone[index] + channels - 1]) - start) / saved
+
+    rates = [rate(index) for index in range(len(groups))]
+    while widths.total > limit * (1 + 1e-9):
+        best = min(range(len(groups)), key=rates.__getitem__, default=None)
+        if best is None or rates[best] == math.inf:
+            whole = cost_of(cost, of)
+            raise UserError(
+                f"removal: {limit / whole:.4g} of the {of} cannot be reached; removing all that "
+                f"floors and exceptions allow leaves {math.ceil(1e4 * widths.total / whole) / 1e4}"
+            )
+        channels = step(best)
+        widths.remove(best, channels)
+        gone[best] += channels
+        for index in neighbours[best]:
+            rates[index] = rate(index)
+    return [sorted(order[:n]) for order, n in zip(orders, gone, strict=True)]

@@ -1,0 +1,127 @@
+"""Layers fitted in order on what the student gives them."""
+
+import copy
+
+import pytest
+import torch
+from small_networks import pictures, small
+from torch import nn
+
+from sbf_dist.compression.calibration import Calibration
+from sbf_dist.compression.fitting import layerwise, sequential
+from sbf_dist.compression.fitting.reference import Reference
+from sbf_dist.compression.fitting.sequential import SequentialFit
+from sbf_dist.compression.fitting.statistics import run_until
+from sbf_dist.compression.fitting.transforms import rank_channels
+
+IMAGES = pictures(40)
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def rank(moments):
+    return rank_channels(moments, torch.ones(len(moments.yy), dtype=torch.double))
+
+
+def fitted(model, *, refit, reference=None, sizes=None, kept=8):
+    student = copy.deepcopy(model)
+    sizes = sizes or {"conv1": 3, "conv2": 3}
+    fit = SequentialFit(
+        student, reference or Reference(model), sizes, Calibration.of(IMAGES), refit=refit
+    )
+    plans = {name: fit.convert(name, rank, kept, 2, 1000) for name in sizes}
+    return student, plans
+
+
+def error(model, student, name, channels=slice(None)):
+    wanted = run_until(model, name, IMAGES, output=True)[:, channels]
+    made = run_until(student, name, IMAGES, output=True)
+    variance = wanted.transpose(0, 1).flatten(1).var(1, correction=0).sum()
+    return float((wanted - made).square().mean((0, 2, 3)).sum() / variance)
+
+
+def test_errors_are_what_the_student_is_measured_to_have():
+    model = small(norm=False)
+    student, plans = fitted(model, refit=True)
+    for name, plan in plans.items():
+        assert plan.error == pytest.approx(error(model, student, name), rel=1e-3)
+
+
+def test_filters_that_are_solved_anew_leave_a_smaller_error():
+    model = small(norm=False)
+    plain, _ = fitted(model, refit=False)
+    mended, _ = fitted(model, refit=True)
+    # The first converted layer gets what the dense one gets: nothing to mend.
+    assert error(model, mended, "conv1") == pytest.approx(error(model, plain, "conv1"), rel=0.05)
+    assert error(model, mended, "conv2") < 0.95 * error(model, plain, "conv2")
+
+
+def test_a_layer_that_stays_dense_mends_what_came_before():
+    model = small()
+    student = copy.deepcopy(model)
+    sizes = {"conv1": 3, "conv2": 1}
+    fit = SequentialFit(student, Reference(model), sizes, Calibration.of(IMAGES), refit=True)
+    fit.convert("conv1", rank, 4, 1, 1000)
+    before = error(model, student, "conv2")
+    fit.mend("conv2")
+    assert error(model, student, "conv2") < 0.9 * before
+    assert student.conv2.bias is None
+    assert type(student.conv2) is nn.Conv2d
+
+
+def narrowed(model, left):
+    """Cut channels off conv1, and what reads them."""
+    narrow = copy.deepcopy(model)
+    narrow.conv1 = nn.Conv2d(8, len(left), 3, padding=1)
+    narrow.conv1.weight.copy_(model.conv1.weight[left])
+    narrow.conv1.bias.copy_(model.conv1.bias[left])
+    narrow.conv2 = nn.Conv2d(len(left), 16, 3, stride=2, padding=1)
+    narrow.conv2.weight.copy_(model.conv2.weight[:, left])
+    narrow.conv2.bias.copy_(model.conv2.bias)
+    return narrow
+
+
+def test_a_narrowed_network_is_fitted_to_the_outputs_of_the_one_it_was():
+    model = small(norm=False)
+    left = [0, 2, 3, 5, 7, 8, 9, 10, 11, 12, 13, 15]
+    narrow = narrowed(model, left)
+    reference = Reference(model, {"conv1": left})
+    to_dense, _ = fitted(narrow, refit=True, reference=reference)
+    to_itself, _ = fitted(narrow, refit=True)
+    assert to_dense.conv1.out_channels == 12
+    assert error(model, to_dense, "conv2") < 0.95 * error(model, to_itself, "conv2")
+    # conv1's own channels have lost nothing by the narrowing.
+    assert error(model, to_dense, "conv1", left) == pytest.approx(
+        error(narrow, to_itself, "conv1"), rel=1e-3
+    )
+
+
+def test_inputs_that_do_not_fit_are_computed_again_with_the_same_result(monkeypatch):
+    held, _ = fitted(small(), refit=True)
+    monkeypatch.setattr(sequential, "INPUTS", 0)
+    monkeypatch.setattr(layerwise, "TARGETS", 0)
+    again, _ = fitted(small(), refit=True)
+    for key, value in held.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[key], value)
+
+
+def test_only_the_positions_that_are_drawn_are_looked_at(monkeypatch):
+    for name, value in {"LEAST": 800, "MOST": 800, "PER_IMAGE": 40}.items():
+        monkeypatch.setattr(layerwise, name, value)
+    model = small(norm=False)
+    student, plans = fitted(model, refit=True)
+    for name, plan in plans.items():
+        assert plan.error == pytest.approx(error(model, student, name), rel=0.2)
+
+
+def test_filters_with_more_weights_than_samples_stay_as_they_are():
+    model = small()
+    student = copy.deepcopy(model)
+    few = Calibration.of(IMAGES[:4])  # 100 positions of conv2, whose filters have 144 weights
+    fit = SequentialFit(student, Reference(model), {"conv2": 1}, few, refit=True)
+    fit.mend("conv2")
+    assert torch.equal(student.conv2.weight, model.conv2.weight)

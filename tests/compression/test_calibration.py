@@ -1,0 +1,126 @@
+"""Calibration images as a stream."""
+
+import gc
+import re
+
+import pytest
+import torch
+from batch_streams import Stream
+from small_networks import pictures
+
+from sbf_dist.compression.calibration import Calibration
+from sbf_dist.errors import UserError
+
+
+def test_a_tensor_comes_in_batches_and_the_same_ones_each_time():
+    images = pictures(10)
+    calibration = Calibration.of(images, batch=4)
+    assert [len(batch) for batch in calibration] == [4, 4, 2]
+    for _ in range(2):
+        assert torch.equal(torch.cat(list(calibration)), images)
+    assert calibration.count == 10
+    assert calibration.shape == (3, 10, 10)
+
+
+def test_an_iterable_of_batches_is_gone_through_again_and_again():
+    calibration = Calibration.of(Stream([2, 3, 1]))
+    assert (calibration.count, calibration.shape) == (6, (3, 4, 4))
+    for _ in range(2):
+        assert [len(batch) for batch in calibration] == [2, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("most", "first", "sizes"),
+    [
+        (2, None, [2, 2, 1, 1]),
+        (9, None, [2, 3, 1]),
+        (2, 4, [2, 2]),
+        (2, 3, [2, 1]),
+        (9, 99, [2, 3, 1]),
+    ],
+)
+def test_parts_are_cut_from_the_batches(most, first, sizes):
+    calibration = Calibration.of(Stream([2, 3, 1]))
+    assert [len(part) for part in calibration.parts(most, first)] == sizes
+
+
+def test_parts_of_the_first_images_ask_for_no_more_batches_than_these_need():
+    stream = Stream([2] * 50)
+    calibration = Calibration.of(stream)
+    stream.made = 0
+    list(calibration.parts(2, 4))
+    assert stream.made == 2
+
+
+def test_first_is_a_copy_of_what_a_loader_may_write_to_again():
+    buffer = torch.zeros(2, 3, 4, 4)
+
+    class Reused:
+        def __iter__(self):
+            for value in range(3):
+                yield buffer.fill_(value)
+
+    first = Calibration.of(Reused()).first(5)
+    assert first[:, 0, 0, 0].tolist() == [0, 0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("batches", [3, 30])
+def test_what_is_held_does_not_grow_with_the_number_of_batches(batches):
+    stream = Stream([4] * batches)
+    calibration = Calibration.of(stream)
+    for _ in calibration:
+        pass
+    for _ in calibration.parts(2):
+        pass
+    gc.collect()
+    assert stream.made == 3 * batches
+    assert stream.most <= 2
+
+
+def test_batches_come_on_the_device_that_is_asked_for():
+    calibration = Calibration.of(pictures(4), device="meta")
+    assert next(iter(calibration)).device.type == "meta"
+    again = Calibration.of(calibration, device="cpu")
+    assert next(iter(again)).device.type == "cpu"
+    assert again.first(2).device.type == "cpu"
+    assert next(iter(calibration)).device.type == "meta"
+
+
+def test_batches_are_smaller_where_images_are_large():
+    assert Calibration.of(pictures(2)).part == 64
+    assert Calibration.of(torch.zeros(1, 3, 224, 224)).part == 10
+    assert Calibration.of(torch.zeros(1, 1, 2000, 2000)).part == 1
+
+
+class Shrinking:
+    """A loader that gives less each time."""
+
+    def __init__(self):
+        self.times = 0
+
+    def __iter__(self):
+        self.times += 1
+        return iter([pictures(4)] * (4 - self.times))
+
+
+def test_fewer_images_the_second_time_are_refused():
+    calibration = Calibration.of(Shrinking())
+    with pytest.raises(UserError, match="12 came at first, 8 now"):
+        list(calibration)
+
+
+@pytest.mark.parametrize(
+    ("images", "told"),
+    [
+        (iter([pictures(2)]), "can be gone through only once"),
+        ([], "there are none"),
+        (pictures(2)[:0], "there are none"),
+        ([pictures(2), pictures(2, 8)], "a batch of (2, 3, 8, 8) came where the first images"),
+        ([pictures(2)[0]], "a batch is (3, 10, 10), it must be a tensor (N, C, H, W)"),
+        ([{"image": pictures(2)}], "a batch is dict, it must be a tensor"),
+    ],
+)
+def test_what_is_no_stream_of_images_is_refused_in_one_line(images, told):
+    with pytest.raises(UserError, match=re.escape(told)) as error:
+        Calibration.of(images)
+    assert "\n" not in str(error.value)

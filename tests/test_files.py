@@ -1,0 +1,58 @@
+"""Files that are there as a whole or not at all."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from sbf_dist.files import replacing, sha256, write_json, write_text
+
+
+def test_a_file_is_replaced_once_its_new_content_is_whole(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with replacing(path) as partial:
+        partial.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_old_file_stays_where_writing_fails(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), replacing(path) as partial:
+        partial.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_kill_while_writing_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    program = (
+        "import os, signal, sys; from pathlib import Path; from sbf_dist.files import replacing\n"
+        "with replacing(Path(sys.argv[1])) as partial:\n"
+        "    partial.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run([sys.executable, "-c", program, str(path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert path.read_text() == "old"
+
+
+def test_two_processes_write_to_places_of_their_own(tmp_path):
+    with replacing(tmp_path / "file") as partial:
+        assert str(os.getpid()) in partial.name
+        partial.touch()
+
+
+def test_text_json_and_digests(tmp_path):
+    write_text(tmp_path / "new" / "text", "ß")
+    assert sha256(tmp_path / "new" / "text") == hashlib.sha256("ß".encode()).hexdigest()
+    write_json(tmp_path / "content.json", {"a": [1]})
+    assert json.loads((tmp_path / "content.json").read_text()) == {"a": [1]}
