@@ -1,6 +1,41 @@
-"""Exchanging modules of a network."""
+"""Copying networks, and exchanging modules of them."""
 
-from torch import nn
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class _DetachedCopies(TorchFunctionMode):
+    """Copies, while active, tensors with a history as detached ones, which PyTorch refuses to."""
+
+    def __torch_function__(
+        self,
+        func: Callable,
+        types: Sequence[type],
+        args: tuple = (),
+        kwargs: dict | None = None,
+    ) -> object:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            tensor, memo = args
+            if id(tensor) not in memo:
+                memo[id(tensor)] = tensor.detach().clone()
+            return memo[id(tensor)]
+        return func(*args, **(kwargs or {}))
+
+
+def deep_copy(module: M, shared: Iterable[Tensor] = ()) -> M:
+    """Return a deep copy of `module`, also where it holds tensors that it computed from others.
+
+    weight_norm, spectral_norm and pruning masks of torch.nn.utils keep such tensors: their hooks
+    compute them anew in the next forward pass. Tensors in `shared` are not copied.
+    """
+    with _DetachedCopies():
+        return copy.deepcopy(module, {id(tensor): tensor for tensor in shared})
 
 
 def become(module: nn.Module, other: nn.Module) -> None:

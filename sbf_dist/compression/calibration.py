@@ -1,6 +1,9 @@
 """Calibration images, as a stream: gone through again and again, never held as a whole."""
 
-from collections.abc import Iterable, Iterator
+import zlib
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -10,17 +13,26 @@ from sbf_dist.errors import UserError
 BATCH = 64  # images at a time, where it is ours to choose
 PIXELS = 2**19  # of a batch for the layers' statistics: 10 images of 224 px, 64 of 90 px
 
+GRID = 8  # pixels of each axis by which images are told apart
+
 
 class Calibration:
     """Normalised images (N, C, H, W) that can be gone through any number of times.
 
-    Each iteration gives the same batches in the same order, on `device`. Only the batch at hand is
-    held, so memory does not grow with the number of images. `count` is that number, `shape` is
-    (C, H, W). Raises UserError if there are no images, if they differ in shape, or if an iteration
-    gives another number of them than the first.
+    Each iteration gives the same batches in the same order, on `device`, in `dtype` (their own, if
+    that is None). Only the batch at hand is held, so memory does not grow with the number of
+    images. `count` is that number, `shape` is (C, H, W). Raises UserError if there are no images,
+    if they differ in shape, or if an iteration gives other images than the first, or in another
+    order.
     """
 
-    def __init__(self, batches: Iterable[Tensor], *, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        batches: Iterable[Tensor],
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
         if isinstance(batches, Iterator):
             raise UserError(
                 f"calibration images: a {type(batches).__name__} can be gone through only once; "
@@ -28,12 +40,16 @@ class Calibration:
             )
         self._batches = batches
         self.device = torch.device(device)
+        self.dtype = dtype
         self.count = 0
+        digests: list[int] = []
         for images in batches:
             if self.count == 0:
                 self.shape = _shape(images)
-            self._check(images)
+            self._check_shape(images)
             self.count += len(images)
+            digests += _digests(images)
+        self._digests = array("I", digests)
         if self.count == 0:
             raise UserError("calibration images: there are none")
 
@@ -44,66 +60,131 @@ class Calibration:
         *,
         batch: int = BATCH,
         device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> "Calibration":
         """Make a Calibration of a tensor (N, C, H, W), of a re-iterable of batches, or of another.
 
         `batch` is the number of images at a time where a tensor is given; `device` is where the
-        batches come, if not where they are given (of an iterable: the CPU).
+        batches come, if not where they are given (of an iterable: the CPU), `dtype` their
+        floating-point type.
         """
         if isinstance(images, Calibration):
-            return images if device is None else images.to(device)
+            return images.to(device, dtype)
         if isinstance(images, Tensor):
             where = images.device if device is None else device
-            return cls(images.split(batch) if len(images) else (), device=where)
-        return cls(images, device="cpu" if device is None else device)
+            return cls(_evenly(images, batch), device=where, dtype=dtype)
+        return cls(images, device="cpu" if device is None else device, dtype=dtype)
 
-    def to(self, device: torch.device | str) -> "Calibration":
-        """Return the same images, coming on another device."""
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "Calibration":
+        """Return the same images, coming on another device, in another floating-point type."""
+        if device is None and dtype is None:
+            return self
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
-        other.device = torch.device(device)
+        other.device = self.device if device is None else torch.device(device)
+        other.dtype = self.dtype if dtype is None else dtype
         return other
 
     def __iter__(self) -> Iterator[Tensor]:
+        for images in self._checked():
+            yield self._ready(images)
+
+    def parts(self, most: int, first: int | None = None) -> Iterator[Tensor]:
+        """Give the images in parts of about equal size, of at most `most`, or three.
+
+        Sizes differ by at most one, and no part has a single image unless there is but one: batch
+        norm in training mode cannot take one. With `first`, no more parts are given than the first `first` images are in, whole ones.
+        """
+        number = max(1, min(-(-self.count // most), self.count // 2))
+        ends = [self.count * (index + 1) // number for index in range(number)]
+        wanted = None if first is None else min(first, self.count)
+        held: list[Tensor] = []  # what has come of the next part
+        given, sizes = 0, (end - start for start, end in pairwise([0, *ends]))
+        missing = next(sizes)
+        for batch in self._checked():
+            images = batch
+            while missing and len(images) >= missing:
+                piece, images = images[:missing], images[missing:]
+                given += missing + sum(map(len, held))
+                yield self._ready(torch.cat([*held, piece]) if held else piece)
+                if wanted is not None and given >= wanted:
+                    return
+                held, missing = [], next(sizes, 0)
+            if len(images):
+                # It may be a view of a buffer that its loader writes to again.
+                held.append(images.clone())
+                missing -= len(images)
+
+    def first(self, count: int) -> Tensor:
+        """Return a copy of the first `count` images, or of all if there are fewer."""
+        pieces = []
+        for images in self._checked():
+            # The batches may be views of buffers that their loader writes to again.
+            pieces.append(self._ready(images[:count]).clone())
+            count -= len(images)
+            if count <= 0:
+                break
+        return torch.cat(pieces)
+
+    @property
+    def part(self) -> int:
+        """Images in a batch whose features are held for statistics: few if they are large."""
+        _, height, width = self.shape
+        return max(2, min(BATCH, PIXELS // (height * width)))
+
+    def _ready(self, images: Tensor) -> Tensor:
+        dtype = self.dtype if images.is_floating_point() else None
+        return images.to(self.device, dtype)
+
+    def _checked(self) -> Iterator[Tensor]:
+        """Give the batches as they come, as long as they are the images of the first pass."""
         seen = 0
         for images in self._batches:
-            self._check(images)
+            self._check_shape(images)
+            self._check_same(images, seen)
             seen += len(images)
-            yield images.to(self.device)
+            yield images
         if seen != self.count:
             raise UserError(
                 f"calibration images: {self.count} came at first, {seen} now; each iteration must "
                 "give the same ones"
             )
 
-    def parts(self, most: int, first: int | None = None) -> Iterator[Tensor]:
-        """Give the images, or the `first` ones, in batches of at most `most`."""
-        left = self.count if first is None else first
-        for images in self._batches:
-            self._check(images)
-            for part in images[:left].split(most):
-                yield part.to(self.device)
-            left -= len(images)
-            if left <= 0:
-                return
-
-    def first(self, count: int) -> Tensor:
-        """Return a copy of the first `count` images, or of all if there are fewer."""
-        # The batches may be views of buffers that their loader writes to again.
-        return torch.cat([part.clone() for part in self.parts(count, count)])
-
-    @property
-    def part(self) -> int:
-        """Images in a batch whose features are held for statistics: few if they are large."""
-        _, height, width = self.shape
-        return max(1, min(BATCH, PIXELS // (height * width)))
-
-    def _check(self, images: Tensor) -> None:
+    def _check_shape(self, images: Tensor) -> None:
         if _shape(images) != self.shape:
             raise UserError(
                 f"calibration images: a batch of {tuple(images.shape)} came where the first images "
                 f"are {self.shape}"
             )
+
+    def _check_same(self, images: Tensor, start: int) -> None:
+        """Raise UserError unless `images`, of which `start` came before, are as they were."""
+        digests = _digests(images)
+        for offset, (now, before) in enumerate(zip(digests, self._digests[start:], strict=False)):
+            if now == before:
+                continue
+            if now in self._digests:
+                raise UserError(
+                    "calibration images: the images came in another order; give shuffle=False"
+                )
+            raise UserError(
+                f"calibration images: image {start + offset} is not the same in each iteration; "
+                "leave out random augmentation"
+            )
+
+
+def _evenly(images: Tensor, most: int) -> Sequence[Tensor]:
+    """Cut a tensor into batches of about equal size, of at most `most` images."""
+    return images.tensor_split(-(-len(images) // most)) if len(images) else ()
+
+
+def _digests(images: Tensor) -> list[int]:
+    """Return a number for each image that tells it from others: of pixels on a grid."""
+    rows, columns = (max(1, size // GRID) for size in images.shape[2:])
+    grid = images.detach()[:, :, ::rows, ::columns].float().cpu().flatten(1).contiguous().numpy()
+    return [zlib.crc32(image.data) for image in grid]
 
 
 def _shape(images: Tensor) -> tuple[int, int, int]:
@@ -116,3 +197,9 @@ def _shape(images: Tensor) -> tuple[int, int, int]:
 def device_of(model: nn.Module) -> torch.device:
     """Return where the parameters of `model` are."""
     return next(model.parameters()).device
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Return the floating-point type of the first parameters of `model`."""
+    floating = (x.dtype for x in model.parameters() if x.is_floating_point())
+    return next(floating, torch.get_default_dtype())

@@ -1,7 +1,5 @@
 """Model surgery: apply a plan to a network."""
 
-import copy
-
 import torch
 from torch import nn
 
@@ -11,7 +9,7 @@ from sbf_dist.compression.plan import Plan, SBFLayer
 from sbf_dist.compression.removal.narrow import check_fits, narrow
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
-from sbf_dist.surgery import become
+from sbf_dist.surgery import become, deep_copy
 
 
 def convert(model: nn.Module, plan: Plan) -> nn.Module:
@@ -21,7 +19,7 @@ def convert(model: nn.Module, plan: Plan) -> nn.Module:
     fitted (`compress.reconstruct`) or loaded. `model` itself is not changed. Raises UserError,
     naming the first layer that differs, if the plan was made for another network.
     """
-    student = copy.deepcopy(model)
+    student = deep_copy(model)
     convolutions = [n for n, module in student.named_modules() if isinstance(module, nn.Conv2d)]
     for name in convolutions:
         if name not in plan.layers:

@@ -1,11 +1,11 @@
 """What a network costs in multiply-adds and parameters, by tracing."""
 
-import copy
 from dataclasses import dataclass
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from sbf_dist.compression.dry_run import dry_run
 
 
 @dataclass(frozen=True)
@@ -22,16 +22,20 @@ class Cost:
     layers: dict[str, int]
 
 
-def count(model: nn.Module, input_shape: tuple[int, int, int]) -> Cost:
-    """Count `model` on one image of `input_shape` (channels, height, width) without computing it.
+def count(model: nn.Module, input_shape: tuple[int, int, int], image: Tensor | None = None) -> Cost:
+    """Count `model` on one image of `input_shape` (channels, height, width).
 
-    The network runs once on meta tensors, so that every operator, however it is called, is seen
-    by PyTorch's own counter.
+    Every operator, however it is called, is seen by PyTorch's own counter. Nothing is computed,
+    unless the network's code needs values: then it runs on `image` (1, C, H, W), or on random
+    numbers if that is None (see `dry_run`).
     """
-    shadow = copy.deepcopy(model).to("meta").eval()
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        shadow(torch.empty(1, *input_shape, device="meta"))
+
+    def run(network: nn.Module, one: Tensor) -> tuple[nn.Module, FlopCounterMode]:
+        with FlopCounterMode(display=False) as counter:
+            network(one)
+        return network, counter
+
+    shadow, counter = dry_run(model, input_shape, run, image)
     root = type(shadow).__name__
     first_name = {module: name for name, module in shadow.named_modules()}
     layers: dict[str, int] = {}

@@ -4,7 +4,6 @@ Removing is the stronger the longer a network is trained afterwards, rebuilding 
 Which mixture is best for a network is tried out: each is made, trained for a moment, and compared.
 """
 
-import copy
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from sbf_dist.budget import COUNTS, ROUNDING, Budget
-from sbf_dist.compression.calibration import BATCH, Calibration, device_of
+from sbf_dist.compression.calibration import BATCH, Calibration, device_of, dtype_of
 from sbf_dist.compression.cost import count
 from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.plan import DenseLayer, Plan
+from sbf_dist.compression.precision import working_copy
 from sbf_dist.compression.progress import Progress, tell
 from sbf_dist.compression.reconstruct import compress
 from sbf_dist.compression.removal.importance import Criterion
@@ -84,12 +84,15 @@ class JointPlanner:
         self.seed = seed
         self.names: dict[str, Any] = {"model_name": model_name, "classes": classes}
         self.settings = dict(settings or {})
-        self.dense = copy.deepcopy(model).eval()
-        held, self.images = _split(Calibration.of(images, device=device_of(model)), held_out)
-        self.cost = count(self.dense, self.images.shape)
+        self.dense = working_copy(model)
+        calibration = Calibration.of(images, device=device_of(model), dtype=dtype_of(self.dense))
+        held, self.images = _split(calibration, held_out)
+        self.cost = count(self.dense, self.images.shape, held)
         self.share = budget.limit(cost_of(self.cost, self.of)) / cost_of(self.cost, self.of)
         with torch.no_grad():
-            self.held = [(x, self.dense(x).log_softmax(1)) for x in held.split(BATCH)]
+            self.held = [
+                (x, self.dense(x).log_softmax(1)) for x in Calibration.of(held, batch=BATCH)
+            ]
 
     def candidate(self, share: float) -> Candidate:
         """Make, and train for a moment, the network of which `share` of the saving is removal's.
@@ -221,7 +224,7 @@ def plan_jointly(
     student = best.trained if keep_training else best.student
     after = "" if best.share == 0 else "Of what removal leaves: "
     explanation = [told, *rows, *(after + line for line in best.plan.explanation)]
-    return student, best.plan.model_copy(update={"explanation": explanation})
+    return student.to(dtype_of(model)), best.plan.model_copy(update={"explanation": explanation})
 
 
 def _row(candidate: Candidate, steps: int) -> str:
@@ -282,4 +285,6 @@ def _split(images: Calibration, held_out: float) -> tuple[Tensor, Calibration]:
             f"held_out = {held_out:g} of {images.count} calibration images leaves none to "
             f"{'compare candidates' if held <= 0 else 'fit'} on"
         )
-    return images.first(held), Calibration(_Rest(images, held), device=images.device)
+    return images.first(held), Calibration(
+        _Rest(images, held), device=images.device, dtype=images.dtype
+    )

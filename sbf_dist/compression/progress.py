@@ -19,8 +19,8 @@ def told(progress: Progress | None, what: str, images: Calibration, first: int) 
     """Give the first images for passes with gradients, and tell how far that is."""
     done, of = 0, min(first, images.count)
     # A graph of gradients is about as large again as the features.
-    for part in images.parts(images.part // 2 or 1, first):
-        tell(progress, what, done, of)
+    for part in images.parts(images.part // 2, first):
+        tell(progress, what, min(done, of), of)
         yield part
         done += len(part)
     tell(progress, what, of, of)

@@ -1,13 +1,12 @@
 """Shrinking a network that has SBF layers already: in rounds, with training between."""
 
-import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from sbf_dist.budget import Budget
-from sbf_dist.compression.calibration import Calibration, device_of
+from sbf_dist.compression.calibration import Calibration, device_of, dtype_of
 from sbf_dist.compression.candidates import find_candidates, forward_order
 from sbf_dist.compression.cost import count
 from sbf_dist.compression.fitting.layerwise import layer_of
@@ -20,11 +19,12 @@ from sbf_dist.compression.planning.explanation import Spending
 from sbf_dist.compression.planning.knapsack import Option, allocate
 from sbf_dist.compression.planning.option_table import measure_options
 from sbf_dist.compression.planning.options import Search, Shape
+from sbf_dist.compression.precision import working_copy, working_reference
 from sbf_dist.compression.progress import Progress
 from sbf_dist.compression.reconstruct import fit_layers
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
-from sbf_dist.surgery import become
+from sbf_dist.surgery import become, deep_copy
 
 
 def round_budgets(final: Budget, rounds: int, dense: float | None = None) -> list[Budget]:
@@ -90,12 +90,12 @@ def shrink(
                 f"layer {name} has {layer.between} between basis and transformations: it cannot be "
                 "shrunk again"
             )
-    now = copy.deepcopy(student).eval()
-    calibration = Calibration.of(images, device=device_of(student))
+    now = working_copy(student)
+    calibration = Calibration.of(images, device=device_of(student), dtype=dtype_of(now))
     dense = unfolded(now)
     few = calibration.first(2)
     reasons, candidates = find_candidates(dense, few, 1, keep)
-    cost = count(now, calibration.shape)
+    cost = count(now, calibration.shape, few)
     shapes = {name: _shape(now, plan, name, cost.layers[name]) for name in candidates}
     search = Search(sources, transform_size, floor, round_to, mixtures=mixtures and refit)
     found = measure_options(
@@ -117,10 +117,10 @@ def shrink(
     chosen = allocate(rows, fixed=fixed, dense=whole, budget=budget)
 
     changed = {name: option for name, option in chosen.items() if option != rows[name][0]}
-    reference = reference or Reference(now)
-    smaller = copy.deepcopy(now)
+    reference = Reference(now) if reference is None else working_reference(reference)
+    smaller = deep_copy(now)
     for name in changed:
-        become(smaller.get_submodule(name), copy.deepcopy(dense.get_submodule(name)))
+        become(smaller.get_submodule(name), deep_copy(dense.get_submodule(name)))
     made = fit_layers(
         smaller,
         reference,
@@ -135,7 +135,7 @@ def shrink(
     measure_batch_norm(smaller, calibration, calibration.part)
     if refit:
         refit_heads(smaller, reference, calibration)
-    after = count(smaller, calibration.shape)
+    after = count(smaller, calibration.shape, few)
     spending = Spending(
         budget=budget,
         search=search,
@@ -157,7 +157,7 @@ def shrink(
         "explanation": spending.explain(reasons),
         "layers": _layers(plan, made, reasons, spending),
     }
-    return smaller, plan.model_copy(update=update)
+    return smaller.to(dtype_of(student)), plan.model_copy(update=update)
 
 
 def unfolded(student: nn.Module) -> nn.Module:
@@ -165,7 +165,7 @@ def unfolded(student: nn.Module) -> nn.Module:
 
     Its layers have the names, shapes and filters of the dense network's; its outputs are no use.
     """
-    dense = copy.deepcopy(student)
+    dense = deep_copy(student)
     for layer in list(dense.modules()):
         if isinstance(layer, SBFConv2d):
             become(layer, _convolution(layer))

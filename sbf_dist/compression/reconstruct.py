@@ -4,16 +4,16 @@ The layers are fitted in forward order, each on the inputs that the layers conve
 produce, towards the dense network's outputs, so that later layers mend what earlier ones spoil.
 """
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from sbf_dist.budget import Budget
-from sbf_dist.compression.calibration import Calibration, device_of
+from sbf_dist.compression.calibration import Calibration, device_of, dtype_of
 from sbf_dist.compression.candidates import convolution, find_candidates, forward_order
 from sbf_dist.compression.cost import Cost, count
 from sbf_dist.compression.fitting.between import insert_between
@@ -31,9 +31,11 @@ from sbf_dist.compression.planning.latency_budget import TimedChoice
 from sbf_dist.compression.planning.latency_table import LatencyTable, environment
 from sbf_dist.compression.planning.option_table import OptionTable, measure_options
 from sbf_dist.compression.planning.options import Search, Shape
+from sbf_dist.compression.precision import check_timed, working_copy, working_reference
 from sbf_dist.compression.progress import Progress, tell
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
+from sbf_dist.surgery import deep_copy
 
 
 @torch.no_grad()
@@ -80,13 +82,14 @@ def compress(
     """
     _check_finite(model, model_name)
     _check_dense(model, model_name)
-    dense = copy.deepcopy(model).eval()
-    calibration = Calibration.of(images, device=device_of(model))
-    reference = reference or Reference(dense)
+    check_timed(model, budget)
+    dense = working_copy(model)
+    calibration = Calibration.of(images, device=device_of(model), dtype=dtype_of(dense))
+    reference = Reference(dense) if reference is None else working_reference(reference)
     input_shape, few = calibration.shape, calibration.first(2)
     # The least that rebuilding a channel takes is one tap.
     reasons, candidates = find_candidates(dense, few, 1, keep)
-    cost = count(dense, input_shape)
+    cost = count(dense, input_shape, few)
     if not candidates:
         raise UserError(f"model {model_name!r} has no convolution that an SBF layer could replace")
 
@@ -124,7 +127,7 @@ def compress(
         lambda done, of: tell(progress, "measure latency", done, of),
         between=between is not None,
     )
-    student = copy.deepcopy(dense)
+    student = deep_copy(dense)
     order = forward_order(dense, few)
     made = fit_layers(
         student,
@@ -143,7 +146,7 @@ def compress(
     measure_batch_norm(student, calibration, calibration.part)
     if refit:
         refit_heads(student, reference, calibration)
-    after = count(student, input_shape)
+    after = count(student, input_shape, few)
     latency = None
     costs: list[float] = [cost.macs, after.macs]
     if budget.kind == "params":
@@ -182,7 +185,7 @@ def compress(
         explanation=spending.explain(reasons),
         layers=_told_layers(dense, order, made, reasons, cost, spending, shared.timed),
     )
-    return student, plan
+    return student.to(dtype_of(model)), plan
 
 
 def fit_layers(
@@ -271,7 +274,7 @@ def _check_dense(model: nn.Module, name: str) -> None:
 
 
 def _check_finite(model: nn.Module, name: str) -> None:
-    for key, tensor in model.state_dict().items():
+    for key, tensor in chain(model.named_parameters(), model.named_buffers()):
         if not tensor.isfinite().all():
             what = "NaN" if tensor.isnan().any() else "infinity"
             layer, _, kind = key.rpartition(".")

@@ -1,6 +1,5 @@
 """Folding of batch norm into the convolution before it, for inference."""
 
-import copy
 import logging
 from collections import Counter
 
@@ -10,7 +9,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.ops import expand
-from sbf_dist.surgery import become
+from sbf_dist.surgery import become, deep_copy
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +68,7 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     to rounding, borders included. Batch norms that stay are logged as a warning with the reason;
     so is a network that torch.fx cannot trace, which is copied unfolded. `model` is not changed.
     """
-    folded = copy.deepcopy(model).eval()
+    folded = deep_copy(model).eval()
     for parameter in folded.parameters():
         parameter.requires_grad_(False)
     inside = {
@@ -212,7 +211,7 @@ def fold_into_sbf(layer: SBFConv2d, norm: Norm) -> SBFConv2d | UnscaledSBFConv2d
     divisor = torch.where(factor == 0, 1.0, factor)  # a zero factor is read by zero taps only
     transforms = transforms / divisor[layer.sources][:, :, None, None]
 
-    folded = copy.deepcopy(layer)
+    folded = deep_copy(layer)
     weight = layer.basis.weight.detach().double() * factor.view(-1, 1, 1, 1)
     folded.basis.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     if not hidden.any():

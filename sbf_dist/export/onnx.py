@@ -1,6 +1,5 @@
 """Export as ONNX: standard operators only, checked, with what a user of the file must know."""
 
-import copy
 import json
 import os
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from sbf_dist.errors import UserError
 from sbf_dist.export.fold import fold_batchnorm
 from sbf_dist.export.saved import Card
 from sbf_dist.export.standard_operators import with_standard_operators
+from sbf_dist.surgery import deep_copy
 
 OPSET = 18  # ONNX 1.13 (2022), which the runtimes in use read
 
@@ -91,7 +91,7 @@ def verify_onnx(path: Path, model: nn.Module, images: Tensor) -> float:
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         raise UserError(f"ONNX file {path} cannot be read: {error}") from error
     batch = session.get_inputs()[0].shape[0]
-    reference = copy.deepcopy(model).cpu().float().eval()
+    reference = deep_copy(model).cpu().float().eval()
     largest = 0.0
     for part in images.cpu().split(batch if isinstance(batch, int) else 64):
         (found,) = session.run(["logits"], {"images": part.numpy()})

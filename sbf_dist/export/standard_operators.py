@@ -3,7 +3,6 @@
 Which form is chosen for which layer, and the measurements behind it: docs/kernels-onnx.md.
 """
 
-import copy
 import logging
 from collections import Counter
 
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 from sbf_dist.export.fold import LayerTracer, UnscaledSBFConv2d
 from sbf_dist.export.mixture import is_mixture, mixing_weight
 from sbf_dist.layers import SBFConv2d
-from sbf_dist.surgery import become
+from sbf_dist.surgery import become, deep_copy
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +134,7 @@ def with_standard_operators(model: nn.Module) -> nn.Module:
     order of channels free where all that reads it are convolutions, and these are permuted instead.
     Mixtures of most of the basis become a `ProductExpand`.
     """
-    portable = copy.deepcopy(model)
+    portable = deep_copy(model)
     layers = {name: layer for name, layer in portable.named_modules() if isinstance(layer, SBF)}
     several = {
         name: layer

@@ -1,6 +1,5 @@
 """Ghost modules: few filters, and one cheap 3 × 3 transformation for each of the other channels."""
 
-import copy
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +12,7 @@ from sbf_dist.compression.fitting.statistics import measure_batch_norm
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.peers.shrinking import in_proportion, longest_within
+from sbf_dist.surgery import deep_copy
 
 LEAST = 0.0625  # share of a layer's filters that is left
 SIZE = 3  # of the cheap transformations
@@ -28,7 +28,7 @@ def ghost(model: nn.Module, macs_share: float, images: Tensor, *, seed: int = 0)
     be trained. The stem and layers that would not get cheaper stay. Batch norm is measured again on
     `images` (N, C, H, W). Returns the network in eval mode. UserError if the budget cannot be met.
     """
-    dense = copy.deepcopy(model).eval()
+    dense = deep_copy(model).eval()
     shape = (images.shape[1], images.shape[2], images.shape[3])
     cost = count(dense, shape)
     with torch.no_grad():

@@ -1,6 +1,5 @@
 """Low-rank factorisation: a convolution to r channels, and a 1 × 1 convolution back to all."""
 
-import copy
 import math
 from collections.abc import Iterator
 from typing import Literal
@@ -20,6 +19,7 @@ from sbf_dist.compression.fitting.statistics import (
 )
 from sbf_dist.compression.planning.knapsack import Option, allocate
 from sbf_dist.errors import UserError
+from sbf_dist.surgery import deep_copy
 
 Basis = Literal["filters", "responses"]
 RIDGE = 1e-6  # of the mean variance
@@ -73,7 +73,7 @@ def low_rank(
     stem stays dense, and so does what would not get cheaper. Batch norm is measured again. Returns
     the network in eval mode. UserError if the budget cannot be met.
     """
-    dense = copy.deepcopy(model).eval()
+    dense = deep_copy(model).eval()
     shape = (images.shape[1], images.shape[2], images.shape[3])
     cost = count(dense, shape)
     _, names = find_candidates(dense, images, 1)
@@ -90,7 +90,7 @@ def low_rank(
             energies = torch.linalg.eigvalsh(moments.zz).flip(0).clamp(min=0)
         choices[name] = _ranks(conv, cost.layers[name], energies)
     ranks = allocate(choices, fixed=fixed, dense=cost.macs, budget=Budget(macs=macs_share))
-    student = copy.deepcopy(dense)
+    student = deep_copy(dense)
     for name in names:
         rank = ranks[name].kept
         conv = convolution(dense, name)

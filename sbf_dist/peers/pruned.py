@@ -1,6 +1,5 @@
 """Channel pruning on torch-pruning's dependency graph: magnitude, and DepGraph's importance."""
 
-import copy
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from sbf_dist.compression.cost import count
 from sbf_dist.compression.fitting.statistics import measure_batch_norm
 from sbf_dist.errors import UserError
 from sbf_dist.peers.shrinking import in_proportion, longest_within
+from sbf_dist.surgery import deep_copy
 
 Importance = Literal["l1", "l2", "depgraph"]
 LEAST = 0.125  # share of a group's channels that stays: global orders would empty whole layers
@@ -39,7 +39,7 @@ def prune(
     channel that fits. Batch norm is measured again on `images` (N, C, H, W), calibration images.
     Returns the smaller network in eval mode. UserError if the budget cannot be met.
     """
-    dense = copy.deepcopy(model).eval()
+    dense = deep_copy(model).eval()
     shape = (images.shape[1], images.shape[2], images.shape[3])
     limit = macs_share * count(dense, shape).macs
     scores = _scores(dense, images[:1], importance)
@@ -75,7 +75,7 @@ def _scores(dense: nn.Module, image: Tensor, importance: Importance) -> dict[str
         score = tp.importance.GroupMagnitudeImportance(
             p=1 if importance == "l1" else 2, group_reduction="first", normalizer="mean"
         )
-    network = copy.deepcopy(dense)
+    network = deep_copy(dense)
     graph = _graph(network, image)
     names = {module: name for name, module in network.named_modules()}
     found = {}
@@ -92,7 +92,7 @@ def _without(dense: nn.Module, image: Tensor, removed: Sequence[Removal]) -> nn.
     """A copy of `dense` without these channels; they are numbered as in `dense`."""
     import torch_pruning as tp
 
-    network = copy.deepcopy(dense)
+    network = deep_copy(dense)
     channels: dict[str, list[int]] = {}
     for name, channel in removed:
         channels.setdefault(name, []).append(channel)

@@ -6,6 +6,8 @@ import re
 import pytest
 import torch
 from batch_streams import Stream
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_networks import pictures
 
 from sbf_dist.compression.calibration import Calibration
@@ -15,7 +17,7 @@ from sbf_dist.errors import UserError
 def test_a_tensor_comes_in_batches_and_the_same_ones_each_time():
     images = pictures(10)
     calibration = Calibration.of(images, batch=4)
-    assert [len(batch) for batch in calibration] == [4, 4, 2]
+    assert [len(batch) for batch in calibration] == [4, 3, 3]
     for _ in range(2):
         assert torch.equal(torch.cat(list(calibration)), images)
     assert calibration.count == 10
@@ -32,16 +34,33 @@ def test_an_iterable_of_batches_is_gone_through_again_and_again():
 @pytest.mark.parametrize(
     ("most", "first", "sizes"),
     [
-        (2, None, [2, 2, 1, 1]),
-        (9, None, [2, 3, 1]),
+        (2, None, [2, 2, 2]),
+        (1, None, [2, 2, 2]),
+        (4, None, [3, 3]),
+        (9, None, [6]),
         (2, 4, [2, 2]),
-        (2, 3, [2, 1]),
-        (9, 99, [2, 3, 1]),
+        (2, 3, [2, 2]),
+        (9, 99, [6]),
     ],
 )
-def test_parts_are_cut_from_the_batches(most, first, sizes):
-    calibration = Calibration.of(Stream([2, 3, 1]))
-    assert [len(part) for part in calibration.parts(most, first)] == sizes
+def test_parts_are_cut_across_the_batches(most, first, sizes):
+    images = torch.arange(6.0)[:, None, None, None].expand(-1, 3, 4, 4)
+    calibration = Calibration.of([images[:2], images[2:5], images[5:]])
+    parts = list(calibration.parts(most, first))
+    assert [len(part) for part in parts] == sizes
+    assert torch.cat(parts)[:, 0, 0, 0].tolist() == list(range(sum(sizes)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(1, 12))
+def test_no_part_has_a_single_image_and_all_are_of_about_one_size(batches, most):
+    images = torch.arange(float(sum(batches)))[:, None, None, None].expand(-1, 1, 2, 2)
+    calibration = Calibration.of(images.split(batches))
+    sizes = [len(part) for part in calibration.parts(most)]
+    assert max(sizes) - min(sizes) <= 1
+    assert min(sizes) > 1 or len(images) == 1
+    assert max(sizes) <= max(most, 3)
+    assert torch.equal(torch.cat(list(calibration.parts(most))), images)
 
 
 def test_parts_of_the_first_images_ask_for_no_more_batches_than_these_need():
@@ -89,7 +108,7 @@ def test_batches_come_on_the_device_that_is_asked_for():
 def test_batches_are_smaller_where_images_are_large():
     assert Calibration.of(pictures(2)).part == 64
     assert Calibration.of(torch.zeros(1, 3, 224, 224)).part == 10
-    assert Calibration.of(torch.zeros(1, 1, 2000, 2000)).part == 1
+    assert Calibration.of(torch.zeros(1, 1, 2000, 2000)).part == 2
 
 
 class Shrinking:
@@ -107,6 +126,46 @@ def test_fewer_images_the_second_time_are_refused():
     calibration = Calibration.of(Shrinking())
     with pytest.raises(UserError, match="12 came at first, 8 now"):
         list(calibration)
+
+
+def test_images_in_another_order_are_refused():
+    loader = torch.utils.data.DataLoader(pictures(32), batch_size=8, shuffle=True)
+    calibration = Calibration.of(loader)
+    with pytest.raises(UserError, match="came in another order; give shuffle=False"):
+        list(calibration)
+
+
+def test_images_that_are_augmented_anew_are_refused():
+    class Augmented:
+        def __iter__(self):
+            yield pictures(4)
+            yield pictures(4) + torch.rand(4, 1, 1, 1)
+
+    calibration = Calibration.of(Augmented())
+    assert torch.equal(calibration.first(4), pictures(4))
+    with pytest.raises(UserError, match="image 4 is not the same in each iteration"):
+        list(calibration.parts(3))
+
+
+def test_the_same_images_in_other_batches_are_the_same_images():
+    class Rebatched:
+        def __init__(self):
+            self.size = 2
+
+        def __iter__(self):
+            self.size += 1
+            return iter(pictures(12).split(self.size))
+
+    calibration = Calibration.of(Rebatched())
+    assert torch.equal(torch.cat(list(calibration)), pictures(12))
+
+
+def test_images_come_in_the_type_that_is_asked_for():
+    calibration = Calibration.of(pictures(4), dtype=torch.float64)
+    assert calibration.first(2).dtype == next(iter(calibration)).dtype == torch.float64
+    assert calibration.to(dtype=torch.float16).first(2).dtype == torch.float16
+    # Of integers it is for others to say that they are no normalised images.
+    assert Calibration.of(pictures(4).byte(), dtype=torch.float64).first(2).dtype == torch.uint8
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def refit_heads(student: nn.Module, reference: Reference, images: Calibration) -
             wanted = reference.select(name, outputs)
             halves[index % 2].add(run_until(student, name, batch, output=False).clone(), wanted)
         if halves[1].count == 0:
-            continue  # a single image
+            continue  # too few images for two halves
         one, other = (half.moments() for half in halves)
 
         def lost(ridge: float, head: nn.Linear = head, one=one, other=other) -> float:

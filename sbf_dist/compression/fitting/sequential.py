@@ -116,6 +116,7 @@ class _Batches:
         self._draw = draw
         self._targets = targets
         self._held: Tensor | None = None  # inputs of all images, once they have been seen
+        self._sizes: list[int] = []  # of the parts in which they came
 
     def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         start, per_image = 0, self._draw.per_image
@@ -126,16 +127,18 @@ class _Batches:
 
     def _inputs(self) -> Iterator[Tensor]:
         if self._held is not None:
-            yield from self._held.split(self._images.part)
+            yield from self._held.split(self._sizes)
             return
         held: Tensor | None = None
+        self._sizes = []
         start, images = 0, self._draw.images
         for batch in self._images.parts(self._images.part, images):
-            inputs = run_until(self._student, self._name, batch, output=False)
+            inputs = run_until(self._student, self._name, batch, output=False)[: images - start]
             if start == 0 and inputs[0].nbytes * images <= INPUTS:
                 held = inputs.new_empty(images, *inputs.shape[1:])
             if held is not None:
                 held[start : start + len(inputs)] = inputs
             start += len(inputs)
+            self._sizes.append(len(inputs))
             yield inputs
         self._held = held

@@ -3,7 +3,6 @@
 Nothing here grows with the number of images: each batch is reduced to Gram matrices at once.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -254,9 +253,7 @@ def measure_batch_norm(model: nn.Module, images: Tensor | Calibration, batch: in
         norm.train()
     calibration = Calibration.of(images)
     seen = 0
-    for part in calibration.parts(
-        math.ceil(calibration.count / math.ceil(calibration.count / batch))
-    ):
+    for part in calibration.parts(batch):
         seen += len(part)
         for norm in norms:
             norm.momentum = len(part) / seen  # the mean of all so far

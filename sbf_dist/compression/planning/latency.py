@@ -1,6 +1,5 @@
 """How long networks, and single layers in their possible forms, take on this machine."""
 
-import copy
 import logging
 import math
 import random
@@ -16,6 +15,7 @@ from torch.utils.benchmark import Timer
 
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
+from sbf_dist.surgery import deep_copy
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def _seconds_waited() -> float:
 
 def _timer(model: nn.Module, input_shape: tuple[int, int, int], batch: int) -> Timer:
     parameter = next(model.parameters())
-    shadow = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
+    shadow = deep_copy(model).eval().to(memory_format=torch.channels_last)
     images = torch.randn(batch, *input_shape, device=parameter.device, dtype=parameter.dtype)
     return Timer(
         "model(images)",
@@ -151,7 +151,7 @@ def build_form(conv: nn.Conv2d, form: Form) -> nn.Module:
     It has a bias, as every layer has whose batch norm is folded. `conv` must not be grouped.
     """
     if form.sources == 0:
-        layer: nn.Conv2d | SBFConv2d = copy.deepcopy(conv)
+        layer: nn.Conv2d | SBFConv2d = deep_copy(conv)
     else:
         draw = random.Random(0)
         kept = sorted(draw.sample(range(conv.out_channels), form.kept))

@@ -1,6 +1,5 @@
 """Meeting a budget of time: options priced in measured milliseconds, the whole measured as well."""
 
-import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from sbf_dist.compression.fitting.statistics import run_until
 from sbf_dist.compression.planning.knapsack import Option, allocate
 from sbf_dist.compression.planning.latency import Form, build_form, latencies
 from sbf_dist.compression.planning.latency_table import LatencyTable
-from sbf_dist.surgery import become
+from sbf_dist.surgery import become, deep_copy
 
 ROUNDS = 4  # of choosing and measuring
 TOLERANCE = 0.02  # of the budget: about what a measurement of a whole network repeats to
@@ -130,7 +129,7 @@ def allocate_time(
 
 def _build(dense: nn.Module, chosen: dict[str, Option]) -> nn.Module:
     """Return a network of the chosen structure, to be timed only."""
-    network = copy.deepcopy(dense)
+    network = deep_copy(dense)
     for name, option in chosen.items():
         if option.sources == 0:
             continue

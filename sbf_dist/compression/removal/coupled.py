@@ -4,7 +4,6 @@ Every group that the graph gives is tried out before it is believed: with some o
 off, the network must compute what it computes when nothing reads them.
 """
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from sbf_dist.compression.plan import Removed
 from sbf_dist.compression.removal.narrow import cannot_narrow, is_depthwise, narrow
 from sbf_dist.errors import UserError
+from sbf_dist.surgery import deep_copy
 
 TRIALS = 3  # of a group: a few channels may fit by chance
 TOLERANCE = 1e-8  # of the largest output, in double precision
@@ -149,7 +149,7 @@ def _shadow(model: nn.Module) -> nn.Module:
     Trained weights may hide what belongs together: a branch that ends in a batch norm of zeros
     says nothing.
     """
-    shadow = copy.deepcopy(model).double().eval()
+    shadow = deep_copy(model).double().eval()
     generator = torch.Generator().manual_seed(0)
     for tensor in [*shadow.parameters(), *shadow.buffers()]:
         if tensor.is_floating_point():
@@ -216,6 +216,4 @@ def _difference(shadow: nn.Module, removed: dict[str, Removed], images: Tensor) 
 
 def _with_the_same_tensors(model: nn.Module) -> nn.Module:
     """Copy the modules of `model` but not their tensors, which are large."""
-    return copy.deepcopy(
-        model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    )
+    return deep_copy(model, [*model.parameters(), *model.buffers()])

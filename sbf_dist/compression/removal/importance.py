@@ -76,7 +76,7 @@ def _products(
     handles = [dense.get_submodule(name).register_forward_pre_hook(read(name)) for name in readers]
     rows: list[list[Tensor]] = [[] for _ in groups]
     try:
-        for few in images.parts(max(1, images.part // 2), SAMPLES):
+        for few in images.parts(images.part // 2, SAMPLES):
             sums.clear()
             with torch.enable_grad():
                 batch = few.detach().requires_grad_()

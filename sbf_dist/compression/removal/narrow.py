@@ -3,7 +3,6 @@
 The list itself says what belongs together; nothing is traced and no image is needed.
 """
 
-import copy
 import math
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from sbf_dist.compression.dry_run import dry_run
 from sbf_dist.compression.plan import Removed
 from sbf_dist.errors import UserError
 
@@ -98,24 +98,22 @@ def is_depthwise(module: nn.Module) -> bool:
 
 
 def check_fits(model: nn.Module, input_shape: tuple[int, int, int]) -> None:
-    """Run `model` on one image without computing it; UserError naming where channels do not fit."""
-    shadow = copy.deepcopy(model).to("meta").eval()
+    """Run `model` on one image (`dry_run`); UserError naming where channels do not fit."""
     reached: list[str] = []
-    handles = [
-        module.register_forward_pre_hook(lambda *_, name=name: reached.append(name))
-        for name, module in shadow.named_modules()
-        if not any(module.children())
-    ]
+
+    def run(network: nn.Module, image: Tensor) -> None:
+        reached.clear()
+        for name, module in network.named_modules():
+            if not any(module.children()):
+                module.register_forward_pre_hook(lambda *_, name=name: reached.append(name))
+        network(image)
+
     try:
-        with torch.no_grad():
-            shadow(torch.empty(1, *input_shape, device="meta"))
+        dry_run(model, input_shape, run)
     except (RuntimeError, ValueError) as error:
         where = f"at or after {reached[-1]}" if reached else "at the input"
         told = " ".join(str(error).split())[:200]
         raise UserError(f"what the plan removes does not fit together {where}: {told}") from None
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _remaining(name: str, what: str, removed: list[int], width: int) -> list[int]:

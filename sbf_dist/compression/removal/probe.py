@@ -1,6 +1,5 @@
 """Training a compressed network for a moment, to see what training will make of it."""
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ from torch.nn import functional as F
 
 from sbf_dist.compression.calibration import BATCH, Calibration
 from sbf_dist.compression.fitting.statistics import measure_batch_norm
+from sbf_dist.surgery import deep_copy
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def train_briefly(
     dense: nn.Module, student: nn.Module, images: Calibration, probe: Probe, seed: int
 ) -> nn.Module:
     """Return a copy of `student` that was trained as `probe` says, in evaluation mode."""
-    trained = copy.deepcopy(student).train()
+    trained = deep_copy(student).train()
     for parameter in trained.parameters():
         parameter.requires_grad_()
     optimizer = torch.optim.SGD(

@@ -4,7 +4,6 @@ What is removed is judged by what its absence does to the network's own predicti
 are needed. Pruning is this alone; `joint` shares a budget out between it and rebuilding.
 """
 
-import copy
 import fnmatch
 import math
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from sbf_dist.compression.removal.coupled import Coupled, find_coupled, removed_
 from sbf_dist.compression.removal.importance import Criterion, has_scales, measure_importance
 from sbf_dist.compression.removal.narrow import is_depthwise, narrow
 from sbf_dist.errors import UserError
+from sbf_dist.surgery import deep_copy
 
 Measure = Literal["macs", "params"]
 
@@ -82,7 +82,7 @@ def find_removable(
     """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     kept_dense(model, [pattern for pattern in keep if not fnmatch.filter(linear, pattern)])
-    dense = copy.deepcopy(model).eval()
+    dense = deep_copy(model).eval()
     calibration = Calibration.of(images, device=device_of(model))
     groups, left = find_coupled(dense, calibration.first(2))
     groups, kept = _without(groups, keep)
@@ -127,7 +127,7 @@ def remove(
     while True:
         chosen = _choose(removable, of, limit - excess, floor, round_to)
         removed = removed_channels(list(zip(groups, chosen, strict=True)))
-        network = copy.deepcopy(dense)
+        network = deep_copy(dense)
         narrow(network, removed)
         after = count(network, removable.images.shape)
         over = cost_of(after, of) - limit

@@ -4,7 +4,6 @@ It is the yardstick of the tables. It gets every advantage that it would have as
 a channel that is zero is not counted in the layer that computes it, nor in those that read it.
 """
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from sbf_dist.compression.calibration import BATCH
 from sbf_dist.compression.fitting.statistics import measure_batch_norm
 from sbf_dist.compression.planning.criteria import following_norms
+from sbf_dist.surgery import deep_copy
 
 
 @torch.no_grad()
@@ -26,7 +26,7 @@ def zero_channels(
     calibration images. Returns the network in eval mode, its multiply-adds and its parameters,
     both without what is zero.
     """
-    dense = copy.deepcopy(model).eval()
+    dense = deep_copy(model).eval()
     norms = following_norms(dense, images[:2])
     most = max(_convolution(dense, name).out_channels for name in layers)
     budget = macs * effective_cost(dense, images[:BATCH]).macs
@@ -90,7 +90,7 @@ def effective_cost(model: nn.Module, images: Tensor) -> EffectiveCost:
 
 
 def _zeroed(dense: nn.Module, layers: list[str], norms: dict[str, str], share: float) -> nn.Module:
-    network = copy.deepcopy(dense)
+    network = deep_copy(dense)
     for name in layers:
         conv = _convolution(network, name)
         size = conv.weight.abs().sum((1, 2, 3))

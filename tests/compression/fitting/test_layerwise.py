@@ -108,7 +108,9 @@ def test_targets_are_the_references_outputs_at_the_drawn_positions(monkeypatch):
     model, images = small(), pictures(12)
     for name, value in {"LEAST": 100, "MOST": 100, "PER_IMAGE": 10}.items():
         monkeypatch.setattr(layerwise, name, value)
+    monkeypatch.setattr("sbf_dist.compression.calibration.PIXELS", 500)
     calibration = Calibration.of(images, batch=5)
+    assert [len(part) for part in calibration.parts(calibration.part)] == [4, 4, 4]
     chosen = draws(model, SIZES, calibration)
     reference = Reference(model, {"conv1": [4, 2, 9]})
     for budget in (1, 2**30):
@@ -119,7 +121,7 @@ def test_targets_are_the_references_outputs_at_the_drawn_positions(monkeypatch):
             rows = targets.pop(name)
             parts = [
                 chosen[name].rows(part, 1, start)
-                for start, part in zip((0, 5, 10), outputs.split(5), strict=True)
+                for start, part in zip((0, 4, 8), outputs.split(4), strict=True)
                 if start < chosen[name].images
             ]
             torch.testing.assert_close(rows, torch.cat(parts))

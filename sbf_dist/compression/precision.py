@@ -1,0 +1,39 @@
+"""The floating-point types in which networks are compressed."""
+
+import torch
+from torch import nn
+
+from sbf_dist.budget import Budget
+from sbf_dist.compression.calibration import dtype_of
+from sbf_dist.compression.fitting.reference import Reference
+from sbf_dist.errors import UserError
+from sbf_dist.surgery import deep_copy
+
+HALF_PRECISION = (torch.float16, torch.bfloat16)
+
+
+def working_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of `model` in eval mode, in float32 if it is in half precision.
+
+    Layers are fitted to features, of which half precision would leave three digits. Networks in
+    float32 and float64 stay as they are.
+    """
+    copied = deep_copy(model).eval()
+    return copied.float() if dtype_of(model) in HALF_PRECISION else copied
+
+
+def working_reference(reference: Reference) -> Reference:
+    """Return `reference` in the type that `working_copy` gives a network."""
+    if dtype_of(reference.module) not in HALF_PRECISION:
+        return reference
+    return Reference(working_copy(reference.module), reference.channels)
+
+
+def check_timed(model: nn.Module, budget: Budget) -> None:
+    """Raise UserError for a budget of time where layers would be timed in another type."""
+    dtype = dtype_of(model)
+    if budget.unit == "ms" and dtype in HALF_PRECISION:
+        raise UserError(
+            f"budget {budget.kind} = {budget.value:g}: the network is in {dtype}, its layers are "
+            "fitted and timed in float32; give model.float(), or a budget of macs or params"
+        )

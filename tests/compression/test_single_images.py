@@ -1,0 +1,70 @@
+"""No number and no size of images may leave one alone: batch norm cannot take a single value."""
+
+import pytest
+import torch
+from small_networks import pictures
+from torch import nn
+
+from sbf_dist.budget import Budget
+from sbf_dist.compression.joint import plan_jointly
+from sbf_dist.compression.reconstruct import compress
+from sbf_dist.compression.removal.probe import Probe
+
+
+class BehindPooling(nn.Module):
+    """Batch norm of vectors, and one of 1 x 1 maps."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.conv = nn.Conv2d(8, 16, 3, padding=1)
+        self.norm = nn.BatchNorm2d(16)
+        self.squeeze = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16), nn.Sigmoid()
+        )
+        self.vector = nn.BatchNorm1d(16)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.norm(self.conv(self.stem(x).relu())).relu()
+        x = x * self.squeeze(x)
+        x = nn.functional.adaptive_avg_pool2d(x, 1).flatten(1)
+        return self.head(self.vector(x))
+
+
+def behind_pooling():
+    torch.manual_seed(0)
+    return BehindPooling().eval()
+
+
+NAMES = {"model_name": "behind", "classes": 5}
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        pytest.param(pictures(65), id="65 at once"),
+        pytest.param(pictures(17).split(16), id="17, 16 at a time"),
+        pytest.param(pictures(3), id="3"),
+        pytest.param(pictures(9).split(1), id="one at a time"),
+        pytest.param(pictures(5, 740), id="so large that one is a part"),
+    ],
+)
+def test_networks_with_batch_norm_behind_pooling_are_compressed(images):
+    student, plan = compress(behind_pooling(), images, budget=Budget(macs=0.7), **NAMES)
+    assert plan.macs_after <= 0.7 * plan.macs_before
+    assert student(pictures(2)).isfinite().all()
+
+
+def test_channels_are_removed_with_one_image_held_out():
+    images = pictures(65)
+    _, plan = plan_jointly(
+        behind_pooling(),
+        images,
+        budget=Budget(macs=0.7),
+        shares=[0.5],
+        probe=Probe(steps=3, batch=16),
+        held_out=1 / 65,
+        **NAMES,
+    )
+    assert plan.removed
