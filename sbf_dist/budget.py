@@ -77,6 +77,18 @@ class Budget:
             )
         return self.value
 
+    def check(self, reached: float, dense: float) -> None:
+        """Raise UserError unless `reached`, what a network costs in the end, is within the budget.
+
+        `dense` is the dense network's cost; for budgets of multiply-adds or parameters.
+        """
+        if reached > self.limit(dense) * (1 + ROUNDING):
+            raise UserError(
+                f"{self.kind} = {_told(self.value)} is not met: the network that was found has "
+                f"{_told(reached)} of the dense network's {_told(dense)} {self.unit}, "
+                f"{reached / dense:.4f}"
+            )
+
     def refusal(self, cheapest: float, dense: float) -> UserError:
         """Return the error that the network cannot cost less than `cheapest`, of `dense`."""
         if self.unit == "ms":

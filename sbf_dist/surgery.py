@@ -38,6 +38,19 @@ def deep_copy(module: M, shared: Iterable[Tensor] = ()) -> M:
         return copy.deepcopy(module, {id(tensor): tensor for tensor in shared})
 
 
+def sharing_modules(model: nn.Module) -> dict[str, list[str]]:
+    """Map each module that has a parameter of another module's to the names of these others."""
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append(name)
+    others: dict[str, list[str]] = {}
+    for names in holders.values():
+        for name in set(names) if len(set(names)) > 1 else ():
+            others.setdefault(name, []).extend(other for other in names if other != name)
+    return others
+
+
 def become(module: nn.Module, other: nn.Module) -> None:
     """Turn `module` into `other`, in place, wherever a network holds it.
 

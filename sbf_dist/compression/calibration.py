@@ -95,7 +95,8 @@ class Calibration:
         """Give the images in parts of about equal size, of at most `most`, or three.
 
         Sizes differ by at most one, and no part has a single image unless there is but one: batch
-        norm in training mode cannot take one. With `first`, no more parts are given than the first `first` images are in, whole ones.
+        norm in training mode cannot take one. With `first`, no more parts are given than the first
+        `first` images are in, whole ones.
         """
         number = max(1, min(-(-self.count // most), self.count // 2))
         ends = [self.count * (index + 1) // number for index in range(number)]

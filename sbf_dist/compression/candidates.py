@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
+from sbf_dist.surgery import sharing_modules
 
 LARGEST_GRAM = 4608  # shifted channels in a layer's Gram matrix: 512 channels with m = 3
 # Of all convolutions' multiply-adds: what a layer on a 1 x 1 map must cost to be worth fitting.
@@ -164,6 +165,7 @@ def find_candidates(
     """
     found = uses(model, images)
     kept = kept_dense(model, keep)
+    shared = sharing_modules(model)
     total = sum(use.macs for use in found.values())
     reasons: dict[str, str] = {}
     candidates: list[str] = []
@@ -171,11 +173,12 @@ def find_candidates(
         conv = convolution(model, name)
         reason = (
             kept.get(name)
+            or (name in shared and _by_sharing(shared[name]))
             or _by_itself(conv)
             or _by_its_use(use, tuple(images.shape[1:]))
             or _by_its_cost(conv, use, total, transform_size)
         )
-        if reason is None:
+        if not reason:
             candidates.append(name)
         else:
             reasons[name] = reason
@@ -213,6 +216,10 @@ def is_plain(conv: nn.Conv2d) -> bool:
         and kind._conv_forward is nn.Conv2d._conv_forward
         and "weight" in conv._parameters  # or it is computed from others, by a parametrisation
     )
+
+
+def _by_sharing(others: Sequence[str]) -> str:
+    return f"its weight is also that of {', '.join(others)}: all of them stay as they are"
 
 
 def _by_itself(conv: nn.Conv2d) -> str | None:

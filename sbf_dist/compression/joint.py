@@ -144,6 +144,8 @@ class JointPlanner:
                 **common,
             )
             criterion = f"{criterion}, then {plan.criterion}"
+        after = plan.macs_after if self.of == "macs" else plan.params_after
+        self.budget.check(after, cost_of(cost, self.of))
         return student, plan.model_copy(
             update={
                 "budget": self.budget.given(),

@@ -136,6 +136,8 @@ def shrink(
     if refit:
         refit_heads(smaller, reference, calibration)
     after = count(smaller, calibration.shape, few)
+    reached = after.params if budget.kind == "params" else after.macs
+    budget.check(reached, whole)
     spending = Spending(
         budget=budget,
         search=search,
@@ -145,7 +147,7 @@ def shrink(
         criteria={name: ranking.told for name, ranking in found.rankings.items()},
         dense=whole,
         before=before,
-        after=after.params if budget.kind == "params" else after.macs,
+        after=reached,
     )
     update = {
         "format": 2,

@@ -160,6 +160,8 @@ def compress(
             ms_before=round(costs[0], 4),
             ms_after=round(costs[1], 4),
         )
+    if budget.unit != "ms":
+        budget.check(costs[1], costs[0])
     spending = Spending(
         budget=budget,
         search=search,

@@ -143,11 +143,18 @@ def _obstacle_before(
     model: nn.Module, node: fx.Node, calls: Counter, reads: set[str]
 ) -> str | None:
     name = str(node.target)
-    kind = type(model.get_submodule(name))
-    if kind not in (nn.Conv2d, SBFConv2d):
-        return f"it follows a {kind.__name__}"
-    if getattr(model.get_submodule(name), "between", None) is not None:
+    module = model.get_submodule(name)
+    if type(module) not in (nn.Conv2d, SBFConv2d):
+        return f"it follows a {type(module).__name__}"
+    if module._forward_pre_hooks:
+        return f"its convolution {name} has hooks, which may compute its weights"
+    if getattr(module, "between", None) is not None:
         return "it follows an SBF layer whose basis features another batch norm reads"
+    return _obstacle_in_graph(node, calls, reads)
+
+
+def _obstacle_in_graph(node: fx.Node, calls: Counter, reads: set[str]) -> str | None:
+    name = str(node.target)
     if calls[name] > 1:
         return f"its convolution {name} is called {calls[name]} times"
     if len(node.users) > 1:

@@ -265,6 +265,8 @@ def _convolution(node: fx.Node, model: nn.Module) -> nn.Conv2d | None:
     module = model.get_submodule(str(node.target))
     if isinstance(module, SBF):
         return module.basis if module.basis.groups == 1 else None
+    if module._forward_pre_hooks:  # which may compute the weights that would be permuted
+        return None
     if type(module) is nn.Conv2d and (module.groups == 1 or _is_depthwise(module)):
         return module
     return None

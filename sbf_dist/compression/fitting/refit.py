@@ -15,6 +15,7 @@ from sbf_dist.compression.candidates import LARGEST_GRAM, convolution
 from sbf_dist.compression.fitting.layerwise import Draw
 from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.fitting.statistics import Moments, MomentSums, patches, run_until
+from sbf_dist.surgery import sharing_modules
 
 RIDGE = 1e-2  # towards the old filters, relative to the mean variance of the inputs
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e3)  # to choose from where samples are few
@@ -31,8 +32,13 @@ def obstacle(conv: nn.Conv2d) -> str | None:
 
 
 def is_mended(model: nn.Module, name: str, images: Tensor) -> bool:
-    """Tell whether a layer that stays dense can profit: not the stem, which reads the images."""
+    """Tell whether a layer that stays dense can profit.
+
+    Not the stem, which reads the images; nor a layer whose weights others use or hooks compute.
+    """
     conv = convolution(model, name)
+    if name in sharing_modules(model) or conv._forward_pre_hooks:
+        return False
     return conv.in_channels != images.shape[1] and obstacle(conv) is None
 
 
@@ -128,13 +134,14 @@ def refit_heads(student: nn.Module, reference: Reference, images: Calibration) -
 
 def _heads(model: nn.Module, images: Tensor) -> list[str]:
     """Names of the linear layers, in forward order, that can be solved anew: see `refit_heads`."""
+    shared = sharing_modules(model)
     inputs: list[tuple[str, int]] = []
     handles = [
         module.register_forward_hook(
             lambda _, given, __, name=name: inputs.append((name, given[0].ndim))
         )
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and module.in_features <= LARGEST_GRAM
+        if type(module) is nn.Linear and name not in shared and module.in_features <= LARGEST_GRAM
     ]
     model(images)
     for handle in handles:

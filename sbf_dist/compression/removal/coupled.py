@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sbf_dist.compression.plan import Removed
 from sbf_dist.compression.removal.narrow import cannot_narrow, is_depthwise, narrow
 from sbf_dist.errors import UserError
-from sbf_dist.surgery import deep_copy
+from sbf_dist.surgery import deep_copy, sharing_modules
 
 TRIALS = 3  # of a group: a few channels may fit by chance
 TOLERANCE = 1e-8  # of the largest output, in double precision
@@ -68,6 +68,7 @@ def find_coupled(model: nn.Module, images: Tensor) -> tuple[list[Coupled], dict[
     except Exception as error:  # whatever a foreign tracer meets in a foreign network
         told = " ".join(str(error).split())[:200]
         return [], {"": f"torch-pruning cannot follow it: {type(error).__name__}: {told}"}
+    shared = sharing_modules(shadow)
     groups: list[Coupled] = []
     reasons: dict[str, str] = {}
     for group in found:
@@ -81,7 +82,7 @@ def find_coupled(model: nn.Module, images: Tensor) -> tuple[list[Coupled], dict[
             elif isinstance(module, nn.Parameter):
                 reason = reason or "a parameter outside any layer has its channels"
             elif module in names and len(list(module.parameters())) > 0:
-                unfit = cannot_narrow(module)
+                unfit = _unfit(module, shared.get(names[module]))
                 if unfit is not None:
                     place = (
                         "it is" if names[module] == name else f"its channels reach {names[module]},"
@@ -104,6 +105,13 @@ def find_coupled(model: nn.Module, images: Tensor) -> tuple[list[Coupled], dict[
             faulty |= {group.name: "the groups cannot be followed together" for group in groups}
             groups = []
     return groups, reasons | faulty
+
+
+def _unfit(module: nn.Module, sharing: list[str] | None) -> str | None:
+    """Say what `module`, whose weights modules of `sharing` use too, is that it cannot be cut."""
+    if sharing is not None:
+        return f"a layer whose weights are also those of {sharing[0]}"
+    return cannot_narrow(module)
 
 
 def removed_channels(chosen: list[tuple[Coupled, list[int]]]) -> dict[str, Removed]:

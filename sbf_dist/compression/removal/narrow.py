@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils.parametrize import is_parametrized
 
 from sbf_dist.compression.dry_run import dry_run
 from sbf_dist.compression.plan import Removed
@@ -77,8 +78,8 @@ def cannot_narrow(module: nn.Module) -> str | None:
     if not isinstance(module, tuple(WIDTHS)):
         return f"a {kind}: it has no channels that can be cut"
     unknown = sorted(_own_tensors(module).keys() - TENSORS)
-    if unknown:
-        return f"a {kind} with tensors of its own ({', '.join(unknown)})"
+    if unknown or is_parametrized(module):
+        return f"a {kind} with tensors of its own ({', '.join(unknown) or 'parametrizations'})"
     if isinstance(module, nn.Conv2d) and module.groups > 1 and not is_depthwise(module):
         return f"a grouped convolution ({module.groups} groups): its groups would become unequal"
     if isinstance(module, nn.GroupNorm) and module.num_groups not in (1, module.num_channels):
