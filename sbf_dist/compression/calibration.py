@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sbf_dist.errors import UserError
+from sbf_dist.layout import needs_contiguous
 
 BATCH = 64  # images at a time, where it is ours to choose
 PIXELS = 2**19  # of a batch for the layers' statistics: 10 images of 224 px, 64 of 90 px
@@ -41,6 +42,7 @@ class Calibration:
         self._batches = batches
         self.device = torch.device(device)
         self.dtype = dtype
+        self._layout = torch.preserve_format
         self.count = 0
         digests: list[int] = []
         for images in batches:
@@ -85,6 +87,12 @@ class Calibration:
         other.__dict__.update(self.__dict__)
         other.device = self.device if device is None else torch.device(device)
         other.dtype = self.dtype if dtype is None else dtype
+        return other
+
+    def contiguous(self) -> "Calibration":
+        """Return the same images, coming contiguous, however they lie in memory now."""
+        other = self.to(self.device)
+        other._layout = torch.contiguous_format
         return other
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -137,7 +145,7 @@ class Calibration:
 
     def _ready(self, images: Tensor) -> Tensor:
         dtype = self.dtype if images.is_floating_point() else None
-        return images.to(self.device, dtype)
+        return images.to(self.device, dtype, memory_format=self._layout)
 
     def _checked(self) -> Iterator[Tensor]:
         """Give the batches as they come, as long as they are the images of the first pass."""
@@ -204,3 +212,13 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     """Return the floating-point type of the first parameters of `model`."""
     floating = (x.dtype for x in model.parameters() if x.is_floating_point())
     return next(floating, torch.get_default_dtype())
+
+
+def calibration_for(
+    model: nn.Module, images: "Tensor | Calibration | Iterable[Tensor]"
+) -> Calibration:
+    """Return `images` on the device, in the floating-point type and the layout of `model`."""
+    calibration = Calibration.of(images, device=device_of(model), dtype=dtype_of(model))
+    if needs_contiguous(model, calibration.first(1)):
+        return calibration.contiguous()
+    return calibration

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sbf_dist.budget import COUNTS, ROUNDING, Budget
-from sbf_dist.compression.calibration import BATCH, Calibration, device_of, dtype_of
+from sbf_dist.compression.calibration import BATCH, Calibration, calibration_for, dtype_of
 from sbf_dist.compression.cost import count
 from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.plan import DenseLayer, Plan
@@ -85,7 +85,7 @@ class JointPlanner:
         self.names: dict[str, Any] = {"model_name": model_name, "classes": classes}
         self.settings = dict(settings or {})
         self.dense = working_copy(model)
-        calibration = Calibration.of(images, device=device_of(model), dtype=dtype_of(self.dense))
+        calibration = calibration_for(self.dense, images)
         held, self.images = _split(calibration, held_out)
         self.cost = count(self.dense, self.images.shape, held)
         self.share = budget.limit(cost_of(self.cost, self.of)) / cost_of(self.cost, self.of)

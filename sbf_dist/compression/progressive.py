@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sbf_dist.budget import Budget
-from sbf_dist.compression.calibration import Calibration, device_of, dtype_of
+from sbf_dist.compression.calibration import Calibration, calibration_for, dtype_of
 from sbf_dist.compression.candidates import find_candidates, forward_order
 from sbf_dist.compression.cost import count
 from sbf_dist.compression.fitting.layerwise import layer_of
@@ -91,7 +91,7 @@ def shrink(
                 "shrunk again"
             )
     now = working_copy(student)
-    calibration = Calibration.of(images, device=device_of(student), dtype=dtype_of(now))
+    calibration = calibration_for(now, images)
     dense = unfolded(now)
     few = calibration.first(2)
     reasons, candidates = find_candidates(dense, few, 1, keep)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sbf_dist.budget import Budget
-from sbf_dist.compression.calibration import Calibration, device_of, dtype_of
+from sbf_dist.compression.calibration import Calibration, calibration_for, dtype_of
 from sbf_dist.compression.candidates import convolution, find_candidates, forward_order
 from sbf_dist.compression.cost import Cost, count
 from sbf_dist.compression.fitting.between import insert_between
@@ -84,7 +84,7 @@ def compress(
     _check_dense(model, model_name)
     check_timed(model, budget)
     dense = working_copy(model)
-    calibration = Calibration.of(images, device=device_of(model), dtype=dtype_of(dense))
+    calibration = calibration_for(dense, images)
     reference = Reference(dense) if reference is None else working_reference(reference)
     input_shape, few = calibration.shape, calibration.first(2)
     # The least that rebuilding a channel takes is one tap.

@@ -119,9 +119,12 @@ class FusedConv2d(nn.Module):
 
     overwrites_residual: whether nobody needs the residual afterwards, so that the output may take
     its memory. Writing elsewhere costs a widening 1 x 1 layer up to a third of its time.
+    keeps_layout: whether the output is contiguous where the input is, as nn.Conv2d's; else it is
+    in channels_last.
     """
 
     overwrites_residual = False
+    keeps_layout = False
 
     def __init__(self, conv: nn.Conv2d, activation: Activation) -> None:
         super().__init__()
@@ -146,6 +149,11 @@ class FusedConv2d(nn.Module):
                 x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
             )
             return activate(y if residual is None else y + residual, self.activation)
+        if self.keeps_layout and x.is_contiguous():
+            return self._by_onednn(x, residual).contiguous()
+        return self._by_onednn(x, residual)
+
+    def _by_onednn(self, x: Tensor, residual: Tensor | None) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         if self._blocked is None:
             self._blocked = torch.ops.mkldnn._reorder_convolution_weight(

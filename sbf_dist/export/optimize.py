@@ -43,6 +43,8 @@ FUNCTIONS: dict[object, Activation] = {
 METHODS: dict[str, Activation] = {"relu": "relu", "relu_": "relu"}
 # In inference. Folding leaves an identity where a batch norm was.
 IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+VIEWS = {"view": "reshape", "view_as": "reshape_as"}
+LAYOUT_METHODS = {"as_strided", "stride", "is_contiguous", "storage", "untyped_storage", "data_ptr"}
 ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 IN_PLACE_OPERATORS = {value for name, value in vars(operator).items() if name.startswith("__i")}
 
@@ -58,10 +60,11 @@ def optimize(model: nn.Module) -> nn.Module:
     operators of their own.
 
     Give it images in channels_last. Layers with a padding_mode other than zeros, or uneven "same"
-    padding, stay as they are. If torch.fx cannot trace the network, a warning gives the reason,
-    and layers are fused without what follows them. `model` is not changed.
+    padding, stay as they are. If torch.fx cannot trace the network, or its code asks how features
+    lie in memory, a warning gives the reason, layers are fused without what follows them, and
+    features lie as in `model`. `model` is not changed.
     """
-    folded = fold_batchnorm(model).to(memory_format=torch.channels_last)
+    folded = fold_batchnorm(model)
     for parameter in folded.parameters():
         parameter.requires_grad_(False)
     try:
@@ -73,11 +76,18 @@ def optimize(model: nn.Module) -> nn.Module:
             type(error).__name__,
             error,
         )
-        bases = [module.basis for module in folded.modules() if isinstance(module, SBF)]
-        for module in list(folded.modules()):
-            if _is_fusible(module) and module not in bases:
-                become(module, _fused(module, "none"))
-        return folded
+        return _fuse_each(folded)
+    asks = _what_asks_for_layout(graph, folded)
+    if asks is not None:
+        logger.warning(
+            "activations and residuals are not fused: %s calls %s, whose result depends on how "
+            "features lie in memory",
+            type(model).__name__,
+            asks,
+        )
+        return _fuse_each(folded)
+    folded = folded.to(memory_format=torch.channels_last)
+    _reshape_views(graph)
     _drop_identities(graph, folded)
     _fuse_all(graph, folded)
     _reuse_residuals(graph, folded)
@@ -92,6 +102,46 @@ class _Epilogue:
     nodes: list[fx.Node]
     residual: fx.Node | None
     activation: Activation
+
+
+def _fuse_each(model: nn.Module) -> nn.Module:
+    """Fuse each convolution of `model`, in place, with nothing but its bias."""
+    bases = [module.basis for module in model.modules() if isinstance(module, SBF)]
+    for module in list(model.modules()):
+        if _is_fusible(module) and module not in bases:
+            become(module, _fused(module, "none"))
+    for module in model.modules():
+        if isinstance(module, FusedConv2d):
+            module.keeps_layout = True
+    return model
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Tell whether `node` is a view of another shape (not of another dtype)."""
+    if node.op != "call_method" or node.target not in VIEWS or node.kwargs:
+        return False
+    return not any(isinstance(arg, torch.dtype) for arg in node.args)
+
+
+def _what_asks_for_layout(graph: fx.Graph, model: nn.Module) -> str | None:
+    """Name what `graph` calls whose result depends on strides, or None."""
+    for node in graph.nodes:
+        if node.op == "call_method" and node.target in LAYOUT_METHODS:
+            return f"Tensor.{node.target}"
+        if node.op == "call_function" and node.target is torch.as_strided:
+            return "torch.as_strided"
+        # What is written to a view, its other readers see; of a copy they would not.
+        shared = _is_view(node) and len(node.all_input_nodes[0].users) > 1
+        if shared and any(_writes(reader, model) for reader in node.users):
+            return f"Tensor.{node.target} and writes to its result"
+    return None
+
+
+def _reshape_views(graph: fx.Graph) -> None:
+    """Put reshape for view, which fails on features that lie in channels_last."""
+    for node in graph.nodes:
+        if _is_view(node):
+            node.target = VIEWS[str(node.target)]
 
 
 def _fuse_all(graph: fx.Graph, model: nn.Module) -> None:

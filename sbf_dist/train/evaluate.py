@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sbf_dist.layout import needs_contiguous
+
 
 @dataclass(frozen=True)
 class Accuracy:
@@ -74,10 +76,14 @@ def _forward(
     """Each batch with its logits in fp32; the model is put back into the mode that it was in."""
     training = model.training
     model.eval()
+    contiguous: bool | None = None
     try:
         for batch in batches:
+            images = batch["image"].to(device, non_blocking=True)
+            if contiguous is None:
+                contiguous = needs_contiguous(model, images[:1])
             with torch.no_grad():
-                logits = model(batch["image"].to(device, non_blocking=True))
+                logits = model(images.contiguous() if contiguous else images)
             yield batch, logits.float()
     finally:
         model.train(training)

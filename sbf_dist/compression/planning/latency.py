@@ -15,6 +15,7 @@ from torch.utils.benchmark import Timer
 
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
+from sbf_dist.layout import needs_contiguous
 from sbf_dist.surgery import deep_copy
 
 logger = logging.getLogger(__name__)
@@ -48,9 +49,10 @@ def latencies(
     """Measure the median milliseconds of a forward pass of each model, in eval mode.
 
     Every model runs on its own device and in its own dtype; images of `input_shape` (channels,
-    height, width) come in channels_last; the threads are PyTorch's present number. Each model is
-    measured for about `seconds` after a warm-up, in blocks by turns, so that a change of the
-    machine's speed meets all of them alike. Blocks in which our threads had to wait for a
+    height, width) come in channels_last, or contiguous where a model's own code needs that; the
+    threads are PyTorch's present number. Each model is measured for about `seconds` after a
+    warm-up, in blocks by turns, so that a change of the machine's speed meets all of them alike.
+    Blocks in which our threads had to wait for a
     processor are left out; where there is no other within PATIENCE, a warning says so and
     the least disturbed are used, or, if `strict`, UserError is raised.
     """
@@ -119,11 +121,14 @@ def _seconds_waited() -> float:
 
 def _timer(model: nn.Module, input_shape: tuple[int, int, int], batch: int) -> Timer:
     parameter = next(model.parameters())
-    shadow = deep_copy(model).eval().to(memory_format=torch.channels_last)
+    shadow = deep_copy(model).eval()
     images = torch.randn(batch, *input_shape, device=parameter.device, dtype=parameter.dtype)
+    if not needs_contiguous(shadow, images.to(memory_format=torch.channels_last)):
+        shadow = shadow.to(memory_format=torch.channels_last)
+        images = images.to(memory_format=torch.channels_last)
     return Timer(
         "model(images)",
-        globals={"model": shadow, "images": images.to(memory_format=torch.channels_last)},
+        globals={"model": shadow, "images": images},
         num_threads=torch.get_num_threads(),
     )
 

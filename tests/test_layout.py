@@ -1,0 +1,124 @@
+"""How images lie in memory is no matter of the user's code."""
+
+import pytest
+import torch
+from small_networks import pictures
+from torch import nn
+
+from sbf_dist.budget import Budget
+from sbf_dist.compression.planning.latency import latency
+from sbf_dist.compression.reconstruct import compress
+from sbf_dist.export.optimize import optimize
+from sbf_dist.layout import needs_contiguous
+from sbf_dist.train.evaluate import predict
+
+
+class LeNet(nn.Module):
+    """With the view of many tutorials: it wants features as nn.Conv2d gives them for NCHW."""
+
+    def __init__(self, *, branch: bool = False):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 5, padding=2)
+        self.conv2 = nn.Conv2d(8, 16, 3, padding=1)
+        self.conv3 = nn.Conv2d(16, 16, 3, padding=1)
+        self.norm = nn.BatchNorm2d(16)
+        self.fc = nn.Linear(16 * 5 * 5, 5)
+        self.branch = branch
+
+    def forward(self, x):
+        if self.branch and x.mean() > 1e6:  # which torch.fx cannot trace
+            return self.fc(x)
+        x = self.conv1(x).relu()
+        x = torch.max_pool2d(self.conv2(x), 2).relu()
+        x = self.norm(self.conv3(x)).relu()
+        return self.fc(x.view(x.size(0), -1))
+
+
+class Strided(LeNet):
+    """Asks for strides itself."""
+
+    def forward(self, x):
+        x = torch.max_pool2d(self.conv2(self.conv1(x)), 2)
+        x = self.norm(self.conv3(x))
+        return self.fc(x.as_strided((x.shape[0], 400), (x.stride(0), 1)))
+
+
+def network(kind=LeNet, **settings):
+    torch.manual_seed(0)
+    return kind(**settings).eval()
+
+
+NETWORKS = [
+    pytest.param(network(), id="traceable"),
+    pytest.param(network(branch=True), id="not traceable"),
+    pytest.param(network(Strided), id="asks for strides"),
+]
+
+
+@pytest.mark.parametrize("model", NETWORKS)
+def test_an_optimized_network_computes_the_same(model):
+    images = pictures(4)
+    with torch.no_grad():
+        wanted = model(images)
+        torch.testing.assert_close(optimize(model)(images), wanted, rtol=1e-4, atol=1e-5)
+    assert model.conv1.weight.is_contiguous()
+
+
+def test_a_traceable_network_takes_channels_last_once_it_is_optimized():
+    images = pictures(4)
+    with torch.no_grad():
+        given = optimize(network())(images.to(memory_format=torch.channels_last))
+        torch.testing.assert_close(given, network()(images), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_written_to_a_view_is_seen_where_the_network_reads_it():
+    class Writing(LeNet):
+        def forward(self, x):
+            x = self.conv3(self.conv2(self.conv1(x)))
+            x.view(x.size(0), -1).relu_()
+            return x.mean((2, 3))
+
+    model, images = network(Writing), pictures(4)
+    with torch.no_grad():
+        torch.testing.assert_close(optimize(model)(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", NETWORKS[:2])
+def test_a_network_with_view_can_be_timed_and_evaluated(model):
+    last = pictures(4).to(memory_format=torch.channels_last)
+    assert needs_contiguous(model, last)
+    assert latency(model, (3, 10, 10), seconds=0.01) > 0
+    assert latency(optimize(model), (3, 10, 10), seconds=0.01) > 0
+    found = predict(model, [{"id": torch.arange(4), "image": last}], "cpu")
+    torch.testing.assert_close(found.probabilities, model(pictures(4)).softmax(1).detach())
+
+
+@pytest.mark.parametrize("model", NETWORKS[:2])
+def test_a_network_with_view_is_compressed_whatever_the_layout_of_the_images(model):
+    last = pictures(64).to(memory_format=torch.channels_last)
+    names = {"model_name": "lenet", "classes": 5}
+    student, plan = compress(model, last, budget=Budget(macs=0.8), **names)
+    assert plan.macs_after <= 0.8 * plan.macs_before
+    with torch.no_grad():
+        images = pictures(4)
+        torch.testing.assert_close(optimize(student)(images), student(images), rtol=1e-4, atol=1e-5)
+
+
+def test_a_budget_of_time_is_met_where_the_network_views(tmp_path):
+    from sbf_dist.compression.planning.latency_table import LatencyTable
+
+    _, plan = compress(
+        network(),
+        pictures(64),
+        model_name="lenet",
+        classes=5,
+        budget=Budget(latency=1.0),
+        table=LatencyTable(tmp_path / "latency.json"),
+        for_inference=optimize,
+    )
+    assert plan.latency is not None
+
+
+def test_what_fails_either_way_is_not_for_the_layout_to_tell():
+    last = torch.zeros(2, 4, 10, 10).to(memory_format=torch.channels_last)
+    assert not needs_contiguous(network(), last)
