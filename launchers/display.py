@@ -98,7 +98,10 @@ def _detail(record: Mapping[str, Any]) -> str:
 
 
 def results_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Return the table of results: accuracy in percent (- if unknown), millions of MACs, …"""
+    """Return the table of results: accuracy in percent (- if unknown), millions of MACs, …
+
+    A latency that is None stands for a machine that was too busy to measure it.
+    """
     table = Table()
     table.add_column("network", no_wrap=True)
     for heading in ("top-1 %", "MACs (M)", "params (k)", "latency (ms)"):
@@ -109,7 +112,7 @@ def results_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             "-" if row["top1"] is None else f"{100 * row['top1']:.1f}",
             f"{row['macs'] / 1e6:.2f}",
             f"{row['params'] / 1e3:.1f}",
-            f"{row['latency_ms']:.2f}",
+            "machine busy" if row["latency_ms"] is None else f"{row['latency_ms']:.2f}",
         )
     return table
 

@@ -21,7 +21,7 @@ from pipelines.sources.folder import index_plain
 from sbf_dist import models
 from sbf_dist.compression.cost import count
 from sbf_dist.compression.plan import Plan
-from sbf_dist.compression.planning.latency import latencies
+from sbf_dist.compression.planning.latency import latencies_if_quiet
 from sbf_dist.errors import UserError
 from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import ONNX, PLAN, WEIGHTS, check_folder
@@ -106,7 +106,7 @@ def _rows(
     recipe: Recipe, plan: Plan, networks: list[nn.Module], top1: list[float]
 ) -> list[dict[str, Any]]:
     """The dense network and the student as rows of the table of results."""
-    times = latencies(
+    times = latencies_if_quiet(
         [optimize(network) for network in networks],
         plan.input_shape,
         batch=recipe.compress.latency_batch,
@@ -117,7 +117,7 @@ def _rows(
             "top1": top1[number] if top1 else None,
             "macs": cost.macs,
             "params": cost.params,
-            "latency_ms": times[number],
+            "latency_ms": times and times[number],
         }
         for number, (name, cost) in enumerate(
             zip(

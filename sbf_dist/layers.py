@@ -98,6 +98,7 @@ class SBFConv2d(nn.Module):
             nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
         )
         self.reset_own_parameters()
+        self.register_load_state_dict_post_hook(_wire_loaded)
 
     @classmethod
     def from_conv(
@@ -155,19 +156,27 @@ class SBFConv2d(nn.Module):
         )
 
     def reset_parameters(self) -> None:
-        """Give all parameters their initial values, and the buffers theirs.
-
-        After `to_empty`, a layer that was made on the meta device needs this before its weights are
-        loaded: the wiring is not in a state dict.
-        """
+        """Give all parameters their initial values, and the buffers theirs."""
         self.basis.reset_parameters()
         for part in [] if self.between is None else self.between.modules():
             if callable(reset := getattr(part, "reset_parameters", None)):
                 reset()
         self.reset_own_parameters()
+        self.wire()
+
+    def wire(self) -> None:
+        """Give `sources` and `order` their values, where the transformations are.
+
+        Loading a state dict, which does not have them, does so too: a layer that was made on the
+        meta device, or is fresh from `to_empty`, has no values in them.
+        """
         positions, order = self.wiring()
-        self.sources.copy_(positions)
-        self.order.copy_(order)
+        device = self.transforms.device
+        if self.sources.device == device:
+            self.sources.copy_(positions)
+            self.order.copy_(order)
+        else:
+            self.sources, self.order = positions.to(device), order.to(device)
 
     @torch.no_grad()
     def reset_own_parameters(self) -> None:
@@ -184,7 +193,8 @@ class SBFConv2d(nn.Module):
         """(N, in_channels, H, W) -> (N, out_channels, H', W'), as nn.Conv2d, in x's layout.
 
         Without gradients it is one operator, with them two: the basis features are kept for the
-        backward pass. With something between basis and transformations there are always two.
+        backward pass; so are they while it is traced or exported, for who runs the result may want
+        gradients. With something between basis and transformations there are always two.
         """
         if self._is_one_operator(x):
             return sbf_conv2d(
@@ -212,6 +222,7 @@ class SBFConv2d(nn.Module):
         kind = x.device.type
         return not (
             torch.is_grad_enabled()
+            or is_recorded()
             or (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind))
             or self.padding_mode != "zeros"
             or isinstance(self.padding, str)
@@ -264,6 +275,16 @@ class SBFConv2d(nn.Module):
         if self.bias is None:
             parts.append("bias=False")
         return ", ".join(parts)
+
+
+def _wire_loaded(layer: nn.Module, _: object) -> None:
+    assert isinstance(layer, SBFConv2d)
+    layer.wire()
+
+
+def is_recorded() -> bool:
+    """Tell whether torch.jit.trace or torch.export is running: what runs now runs ever after."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 def check_wiring(

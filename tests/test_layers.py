@@ -286,6 +286,22 @@ def test_layer_made_on_the_meta_device_works_once_it_is_reset():
     assert torch.equal(made(x), sbf(x))
 
 
+def test_loading_a_state_dict_wires_a_layer_that_has_no_values():
+    sbf = layer()
+    x = torch.randn(2, 4, 9, 9)
+    assigned = SBFConv2d(4, 8, 3, KEPT, SOURCES, device="meta")
+    assigned.load_state_dict(sbf.state_dict(), assign=True)
+    emptied = SBFConv2d(4, 8, 3, KEPT, SOURCES, device="meta").to_empty(device="cpu")
+    emptied.sources.fill_(99)
+    emptied.order.fill_(99)
+    emptied.load_state_dict(sbf.state_dict())
+    for made in (assigned, emptied):
+        assert made.sources.device.type == made.order.device.type == "cpu"
+        assert torch.equal(made(x), sbf(x))
+        with torch.no_grad():
+            torch.testing.assert_close(made(x), sbf(x))
+
+
 def test_repr_tells_what_is_kept_and_what_is_rebuilt():
     assert "SBFConv2d(\n  4, 8, kept=4, rebuilt=4, sources=2, transform_size=3\n" in repr(layer())
     assert "bias=False" in layer(bias=False).extra_repr()

@@ -38,10 +38,11 @@ def index_folder(
     Layouts:
         root/<class>/**            images in any depth below the class
         root/train/<class>/**      with optional root/val/<class>/** and, without classes,
-                                   root/unlabelled/**
+                                   root/unlabelled/**; also Train, training, valid, validation
         root/manifest.json         a set that sbf data prepare made, as files or in shards
-    Images are known by their suffix (jpg jpeg png bmp webp tif tiff ppm pgm, in any case); names
-    that begin with a dot are passed over, links to folders are followed only for classes.
+    Images are known by their suffix (jpg jpeg jpe jfif png bmp webp tif tiff ppm pgm, in any case;
+    of others, as gif and heic, the log has the number); names that begin with a dot are passed
+    over, links to folders are followed only for classes.
 
     labelled_per_class, split, validation, seed   see splits.Selection
     unlabelled   a folder of other images, in any depth, for the part "unlabelled"; of a prepared

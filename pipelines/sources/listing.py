@@ -1,6 +1,8 @@
 """Which images a place holds: class folders, a folder without classes, or a prepared set."""
 
+import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +14,23 @@ from pipelines.index import UNKNOWN
 from pipelines.inspection import SUFFIXES, Inspection
 from pipelines.sources.manifest import CLASSES, is_prepared, read_manifest, read_samples
 from sbf_dist.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+# What a folder beside others says, in any case, of the images in it.
+ROLES = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "unlabelled": "unlabelled",
+    "unlabeled": "unlabelled",
+    "test": "test",
+    "testing": "test",
+}
+# Images that are not read: counted, lest they be missed.
+UNREAD = (".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg", ".tga", ".psd", ".dng", ".exr")
 
 
 @dataclass
@@ -158,27 +177,30 @@ def _class_folders(root: Path) -> Listing:
     """Every candidate of root/<class> or root/train/<class>, root/val and root/unlabelled."""
     if not any(root.iterdir()):
         raise UserError(f"data {root}: is empty; it should hold one folder a class")
-    split = (root / "train").is_dir()
+    folders = _split_folders(root)
+    split = "train" in folders
     if not split:
-        for role in ("val", "unlabelled"):
-            if (root / role).is_dir():
-                raise UserError(f"data {root}: has a folder {role} but none named train")
-    train = root / "train" if split else root
+        for role in folders:
+            raise UserError(f"data {root}: has a folder {role} but none named train")
+    train = folders.get("train", root)
     classes = _folders(train)
     if not classes:
         raise UserError(f"data {train}: has no class folders; expected {train}/<class>/<image>")
     label_of = {name: label for label, name in enumerate(classes)}
     found = [(name, "train", label_of[c]) for c in classes for name in _images(root, train / c)]
-    if split and (root / "val").is_dir():
-        for name in _folders(root / "val"):
+    if split and "val" in folders:
+        val = folders["val"]
+        for name in _folders(val):
             if name not in label_of:
-                raise UserError(f"data {root}: val has the class {name!r}, which train has not")
+                raise UserError(
+                    f"data {root}: {val.name} has the class {name!r}, which {train.name} has not"
+                )
             label = label_of[name]
-            found += [(file, "val", label) for file in _images(root, root / "val" / name)]
+            found += [(file, "val", label) for file in _images(root, val / name)]
         if not any(role == "val" for _, role, _ in found):
-            raise UserError(f"data {root / 'val'}: has no image; expected val/<class>/<image>")
-    if split and (root / "unlabelled").is_dir():
-        found += [(name, "unlabelled", UNKNOWN) for name in _images(root, root / "unlabelled")]
+            raise UserError(f"data {val}: has no image; expected {val.name}/<class>/<image>")
+    if split and "unlabelled" in folders:
+        found += [(name, "unlabelled", UNKNOWN) for name in _images(root, folders["unlabelled"])]
     found.sort()
     return Listing.of_files(
         classes,
@@ -188,13 +210,51 @@ def _class_folders(root: Path) -> Listing:
     )
 
 
+def _split_folders(root: Path) -> dict[str, Path]:
+    """The folders of `root` that hold a part of the images, by role; none if these are classes.
+
+    Names in lower case that say "train", "val" or "unlabelled" always do. Others, "Train" or
+    "valid", may be a class's: they count beside a folder for training that holds class folders, if
+    no other folder is there. What such a set has beyond these roles is named in the log.
+    """
+    names = _folders(root)
+    by_role: dict[str, list[str]] = {}
+    for name in names:
+        by_role.setdefault(ROLES.get(name.lower(), ""), []).append(name)
+    exact = [name for name in names if name in ("train", "val", "unlabelled")]
+    alike = not by_role.get("") and any(_folders(root / n) for n in by_role.get("train", ()))
+    if "train" not in names and not alike:
+        return {name: root / name for name in exact}
+    for role, several in by_role.items():
+        if role in ("train", "val", "unlabelled") and len(several) > 1:
+            raise UserError(
+                f"data {root}: has folders {' and '.join(several)}, which both say {role}: keep one"
+            )
+    unused = [*by_role.get("", ()), *by_role.get("test", ())]
+    if unused:
+        _log.warning(
+            "%s: not used, as it is neither train, val nor unlabelled: %s", root, ", ".join(unused)
+        )
+    return {
+        role: root / by_role[role][0] for role in ("train", "val", "unlabelled") if role in by_role
+    }
+
+
 def _folders(path: Path) -> list[str]:
     return sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def _images(root: Path, top: Path) -> Iterator[str]:
+    unread: Counter[str] = Counter()
     for folder, folders, names in os.walk(top):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
-            if not name.startswith(".") and name.lower().endswith(SUFFIXES):
+            if name.startswith("."):
+                continue
+            if name.lower().endswith(SUFFIXES):
                 yield (Path(folder) / name).relative_to(root).as_posix()
+            elif name.lower().endswith(UNREAD):
+                unread[Path(name).suffix.lower()] += 1
+    if unread:
+        told = ", ".join(f"{number} {suffix}" for suffix, number in sorted(unread.items()))
+        _log.warning("%s: passed over %s, which cannot be read here", top, told)

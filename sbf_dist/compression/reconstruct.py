@@ -4,6 +4,7 @@ The layers are fitted in forward order, each on the inputs that the layers conve
 produce, towards the dense network's outputs, so that later layers mend what earlier ones spoil.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
@@ -36,6 +37,9 @@ from sbf_dist.compression.progress import Progress, tell
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.surgery import deep_copy
+
+NEVER_REACHED = "no forward pass in evaluation mode reaches it"
+LISTED = 5  # reasons in a refusal
 
 
 @torch.no_grad()
@@ -91,7 +95,7 @@ def compress(
     reasons, candidates = find_candidates(dense, few, 1, keep)
     cost = count(dense, input_shape, few)
     if not candidates:
-        raise UserError(f"model {model_name!r} has no convolution that an SBF layer could replace")
+        raise _nothing_to_convert(dense, model_name, reasons)
 
     search = Search(
         sources=sources,
@@ -257,8 +261,7 @@ def _told_layers(
             )
     for name, module in dense.named_modules():
         if isinstance(module, nn.Conv2d) and name not in layers:
-            never = "no forward pass in evaluation mode reaches it"
-            layers[name] = DenseLayer(reason=never, macs=0, convertible=False)
+            layers[name] = DenseLayer(reason=NEVER_REACHED, macs=0, convertible=False)
     return layers
 
 
@@ -266,8 +269,27 @@ def _as_it_is(model: nn.Module) -> nn.Module:
     return model
 
 
+def _nothing_to_convert(model: nn.Module, name: str, reasons: dict[str, str]) -> UserError:
+    """Return the error that lists, with counts, why no convolution can be converted."""
+    found = Counter(reasons.values())
+    unreached = sum(isinstance(module, nn.Conv2d) for module in model.modules()) - len(reasons)
+    if unreached:
+        found[NEVER_REACHED] = unreached
+    listed = [f"{number} of them: {reason}" for reason, number in found.most_common(LISTED)]
+    if len(found) > LISTED:
+        listed.append(f"{len(found) - LISTED} other reasons")
+    return UserError(
+        f"model {name!r} has no convolution that an SBF layer could replace; {'; '.join(listed)}"
+    )
+
+
 def _check_dense(model: nn.Module, name: str) -> None:
     for layer, module in model.named_modules():
+        if type(module).__name__ == "OptimizedModule":
+            raise UserError(
+                f"model {name!r} is compiled by torch.compile: give the network inside, "
+                "model._orig_mod"
+            )
         if isinstance(module, SBFConv2d):
             raise UserError(
                 f"model {name!r} has an SBF layer already ({layer}): "

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from sbf_dist import _C
 from sbf_dist.export.fold import UnscaledSBFConv2d
 from sbf_dist.export.mixture import mixing_weight
-from sbf_dist.layers import SBFConv2d
+from sbf_dist.layers import SBFConv2d, is_recorded
 from sbf_dist.ops import Activation, Pair, pack_filters, sbf_conv2d
 
 # What oneDNN's fused convolution calls our activations: name, and its scalars.
@@ -49,6 +49,7 @@ class FusedSBFConv2d(nn.Module):
         self.register_buffer("sources", layer.sources, persistent=False)
         self.register_buffer("order", layer.order, persistent=False)
         self.out_channels = layer.out_channels
+        self.hidden = len(layer.order) - layer.out_channels  # basis features that are cut off
         self.stride, self.dilation = _pair(layer.basis.stride), _pair(layer.basis.dilation)
         self.padding = padding
         self.groups = layer.basis.groups
@@ -65,9 +66,8 @@ class FusedSBFConv2d(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Map (N, C_in, H, W), and a residual that broadcasts to the output, to the output."""
-        whole = self.out_channels == len(self.order)  # no hidden basis features to be cut off
         outside = None  # what is added after the operator
-        if residual is not None and not (whole and self._is_like_output(residual, x)):
+        if residual is not None and not self._adds_inside(residual, x):
             residual, outside = None, residual
         activation = self.activation if outside is None else "none"
         y = sbf_conv2d(
@@ -85,11 +85,13 @@ class FusedSBFConv2d(nn.Module):
             activation=activation,
             packed=self.packed if x.dtype == torch.float32 else None,
         )
-        if not whole:
+        if self.hidden:
             y = y[:, : self.out_channels]
         return y if outside is None else activate(y + outside, self.activation)
 
-    def _is_like_output(self, residual: Tensor, x: Tensor) -> bool:
+    def _adds_inside(self, residual: Tensor, x: Tensor) -> bool:
+        if self.hidden or is_recorded():
+            return False
         shape = _output_shape(self, self.out_channels, self.weight, x)
         return residual.dtype == x.dtype and tuple(residual.shape) == shape
 
@@ -179,6 +181,7 @@ class FusedConv2d(nn.Module):
     def _onednn_takes(self, x: Tensor) -> bool:
         return (
             not torch.compiler.is_compiling()
+            and not is_recorded()
             and x.device.type == "cpu"
             and x.dim() == 4
             and x.dtype == self.weight.dtype == torch.float32
@@ -236,11 +239,15 @@ class FusedMixture(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Map (N, C_in, H, W), and a residual that broadcasts to the output, to the output."""
-        batch, _, height, width = x.shape
-        little = batch * height * width <= self.most_pixels
-        if little and self.tiles.packed is not None and x.dtype == torch.float32:
+        if self._takes_tiles(x):
             return self.tiles(x, residual)
         return self.mix(self.basis(x), residual)
+
+    def _takes_tiles(self, x: Tensor) -> bool:
+        if is_recorded() or self.tiles.packed is None or x.dtype != torch.float32:
+            return False
+        batch, _, height, width = x.shape
+        return batch * height * width <= self.most_pixels
 
 
 def _forget_blocks(layer: nn.Module, _: object) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,9 @@ def to_onnx(model: nn.Module, path: Path, card: Card, *, dynamic_batch: bool = T
             verbose=False,
         )
     except torch.onnx.errors.OnnxExporterError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model {card.model!r} cannot be exported as ONNX: {reason}") from error
+        raise UserError(
+            f"model {card.model!r} cannot be exported as ONNX: {_reason(error)}"
+        ) from error
     assert program is not None
     proto = program.model_proto
     foreign = {entry.domain for entry in proto.opset_import} - {""}
@@ -60,6 +62,16 @@ def to_onnx(model: nn.Module, path: Path, card: Card, *, dynamic_batch: bool = T
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_bytes(proto.SerializeToString())
     partial.replace(path)
+
+
+def _reason(error: Exception) -> str:
+    """Return what is behind an error of the exporter, whose own text is advice in many lines."""
+    behind: BaseException = error
+    while behind.__cause__ is not None:
+        behind = behind.__cause__
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(behind)).split("\n")
+    first = next((line.strip() for line in lines if line.strip()), "no reason given")
+    return f"{type(behind).__name__}: {first[:300]}"
 
 
 def _metadata(card: Card) -> Iterator[tuple[str, str]]:

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
+ROUNDING = 1e-3  # by which floats may lie outside of [0, 1]
+
 
 class Student:
     """A classifier of RGB images.
@@ -39,7 +41,8 @@ class Student:
         """Classify images (N, height, width, 3): uint8, or floats in [0, 1].
 
         Returns "class" (N,) names, "probability" (N,) of that class, and "probabilities"
-        (N, classes) in the order of `self.classes`. Raises ValueError for another shape or type.
+        (N, classes) in the order of `self.classes`. Raises ValueError, in one line, for another
+        shape or type, no images, and floats that are not finite or not in [0, 1].
         """
         images = np.asarray(images)
         channels, height, width = self.input_shape
@@ -47,8 +50,10 @@ class Student:
             raise ValueError(
                 f"images have shape {images.shape}; wanted (N, {height}, {width}, {channels})"
             )
-        if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
-            raise ValueError(f"images are {images.dtype}; wanted uint8, or floats in [0, 1]")
+        if len(images) == 0:
+            raise ValueError(f"images have shape {images.shape}; wanted at least one image")
+        if images.dtype != np.uint8:
+            _check_floats(images)
         logits = [
             self.session.run(["logits"], {"images": self._normalised(part)})[0]
             for part in np.split(images, range(self.batch_size, len(images), self.batch_size))
@@ -65,6 +70,21 @@ class Student:
         if images.dtype == np.uint8:
             values /= 255
         return np.ascontiguousarray(((values - self.mean) / self.std).transpose(0, 3, 1, 2))
+
+
+def _check_floats(images: np.ndarray) -> None:
+    """Raise ValueError, in one line, for values that no image has on a scale from 0 to 1."""
+    if not np.issubdtype(images.dtype, np.floating):
+        raise ValueError(f"images are {images.dtype}; wanted uint8, or floats in [0, 1]")
+    if not np.isfinite(images).all():
+        raise ValueError("images hold NaN or infinity; wanted uint8, or floats in [0, 1]")
+    low, high = float(images.min()), float(images.max())
+    if low >= -ROUNDING and high <= 1 + ROUNDING:
+        return
+    guess = "values from 0 to 255 are wanted as uint8"
+    if low < -ROUNDING:
+        guess = "if they are normalised, leave that to predict"
+    raise ValueError(f"images are floats in [{low:.3g}, {high:.3g}], not in [0, 1]: {guess}")
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:

@@ -266,7 +266,13 @@ def test_a_network_that_gives_no_logits_is_refused(kind):
         (nn.Sequential(nn.Flatten(), nn.Linear(300, 5)), pictures(2), "has no convolution"),
         (small(), torch.zeros(2, 4, 10, 10), "cannot take images of 4 x 10 x 10: RuntimeError"),
         (small(), torch.zeros(0, 3, 10, 10), "calibration images: there are none"),
-        (Chain(plain(groups=4)), pictures(2), "no convolution that an SBF layer could replace"),
+        (
+            Chain(plain(groups=4), plain(groups=4), plain(groups=16)),
+            pictures(2),
+            "no convolution that an SBF layer could replace; 2 of them: grouped convolution "
+            "(4 groups); 1 of them: the stem: it reads the image itself; 1 of them: depthwise",
+        ),
+        (torch.compile(Chain(plain())), pictures(2), "compiled by torch.compile: give the network"),
     ],
 )
 def test_compress_tells_in_one_line_what_it_cannot_do(model, images, message):

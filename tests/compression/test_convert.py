@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from small_networks import pictures, small
+from small_networks import Small, pictures, small
 from torch import nn
 
 from sbf_dist.compression.candidates import forward_order
@@ -244,3 +244,17 @@ def test_a_layer_that_is_numbered_as_before_the_removal_is_refused():
     wrong = layers.model_copy(update={"layers": {**layers.layers, "conv1": every_other(16)}})
     with pytest.raises(UserError, match="gives layer conv1 16 channels, this network 12"):
         convert(small(), wrong)
+
+
+def test_a_network_made_on_the_meta_device_works_once_its_weights_are_assigned():
+    planned = plan(stem=dense(), conv1=every_other(16), conv2=every_other(16, per_channel=1))
+    student = convert(small(), planned).eval()
+    state = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    with torch.device("meta"):
+        network = Small()
+        made = convert(network, planned)
+    made.load_state_dict(state, assign=True)
+    for _ in range(2):
+        with torch.no_grad():
+            assert torch.equal(made.eval()(pictures(2)), student(pictures(2)))
+    assert not any(tensor.is_meta for tensor in [*made.parameters(), *made.buffers()])

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import onnx
@@ -89,6 +90,10 @@ class BranchOnData(nn.Module):
 def test_network_that_cannot_be_exported_is_refused_by_name(card: Card, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'cifar_resnet8' cannot be exported as ONNX"):
         to_onnx(BranchOnData(), tmp_path / "student.onnx", card)
+    with pytest.raises(UserError) as error:
+        to_onnx(BranchOnData(), tmp_path / "student.onnx", card)
+    assert str(error.value).isprintable()  # one line, without escape sequences
+    assert not re.search("Next steps|step 1", str(error.value))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,6 +1,10 @@
 """Choosing one option for each layer: a multiple-choice knapsack."""
 
-from collections.abc import Sequence
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,19 +62,38 @@ def allocate(
         membership[index, start : start + len(row)] = 1
         start += len(row)
     # Scaled to about one: HiGHS' tolerances are absolute.
-    result = milp(
-        loss / max(loss.max(), 1e-30),
-        constraints=[
-            LinearConstraint(membership, 1, 1),
-            LinearConstraint(cost[None] / limit, -np.inf, 1 - fixed / limit + ROUNDING),
-        ],
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 1e-4},
-    )
+    with _silenced():
+        result = milp(
+            loss / max(loss.max(), 1e-30),
+            constraints=[
+                LinearConstraint(membership, 1, 1),
+                LinearConstraint(cost[None] / limit, -np.inf, 1 - fixed / limit + ROUNDING),
+            ],
+            integrality=np.ones(len(flat)),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": 1e-4},
+        )
     assert result.success, result.message
     chosen = np.flatnonzero(result.x > 0.5)
     return {name: flat[index] for name, index in zip(options, chosen, strict=True)}
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Discard what is written to file descriptor 1: HiGHS prints there whatever its options say."""
+    buffers = ctypes.CDLL(None)  # of C's standard output, which only libc can empty
+    sys.stdout.flush()
+    buffers.fflush(None)
+    kept = os.dup(1)
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.close(nowhere)
+        yield
+    finally:
+        buffers.fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _worth_choosing(row: list[Option]) -> list[Option]:

@@ -30,6 +30,10 @@ UNDISTURBED = 0.05
 PATIENCE = 2.0  # seconds for each model in which enough undisturbed blocks should be found
 
 
+class MachineBusyError(UserError):
+    """Threads had to wait for a processor whenever something was timed."""
+
+
 def latency(
     model: nn.Module, input_shape: tuple[int, int, int], *, batch: int = 1, seconds: float = 0.5
 ) -> float:
@@ -54,7 +58,7 @@ def latencies(
     warm-up, in blocks by turns, so that a change of the machine's speed meets all of them alike.
     Blocks in which our threads had to wait for a
     processor are left out; where there is no other within PATIENCE, a warning says so and
-    the least disturbed are used, or, if `strict`, UserError is raised.
+    the least disturbed are used, or, if `strict`, MachineBusyError is raised.
     """
     timers = [_timer(model, input_shape, batch) for model in models]
     blocks: list[list[_Block]] = [[] for _ in timers]
@@ -74,9 +78,19 @@ def latencies(
     if min(map(_undisturbed, blocks)) == 0:
         busy = "this machine is busy with other work"
         if strict:
-            raise UserError(f"{busy}: layers cannot be timed; try again when it is not")
+            raise MachineBusyError(f"{busy}: layers cannot be timed; try again when it is not")
         logger.warning("%s: the latencies measured are too long", busy)
     return [1e3 * _median(found) for found in blocks]
+
+
+def latencies_if_quiet(
+    models: Sequence[nn.Module], input_shape: tuple[int, int, int], *, batch: int = 1
+) -> list[float] | None:
+    """Measure as `latencies` does; None if the machine is too busy for figures."""
+    try:
+        return latencies(models, input_shape, batch=batch, strict=True)
+    except MachineBusyError:
+        return None
 
 
 @dataclass(frozen=True)

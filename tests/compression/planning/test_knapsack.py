@@ -1,4 +1,6 @@
+import ctypes
 import itertools
+import os
 import re
 
 import pytest
@@ -6,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sbf_dist.budget import ROUNDING, Budget
+from sbf_dist.compression.planning import knapsack
 from sbf_dist.compression.planning.knapsack import Option, allocate, frontier
 from sbf_dist.errors import UserError
 
@@ -146,3 +149,19 @@ def test_what_the_layers_take_alone_may_exceed_the_whole():
     # A negative rest: layers timed alone sum to more than the network.
     chosen = allocate(OPTIONS, fixed=-100, dense=500, budget=Budget(latency=0.61))
     assert {name: option.sources for name, option in chosen.items()} == {"a": 1, "b": 0}
+
+
+def test_the_solver_prints_nothing(monkeypatch, capfd):
+    def printing(*args, **settings):
+        os.write(1, b"HighsMipSolverData::transformNewIntegerFeasibleSolution tmpSolver.run();\n")
+        ctypes.CDLL(None).printf(b"from C, in its own buffer\n")
+        return solve(*args, **settings)
+
+    solve = knapsack.milp
+    monkeypatch.setattr(knapsack, "milp", printing)
+    row = [Option(8, 0, 1, cost=10, loss=0.0), Option(4, 2, 1, cost=5, loss=1.0)]
+    print("before")
+    chosen = allocate({"a": row, "b": row}, fixed=0, dense=20, budget=Budget(macs=0.75))
+    print("after")
+    assert sum(option.cost for option in chosen.values()) == 15
+    assert capfd.readouterr().out == "before\nafter\n"

@@ -14,6 +14,7 @@ from sbf_dist.compression.planning.latency import (
     Form,
     build_form,
     latencies,
+    latencies_if_quiet,
     latency,
     layer_latencies,
 )
@@ -114,6 +115,11 @@ def test_a_machine_that_is_never_free_is_told_or_refused(fake, monkeypatch, capl
     assert warning == "this machine is busy with other work: the latencies measured are too long"
     with pytest.raises(UserError, match="busy with other work: layers cannot be timed"):
         latencies([Takes(0.5)], (1, 1, 1), strict=True)
+    assert latencies_if_quiet([Takes(0.5)], (1, 1, 1)) is None
+
+
+def test_a_quiet_machine_gives_figures(fake):
+    assert latencies_if_quiet([Takes(0.5), Takes(0.25)], (1, 1, 1)) == [500, 250]
 
 
 def spin(seconds):

@@ -76,6 +76,61 @@ def test_train_val_and_unlabelled_folders_are_used_as_they_are(tmp_path):
     assert sorted(index.labels[index.parts["unlabelled"]]) == [-1, -1, -1, -1, 0, 0, 1]
 
 
+@pytest.mark.parametrize(
+    ("train", "val"), [("Train", "Val"), ("train", "valid"), ("training", "Validation")]
+)
+def test_folders_that_say_train_and_val_otherwise_are_understood(tmp_path, train, val):
+    fill(tmp_path / train / "a", 5)
+    fill(tmp_path / train / "b", 4)
+    fill(tmp_path / val / "b", 3)
+    index = indexed(tmp_path, validation=None)
+    assert index.classes == ["a", "b"]
+    assert classes_of(index, "validation") == {"b": 3}
+    assert classes_of(index, "labelled") == {"a": 5, "b": 4}
+
+
+def test_what_stands_beside_train_and_is_not_used_is_named(tmp_path, caplog):
+    fill(tmp_path / "train" / "a", 5)
+    fill(tmp_path / "test" / "a", 2)
+    fill(tmp_path / "extra", 2)
+    with caplog.at_level(logging.WARNING):
+        index = indexed(tmp_path)
+    assert len(index) == 5
+    assert "not used, as it is neither train, val nor unlabelled: extra, test" in caplog.text
+
+
+def test_two_folders_for_one_part_are_refused(tmp_path):
+    for name in ("train", "val", "valid"):
+        fill(tmp_path / name / "a", 3)
+    with pytest.raises(UserError, match="has folders val and valid, which both say val"):
+        indexed(tmp_path)
+
+
+def test_classes_may_have_such_names(tmp_path):
+    for name in ("Train", "Car", "Valid"):
+        fill(tmp_path / name, 5)
+    assert indexed(tmp_path).classes == ["Car", "Train", "Valid"]
+
+
+def test_classes_named_train_and_val_are_classes_where_they_hold_images(tmp_path):
+    for name in ("Train", "Val"):
+        fill(tmp_path / name, 5)
+    assert indexed(tmp_path).classes == ["Train", "Val"]
+
+
+def test_other_suffixes_of_jpeg_are_known_and_other_images_are_counted(tmp_path, caplog):
+    fill(tmp_path / "a", 2, ".jpg")
+    for number, suffix in enumerate([".jfif", ".jpe"]):
+        (tmp_path / "a" / f"{number}.jpg").rename(tmp_path / "a" / f"{number}{suffix}")
+    fill(tmp_path / "a", 3)
+    for name in ("x.gif", "y.GIF", "z.heic"):
+        (tmp_path / "a" / name).write_bytes(b"")
+    with caplog.at_level(logging.WARNING):
+        index = indexed(tmp_path)
+    assert len(index) == 5
+    assert "passed over 2 .gif, 1 .heic, which cannot be read here" in caplog.text
+
+
 def test_suffixes_count_in_any_case_and_other_files_do_not(tmp_path):
     fill(tmp_path / "a", 3, ".JPG")
     fill(tmp_path / "a", 2, ".Tiff")
