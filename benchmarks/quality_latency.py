@@ -27,6 +27,7 @@ from sbf_dist.compare_recipe import load
 from sbf_dist.export.optimize import optimize
 from sbf_dist.peers.methods import TITLES, compressed
 from sbf_dist.tracking import origin
+from sbf_dist.weights import load_weights
 
 BATCHES = (1, 64)
 
@@ -42,7 +43,7 @@ def measure(model: str, runs: Path, rounds: int, display: Display) -> list[dict]
     images = calibration.first(calibration.count)
     classes = len(index.classes)
     dense = models.build(model, classes)
-    models.load_weights(dense, runs / name / "dense" / "seed-0.safetensors")
+    load_weights(dense, runs / name / "dense" / "seed-0.safetensors")
     dense.eval()
     networks = {("dense", 1.0): optimize(dense)}
     for macs in recipe.macs:

@@ -34,6 +34,7 @@ from sbf_dist.train.evaluate import accuracy
 from sbf_dist.train.loop import LogRecord, fit
 from sbf_dist.train.schedule import schedule
 from sbf_dist.train.single import SingleEngine
+from sbf_dist.weights import load_weights, save_weights
 
 Result = dict[str, Any]
 Batch = dict[str, Tensor]
@@ -123,13 +124,13 @@ class Bench:
         dense = models.build(recipe.model, len(index.classes)).to(device)
         weights = folder / "dense" / f"seed-{seed}.safetensors"
         if weights.exists():
-            models.load_weights(dense, weights)
+            load_weights(dense, weights)
         else:
             labelled = _loader(recipe, index, {"labelled": recipe.dense.batch_size}, seed, device)
             title = f"dense network, seed {seed}"
             task = DistillationTask(dense)
             _fit(task, recipe.dense, recipe.dense.steps, labelled, title, display)
-            models.save_weights(dense, weights)
+            save_weights(dense, weights)
         dense.eval()
         recovery = recipe.recovery
         parts = shares_of_batch(

@@ -39,6 +39,14 @@ def command(
         int | None,
         typer.Option(min=1, help="Outputs of the network, if not one for each class folder."),
     ] = None,
+    weights_key: Annotated[
+        str | None,
+        typer.Option(help="Where in the file of weights the state dict is, if several fit."),
+    ] = None,
+    weights_prefix: Annotated[
+        str | None,
+        typer.Option(help="What stands before the network's names there, if several prefixes fit."),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
@@ -56,7 +64,7 @@ def command(
     # It takes seconds to import: not before the command line is known to be right.
     from launchers.one_shot import compress_once
 
-    compress_once(chosen, out, classes)
+    compress_once(chosen, out, classes, weights_key=weights_key, weights_prefix=weights_prefix)
 
 
 def recipe_of(model: str, weights: Path, data: Path, budget: str, overrides: list[str]) -> Recipe:

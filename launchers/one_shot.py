@@ -27,13 +27,21 @@ from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import ONNX, PLAN, WEIGHTS, check_folder
 from sbf_dist.recipe import Recipe
 from sbf_dist.train.evaluate import accuracy
+from sbf_dist.weights import load_weights
 
 
-def compress_once(recipe: Recipe, out: Path, classes: int | None) -> None:
+def compress_once(
+    recipe: Recipe,
+    out: Path,
+    classes: int | None,
+    *,
+    weights_key: str | None = None,
+    weights_prefix: str | None = None,
+) -> None:
     """Compress the recipe's only teacher and write the student to `out`, saying what was reached.
 
-    `classes`: outputs of the network, None for one to each class of the images. UserError for
-    weights, images and folders that do not fit.
+    `classes`: outputs of the network, None for one to each class of the images; `weights_key`,
+    `weights_prefix`: see load_weights. UserError for weights, images and folders that do not fit.
     """
     check_folder(out)
     torch.set_num_threads(available_cpus())
@@ -50,7 +58,9 @@ def compress_once(recipe: Recipe, out: Path, classes: int | None) -> None:
                 "network has"
             )
         dense = models.build(teacher.model, outputs)
-        models.load_weights(dense, teacher.weights)
+        found = load_weights(dense, teacher.weights, key=weights_key, prefix=weights_prefix)
+        if found is not None:
+            display.say(f"  {found}")
         images = calibration_images(recipe.data, index, recipe.compress.images, recipe.seed)
         student, plan = make(recipe, dense, teacher.model, outputs, images, display)
         top1 = _accuracies(recipe, index, [dense, student], display)

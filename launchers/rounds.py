@@ -11,13 +11,13 @@ from launchers.display import Display
 from launchers.layout import RunFolder
 from launchers.student import budget_of, make, progress_of
 from launchers.worker import build_network
-from sbf_dist import models
 from sbf_dist.budget import Budget
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.cost import count
 from sbf_dist.compression.plan import Plan
 from sbf_dist.compression.progressive import round_budgets, shrink
 from sbf_dist.recipe import Recipe
+from sbf_dist.weights import save_weights
 
 
 def shrink_in_rounds(
@@ -54,7 +54,7 @@ def shrink_in_rounds(
                 student, plan = _smaller(recipe, folder, number, budget, images, display)
             path.parent.mkdir(exist_ok=True)
             plan.save(path)
-            models.save_weights(student, weights)  # last: what says that the round is fitted
+            save_weights(student, weights)  # last: what says that the round is fitted
         if number < len(budgets) and not folder.weights(networks.trained(number)).exists():
             train(networks.round_stage(jobs[number - 1]))
     return path

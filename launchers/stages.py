@@ -30,6 +30,7 @@ from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import ONNX
 from sbf_dist.recipe import Recipe
 from sbf_dist.report.chart import accuracy_and_cost
+from sbf_dist.weights import load_weights, save_weights
 
 Result = dict[str, Any]
 
@@ -96,7 +97,9 @@ def teachers(run: Run, log: tracking.Run) -> Result:
     classes = len(DataIndex.load(run.folder.index).classes)
     for teacher in run.recipe.teachers:
         if teacher.weights is not None:
-            models.load_weights(models.build(teacher.model, classes), teacher.weights)
+            found = load_weights(models.build(teacher.model, classes), teacher.weights)
+            if found is not None:
+                run.display.say(f"  {found}")
     jobs = networks.teacher_jobs(run.recipe)
     return _train(run, "teachers", log) if jobs else {}
 
@@ -143,8 +146,8 @@ def compress_teacher(run: Run, log: tracking.Run) -> Result:
     zeroed, zeroed_macs, zeroed_params = zero_channels(
         dense, convertible, images.first(images.count), reached
     )
-    models.save_weights(student, run.folder.weights(networks.ONE_SHOT))
-    models.save_weights(zeroed, run.folder.weights(networks.ZEROED))
+    save_weights(student, run.folder.weights(networks.ONE_SHOT))
+    save_weights(zeroed, run.folder.weights(networks.ZEROED))
     plan.save(run.folder.plan)
     log.log_artifact(run.folder.plan)
     figures: dict[str, float] = {"macs": plan.macs_after, "params": plan.params_after}

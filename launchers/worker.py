@@ -40,6 +40,7 @@ from sbf_dist.train.engine import OptimizerConfig, build_engine
 from sbf_dist.train.evaluate import Accuracy, accuracy, synchronise_batchnorm
 from sbf_dist.train.loop import LogRecord, fit
 from sbf_dist.train.schedule import schedule
+from sbf_dist.weights import load_weights, save_weights
 
 EVAL_BATCH = 128
 Batch = dict[str, Tensor]
@@ -159,7 +160,7 @@ def _train(
     batches.close()
     scores = accuracy(student, _validation(here, job.view), here.device)
     if here.rank == 0:
-        models.save_weights(student, here.run.weights(job.name))
+        save_weights(student, here.run.weights(job.name))
     if tracker is not None:
         tracker.log_metrics(_scores(job.name, scores), settings.steps)
         tracker.flush()
@@ -180,7 +181,7 @@ def build_network(
     if plan is not None:
         model = convert(model, Plan.load(plan))
     if start_from is not None:
-        models.load_weights(model, networks.weights_of(recipe, run, start_from))
+        load_weights(model, networks.weights_of(recipe, run, start_from))
     return model
 
 

@@ -1,24 +1,14 @@
 """Students and teachers by name: our CIFAR networks, timm's and torchvision's."""
 
 import difflib
-import pickle
-import zipfile
-from collections.abc import Mapping
-from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from sbf_dist.cifar import build_cifar
 from sbf_dist.errors import UserError
 
 EXAMPLES = "cifar_resnet20, cifar_vgg16, timm:resnet50, torchvision:resnet18"
 INCEPTIONS = ("googlenet", "inception_v3")  # torchvision's networks with auxiliary heads
-AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # of the published weights
-# What wrappers of a network put before the names of its weights.
-WRAPPERS = ("module.", "_orig_mod.", "model.")
 
 
 def build(name: str, classes: int) -> nn.Module:
@@ -65,83 +55,3 @@ def _torchvision(name: str, classes: int) -> nn.Module:
 def _nearest(name: str, known: list[str]) -> str:
     matches = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {matches[0]!r}?" if matches else ""
-
-
-def save_weights(model: nn.Module, path: Path) -> None:
-    """Write the state dict of `model` as safetensors, in one step."""
-    state = {  # cloned: safetensors refuses one tensor under two names, as shared modules have
-        name: tensor.detach().cpu().contiguous().clone()
-        for name, tensor in model.state_dict().items()
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(state, partial)
-    partial.replace(path)
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a file of weights into `model`; UserError naming the first key that does not fit.
-
-    Safetensors, or torch.save's file of a state dict, or of a dict with one as "state_dict", of
-    which nothing but tensors is unpickled. The message says so where all keys fit but for what a
-    wrapper (DataParallel, torch.compile) put before them.
-    """
-    state = _read_state(path)
-    if getattr(model, "aux_logits", None) is False:  # torchvision's, built without these heads
-        state = {name: x for name, x in state.items() if not name.startswith(AUXILIARY)}
-    own = model.state_dict()
-    for wrapper in WRAPPERS:
-        if state and {name.removeprefix(wrapper) for name in state} == own.keys() != state.keys():
-            raise UserError(
-                f"weights {path} have {wrapper!r} before every name, as a wrapper writes it: save "
-                "the state dict of the network inside"
-            )
-    for name, tensor in own.items():
-        if name not in state:
-            raise UserError(f"weights {path} lack {name}, which the model has")
-        if state[name].shape != tensor.shape:
-            raise UserError(
-                f"weights {path}: {name} is {tuple(state[name].shape)}, the model wants "
-                f"{tuple(tensor.shape)}"
-            )
-    for name in state:
-        if name not in own:
-            raise UserError(f"weights {path} have {name}, which the model does not know")
-    load_state(model, state)
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    if not path.exists():
-        raise UserError(f"weights {path} do not exist")
-    if not zipfile.is_zipfile(path):
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"weights {path} are neither a safetensors file nor torch.save's: {error}"
-            ) from None
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError):
-        raise UserError(
-            f"weights {path} hold more than tensors, which is not unpickled: write the state dict "
-            "alone, best with safetensors.torch.save_file"
-        ) from None
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
-    if not isinstance(content, Mapping) or not all(isinstance(x, Tensor) for x in content.values()):
-        raise UserError(f"weights {path} are no state dict: wanted tensors by name")
-    return dict(content)
-
-
-def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load a whole state dict that came out of a safetensors file into `model`.
-
-    Such a file does not tell the versions of the modules that wrote it, without which some refuse
-    to load (torchvision's MNASNet): they are taken to be those of `model`. Raises RuntimeError
-    as load_state_dict does.
-    """
-    versioned = model.state_dict()
-    versioned.clear()  # which leaves the versions
-    versioned.update(state)
-    model.load_state_dict(versioned)

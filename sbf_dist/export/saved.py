@@ -15,6 +15,7 @@ from sbf_dist import models
 from sbf_dist.compression.convert import convert
 from sbf_dist.compression.plan import Plan
 from sbf_dist.errors import UserError
+from sbf_dist.weights import load_state
 
 WEIGHTS = "weights.safetensors"
 PLAN = "plan.json"
@@ -134,7 +135,7 @@ def load_student(folder: Path) -> nn.Module:
         raise UserError(f"file {path} is damaged: its SHA-256 is not the one in {CARD}")
     model = convert(models.build(plan.model, plan.classes), plan)
     try:
-        models.load_state(model, load_file(path))
+        load_state(model, load_file(path))
     except (SafetensorError, RuntimeError) as error:
         raise UserError(f"file {path} does not fit {PLAN}: {_first_line(error)}") from error
     return model.eval()

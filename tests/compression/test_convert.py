@@ -11,7 +11,7 @@ from sbf_dist.compression.cost import count
 from sbf_dist.compression.plan import DenseLayer, Plan, Removed, SBFLayer
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
-from sbf_dist.models import load_weights, save_weights
+from sbf_dist.weights import load_weights, save_weights
 
 
 def dense(convertible=True):

@@ -23,7 +23,8 @@ from sbf_dist.export.onnx import to_onnx, verify_onnx
 from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import Card, load_student, save_student
 from sbf_dist.layers import SBFConv2d
-from sbf_dist.models import build, load_state
+from sbf_dist.models import build
+from sbf_dist.weights import load_state
 
 CLASSES = 5
 # Where it is not 32: what the networks want, and one whose batch norms want more positions.

@@ -10,7 +10,6 @@ from launchers.display import Display
 from launchers.images import index_images
 from launchers.layout import RunFolder
 from launchers.networks import Job
-from sbf_dist import models
 from sbf_dist.distill import pseudo_labels
 from sbf_dist.distill.task import DistillationTask
 from sbf_dist.recipe import Recipe
@@ -18,6 +17,7 @@ from sbf_dist.train.engine import OptimizerConfig
 from sbf_dist.train.loop import LogRecord, fit
 from sbf_dist.train.schedule import schedule
 from sbf_dist.train.single import SingleEngine
+from sbf_dist.weights import save_weights
 
 
 def begin(recipe: Recipe, runs: Path) -> worker.Context:
@@ -54,7 +54,7 @@ def train(here: worker.Context, job: Job) -> list[LogRecord]:
         annotate=annotate,
     )
     batches.close()
-    models.save_weights(student, here.run.weights(job.name))
+    save_weights(student, here.run.weights(job.name))
     return records
 
 

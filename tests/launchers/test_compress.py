@@ -14,6 +14,7 @@ from sbf_dist.compression.plan import Plan
 from sbf_dist.errors import UserError
 from sbf_dist.export.saved import load_card, load_student
 from sbf_dist.export.sbf_student import Student
+from sbf_dist.weights import save_weights
 
 SIZE = 16
 SMALL = [f"data.image_size={SIZE}", "compress.images=48", "compress.sources=2", "data.crop=1.0"]
@@ -25,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("compress")
     digits.write(root / "digits")
     torch.manual_seed(0)
-    models.save_weights(models.build("cifar_resnet8", 10), root / "resnet8.safetensors")
+    save_weights(models.build("cifar_resnet8", 10), root / "resnet8.safetensors")
     return root
 
 
@@ -76,7 +77,7 @@ def test_a_network_of_other_outputs_is_compressed_without_an_accuracy(
     told: str, folder: Path
 ) -> None:
     torch.manual_seed(0)
-    models.save_weights(models.build("cifar_resnet8", 7), folder / "seven.safetensors")
+    save_weights(models.build("cifar_resnet8", 7), folder / "seven.safetensors")
     words = arguments(folder, weights=str(folder / "seven.safetensors"), out=str(folder / "seven"))
     result = CliRunner().invoke(cli.app, [*words, "--classes", "7", *SMALL], catch_exceptions=False)
     assert "the network has 7 outputs, the images 10 classes" in result.output

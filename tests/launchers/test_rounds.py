@@ -18,6 +18,7 @@ from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.cost import count
 from sbf_dist.compression.plan import Plan
 from sbf_dist.compression.progressive import shrink
+from sbf_dist.weights import save_weights
 
 SHAPE = (3, 16, 16)
 RECIPE = recipe.validate(
@@ -62,7 +63,7 @@ class Run:
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.mul_(1.01)
-        models.save_weights(network, self.folder.weights(job.name))
+        save_weights(network, self.folder.weights(job.name))
         self.trained.append(job.name)
 
     def network(self, name: str, weights: str | None = None) -> torch.nn.Module:

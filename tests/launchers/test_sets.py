@@ -18,9 +18,9 @@ from launchers import cli, networks, worker
 from launchers.display import Display
 from launchers.images import calibration_images
 from launchers.student import make as make_student
-from sbf_dist import models
 from sbf_dist import recipe as recipes
 from sbf_dist.train.evaluate import accuracy
+from sbf_dist.weights import save_weights
 
 ROOT = Path(__file__).parents[2]
 SBF = Path(sys.executable).with_name("sbf")
@@ -108,7 +108,7 @@ def test_a_set_is_prepared_checked_trained_on_and_evaluated(name, tmp_path):
     images = calibration_images(recipe.data, here.index, recipe.compress.images, recipe.seed)
     dense = worker.build_network(recipe, here.run, teacher.name, start_from=teacher.name)
     student, plan = make_student(recipe, dense, teacher.model, classes, images, Display())
-    models.save_weights(student, here.run.weights(networks.ONE_SHOT))
+    save_weights(student, here.run.weights(networks.ONE_SHOT))
     plan.save(here.run.plan)
     records += [one_worker.train(here, job) for job in networks.distill_jobs(recipe)]
 

@@ -19,6 +19,7 @@ from sbf_dist.distill import pseudo_labels
 from sbf_dist.distill.task import full_distributions
 from sbf_dist.errors import UserError
 from sbf_dist.recipe import Recipe
+from sbf_dist.weights import save_weights
 
 TRAINING = {"steps": 2, "batch_size": 8, "optimizer": {"lr": 0.01}}
 
@@ -61,7 +62,7 @@ def begin(images, tmp_path):
         torch.manual_seed(0)
         for teacher in recipe.teachers:
             network = models.build(teacher.model, len(here.index.classes))
-            models.save_weights(network, here.run.weights(teacher.name))
+            save_weights(network, here.run.weights(teacher.name))
         one_worker.write_pseudo_labels(here)
         return here
 
