@@ -53,7 +53,7 @@ class Run:
             parts=dict.fromkeys(PARTS, none),
             skipped=[],
         ).save(self.folder.index)
-        _, plan = make(RECIPE, self.dense, "cifar_resnet8", 10, self.images, Display())
+        _, plan = make(RECIPE, self.dense, "cifar_resnet8", self.images, Display())
         plan.save(self.folder.plan)
 
     def train(self, stage: str) -> None:
