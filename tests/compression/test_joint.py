@@ -101,20 +101,24 @@ def test_a_probe_gives_the_same_twice_and_brings_a_student_nearer_to_its_teacher
     assert all(torch.equal(value, student.state_dict()[name]) for name, value in before.items())
 
 
-def test_a_share_that_floors_forbid_is_told_in_the_table_and_another_is_taken():
-    kept = {"macs": 0.7, "floor": 0.6}
-    _, plan = jointly(small(), shares=(0, 1), **kept)
+def removing_but(keep):
+    """A planner that may not remove channels of these layers, though it may rebuild them."""
+    model = small()
+    each = planner(model)
+    each.__dict__["_removable"] = find_removable(model, each.images, keep=tuple(keep))
+    return each
+
+
+def test_a_share_that_cannot_be_reached_is_told_in_the_table_and_another_is_taken():
+    _, plan = removing_but(["stem", "conv1"]).best((0, 1))
     assert plan.removed == {}
-    assert "share 1 by removal: impossible, removal: 0.7 of the macs" in plan.explanation[2]
-    with pytest.raises(UserError, match=r"removal: 0\.7 of the macs cannot be reached"):
-        jointly(small(), shares=(1,), **kept)
+    assert "share 1 by removal: impossible, removal: 0.5 of the macs" in plan.explanation[2]
+    with pytest.raises(UserError, match=r"removal: 0\.5 of the macs cannot be reached"):
+        removing_but(["stem", "conv1"]).best((1,))
 
 
 def test_a_network_of_which_nothing_can_be_removed_is_rebuilt():
-    model = small()
-    each = planner(model, macs=0.7)
-    each.__dict__["_removable"] = find_removable(model, each.images, keep=("*",))
-    _, plan = each.best((0, 0.5))
+    _, plan = removing_but(["*"]).best((0, 0.5))
     assert plan.removed == {}
     assert "share 0.5 by removal: impossible, removal: no channel can be" in plan.explanation[2]
 
