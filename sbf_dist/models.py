@@ -2,7 +2,6 @@
 
 import difflib
 import pickle
-import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -76,9 +75,12 @@ def _names_it_may_have(model: nn.Module) -> list[str]:
         architecture = card.get("architecture", "")
         return [f"timm:{architecture}"] if timm.is_model(architecture) else []
     if module.startswith("torchvision.models."):
-        from torchvision.models import list_models
+        import torchvision
+        from torchvision.models import get_model_builder, list_models
 
-        return [f"torchvision:{name}" for name in list_models(module=sys.modules[module])]
+        names = list_models(module=torchvision.models)
+        alike = [name for name in names if get_model_builder(name).__module__ == module]
+        return [f"torchvision:{name}" for name in alike]
     return []
 
 
