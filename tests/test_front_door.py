@@ -160,7 +160,8 @@ def test_a_network_of_a_library_is_saved_and_loaded_without_its_builder(tmp_path
     torch.manual_seed(0)
     model = models.build("torchvision:squeezenet1_1", 5).eval()
     images = pictures(8, 64)
-    student, plan = sbf_dist.compress(model, images, macs=0.8)
+    most = ["features.[4-9]*", "features.1?.*", "classifier.*"]  # wide layers take long
+    student, plan = sbf_dist.compress(model, images, sbf_dist.Compression(macs=0.98, keep=most))
     assert plan.model == "torchvision:squeezenet1_1"
     sbf_dist.save(student, tmp_path / "student")
     loaded = sbf_dist.load(tmp_path / "student")
