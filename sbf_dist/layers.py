@@ -155,8 +155,8 @@ class SBFConv2d(nn.Module):
     def reset_parameters(self) -> None:
         """Give all parameters their initial values, and the buffers theirs.
 
-        After `to_empty`, a layer that was made on the meta device needs this before its weights are
-        loaded: the wiring is not in a state dict.
+        After `to_empty`, a layer that was built on the meta device needs this before its weights
+        are loaded: the wiring is not in a state dict.
         """
         self.basis.reset_parameters()
         for part in [] if self.between is None else self.between.modules():

@@ -46,7 +46,7 @@ def name_of(model: nn.Module, classes: int) -> str:
 
     It is found by building the networks that `model` may be, without memory, and comparing names
     and shapes of their tensors and all that their modules say of themselves. A network that is
-    none of them has the name of its class instead: 'package.module:Class'.
+    not among them has the name of its class instead: 'package.module:Class'.
     """
     kind = type(model)
     for name in _names_it_may_have(model):

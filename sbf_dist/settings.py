@@ -108,7 +108,9 @@ class Compression(Settings):
     def _has_one_budget(self) -> Self:
         given = [f"{kind} = {getattr(self, kind):g}" for kind in BUDGETS if self._gives(kind)]
         if len(given) != 1:
-            found = f"not {' and '.join(given)} (null takes one away)" if given else "none is given"
+            found = (
+                f"not {' and '.join(given)} (null takes one away)" if given else "nothing is given"
+            )
             separator = ", " if given else "; "
             raise ValueError(
                 f"give exactly one of macs, params, latency and latency_ms{separator}{found}"
@@ -176,14 +178,14 @@ class Augmentation(Settings):
     shift: float = Field(0.0, ge=0, le=1, description="largest shift, share of the side")
     color: float = Field(0.0, ge=0, le=1, description="jitter of brightness, contrast, saturation")
     rand_augment: int = Field(
-        0, ge=0, le=16, description="random operations per image (RandAugment); 0: none"
+        0, ge=0, le=16, description="random operations per image (RandAugment); 0: off"
     )
     magnitude: int = Field(9, ge=0, le=30, description="strength of these operations")
     mixup: float = Field(
-        0.0, ge=0, le=1000, description="blend pairs of images, share ~ Beta(mixup, mixup); 0: none"
+        0.0, ge=0, le=1000, description="blend pairs of images, share ~ Beta(mixup, mixup); 0: off"
     )
     cutmix: float = Field(
-        0.0, ge=0, le=1000, description="put boxes of one image into another, area ~ Beta; 0: none"
+        0.0, ge=0, le=1000, description="put boxes of one image into another, area ~ Beta; 0: off"
     )
 
     @model_validator(mode="after")

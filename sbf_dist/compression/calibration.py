@@ -102,7 +102,7 @@ class Calibration:
 
     @property
     def part(self) -> int:
-        """Images in a batch whose features are held for statistics: few if they are large."""
+        """Images in a batch whose features are held for statistics: less of larger images."""
         _, height, width = self.shape
         return max(1, min(BATCH, PIXELS // (height * width)))
 

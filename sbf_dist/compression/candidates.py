@@ -101,7 +101,7 @@ def uses(model: nn.Module, images: Tensor) -> dict[str, Use]:
         logits = logits_of(model, images[:2].detach().requires_grad_())
     for name in readers.read & found.keys():
         found[name].is_read = True
-    # Where nothing at all has a gradient the network detaches its output: none of it matters.
+    # Where nothing at all has a gradient the network detaches its output: nothing in it matters.
     reached = [name for name in found if outputs[name].requires_grad]
     if reached and logits.requires_grad:
         gradients = torch.autograd.grad(
@@ -186,7 +186,7 @@ def find_candidates(
 def kept_dense(model: nn.Module, keep: Sequence[str]) -> dict[str, str]:
     """Map the convolutions that match a pattern of `keep` to the reason to leave them dense.
 
-    Raises UserError for a pattern that matches none, with the nearest name.
+    Raises UserError for a pattern without a match, with the nearest name.
     """
     names = [n for n, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     kept: dict[str, str] = {}
@@ -237,7 +237,7 @@ def _by_its_use(use: Use, image_shape: tuple[int, ...]) -> str | None:
         return "its weight is read elsewhere in the network, which an SBF layer does not have"
     if not use.matters:
         return "no gradient leads from the network's output to it: what it matters is unknown"
-    # The channels alone would not do: squeeze-and-excitation may have as few.
+    # The channels alone would not do: squeeze-and-excitation may have the same number.
     if use.input_shape == image_shape:
         return "the stem: it reads the image itself"
     return None

@@ -50,7 +50,7 @@ def shrink(
     progress: Progress | None = None,
     reference: Reference | None = None,
 ) -> tuple[nn.Module, Plan]:
-    """Make `student`, which `plan` made and training may have changed, fit a smaller budget.
+    """Bring `student`, which belongs to `plan` and may have been trained, within a smaller budget.
 
     The budget of `settings`, of multiply-adds or parameters, is of the dense network, as it was in
     the first plan. The basis of an SBF layer loses channels, which are then rebuilt; what was
@@ -61,7 +61,7 @@ def shrink(
     same layers (the student itself, as it is, if that is None). progress: is called with (what,
     done, of).
 
-    Returns a network in eval mode, and its plan, which makes it of the dense network. Raises
+    Returns a network in eval mode, and its plan, which is one of the dense network. Raises
     UserError if the budget cannot be met or is one of time, and for something between basis and
     transformations.
     """

@@ -77,12 +77,12 @@ class Card(BaseModel):
 def save_student(folder: Path, model: nn.Module, plan: Plan, card: Card) -> None:
     """Write weights.safetensors, plan.json and card.json into `folder`, in one step.
 
-    `model` is what `convert` made of `plan`, trained, not folded. An older student in `folder` is
-    replaced (with its student.onnx, which belongs to it); UserError if the folder holds other
+    `model` is what `convert` returned for `plan`, trained, not folded. An older student in `folder`
+    is replaced (with its student.onnx, which belongs to it); UserError if the folder holds other
     things. Raises ValueError if model, plan and card do not belong together.
     """
     if card.plan_digest != plan.digest():
-        raise ValueError("the card was made for another plan")
+        raise ValueError("the card belongs to another plan")
     difference = _difference(model, plan)
     if difference is not None:
         raise ValueError(difference)
@@ -196,7 +196,7 @@ def load_student(folder: Path | str, build: Callable[[], nn.Module] | None = Non
     card = load_card(folder)
     plan = Plan.load(folder / PLAN)
     if plan.digest() != card.plan_digest:
-        raise UserError(f"file {folder / PLAN} is not the plan that {CARD} beside it was made for")
+        raise UserError(f"file {folder / PLAN} is not the plan that {CARD} beside it belongs to")
     path = folder / WEIGHTS
     if not path.is_file():
         raise UserError(f"file {path} does not exist: {folder} is not a complete student")
@@ -222,7 +222,7 @@ def _replace_folder(new: Path, folder: Path) -> None:
 
 
 def _dense(folder: Path, plan: Plan, build: Callable[[], nn.Module] | None) -> nn.Module:
-    """Build the dense network that a plan was made for."""
+    """Build the dense network of a plan."""
     if build is None:
         if not models.is_buildable(plan.model):
             raise UserError(

@@ -1,4 +1,4 @@
-"""Moments of many layers from few forward passes.
+"""Moments of many layers from a small number of forward passes.
 
 A pass costs as much as the network, a layer's Gram matrix as much memory as its width squared. So
 the layers of a network are taken in groups whose matrices fit a budget, and of each layer no more
@@ -22,7 +22,7 @@ from sbf_dist.layers import SBFConv2d
 
 SUMS = 768 * 2**20  # bytes of Gram matrices that are gathered in one pass
 TARGETS = 640 * 2**20  # bytes of a reference's outputs that are held at a time
-# Neighbours in a large feature map tell little more than the work that they cost. But an image less
+# Neighbours in a large feature map add little for the work that they cost. But an image less
 # is a forward pass less, and those are dear where maps are large: there, IMAGES will do.
 PER_IMAGE, PER_MAP = 128, 1 / 6  # positions of an image, and their share, that are worth taking
 IMAGES = 128

@@ -1,7 +1,7 @@
 """Why a plan is as it is: for each layer what it costs and loses, for all how it was shared out.
 
 Losses are estimates of the KL divergence (nats per image) from the predictions before, and a little
-more where a layer keeps few dimensions (`options.Estimated.scaled`).
+more where a layer keeps a small number of dimensions (`options.Estimated.scaled`).
 """
 
 from collections.abc import Iterable, Mapping

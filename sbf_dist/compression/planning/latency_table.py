@@ -46,7 +46,7 @@ def default_path() -> Path:
 class LatencyTable:
     """Milliseconds of layers in their possible forms on this machine, measured where unknown.
 
-    `path` is the JSON file that keeps them, `batch` the images of a forward pass. Entries are told
+    `path` is the JSON file that keeps them, `batch` the images of a forward pass. Entries are kept
     apart by all that they depend on: the processor, threads, PyTorch, the very build of the
     extension, dtype, layout, batch, the layer's shape and its form. Several processes may share
     the file.

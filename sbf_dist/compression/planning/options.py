@@ -131,8 +131,8 @@ class Estimated:
         """Return the options with losses scaled to the KL divergences that the trials cause.
 
         To these, EVENNESS x −log of the explained share is added (the logarithm: Zhang et al. 2015,
-        arXiv 1505.06798, section 3.2): few dimensions that hardly matter now are still hard to
-        train.
+        arXiv 1505.06798, section 3.2): a layer of a small number of
+        dimensions is hard to train, even where they hardly matter now.
         Errors of different m add up differently over positions, so that each family has scales of
         its own. They are interpolated between the costs of the trials: where a scale jumped, the
         allocation would choose the options on the lower side of the jump.
@@ -166,7 +166,7 @@ def estimate_options(
     Costs are multiply-adds; `moments` are those of the layer's own outputs at the largest m. The
     summed squared errors, weighted by sensitivity, rank the options of one layer well but not
     those of different layers (errors that add up coherently over positions count for more), so
-    they are to be scaled to the KL divergence that a few of the options cause.
+    they are to be scaled to the KL divergence that some of the options cause.
     """
     estimated: list[tuple[Option, float]] = []
     variance = max(float(moments.yy.sum()), TINY)

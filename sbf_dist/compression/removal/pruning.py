@@ -34,9 +34,9 @@ Measure = Literal["macs", "params"]
 
 @dataclass(frozen=True)
 class Removal:
-    """A narrowed network, in eval mode, and how it was made.
+    """A narrowed network, in eval mode, and what was cut off.
 
-    removed: by module name, what was cut off; left: layers none of whose channels could be
+    removed: by module name, what was cut off; left: layers of which no channel could be
     removed, and why ('' is the network as a whole); cost: of the narrowed network.
     """
 
@@ -198,11 +198,11 @@ def _absorb_means(
 
 
 def _without(groups: list[Coupled], keep: tuple[str, ...]) -> tuple[list[Coupled], dict[str, str]]:
-    """Take the groups that make channels of a layer matching `keep` out, with the reason."""
+    """Take the groups that compute channels of a layer matching `keep` out, with the reason."""
     rest, reasons = [], {}
     for group in groups:
-        made = [part.name for part in group.parts if part.side == "out"]
-        matches = [p for p in keep if any(fnmatch.fnmatchcase(name, p) for name in made)]
+        computed_by = [part.name for part in group.parts if part.side == "out"]
+        matches = [p for p in keep if any(fnmatch.fnmatchcase(name, p) for name in computed_by)]
         if matches:
             reasons[group.name] = f"kept whole, as {matches[0]!r} asks"
         else:
@@ -255,8 +255,9 @@ class _Widths:
         saved = 0.0
         for name, (out, inp) in self.removed[group].items():
             paired, alone = self.price[name]
-            made, read = self.width[name]
-            lost = made * read - (made - channels * out) * (read - channels * inp)
+            out_width, in_width = self.width[name]
+            left = (out_width - channels * out) * (in_width - channels * inp)
+            lost = out_width * in_width - left
             saved += paired * lost + alone * channels * out
         return saved
 
