@@ -3,13 +3,15 @@
 import difflib
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from sbf_dist.cifar import NAME, CifarResNet, CifarVGG, build_cifar, cifar_name
 from sbf_dist.errors import UserError
@@ -41,6 +43,25 @@ def build(name: str, classes: int) -> nn.Module:
     return network
 
 
+class _WithoutMemory(TorchFunctionMode):
+    """Creates weights without memory for them, but numbers that networks are built by with it.
+
+    Under `torch.device("meta")`, torchvision's RegNets cannot compute their widths.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable,
+        types: Sequence[type],
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.empty, torch.zeros, torch.ones) and kwargs.get("device") is None:
+            kwargs = kwargs | {"device": "meta"}
+        return func(*args, **kwargs)
+
+
 def name_of(model: nn.Module, classes: int) -> str:
     """Return the name that `build` makes a network like `model`, with `classes` outputs, of.
 
@@ -50,7 +71,7 @@ def name_of(model: nn.Module, classes: int) -> str:
     """
     kind = type(model)
     for name in _names_it_may_have(model):
-        with torch.device("meta"):
+        with _WithoutMemory():
             candidate = build(name, classes)
         if type(candidate) is kind and _looks_like(candidate, model):
             return name

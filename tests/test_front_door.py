@@ -136,6 +136,7 @@ def test_settings_may_ask_for_removal():
         "cifar_resnet8", "cifar_resnet14_w12", "cifar_vgg11_w8", "cifar_vgg16", "timm:test_resnet",
         "timm:test_efficientnet", "torchvision:resnet18", "torchvision:mobilenet_v3_small",
         "torchvision:squeezenet1_1", "torchvision:googlenet", "torchvision:vgg11_bn",
+        "torchvision:regnet_y_400mf",
     ],
 )  # fmt: skip
 def test_networks_that_can_be_built_by_name_are_recognised(name):
