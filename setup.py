@@ -89,6 +89,7 @@ def extension():
 
 setup(
     packages=find_packages(include=["sbf_dist*", "pipelines*", "launchers*"]),
+    package_data={"sbf_dist": ["py.typed"]},
     ext_modules=[extension()],
     cmdclass={"build_ext": cpp_extension.BuildExtension},
 )

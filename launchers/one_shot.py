@@ -52,7 +52,7 @@ def compress_once(recipe: Recipe, out: Path, classes: int | None) -> None:
         dense = models.build(teacher.model, outputs)
         models.load_weights(dense, teacher.weights)
         images = calibration_images(recipe.data, index, recipe.compress.images, recipe.seed)
-        student, plan = make(recipe, dense, teacher.model, outputs, images, display)
+        student, plan = make(recipe, dense, teacher.model, images, display)
         top1 = _accuracies(recipe, index, [dense, student], display)
         ids = index.parts["validation" if index.classes else "unlabelled"][:VERIFIED_IMAGES]
         export(

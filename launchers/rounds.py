@@ -9,7 +9,7 @@ from torch import nn
 from launchers import networks
 from launchers.display import Display
 from launchers.layout import RunFolder
-from launchers.student import budget_of, make, progress_of
+from launchers.student import make, progress_of
 from launchers.worker import build_network
 from sbf_dist import models
 from sbf_dist.budget import Budget
@@ -37,7 +37,7 @@ def shrink_in_rounds(
     """
     teacher = networks.compressed_teacher(recipe)
     cost = count(dense, images.shape)
-    final = budget_of(recipe.compress)
+    final = recipe.compress.budget
     whole = cost.params if final.kind == "params" else cost.macs
     budgets = round_budgets(final, recipe.compress.rounds, whole)
     jobs = networks.round_jobs(recipe)
@@ -47,9 +47,9 @@ def shrink_in_rounds(
         if not weights.exists():
             display.say(f"  round {number} of {len(budgets)}")
             if number == 1:
-                first = recipe.model_copy(update={"compress": _with_budget(recipe, budget)})
-                classes = Plan.load(folder.plan).classes
-                student, plan = make(first, dense, teacher.model, classes, images, display)
+                settings = recipe.compress.with_budget(budget)
+                first = recipe.model_copy(update={"compress": settings})
+                student, plan = make(first, dense, teacher.model, images, display)
             else:
                 student, plan = _smaller(recipe, folder, number, budget, images, display)
             path.parent.mkdir(exist_ok=True)
@@ -70,10 +70,6 @@ def files(recipe: Recipe, folder: RunFolder) -> list[Path]:
     return made
 
 
-def _with_budget(recipe: Recipe, budget: Budget) -> Any:
-    return recipe.compress.model_copy(update={"macs": None, "params": None, **budget.given()})
-
-
 def _smaller(
     recipe: Recipe,
     folder: RunFolder,
@@ -82,22 +78,13 @@ def _smaller(
     images: Calibration,
     display: Display,
 ) -> tuple[nn.Module, Plan]:
-    settings = recipe.compress
     before = networks.trained(number - 1)
     student, plan = shrink(
         build_network(recipe, folder, before, start_from=before),
         Plan.load(folder.round_plan(number - 1)),
         images,
-        budget,
-        sources=settings.sources,
-        transform_size=settings.transform_size,
-        floor=settings.floor,
-        round_to=settings.round_to,
-        keep=settings.keep,
-        criterion=settings.criterion,
+        recipe.compress.with_budget(budget),
         seed=recipe.seed,
-        refit=settings.refit,
-        mixtures=settings.mixtures,
         progress=progress_of(display),
     )
     display.say(f"  {plan.summary()}")

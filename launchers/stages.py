@@ -131,9 +131,7 @@ def compress_teacher(run: Run, log: tracking.Run) -> Result:
     index = DataIndex.load(run.folder.index)
     dense = build_network(run.recipe, run.folder, teacher.name, start_from=teacher.name)
     images = _calibration(run, index)
-    student, plan = make_student(
-        run.recipe, dense, teacher.model, len(index.classes), images, run.display
-    )
+    student, plan = make_student(run.recipe, dense, teacher.model, images, run.display)
     reached = plan.macs_after / plan.macs_before
     convertible = [
         name

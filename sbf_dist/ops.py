@@ -5,7 +5,7 @@ PyTorch must know of the operators: shapes (fake), gradients, FLOPs.
 """
 
 import math
-from typing import Literal, get_args
+from typing import Literal, TypedDict, Unpack, get_args
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +83,31 @@ ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 Pair = tuple[int, int]
 
 
+class BasisKeywords(TypedDict, total=False):
+    """How the basis filters are applied.
+
+    stride, padding, dilation, groups: those of F.conv2d, with its defaults, but for both axes.
+    packed: pack_filters(weight), which spares packing them at each call on the CPU in float32;
+    elsewhere it is not used.
+    """
+
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    groups: int
+    packed: Tensor | None
+
+
+def _geometry(basis: BasisKeywords) -> tuple[Pair, Pair, Pair, int]:
+    """Return stride, padding, dilation and groups, with their defaults."""
+    return (
+        basis.get("stride", (1, 1)),
+        basis.get("padding", (0, 0)),
+        basis.get("dilation", (1, 1)),
+        basis.get("groups", 1),
+    )
+
+
 def sbf_conv2d(
     x: Tensor,
     weight: Tensor,
@@ -91,21 +116,15 @@ def sbf_conv2d(
     order: Tensor,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
-    *,
-    stride: Pair = (1, 1),
-    padding: Pair = (0, 0),
-    dilation: Pair = (1, 1),
-    groups: int = 1,
     activation: Activation = "none",
-    packed: Tensor | None = None,
+    **basis: Unpack[BasisKeywords],
 ) -> Tensor:
     """Compute activation(expand(convolution of x) + bias + residual) in one operator.
 
     For inference: it has no gradient. x: (N, C_in, H, W); weight: (B, C_in / groups, k_h, k_w), the
     basis filters; transforms, sources, order, bias: as for `expand`; residual: (N, B + P, H', W').
     All have x's dtype (float32, float64, float16 or bfloat16) and device, and the sums of half and
-    bfloat16 are accumulated in float. packed: pack_filters(weight), which spares packing them at
-    each call on the CPU in float32; elsewhere it is not used. Returns (N, B + P, H', W') in x's
+    bfloat16 are accumulated in float. basis: see BasisKeywords. Returns (N, B + P, H', W') in x's
     memory format. Raises RuntimeError, naming the argument, where these do not fit.
     """
     return torch.ops.sbf.conv2d(
@@ -116,12 +135,9 @@ def sbf_conv2d(
         order,
         bias,
         residual,
-        stride,
-        padding,
-        dilation,
-        groups,
+        *_geometry(basis),
         activation,
-        packed,
+        basis.get("packed"),
     )
 
 
@@ -141,14 +157,11 @@ def sbf_conv2d_reference(
     order: Tensor,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
-    *,
-    stride: Pair = (1, 1),
-    padding: Pair = (0, 0),
-    dilation: Pair = (1, 1),
-    groups: int = 1,
     activation: Activation = "none",
+    **basis: Unpack[BasisKeywords],
 ) -> Tensor:
     """Compute what `sbf_conv2d` does with PyTorch's own operators; same arguments and result."""
+    stride, padding, dilation, groups = _geometry(basis)
     z = F.conv2d(x, weight, None, stride, padding, dilation, groups)
     y = expand_reference(z, transforms, sources, order, bias)
     if residual is not None:
@@ -194,21 +207,8 @@ def _(z, transforms, sources, order, bias):
 
 
 @torch.library.register_fake("sbf::conv2d")
-def _(
-    x,
-    weight,
-    transforms,
-    sources,
-    order,
-    bias,
-    residual,
-    stride,
-    padding,
-    dilation,
-    groups,
-    activation,
-    packed,
-):
+def _(x, weight, transforms, sources, order, bias, residual, *settings):
+    stride, padding, dilation, groups, _activation, _packed = settings
     z = F.conv2d(x, weight, None, stride, padding, dilation, groups)
     return _like(x, (z.shape[0], order.shape[0], *z.shape[2:]))
 
@@ -316,22 +316,7 @@ def _(z_shape, transforms_shape, *args, **kwargs) -> int:
 
 
 @register_flop_formula(torch.ops.sbf.conv2d)
-def _(
-    x_shape,
-    weight_shape,
-    transforms_shape,
-    sources_shape,
-    order_shape,
-    bias_shape,
-    residual_shape,
-    stride,
-    padding,
-    dilation,
-    groups,
-    *args,
-    out_shape,
-    **kwargs,
-) -> int:
+def _(x_shape, weight_shape, transforms_shape, *args, out_shape, **kwargs) -> int:
     n, _, h, w = out_shape
     p, s, m, _ = transforms_shape
     per_pixel = math.prod(weight_shape) + p * s * m * m

@@ -39,11 +39,13 @@ def arguments(
     *,
     per_channel=1,
     size=3,
-    dtype=torch.float32,
-    layout=torch.contiguous_format,
-    device="cpu",
     seed=0,
+    **form,
 ):
+    """Draw arguments of expand; `form` has dtype, layout and device."""
+    dtype, device = form.get("dtype", torch.float32), form.get("device", "cpu")
+    layout = form.get("layout", torch.contiguous_format)
+    assert form.keys() <= {"dtype", "device", "layout"}
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(batch, basis, height, width, generator=generator)
     transforms = torch.randn(rebuilt, per_channel, size, size, generator=generator)

@@ -275,7 +275,7 @@ def test_a_key_that_is_wrongly_written_comes_before_the_one_that_is_missing_for_
         ("compress.macs=half", "compress.macs = 'half' must be a valid number"),
         ("compress.transform_size=4", "compress: transform_size = 4 must be odd"),
         ("compress.macs=null",
-         "compress: give exactly one of macs, params, latency and latency_ms; none is given"),
+         "compress: give exactly one of macs, params, latency and latency_ms; nothing is given"),
         ("compress.latency=0.6", "compress: give exactly one of macs, params, latency and "
          "latency_ms, not macs = 0.5 and latency = 0.6 (null takes one away)"),
         ("compress={teacher: one, latency: 1.5}",

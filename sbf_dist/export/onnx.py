@@ -3,13 +3,14 @@
 import copy
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sbf_dist.compression.remembered import plan_of
 from sbf_dist.errors import UserError
 from sbf_dist.export.fold import fold_batchnorm
 from sbf_dist.export.saved import Card
@@ -60,6 +61,25 @@ def to_onnx(model: nn.Module, path: Path, card: Card, *, dynamic_batch: bool = T
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_bytes(proto.SerializeToString())
     partial.replace(path)
+
+
+def export_onnx(
+    student: nn.Module,
+    path: Path | str,
+    *,
+    classes: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    dynamic_batch: bool = True,
+) -> None:
+    """Write a student as an ONNX file of standard operators: see `to_onnx`.
+
+    student: as `compress`, `shrink`, `convert` or `load` returned it. classes, mean, std: what the
+    file's metadata says of names and normalisation, see `Card.of`. Raises UserError if the student
+    has no plan, or cannot be exported.
+    """
+    card = Card.of(plan_of(student), classes=classes, mean=mean, std=std)
+    to_onnx(student, Path(path), card, dynamic_batch=dynamic_batch)
 
 
 def _metadata(card: Card) -> Iterator[tuple[str, str]]:

@@ -16,7 +16,7 @@ from sbf_dist.export.fused import (
     FusedSBFConv2d,
     numeric_padding,
 )
-from sbf_dist.export.mixture import is_mixture
+from sbf_dist.export.mixture import reads_most_of_basis
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.ops import Activation
 from sbf_dist.surgery import become
@@ -166,7 +166,7 @@ def _fused(module: nn.Module, activation: Activation) -> nn.Module:
     if isinstance(module, nn.Conv2d):
         return FusedConv2d(module, activation).eval()
     assert isinstance(module, SBF)
-    if is_mixture(module):
+    if reads_most_of_basis(module):
         return FusedMixture(module, activation).eval()
     return FusedSBFConv2d(module, activation).eval()
 

@@ -29,8 +29,11 @@ class Student:
         metadata = self.session.get_modelmeta().custom_metadata_map
         self.classes = np.array(json.loads(metadata["sbf.classes"]))
         self.input_shape = tuple(json.loads(metadata["sbf.input_shape"]))
-        self.mean = np.array(json.loads(metadata["sbf.mean"]), dtype=np.float32)
-        self.std = np.array(json.loads(metadata["sbf.std"]), dtype=np.float32)
+        mean, std = (json.loads(metadata[key]) for key in ("sbf.mean", "sbf.std"))
+        if mean is None or std is None:
+            raise ValueError(f"{path} does not say how images are normalised: export it with that")
+        self.mean = np.array(mean, dtype=np.float32)
+        self.std = np.array(std, dtype=np.float32)
         batch = self.session.get_inputs()[0].shape[0]
         if isinstance(batch, int):
             self.batch_size = batch

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from sbf_dist.export.fold import LayerTracer, UnscaledSBFConv2d
-from sbf_dist.export.mixture import is_mixture, mixing_weight
+from sbf_dist.export.mixture import mixing_weight, reads_most_of_basis
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.surgery import become
 
@@ -143,12 +143,12 @@ def with_standard_operators(model: nn.Module) -> nn.Module:
         if layer.sources.numel()
         and layer.sources.shape[1] > 1
         and _between(layer) is None
-        and not is_mixture(layer)
+        and not reads_most_of_basis(layer)
     }
     free = _absorb_orders(portable, several) if several else set()
     for name, layer in layers.items():
         form: nn.Module
-        if is_mixture(layer):
+        if reads_most_of_basis(layer):
             form = ProductExpand(layer)
         elif name in free:
             form = ConcatExpand(layer, in_order=False)

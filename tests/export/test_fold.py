@@ -22,7 +22,9 @@ def sbf_pair(
     torch.manual_seed(slots)
     kept = [0, 2, 5, 6, 9, 11]
     sources = [[kept[(2 * i + s) % 6] for s in range(slots)] for i in range(6)]
-    layer = SBFConv2d(4, 12, 3, kept, sources, m, stride, 1, groups=groups, bias=bias)
+    layer = SBFConv2d(
+        4, 12, 3, kept, sources, m, stride=stride, padding=1, groups=groups, bias=bias
+    )
     if bias:
         nn.init.normal_(layer.bias)
     return randomise(nn.Sequential(layer, nn.BatchNorm2d(12))).double().eval()
