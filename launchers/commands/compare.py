@@ -33,9 +33,10 @@ def command(
     # These take seconds to import: not before the command line is known to be right.
     import torch
 
-    from launchers.comparison import compare
-    from launchers.display import Display, comparison_table
-    from launchers.local_ray import available_cpus
+    from launchers.comparison.statistics import comparison_table
+    from launchers.comparison.summary import compare
+    from launchers.display import Display
+    from launchers.machine import available_cpus
 
     torch.set_num_threads(available_cpus())
     runs = runs.absolute()

@@ -1,9 +1,7 @@
-"""Where a run keeps what it makes."""
+"""Where a run keeps its files."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -19,7 +17,7 @@ class RunFolder:
 
     @property
     def recipe(self) -> Path:
-        """The recipe that the folder was made from, all defaults filled in."""
+        """The recipe that the run was last done with, all defaults filled in."""
         return self.root / "recipe.json"
 
     @property
@@ -63,11 +61,3 @@ class RunFolder:
     def result(self, stage: str) -> Path:
         """Return the file whose existence says that a stage is done, with its result."""
         return self.root / "stages" / f"{stage}.json"
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` in one step: after a kill there is the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    partial.replace(path)

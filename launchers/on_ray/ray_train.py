@@ -10,8 +10,9 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray import cloudpickle, train
 from ray.experimental.internal_kv import (
@@ -21,15 +22,19 @@ from ray.experimental.internal_kv import (
     _internal_kv_put,
 )
 
-from launchers.local_ray import runs_locally
-from launchers.process_group import ProcessGroupConfig
-from launchers.small_trainer import SmallTrainer
+from launchers.on_ray.local_ray import runs_locally
+from launchers.on_ray.process_group import ProcessGroupConfig
+from launchers.on_ray.unused_services import trainer_class
 from sbf_dist.errors import UserError
+from sbf_dist.recipe import Workers
+
+if TYPE_CHECKING:
+    import torch
 
 CHECKPOINTS_KEPT = 2
-_SPACE = "sbf-dist"
+_NAMESPACE = "sbf-dist"
 _WARNINGS = "/warnings/"
-_OUR_PACKAGES = ("launchers", "pipelines", "sbf_dist")
+_PACKAGES = ("launchers", "pipelines", "sbf_dist")
 _POLL_SECONDS = 0.5
 
 _log = logging.getLogger(__name__)
@@ -50,18 +55,15 @@ def run_workers(
     *,
     name: str,
     storage: str | Path,
-    workers: int,
-    cpus_per_worker: int = 1,
-    gpus_per_worker: float = 0,
-    max_failures: int = 3,
+    workers: Workers,
     on_progress: Callable[[Record], None] | None = None,
 ) -> Record:
     """Run worker(config) on every rank of a torch process group; what it returned on rank 0.
 
     `config` and the answer are JSON-like. Ray must be initialised. Checkpoints are kept under
     storage/name, and a training of the same name and storage goes on from the last of them. When a
-    worker dies or raises, all are started again from the last checkpoint, `max_failures` times.
-    `on_progress` is called from another thread with the newest record that rank 0 gave to
+    worker dies or raises, all are started again from the last checkpoint, `workers.max_failures`
+    times. `on_progress` is called from another thread with the newest record that rank 0 gave to
     progress(). Warnings that our own packages log on rank 0 are logged here.
 
     UserError: raised by a worker, as it was and without another try. RuntimeError: a worker failed
@@ -70,22 +72,22 @@ def run_workers(
     key = uuid.uuid4().hex
     # The worker travels as bytes: Ray's controller would import all of its module's imports.
     work = {"worker": cloudpickle.dumps(worker), "config": config, "progress_key": key}
-    trainer = SmallTrainer(
+    trainer = trainer_class(on_one_machine=runs_locally())(
         _run_worker,
         train_loop_config=work,
-        backend_config=ProcessGroupConfig("nccl" if gpus_per_worker else "gloo"),
+        torch_config=ProcessGroupConfig("nccl" if workers.gpus else "gloo"),
         scaling_config=train.ScalingConfig(
-            num_workers=workers,
-            use_gpu=gpus_per_worker > 0,
-            resources_per_worker=_resources(cpus_per_worker, gpus_per_worker),
+            num_workers=workers.count,
+            use_gpu=workers.gpus > 0,
+            resources_per_worker=_resources(workers),
         ),
         run_config=train.RunConfig(  # type: ignore[call-arg]
             name=name,
             storage_path=str(storage.absolute() if isinstance(storage, Path) else storage),
-            failure_config=train.FailureConfig(max_failures=max_failures),
+            failure_config=train.FailureConfig(max_failures=workers.max_failures),
             checkpoint_config=train.CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
             callbacks=[_StopAtUserError()],  # type: ignore[list-item]
-            worker_runtime_env={"env_vars": _worker_environment(cpus_per_worker, gpus_per_worker)},
+            worker_runtime_env={"env_vars": _worker_environment(workers)},
             logging_config=train.LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -101,7 +103,7 @@ def run_workers(
             raise
         except train.WorkerGroupError as error:
             raise RuntimeError(f"training {name}: {error}") from error
-    return dict(result.return_value or {})  # type: ignore[attr-defined]
+    return dict(result.return_value or {})
 
 
 class _StopAtUserError(train.UserCallback):
@@ -113,13 +115,13 @@ class _StopAtUserError(train.UserCallback):
                 raise error
 
 
-def _resources(cpus: int, gpus: float) -> dict[str, float]:
-    return {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+def _resources(workers: Workers) -> dict[str, float]:
+    return {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
 
 
-def _worker_environment(cpus: int, gpus: float) -> dict[str, str]:
-    environment = {"OMP_NUM_THREADS": str(cpus)}
-    if not gpus:
+def _worker_environment(workers: Workers) -> dict[str, str]:
+    environment = {"OMP_NUM_THREADS": str(workers.cpus)}
+    if not workers.gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     return environment
 
@@ -159,21 +161,21 @@ def _own_interrupt() -> Iterator[None]:
 
 @contextmanager
 def _watch(key: str, on_progress: Callable[[Record], None] | None) -> Iterator[None]:
-    """Bring what rank 0 tells to this process, from a thread, until the context ends.
+    """Bring what rank 0 reports to this process, from a thread, until the context ends.
 
     New records under `key` go to `on_progress`, new warnings to this module's log. They come
     through Ray's key-value store: an actor would be one more process of 80 MB.
     """
     ended = threading.Event()
     last: bytes | None = None
-    told: set[bytes] = set()
+    seen: set[bytes] = set()
 
     def look() -> None:
         nonlocal last
-        for warning in sorted(set(_internal_kv_list(key + _WARNINGS, namespace=_SPACE)) - told):
-            told.add(warning)
-            _log.warning("%s", _internal_kv_get(warning, namespace=_SPACE).decode())
-        record = _internal_kv_get(key, namespace=_SPACE)
+        for warning in sorted(set(_internal_kv_list(key + _WARNINGS, namespace=_NAMESPACE)) - seen):
+            seen.add(warning)
+            _log.warning("%s", _internal_kv_get(warning, namespace=_NAMESPACE).decode())
+        record = _internal_kv_get(key, namespace=_NAMESPACE)
         if record is not None and record != last and on_progress is not None:
             last = record
             on_progress(json.loads(record))
@@ -190,7 +192,7 @@ def _watch(key: str, on_progress: Callable[[Record], None] | None) -> Iterator[N
         ended.set()
         thread.join()
         look()
-        _internal_kv_del(key, del_by_prefix=True, namespace=_SPACE)
+        _internal_kv_del(key, del_by_prefix=True, namespace=_NAMESPACE)
 
 
 # --- the workers ---------------------------------------------------------------------------------
@@ -212,16 +214,35 @@ class _WarningsForDriver(logging.Handler):
         self._key = key
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.name.partition(".")[0] in _OUR_PACKAGES:
+        if record.name.partition(".")[0] in _PACKAGES:
             key = f"{self._key}{time.time_ns()}"
-            _internal_kv_put(key, record.getMessage(), overwrite=True, namespace=_SPACE)
+            _internal_kv_put(key, record.getMessage(), overwrite=True, namespace=_NAMESPACE)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a worker stands among all workers, and the device that it computes on."""
+
+    rank: int
+    world_size: int
+    device: "torch.device"
+
+
+def place() -> Place:
+    """Return where this worker stands."""
+    from ray.train.torch import get_device
+
+    context = train.get_context()
+    return Place(context.get_world_rank(), context.get_world_size(), get_device())
 
 
 def progress(record: Mapping[str, Any]) -> None:
     """Show `record` (JSON) to the driver's on_progress; only rank 0's is shown, the newest wins."""
     assert _progress_key is not None, "progress() is for workers of run_workers"
     if train.get_context().get_world_rank() == 0:
-        _internal_kv_put(_progress_key, json.dumps(dict(record)), overwrite=True, namespace=_SPACE)
+        _internal_kv_put(
+            _progress_key, json.dumps(dict(record)), overwrite=True, namespace=_NAMESPACE
+        )
 
 
 @contextmanager

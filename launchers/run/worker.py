@@ -1,7 +1,8 @@
-"""What one Ray worker does: train networks, write pseudo-labels, evaluate.
+"""What one worker of a run does: train networks, write pseudo-labels, evaluate.
 
 Each function here runs on every rank. Its configuration is JSON-like: the recipe, the run's folder
-and where to log.
+and where to log. Ray is imported where it is used: the driver imports this module before it has set
+the environment that Ray reads.
 """
 
 import dataclasses
@@ -13,22 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from ray import train as ray_train
-from ray.train.torch import get_device
 from torch import Tensor, nn
 
-from launchers import networks
-from launchers import ray_train as launcher
-from launchers.layout import RunFolder
-from launchers.networks import Job, Row
+from launchers.run import locks
+from launchers.run.building import build_network
+from launchers.run.folder import RunFolder
+from launchers.run.networks import Network, Networks, Row, student_view
 from pipelines.agreement import check_workers_agree
 from pipelines.augmentation import Augmentation
 from pipelines.index import DataIndex
 from pipelines.loader import EvalLoader, TrainLoader
 from pipelines.mixture import MixedLoader, shares_of_batch
 from sbf_dist import models, tracking
-from sbf_dist.compression.convert import convert
-from sbf_dist.compression.plan import Plan
 from sbf_dist.distill import pseudo_labels
 from sbf_dist.distill.mixing import mix
 from sbf_dist.distill.selection import select
@@ -41,32 +38,45 @@ from sbf_dist.train.evaluate import Accuracy, accuracy, synchronise_batchnorm
 from sbf_dist.train.loop import LogRecord, fit
 from sbf_dist.train.schedule import schedule
 
-EVAL_BATCH = 128
+EVALUATION_BATCH = 128
 Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Context:
-    """Where this worker stands."""
+    """The run that this worker works on, and where it stands among all workers."""
 
-    recipe: Recipe
-    run: RunFolder
+    networks: Networks
     index: DataIndex
     rank: int
     world_size: int
     device: torch.device
 
+    @property
+    def recipe(self) -> Recipe:
+        return self.networks.recipe
+
+    @property
+    def folder(self) -> RunFolder:
+        return self.networks.folder
+
+    @property
+    def num_classes(self) -> int:
+        """The outputs of all networks, one for each class of the images."""
+        return len(self.index.classes)
+
     @classmethod
     def of(cls, config: dict[str, Any]) -> "Context":
-        run = RunFolder(Path(config["runs"]), config["recipe"]["name"])
-        place = ray_train.get_context()
+        from launchers.on_ray import ray_train
+
+        folder = RunFolder(Path(config["runs"]), config["recipe"]["name"])
+        place = ray_train.place()
         return cls(
-            recipe=Recipe.model_validate(config["recipe"]),
-            run=run,
-            index=DataIndex.load(run.index),
-            rank=place.get_world_rank(),
-            world_size=place.get_world_size(),
-            device=get_device(),
+            networks=Networks.of(Recipe.model_validate(config["recipe"]), folder),
+            index=DataIndex.load(folder.index),
+            rank=place.rank,
+            world_size=place.world_size,
+            device=place.device,
         )
 
 
@@ -74,33 +84,40 @@ class Context:
 
 
 def train_networks(config: dict[str, Any]) -> dict[str, Any]:
-    """Train the jobs of a stage one after another, from the latest checkpoint if there is one.
+    """Train the networks of a stage or a round one after another, from the latest checkpoint.
 
-    The answer maps each job to its validation accuracy and the step that it was resumed from.
+    The answer maps each network that was trained to its validation accuracy and the step that it
+    was resumed from.
     """
+    from launchers.on_ray import ray_train
+
     here = Context.of(config)
-    jobs = networks.jobs_of(here.recipe, config["stage"])
+    wanted = here.networks.trained_in(config["group"])
     check_workers_agree(here.index, here.device)
     results: dict[str, Any] = {}
-    with launcher.latest_checkpoint() as folder:
+    with ray_train.latest_checkpoint() as folder:
         resumed = checkpoint.read_manifest(folder).digests["training"] if folder else None
-        for number, job in enumerate(jobs):
-            done = here.run.weights(job.name).exists()
+        for number, network in enumerate(wanted, 1):
+            done = network.weights.exists()
             dist.barrier()  # all have looked before rank 0 writes
             if not done:
-                resume = folder if resumed == job.name else None
-                title = f"{job.name} ({number + 1} of {len(jobs)})"
-                results[job.name] = _train(here, job, resume, title, config["tracking"])
+                resume = folder if resumed == network.name else None
+                title = f"{network.name} ({number} of {len(wanted)})"
+                results[network.name] = _train(here, network, resume, title, config["tracking"])
     return results
 
 
 def _train(
-    here: Context, job: Job, resume: Path | None, title: str, address: list[str]
+    here: Context, network: Network, resume: Path | None, title: str, address: list[str]
 ) -> dict[str, Any]:
     """Compose and run one training: student, task, engine, loaders, loop."""
+    from launchers.on_ray import ray_train
+
+    job = network.job
+    assert job is not None
     torch.manual_seed(job.seed)
     settings = job.training
-    student = build_network(here.recipe, here.run, job.name, start_from=job.start_from)
+    student = build_network(network, here.num_classes, job.start)
     # Images come in channels_last, which the layers keep; the weights stay contiguous, as ZeRO lays
     # them out in one flat buffer.
     student = student.to(here.device)
@@ -113,21 +130,25 @@ def _train(
         zero_stage=settings.zero_stage,
         precision=settings.precision,
     )
-    index, annotate = _targets(here, job)
-    batches = _batches(here, job, index)
-    digests = {"recipe": here.recipe.digest(), "data": index.digest, "training": job.name}
+    index, annotate = _targets(here, network)
+    batches = _batches(here, network, index)
+    digests = _digests(here, network)
     start = 0
     if resume is not None:
-        restored = checkpoint.load(engine, resume, digests=digests)
+        saved = checkpoint.read_manifest(resume).digests.get("recipe")
+        # A version before noted the digest of the whole recipe.
+        whole = {"recipe": here.recipe.digest()} if saved == here.recipe.digest() else {}
+        restored = checkpoint.load(engine, resume, digests=digests | whole)
         batches.load_state_dict(restored.loader_state)
         start = restored.step
     tracker = tracking.attach(*address) if here.rank == 0 else None
 
     def on_log(record: LogRecord) -> None:
-        launcher.progress({"title": title, **dataclasses.asdict(record)})
+        ray_train.progress({"title": title, **dataclasses.asdict(record)})
         if tracker is not None:
             values = {**record.parts, "lr": record.lr, "images_per_s": record.images_per_s}
-            tracker.log_metrics({f"{job.name}/{k}": v for k, v in values.items()}, record.step)
+            named = {f"{network.name}/{key}": value for key, value in values.items()}
+            tracker.log_metrics(named, record.step)
 
     def on_checkpoint(step: int) -> None:
         synchronise_batchnorm(student)
@@ -137,7 +158,7 @@ def _train(
                 engine, folder, step=step, loader_state=batches.state_dict(), digests=digests
             )
 
-        launcher.report({"training": job.name, "step": step}, write)
+        ray_train.report({"training": network.name, "step": step}, write)
 
     fit(
         engine,
@@ -157,42 +178,33 @@ def _train(
         annotate=annotate,
     )
     batches.close()
-    scores = accuracy(student, _validation(here, job.view), here.device)
+    scores = accuracy(student, _validation(here, network.view), here.device)
     if here.rank == 0:
-        models.save_weights(student, here.run.weights(job.name))
+        models.save_weights(student, network.weights)
     if tracker is not None:
-        tracker.log_metrics(_scores(job.name, scores), settings.steps)
+        tracker.log_metrics(_scores(network.name, scores), settings.steps)
         tracker.flush()
     dist.barrier()
     return {"top1": scores.top1, "loss": scores.loss, "steps": settings.steps, "from_step": start}
 
 
-def build_network(
-    recipe: Recipe, run: RunFolder, network: str, *, start_from: str | None
-) -> nn.Module:
-    """Build a network of the run: its architecture, the plan applied, weights loaded.
+def _digests(here: Context, network: Network) -> dict[str, str]:
+    """What a checkpoint of a network's training depends on."""
+    read = locks.read_by(locks.values_of(here.recipe.identity()), network.reads)
+    return {"recipe": locks.digest(read), "data": here.index.digest, "training": network.name}
 
-    Without `start_from` it has random weights.
+
+def _targets(here: Context, network: Network) -> tuple[DataIndex, Callable[[Batch], Batch]]:
+    """Return the images that a network trains on and what adds the targets to its batches.
+
+    Where images are mixed (mixup, cutmix), their targets are mixed with them.
     """
-    classes = len(DataIndex.load(run.index).classes)
-    model = models.build(networks.model_of(recipe, network), classes)
-    plan = networks.plan_of(recipe, run, network)
-    if plan is not None:
-        model = convert(model, Plan.load(plan))
-    if start_from is not None:
-        models.load_weights(model, networks.weights_of(recipe, run, start_from))
-    return model
-
-
-def _targets(here: Context, job: Job) -> tuple[DataIndex, Callable[[Batch], Batch]]:
-    """Return the images that a job trains on and what adds the teachers' word to its batches.
-
-    Where images are mixed (mixup, cutmix), what they are to be learnt as is mixed with them.
-    """
+    job = network.job
+    assert job is not None
     if job.targets == "labels":
         return here.index, mix
     stored = pseudo_labels.load(
-        here.run.pseudo_labels, pseudo_labels.origin(here.recipe, here.index.digest)
+        here.folder.pseudo_labels, pseudo_labels.origin(here.recipe, here.index.digest)
     )
     settings = here.recipe.pseudo_labels
     used = select(
@@ -205,7 +217,7 @@ def _targets(here: Context, job: Job) -> tuple[DataIndex, Callable[[Batch], Batc
     chosen = unlabelled[np.isin(unlabelled, stored.ids[used])]
     index = dataclasses.replace(here.index, parts=here.index.parts | {"unlabelled": chosen})
     if job.targets == "live":
-        live = _live_targets(here, job.view)
+        live = _live_targets(here, network.view)
         return index, lambda batch: live(mix(batch))  # the teachers see the mixed images
     ids, classes, probabilities = (
         torch.tensor(column, device=here.device)  # a copy: Arrow's own is read-only
@@ -216,26 +228,25 @@ def _targets(here: Context, job: Job) -> tuple[DataIndex, Callable[[Batch], Batc
 
 
 def _live_targets(here: Context, view: View) -> Callable[[Batch], Batch]:
-    ensemble = _ensemble(here, tuple(teacher.name for teacher in here.recipe.teachers))
+    ensemble = _ensemble(here)
     return lambda batch: batch | {"teacher": ensemble(batch["image"], view)}
 
 
-def _ensemble(here: Context, members: tuple[str, ...]) -> TeacherEnsemble:
-    teachers = [t for t in here.recipe.teachers if t.name in members]
+def _ensemble(here: Context) -> TeacherEnsemble:
+    teachers = here.networks.teachers
     return TeacherEnsemble(
-        [
-            build_network(here.recipe, here.run, t.name, start_from=t.name).to(here.device)
-            for t in teachers
-        ],
-        [networks.teacher_view(here.recipe, t) for t in teachers],
-        [t.weight for t in teachers],
+        [build_network(t, here.num_classes, t.weights).to(here.device) for t in teachers],
+        [teacher.view for teacher in teachers],
+        [teacher.ensemble_weight for teacher in teachers],
         temperature=here.recipe.pseudo_labels.temperature,
         dtype=torch.float16 if here.device.type == "cuda" else None,
     )
 
 
-def _batches(here: Context, job: Job, index: DataIndex) -> MixedLoader:
+def _batches(here: Context, network: Network, index: DataIndex) -> MixedLoader:
     """Return the training batches: labelled images and, with teachers, unlabelled ones."""
+    job = network.job
+    assert job is not None
     total = job.training.batch_size // here.world_size // job.training.accumulation
     augmentation = here.recipe.data.augmentation
     sizes = shares_of_batch(total, job.labelled_share, pairs=augmentation.mixes)
@@ -247,9 +258,9 @@ def _batches(here: Context, job: Job, index: DataIndex) -> MixedLoader:
                 index,
                 [part],
                 batch_size=size,
-                image_size=job.view.size,
-                mean=job.view.mean,
-                std=job.view.std,
+                image_size=network.view.size,
+                mean=network.view.mean,
+                std=network.view.std,
                 augmentation=Augmentation(**augmentation.model_dump()),
                 cache=here.recipe.data.cache,
                 seed=job.seed,
@@ -268,21 +279,23 @@ def _batches(here: Context, job: Job, index: DataIndex) -> MixedLoader:
 
 
 def write_pseudo_labels(config: dict[str, Any]) -> dict[str, Any]:
-    """Write what the teachers say of every training image; chunks that are there are kept."""
+    """Write what the teachers predict on every training image; chunks that are there are kept."""
+    from launchers.on_ray import ray_train
+
     here = Context.of(config)
     check_workers_agree(here.index, here.device)  # the first stage with workers, perhaps
-    folder = here.run.pseudo_labels
+    folder = here.folder.pseudo_labels
     ids = np.sort(np.concatenate([here.index.parts[p] for p in ("labelled", "unlabelled")]))
     if here.rank == 0:
         pseudo_labels.begin(folder, pseudo_labels.origin(here.recipe, here.index.digest))
     dist.barrier()
-    ensemble = _ensemble(here, tuple(teacher.name for teacher in here.recipe.teachers))
+    ensemble = _ensemble(here)
     parts = pseudo_labels.chunks(ids)
     for number in range(here.rank, len(parts), here.world_size):
         if pseudo_labels.chunk_path(folder, number).exists():
             continue
         _write_chunk(here, ensemble, number, parts[number])
-        launcher.progress({"title": "pseudo-labels", "step": number + 1, "steps": len(parts)})
+        ray_train.progress({"title": "pseudo-labels", "step": number + 1, "steps": len(parts)})
     dist.barrier()
     if here.rank == 0:
         pseudo_labels.finish(folder, ids)
@@ -291,10 +304,10 @@ def write_pseudo_labels(config: dict[str, Any]) -> dict[str, Any]:
 
 def _write_chunk(here: Context, ensemble: TeacherEnsemble, number: int, ids: np.ndarray) -> None:
     probabilities = ensemble.average(
-        [_ask(here, ensemble, teacher, ids) for teacher in range(len(ensemble.views))]
+        [_predictions(here, ensemble, teacher, ids) for teacher in range(len(ensemble.views))]
     )
     pseudo_labels.write_chunk(
-        here.run.pseudo_labels,
+        here.folder.pseudo_labels,
         number,
         ids,
         probabilities.numpy(),
@@ -302,7 +315,7 @@ def _write_chunk(here: Context, ensemble: TeacherEnsemble, number: int, ids: np.
     )
 
 
-def _ask(here: Context, ensemble: TeacherEnsemble, teacher: int, ids: np.ndarray) -> Tensor:
+def _predictions(here: Context, ensemble: TeacherEnsemble, teacher: int, ids: np.ndarray) -> Tensor:
     """Return one teacher's probabilities of the images `ids`, in their order, on the CPU."""
     none = ids[:0]
     index = dataclasses.replace(
@@ -323,15 +336,25 @@ def _ask(here: Context, ensemble: TeacherEnsemble, teacher: int, ids: np.ndarray
 
 def evaluate_networks(config: dict[str, Any]) -> dict[str, Any]:
     """Measure the accuracy of every row of the table on the validation part, over all ranks."""
+    from launchers.on_ray import ray_train
+
     here = Context.of(config)
-    table = networks.rows(here.recipe)
+    rows = here.networks.rows()
     results: dict[str, Any] = {}
-    for number, row in enumerate(table):
-        model, view = _row_model(here, row)
-        scores = accuracy(model, _validation(here, view), here.device)
-        results[row.network] = dataclasses.asdict(scores)
-        launcher.progress({"title": "evaluate", "step": number + 1, "steps": len(table)})
+    for number, row in enumerate(rows, 1):
+        results[row.name] = dataclasses.asdict(_score(here, row))
+        ray_train.progress({"title": "evaluate", "step": number, "steps": len(rows)})
     return results
+
+
+def _score(here: Context, row: Row) -> Accuracy:
+    if len(row.members) > 1:
+        view = student_view(here.recipe)
+        together = _Together(_ensemble(here), view)
+        return accuracy(together, _validation(here, view), here.device)
+    (network,) = row.members
+    model = build_network(network, here.num_classes, network.weights).to(here.device)
+    return accuracy(model, _validation(here, network.view), here.device)
 
 
 class _Together(nn.Module):
@@ -346,18 +369,6 @@ class _Together(nn.Module):
         return self.ensemble(images, self.view).log()
 
 
-def _row_model(here: Context, row: Row) -> tuple[nn.Module, View]:
-    if len(row.members) > 1:
-        view = networks.student_view(here.recipe)
-        return _Together(_ensemble(here, row.members), view), view
-    view = networks.student_view(here.recipe)
-    for teacher in here.recipe.teachers:
-        if teacher.name == row.network:
-            view = networks.teacher_view(here.recipe, teacher)
-    model = build_network(here.recipe, here.run, row.network, start_from=row.network)
-    return model.to(here.device), view
-
-
 def _validation(here: Context, view: View) -> EvalLoader:
     return _evaluation(here, view, "validation")
 
@@ -366,7 +377,7 @@ def _evaluation(here: Context, view: View, part: str) -> EvalLoader:
     return EvalLoader(
         here.index,
         part,
-        batch_size=EVAL_BATCH,
+        batch_size=EVALUATION_BATCH,
         image_size=view.size,
         crop=here.recipe.data.crop,
         mean=view.mean,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from torch import Tensor
 
 Batch = dict[str, Tensor]
-MEMORY = 2**30  # bytes that may be kept
+MAX_MEMORY_BYTES = 2**30
 
 
 class SharedBatches:
@@ -16,7 +16,7 @@ class SharedBatches:
     """
 
     def __init__(
-        self, load: Callable[[], Iterable[Batch]], count: int, memory: int = MEMORY
+        self, load: Callable[[], Iterable[Batch]], count: int, memory: int = MAX_MEMORY_BYTES
     ) -> None:
         self._load = load
         self._count = count

@@ -9,27 +9,26 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
+from launchers.machine import check_machine
+from launchers.on_ray import unused_services
 from sbf_dist.errors import UserError
 
 LOOPBACK = "127.0.0.1"
-UNUSED_SERVICES = ("start_monitor", "start_log_monitor", "start_api_server")
 OBJECT_STORE_BYTES = 256 * 2**20  # only Ray's own small objects pass through it
 
 _FOLDER = "sbf-ray-"
 # Ray makes Unix sockets in its folder, whose paths the kernel limits to 107 characters.
-_LONGEST_TEMP = 15
+_MAX_BASE_LENGTH = 15
 
-# Read by Ray's processes when they start.
+# Read by Ray when it is imported, and by its processes when they start.
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
-    # Its name tells what it is usually for; at 0, Ray takes 127.0.0.1 for the address of this
-    # node, and everything listens there alone. An explicit node address of 127.0.0.1 is undone.
+    # The name says what it is usually for; at 0, Ray takes 127.0.0.1 for the address of this node,
+    # and everything listens there alone. Ray replaces an explicit node address of 127.0.0.1.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_enable_core_worker_task_event_to_gcs": "0",
@@ -41,38 +40,6 @@ _QUIET = {
     # A machine that is busy with other work answers late: only after minutes is it taken for dead.
     "RAY_health_check_failure_threshold": "30",
 }
-
-
-def check_machine(workers: int, cpus_per_worker: int, gpus_per_worker: float = 0) -> None:
-    """UserError if this machine has not the CPUs and GPUs that the workers ask for."""
-    if workers < 1:
-        raise UserError(f"workers.count = {workers}: must be at least 1")
-    if cpus_per_worker < 1:
-        raise UserError(f"workers.cpus = {cpus_per_worker}: must be at least 1")
-    cpus = available_cpus()
-    if workers * cpus_per_worker > cpus:
-        raise UserError(
-            f"workers.count = {workers} with workers.cpus = {cpus_per_worker}: needs "
-            f"{workers * cpus_per_worker} CPUs, this machine has {cpus}; ask for fewer"
-        )
-    gpus = available_gpus() if gpus_per_worker else 0
-    if workers * gpus_per_worker > gpus:
-        raise UserError(
-            f"workers.count = {workers} with workers.gpus = {gpus_per_worker:g}: needs "
-            f"{workers * gpus_per_worker:g} GPUs, this machine has {gpus}; ask for fewer, or for 0"
-        )
-
-
-def available_cpus() -> int:
-    """The CPUs that this process may run on."""
-    return len(os.sched_getaffinity(0))
-
-
-def available_gpus() -> int:
-    """The GPUs that PyTorch sees."""
-    import torch
-
-    return torch.cuda.device_count()
 
 
 def runs_locally() -> bool:
@@ -113,10 +80,12 @@ def local_ray(
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     }
     with _temporary_folder() as folder, _environment({**environment, "TMPDIR": str(folder)}):
+        if "ray" in sys.modules:
+            unused_services.read_environment_again()
         import ray
 
         try:
-            with _as_small_as_can_be():
+            with unused_services.services_left_out():
                 ray.init(
                     address="local",
                     num_cpus=workers * cpus_per_worker,
@@ -127,7 +96,11 @@ def local_ray(
                     logging_level=logging.ERROR,
                     _temp_dir=str(folder),
                 )
-            assert runs_locally(), f"Ray listens at {ray.util.get_node_ip_address()}"
+            if not runs_locally():
+                raise RuntimeError(
+                    f"Ray listens at {ray.util.get_node_ip_address()} instead of {LOOPBACK}: it "
+                    "was imported before its environment was set"
+                )
             yield
         finally:
             ray.shutdown()
@@ -140,12 +113,12 @@ def _temporary_folder() -> Iterator[Path]:
     Folders of processes that could not do so, because they were killed, are removed before.
     """
     base = Path(tempfile.gettempdir())
-    if len(str(base)) > _LONGEST_TEMP:
+    if len(str(base)) > _MAX_BASE_LENGTH:
         base = Path("/tmp")
-    for left in base.glob(f"{_FOLDER}*-*"):
-        pid = left.name.removeprefix(_FOLDER).partition("-")[0]
-        if pid.isdigit() and left.stat().st_uid == os.getuid() and not Path("/proc", pid).exists():
-            shutil.rmtree(left, ignore_errors=True)
+    for old in base.glob(f"{_FOLDER}*-*"):
+        pid = old.name.removeprefix(_FOLDER).partition("-")[0]
+        if pid.isdigit() and old.stat().st_uid == os.getuid() and not Path("/proc", pid).exists():
+            shutil.rmtree(old, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{_FOLDER}{os.getpid()}-", dir=base))
     try:
         yield folder
@@ -154,38 +127,8 @@ def _temporary_folder() -> Iterator[Path]:
 
 
 @contextmanager
-def _as_small_as_can_be() -> Iterator[None]:
-    """Start none of Ray's processes that a run of one machine has no use for; loopback only.
-
-    The autoscaler's monitor, the log monitor and the API server cost 190 MB and five seconds.
-    ray.init has no switch for them; where Ray renames these methods they are started again.
-    What Ray has read from the environment at an import before now is read again.
-    """
-    import ray
-    from ray._private.node import Node
-    from ray._raylet import (  # type: ignore[attr-defined]
-        AuthenticationTokenLoader,
-    )
-    from ray._raylet import Config as RayletConfig  # type: ignore[attr-defined]
-
-    AuthenticationTokenLoader.instance().reset_cache()
-    RayletConfig.initialize("")
-    constants = ray._private.ray_constants
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(constants, "ENABLE_RAY_CLUSTER", False))
-        for method in UNUSED_SERVICES:
-            if hasattr(Node, method):
-                stack.enter_context(mock.patch.object(Node, method, _start_nothing))
-        yield
-
-
-def _start_nothing(node: Any, **_: Any) -> None:
-    node._webui_url = None
-
-
-@contextmanager
 def _joined(address: str) -> Iterator[None]:
-    _knock(address)
+    _check_listening(address)
     import ray
 
     try:
@@ -198,8 +141,8 @@ def _joined(address: str) -> Iterator[None]:
         ray.shutdown()
 
 
-def _knock(address: str) -> None:
-    """UserError if nobody listens at `address`: Ray itself would go on trying for minutes."""
+def _check_listening(address: str) -> None:
+    """UserError if nobody listens at `address`: Ray would go on trying for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdigit():  # "auto", or a form that Ray judges
         return

@@ -5,13 +5,12 @@ from typing import Annotated, Any
 
 import typer
 
-from sbf_dist import recipe as recipes
+from sbf_dist import compress_recipe
+from sbf_dist.budget import BUDGETS
+from sbf_dist.compress_recipe import OneShot
 from sbf_dist.errors import UserError
-from sbf_dist.recipe import Recipe
 
-BUDGETS = ("macs", "params", "latency", "latency_ms")
 HELD_OUT = 0.1  # of the images, where the folder has no val/: accuracy is measured on them
-_NETWORK = "dense"
 
 
 def command(
@@ -52,31 +51,26 @@ def command(
     Writes safetensors and plan, card and ONNX to OUT. Where the images have labels, the accuracy
     before and after is measured on val/, or on a tenth of the images that is not calibrated on.
     """
-    chosen = recipe_of(model, weights, data, budget, overrides or [])
+    settings = settings_of(model, weights, data, budget, overrides or [])
     # It takes seconds to import: not before the command line is known to be right.
     from launchers.one_shot import compress_once
 
-    compress_once(chosen, out, classes)
+    compress_once(settings, out, classes)
 
 
-def recipe_of(model: str, weights: Path, data: Path, budget: str, overrides: list[str]) -> Recipe:
-    """Put the command line into the form that a run's recipe has, and check it as one."""
+def settings_of(
+    model: str, weights: Path, data: Path, budget: str, overrides: list[str]
+) -> OneShot:
+    """Check the command line as a recipe is checked."""
     key, equals, _ = budget.partition("=")
     if key not in BUDGETS or not equals:
         raise UserError(
             f"budget {budget!r} must look like macs=0.5; known are {', '.join(BUDGETS)}"
         )
     content: dict[str, Any] = {
-        "name": "compress",
+        "model": model,
+        "weights": str(weights),
         "data": {"root": str(data), "validation": HELD_OUT},
-        "teachers": [{"name": _NETWORK, "model": model, "weights": str(weights)}],
-        "compress": {"teacher": _NETWORK},
-        "distill": {"training": {"steps": 1}},
+        "compress": {},
     }
-    recipe = recipes.validate(content, [f"compress.{budget}", *overrides], "command line")
-    if recipe.compress.rounds > 1:
-        raise UserError(
-            f"compress.rounds = {recipe.compress.rounds} must be 1 here: there is no training "
-            "between rounds (sbf run has it)"
-        )
-    return recipe
+    return compress_recipe.validate(content, [f"compress.{budget}", *overrides], "command line")

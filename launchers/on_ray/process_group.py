@@ -6,6 +6,7 @@ is imported by the controller: it must not import torch at its top.
 """
 
 import os
+import socket
 import tempfile
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,7 +16,7 @@ from typing import Any
 import ray
 from ray.train.backend import Backend, BackendConfig
 
-from launchers.local_ray import LOOPBACK
+from launchers.on_ray.local_ray import LOOPBACK
 
 _TIMEOUT = timedelta(minutes=30)
 
@@ -53,11 +54,13 @@ class _ProcessGroup(Backend):
 
 def _rendezvous() -> str:
     """Where the ranks meet, decided on rank 0: a file on one machine, else a port of rank 0's."""
-    from ray.train._internal.utils import get_address_and_port
-
-    host, port = get_address_and_port()
+    host = ray.util.get_node_ip_address()
     if host == LOOPBACK:
         return f"file://{Path(tempfile.mkdtemp(prefix='sbf-rendezvous-')) / 'store'}"
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 

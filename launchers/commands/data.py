@@ -16,7 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_LISTED = 100  # so many files of a kind are listed
+_MAX_LISTED = 100  # files of a kind
 
 
 class SetName(StrEnum):
@@ -95,19 +95,19 @@ def check(folder: Folder) -> None:
     with Display() as display:
         findings = check_set(folder, _Progress(display))
         for kind, names in findings.kinds().items():
-            for file in names[:_LISTED]:
+            for file in names[:_MAX_LISTED]:
                 display.say(f"{kind}  {file}")
-            if len(names) > _LISTED:
-                display.say(f"{kind}  … and {len(names) - _LISTED:,} more")
+            if len(names) > _MAX_LISTED:
+                display.say(f"{kind}  … and {len(names) - _MAX_LISTED:,} more")
         if findings.whole:
             display.say(f"{folder}: {findings.files:,} files are as they were prepared")
     if not findings.whole:
-        told = ", ".join(
+        by_kind = ", ".join(
             f"{len(names):,} {kind}" for kind, names in findings.kinds().items() if names
         )
         raise UserError(
-            f"data {folder}: {told} of {findings.files:,} files; remove the folder and prepare the "
-            "set again"
+            f"data {folder}: {by_kind} of {findings.files:,} files; remove the folder and "
+            "prepare the set again"
         )
 
 
