@@ -18,7 +18,9 @@ import pytest
 from PIL import Image
 
 from launchers import cli
-from launchers.layout import RunFolder
+from launchers.commands import run as run_command
+from launchers.run import execution
+from launchers.run.folder import RunFolder
 from sbf_dist.errors import UserError
 
 SBF = Path(sys.executable).with_name("sbf")
@@ -70,7 +72,11 @@ def prepare(folder: Path) -> None:
     write_images(folder / "few", ant=9, bee=4)
     (folder / "runs" / "tiny").mkdir(parents=True)
     (folder / "runs" / "tiny" / ".lock").touch()
-    (folder / "runs" / "tiny" / "recipe.json").write_text('{"name": "tiny", "seed": 77}')
+    other = folder / "runs" / "other"
+    (other / "stages").mkdir(parents=True)
+    (other / ".lock").touch()
+    (other / "recipe.json").write_text('{"name": "other", "seed": 77}')
+    (other / "stages" / "prepare.json").write_text("{}")
 
 
 def folder_of(name: str) -> list[str]:
@@ -90,7 +96,7 @@ COMMANDS = {
     "empty data": folder_of("empty"),
     "class without image": folder_of("gap"),
     "class with too few labels": [*folder_of("few"), "data.labelled_per_class=5"],
-    "other recipe": ["run", "tiny.yaml"],
+    "other recipe": ["run", "tiny.yaml", "name=other"],
     # Also of a recipe that is meant for another machine.
     "dry run": [*folder_of("nowhere"), *MANY_WORKERS, "--dry-run"],
 }
@@ -143,7 +149,7 @@ def test_help_of_run_explains_every_argument_and_stage(told):
     for option in ("--runs", "--until", "--again", "--dry-run", "--help"):
         line = text[text.index(f"  {option}") :].removeprefix(f"  {option}")
         assert re.match(r"( <[^>]+>)?\s+[A-Z][a-z ,;]+", line), option
-    for stage in cli.StageName:
+    for stage in run_command.StageName:
         assert stage.value in text
     assert "goes on from the last checkpoint" in " ".join(text.split())
     assert "distill.training.steps=200" in text
@@ -165,7 +171,7 @@ def test_help_of_run_explains_every_argument_and_stage(told):
         ("empty data", "/work/empty: is empty; it should hold one folder a class"),
         ("class without image", "/work/gap: the class 'bee' has no image"),
         ("class with too few labels", "labelled_per_class 5: the class 'bee' of "),
-        ("other recipe", "/runs/tiny was made with "),
+        ("other recipe", "/runs/other: prepare was done with "),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2_and_nothing_is_written(told, name, message):
@@ -180,8 +186,11 @@ def test_a_mistake_is_one_line_and_exit_code_2_and_nothing_is_written(told, name
     assert all("/.lock " in change for change in answer.changed), answer.changed
 
 
-def test_a_run_of_another_recipe_tells_the_first_difference_and_the_way_out(told):
-    assert re.search(r"made with \S+ = .*, the recipe says .*name=", told["other recipe"].stderr)
+def test_a_run_of_another_recipe_names_the_first_difference_and_the_ways_out(told):
+    assert re.search(
+        r"done with seed = 77, the recipe says 0; give --again prepare or .*name=",
+        told["other recipe"].stderr,
+    )
 
 
 def test_a_dry_run_tells_what_would_be_done_and_does_nothing(told):
@@ -267,7 +276,7 @@ def test_what_is_no_mistake_of_the_users_keeps_its_traceback(sbf, monkeypatch):
     def bug(*_, **__):
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr(cli, "check_models", bug)
+    monkeypatch.setattr(run_command, "check_models", bug)
     monkeypatch.setattr(sys, "argv", ["sbf", "run", "tiny.yaml"])
     with pytest.raises(ZeroDivisionError, match="ours"):
         cli.main()
@@ -277,13 +286,13 @@ def test_a_run_that_is_interrupted_ends_with_130(sbf, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "execute", interrupted)
+    monkeypatch.setattr(execution, "execute", interrupted)
     assert sbf("run", "tiny.yaml")[0] == 130
 
 
 def test_stages_are_passed_on_and_runs_become_absolute(sbf, monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr(cli, "execute", lambda *given: seen.append(given))
+    monkeypatch.setattr(execution, "execute", lambda *given: seen.append(given))
     assert sbf("run", "tiny.yaml", "seed=3", "--runs", "here", "--until", "compress",
                "--again", "teachers")[0] == 0  # fmt: skip
     recipe, folder, until, again = seen[0]
@@ -294,7 +303,7 @@ def test_stages_are_passed_on_and_runs_become_absolute(sbf, monkeypatch, tmp_pat
 
 
 def test_images_that_are_indexed_already_need_not_be_there(sbf, monkeypatch):
-    monkeypatch.setattr(cli, "execute", lambda *_: None)
+    monkeypatch.setattr(execution, "execute", lambda *_: None)
     done = Path("runs/tiny/stages/prepare.json")
     done.parent.mkdir()
     done.write_text("{}")
@@ -307,16 +316,16 @@ def test_a_lock_is_held_once_and_given_back(tmp_path):
     folder = RunFolder(tmp_path, "tiny")
     folder.root.mkdir()
     with (
-        cli.locked(folder),
+        execution.locked(folder),
         pytest.raises(UserError, match="in use by another sbf run"),
-        cli.locked(folder),
+        execution.locked(folder),
     ):
         pass
-    with cli.locked(folder):
+    with execution.locked(folder):
         pass
 
 
 def test_the_stages_of_the_command_line_are_those_that_are_done():
-    from launchers.stages import STAGES
+    from launchers.run.stages import STAGES
 
-    assert [stage.value for stage in cli.StageName] == list(STAGES)
+    assert [stage.value for stage in run_command.StageName] == [stage.name for stage in STAGES]

@@ -14,15 +14,16 @@ import pytest
 from archive_makers import cifar10_python, cifar100_python, imagenet, synsets, tiny_imagenet
 from typer.testing import CliRunner
 
-from launchers import cli, networks, worker
+from launchers import cli
 from launchers.display import Display
 from launchers.images import calibration_images
-from launchers.student import make as make_student
+from launchers.run import worker
+from launchers.run.building import build_network
+from launchers.student import make_student
 from sbf_dist import models
 from sbf_dist import recipe as recipes
-from sbf_dist.train.evaluate import accuracy
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SBF = Path(sys.executable).with_name("sbf")
 HELD_OUT = 20
 
@@ -95,31 +96,32 @@ def test_a_set_is_prepared_checked_trained_on_and_evaluated(name, tmp_path):
         ROOT / "recipes" / f"{case.recipe}.yaml", [f"data.root={root}", *SHORT, *case.more]
     )
     here = one_worker.begin(recipe, tmp_path / "runs")
-    classes = len(here.index.classes)
+    networks = here.networks
     assert {part: len(ids) for part, ids in here.index.parts.items()} == {
         "labelled": case.train,
         "unlabelled": 0,
         "validation": case.held_out,
     }
 
-    records = [one_worker.train(here, job) for job in networks.teacher_jobs(recipe)]
+    records = [one_worker.train(here, network) for network in networks.trained_in("teachers")]
     one_worker.write_pseudo_labels(here)
-    teacher = networks.compressed_teacher(recipe)
+    teacher = networks.compressed
     images = calibration_images(recipe.data, here.index, recipe.compress.images, recipe.seed)
-    dense = worker.build_network(recipe, here.run, teacher.name, start_from=teacher.name)
-    student, plan = make_student(recipe, dense, teacher.model, classes, images, Display())
-    models.save_weights(student, here.run.weights(networks.ONE_SHOT))
-    plan.save(here.run.plan)
-    records += [one_worker.train(here, job) for job in networks.distill_jobs(recipe)]
+    dense = build_network(teacher, here.num_classes, teacher.weights)
+    student, plan = make_student(
+        dense, images, recipe.compress, teacher.model, recipe.seed, Display()
+    )
+    models.save_weights(student, networks.one_shot.weights)
+    plan.save(here.folder.plan)
+    records += [one_worker.train(here, network) for network in networks.trained_in("distill")]
 
     assert [[record.step for record in one] for one in records] == 3 * [[1, 2, 3]]
     assert all(math.isfinite(value) for one in records for r in one for value in r.parts.values())
     assert set(records[-1][-1].parts) == {"loss", "cross_entropy", "divergence"}
     assert plan.macs_after <= 0.5 * plan.macs_before
-    for row in networks.rows(recipe):
-        if row.network != networks.ZEROED:
-            network, view = worker._row_model(here, row)
-            scores = accuracy(network, worker._validation(here, view), here.device)
+    for row in networks.rows():
+        if row.members != (networks.zeroed,):
+            scores = worker._score(here, row)
             assert scores.count == case.held_out
             assert math.isfinite(scores.loss)
 

@@ -10,13 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "train"))
 
 import torch
 import torch.distributed as dist
 from tiny import TinyLoader, TinyTask
 
-from launchers.ray_train import latest_checkpoint, progress, report
+from launchers.on_ray.ray_train import latest_checkpoint, progress, report
 from sbf_dist.errors import UserError
 from sbf_dist.train import checkpoint
 from sbf_dist.train.engine import OptimizerConfig, build_engine

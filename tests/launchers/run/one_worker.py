@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from launchers import worker
 from launchers.display import Display
 from launchers.images import index_images
-from launchers.layout import RunFolder
-from launchers.networks import Job
+from launchers.run import worker
+from launchers.run.building import build_network
+from launchers.run.folder import RunFolder
+from launchers.run.networks import Network, Networks
 from sbf_dist import models
 from sbf_dist.distill import pseudo_labels
 from sbf_dist.distill.task import DistillationTask
@@ -22,19 +23,21 @@ from sbf_dist.train.single import SingleEngine
 
 def begin(recipe: Recipe, runs: Path) -> worker.Context:
     """Index the recipe's images; the worker's place in the run."""
-    run = RunFolder(runs, recipe.name)
+    networks = Networks.of(recipe, RunFolder(runs, recipe.name))
     index = index_images(recipe.data, runs, recipe.seed, Display())
-    index.save(run.index)
-    return worker.Context(recipe, run, index, rank=0, world_size=1, device=torch.device("cpu"))
+    index.save(networks.folder.index)
+    return worker.Context(networks, index, rank=0, world_size=1, device=torch.device("cpu"))
 
 
-def train(here: worker.Context, job: Job) -> list[LogRecord]:
+def train(here: worker.Context, network: Network) -> list[LogRecord]:
     """Do one training of a run and keep its weights; the records of all its steps."""
+    job = network.job
+    assert job is not None
     torch.manual_seed(job.seed)
     settings = job.training
-    student = worker.build_network(here.recipe, here.run, job.name, start_from=job.start_from)
-    index, annotate = worker._targets(here, job)
-    batches = worker._batches(here, job, index)
+    student = build_network(network, here.num_classes, job.start)
+    index, annotate = worker._targets(here, network)
+    batches = worker._batches(here, network, index)
     records: list[LogRecord] = []
     fit(
         SingleEngine(
@@ -54,16 +57,16 @@ def train(here: worker.Context, job: Job) -> list[LogRecord]:
         annotate=annotate,
     )
     batches.close()
-    models.save_weights(student, here.run.weights(job.name))
+    models.save_weights(student, network.weights)
     return records
 
 
 def write_pseudo_labels(here: worker.Context) -> None:
-    """Let the teachers, whose weights are there, write their word on all training images."""
-    folder = here.run.pseudo_labels
+    """Write what the teachers, whose weights are there, predict on all training images."""
+    folder = here.folder.pseudo_labels
     ids = np.sort(np.concatenate([here.index.parts[p] for p in ("labelled", "unlabelled")]))
     pseudo_labels.begin(folder, pseudo_labels.origin(here.recipe, here.index.digest))
-    ensemble = worker._ensemble(here, tuple(teacher.name for teacher in here.recipe.teachers))
+    ensemble = worker._ensemble(here)
     for number, part in enumerate(pseudo_labels.chunks(ids)):
         worker._write_chunk(here, ensemble, number, part)
     pseudo_labels.finish(folder, ids)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from archive_makers import cifar10_python
 
-from launchers import networks, worker
+from launchers.run import worker
+from launchers.run.networks import Network, Networks
 from pipelines.augmentation import Augmentation
 from pipelines.loader import TrainLoader
 from pipelines.sources.preparation import prepare
@@ -59,22 +60,21 @@ def begin(images, tmp_path):
         )
         here = one_worker.begin(recipe, tmp_path)
         torch.manual_seed(0)
-        for teacher in recipe.teachers:
-            network = models.build(teacher.model, len(here.index.classes))
-            models.save_weights(network, here.run.weights(teacher.name))
+        for teacher in here.networks.teachers:
+            models.save_weights(models.build(teacher.model, here.num_classes), teacher.weights)
         one_worker.write_pseudo_labels(here)
         return here
 
     return of
 
 
-def distillation(here: worker.Context) -> networks.Job:
-    return networks.distill_jobs(here.recipe)[0]
+def student(here: worker.Context) -> Network:
+    return here.networks.student
 
 
-def batches(here: worker.Context, job: networks.Job, count: int = 2) -> list[worker.Batch]:
+def batches(here: worker.Context, network: Network, count: int = 2) -> list[worker.Batch]:
     """The first batches as the loader gives them."""
-    loader = worker._batches(here, job, here.index)
+    loader = worker._batches(here, network, here.index)
     found = [{key: value.clone() for key, value in next(loader).items()} for _ in range(count)]
     loader.close()
     return found
@@ -92,22 +92,22 @@ def blended(values: torch.Tensor, batch: worker.Batch) -> torch.Tensor:
 
 @pytest.mark.parametrize("mixture", MIXTURES)
 def test_stored_targets_are_mixed_as_the_images_are(begin, mixture):
-    plain = batches(begin(), distillation(begin()))
+    plain = batches(begin(), student(begin()))
     here = begin(augmentation=mixture)
     stored = pseudo_labels.load(
-        here.run.pseudo_labels, pseudo_labels.origin(here.recipe, here.index.digest)
+        here.folder.pseudo_labels, pseudo_labels.origin(here.recipe, here.index.digest)
     )
-    said = torch.tensor(stored.classes), torch.tensor(stored.probabilities)
-    word = full_distributions(*said, 10)
-    _, annotate = worker._targets(here, distillation(here))
-    for unmixed, batch in zip(plain, batches(here, distillation(here)), strict=True):
+    predicted = torch.tensor(stored.classes), torch.tensor(stored.probabilities)
+    distributions = full_distributions(*predicted, 10)
+    _, annotate = worker._targets(here, student(here))
+    for unmixed, batch in zip(plain, batches(here, student(here)), strict=True):
         assert torch.equal(batch["image"], unmixed["image"])  # until it is annotated
         known = batch["label"] >= 0
         assert known.tolist() == [True] * 4 + [False] * 4
         assert torch.equal(known, known[batch["mix_partner"]])  # pairs of one stream
         mixed = annotate(batch)
         rows = np.searchsorted(stored.ids, batch["id"].numpy())
-        assert torch.allclose(mixed["teacher"], blended(word[rows], batch), atol=1e-6)
+        assert torch.allclose(mixed["teacher"], blended(distributions[rows], batch), atol=1e-6)
         assert torch.equal(mixed["partner_label"], batch["label"][batch["mix_partner"]])
         assert torch.equal(mixed["share"], batch["mix_share"])
         assert not torch.equal(mixed["image"], batch["image"])
@@ -120,19 +120,19 @@ def test_stored_targets_are_mixed_as_the_images_are(begin, mixture):
 @pytest.mark.parametrize("mixture", MIXTURES)
 def test_live_teachers_see_the_mixed_images(begin, mixture):
     here = begin("live", augmentation=mixture)
-    job = distillation(here)
-    _, annotate = worker._targets(here, job)
-    mixed = annotate(batches(here, job)[0])
-    ensemble = worker._ensemble(here, ("one", "two"))
-    assert torch.allclose(mixed["teacher"], ensemble(mixed["image"], job.view), atol=1e-6)
+    network = student(here)
+    _, annotate = worker._targets(here, network)
+    mixed = annotate(batches(here, network)[0])
+    ensemble = worker._ensemble(here)
+    assert torch.allclose(mixed["teacher"], ensemble(mixed["image"], network.view), atol=1e-6)
     assert {"share", "partner_label"} <= mixed.keys()
 
 
 def test_trainings_on_labels_alone_mix_as_well(begin):
     here = begin(augmentation={"mixup": 1.0})
-    job = networks.teacher_jobs(here.recipe)[0]
-    index, annotate = worker._targets(here, job)
-    mixed = annotate(batches(here, job)[0])
+    teacher = here.networks.teachers[0]
+    index, annotate = worker._targets(here, teacher)
+    mixed = annotate(batches(here, teacher)[0])
     assert index is here.index
     assert {"share", "partner_label"} <= mixed.keys()
     assert "teacher" not in mixed
@@ -143,8 +143,10 @@ def test_trainings_on_labels_alone_mix_as_well(begin):
 @pytest.mark.parametrize("mixture", MIXTURES)
 def test_mixed_images_are_trained_on(begin, targets, mixture):
     here = begin(targets, augmentation=mixture | {"rand_augment": 1})
-    job = dataclasses.replace(distillation(here), start_from=None, planned=False, name="one")
-    records = one_worker.train(here, job)
+    network = student(here)
+    job = dataclasses.replace(network.job, start=None)
+    dense = dataclasses.replace(network, job=job, plan=None)
+    records = one_worker.train(here, dense)
     assert [record.step for record in records] == [1, 2]
     for record in records:
         assert set(record.parts) == {"loss", "cross_entropy", "divergence"}
@@ -158,8 +160,8 @@ def test_mixed_images_are_trained_on(begin, targets, mixture):
 def test_random_operations_are_those_that_the_recipe_asks_for(begin):
     strong = {"rand_augment": 2, "magnitude": 15}
     here = begin(augmentation=strong)
-    job = networks.teacher_jobs(here.recipe)[0]
-    (batch,) = batches(here, job, 1)
+    teacher = here.networks.teachers[0]
+    (batch,) = batches(here, teacher, 1)
     loader = TrainLoader(
         here.index,
         ["labelled"],
@@ -168,14 +170,14 @@ def test_random_operations_are_those_that_the_recipe_asks_for(begin):
         mean=here.recipe.data.mean,
         std=here.recipe.data.std,
         augmentation=Augmentation(crop="padded", padding=4, **strong),
-        seed=job.seed,
+        seed=teacher.job.seed,
         rank=0,
         world_size=1,
         threads=1,
     )
     assert torch.equal(batch["image"], next(loader)["image"])
     loader.close()
-    (plain,) = batches(begin(), job, 1)
+    (plain,) = batches(begin(), teacher, 1)
     assert torch.equal(batch["id"], plain["id"])
     assert not torch.equal(batch["image"], plain["image"])
 
@@ -187,23 +189,24 @@ def test_random_operations_are_those_that_the_recipe_asks_for(begin):
 )  # fmt: skip
 def test_a_batch_has_its_share_of_labelled_images(begin, share, mixture, labelled):
     here = begin(share=share, augmentation=mixture)
-    for batch in batches(here, distillation(here)):
+    for batch in batches(here, student(here)):
         assert (batch["label"] >= 0).tolist() == [True] * labelled + [False] * (8 - labelled)
 
 
 def test_where_no_image_is_without_a_label_all_of_a_batch_has_one(begin):
     here = begin(share=0.25, labelled_per_class=None)
-    (batch,) = batches(here, distillation(here), 1)
+    (batch,) = batches(here, student(here), 1)
     assert len(batch["label"]) == 8
     assert bool((batch["label"] >= 0).all())
 
 
 def test_two_workers_share_the_batch_of_one(begin):
     here = begin(augmentation={"mixup": 1.0})
-    job = distillation(here)
-    (alone,) = batches(here, job, 1)
+    network = student(here)
+    (alone,) = batches(here, network, 1)
     halves = [
-        batches(dataclasses.replace(here, rank=rank, world_size=2), job, 1)[0] for rank in (0, 1)
+        batches(dataclasses.replace(here, rank=rank, world_size=2), network, 1)[0]
+        for rank in (0, 1)
     ]
     for half in halves:
         assert (half["label"] >= 0).tolist() == [True] * 2 + [False] * 2
@@ -218,7 +221,7 @@ def test_images_that_are_held_in_memory_are_read_once(begin, images, tmp_path):
     for cache in ("none", "memory"):
         root = shutil.copytree(images, tmp_path / cache)
         here = begin(root=root, cache=cache)
-        loader = worker._batches(here, distillation(here), here.index)
+        loader = worker._batches(here, student(here), here.index)
         next(loader)
         shutil.rmtree(root)
         if cache == "memory":
@@ -233,9 +236,8 @@ def test_images_that_are_held_in_memory_are_read_once(begin, images, tmp_path):
 def test_images_of_which_the_teachers_are_unsure_are_left_out(begin):
     here = begin("live")
     settings = here.recipe.pseudo_labels.model_copy(update={"per_class": 1})
-    chooser = dataclasses.replace(
-        here, recipe=here.recipe.model_copy(update={"pseudo_labels": settings})
-    )
-    index, _ = worker._targets(chooser, distillation(here))
+    recipe = here.recipe.model_copy(update={"pseudo_labels": settings})
+    chooser = dataclasses.replace(here, networks=Networks.of(recipe, here.folder))
+    index, _ = worker._targets(chooser, student(here))
     assert 0 < len(index.parts["unlabelled"]) < len(here.index.parts["unlabelled"])
     assert np.array_equal(index.parts["labelled"], here.index.parts["labelled"])

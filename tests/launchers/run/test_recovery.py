@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SBF = Path(sys.executable).with_name("sbf")
 SHORT = [
     "teachers.0.training.steps=6",

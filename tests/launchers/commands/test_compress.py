@@ -115,7 +115,7 @@ def test_images_without_labels_serve_as_well(told: str, folder: Path, tmp_path: 
         (plain / picture.name).symlink_to(picture)
     words = arguments(folder, data=str(plain), out=str(tmp_path / "student"))
     refused = CliRunner().invoke(cli.app, [*words, *SMALL])
-    assert "say with --classes how many outputs" in str(refused.exception)
+    assert "give with --classes how many outputs" in str(refused.exception)
     result = CliRunner().invoke(
         cli.app, [*words, "--classes", "10", *SMALL], catch_exceptions=False
     )
@@ -128,7 +128,7 @@ def test_rounds_are_refused_where_nothing_is_trained_between_them(
 ) -> None:
     words = [*arguments(folder, out=str(tmp_path / "student")), *SMALL, "compress.rounds=3"]
     result = CliRunner().invoke(cli.app, words)
-    assert "compress.rounds = 3 must be 1 here" in str(result.exception)
+    assert "compress: rounds = 3 must be 1 here" in str(result.exception)
 
 
 def test_a_folder_with_other_things_in_it_is_refused_before_the_work(

@@ -6,12 +6,12 @@ import pytest
 from archive_makers import cifar10_python, imagenet
 
 from launchers import cli
-from launchers.data import _Progress
+from launchers.commands.data import _Progress
 from launchers.display import Display
 from pipelines.sources.preparation import _ARCHIVES
 from sbf_dist import recipe as recipes
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(__file__).parents[3] / "recipes"
 OF_SETS = {
     "cifar10-resnet56": "cifar10",
     "cifar10-vgg16": "cifar10",
@@ -141,7 +141,7 @@ def test_help_tells_of_every_set_which_archives_it_needs(sbf, monkeypatch):
 
 def test_progress_tells_rate_and_time_left_in_plain_lines(capsys, monkeypatch):
     now = 100.0
-    monkeypatch.setattr("launchers.data.time.monotonic", lambda: now)
+    monkeypatch.setattr("launchers.commands.data.time.monotonic", lambda: now)
     display = Display()
     progress = _Progress(display)
     progress("images", 50, 1000, "images")

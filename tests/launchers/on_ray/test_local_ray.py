@@ -7,13 +7,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launchers import local_ray as module
-from launchers.local_ray import available_cpus, check_machine, local_ray
+from launchers import machine
+from launchers.machine import available_cpus, check_machine
+from launchers.on_ray import local_ray as module
+from launchers.on_ray.local_ray import local_ray
 from sbf_dist.errors import UserError
 
 DRIVER = """
 import sys, time
-from launchers.local_ray import local_ray
+from launchers.on_ray.local_ray import local_ray
 with local_ray(workers=1):
     print("up", flush=True)
     if len(sys.argv) > 1:
@@ -41,7 +43,7 @@ def test_no_workers_and_no_cpus_are_refused(workers: int, cpus: int) -> None:
 
 
 def test_more_gpus_than_there_are_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "available_gpus", lambda: 1)
+    monkeypatch.setattr(machine, "available_gpus", lambda: 1)
     with pytest.raises(UserError, match=r"needs 2 GPUs, this machine has 1"):
         check_machine(1, 1, gpus_per_worker=2)
 
@@ -52,13 +54,6 @@ def test_a_cluster_that_cannot_be_reached_is_told() -> None:
         local_ray(workers=1, address="127.0.0.1:1"),
     ):
         pass
-
-
-def test_the_methods_that_are_left_out_are_rays() -> None:
-    """Where this fails, Ray has renamed them, and starts what local_ray meant to leave out."""
-    from ray._private.node import Node
-
-    assert [name for name in module.UNUSED_SERVICES if not hasattr(Node, name)] == []
 
 
 @pytest.mark.slow

@@ -8,10 +8,12 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from launchers.compare import command
-from launchers.comparison import compare, summarise, trials
-from launchers.display import Display, comparison_table
-from launchers.shared_batches import SharedBatches
+from launchers.commands.compare import command
+from launchers.comparison.shared_batches import SharedBatches
+from launchers.comparison.statistics import comparison_table, summarise
+from launchers.comparison.summary import compare
+from launchers.comparison.trials import trials
+from launchers.display import Display
 from sbf_dist.compare_recipe import Comparison
 from sbf_dist.errors import UserError
 
@@ -95,7 +97,7 @@ def test_the_command_shows_the_table_and_says_where_things_are(runs, tmp_path, c
 
 
 def test_a_folder_of_other_settings_is_refused(runs):
-    with pytest.raises(UserError, match=r"was made with model = 'cifar_resnet8_w8', the recipe"):
+    with pytest.raises(UserError, match=r"was done with model = 'cifar_resnet8_w8', the recipe"):
         compare(recipe(model="cifar_resnet14"), runs, quiet())
 
 

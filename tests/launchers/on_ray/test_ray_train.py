@@ -14,9 +14,11 @@ import pytest
 import tiny_worker
 from tiny_worker import EVERY, STEPS
 
-from launchers.local_ray import available_cpus, local_ray
-from launchers.ray_train import run_workers
+from launchers.machine import available_cpus
+from launchers.on_ray.local_ray import local_ray
+from launchers.on_ray.ray_train import run_workers
 from sbf_dist.errors import UserError
+from sbf_dist.recipe import Workers
 from sbf_dist.train import checkpoint
 
 pytestmark = [
@@ -30,7 +32,7 @@ DIE_AT = 17
 def ray() -> Iterator[None]:
     here = Path(__file__).parent
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(here), str(here.parents[1])]))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(here), str(here.parents[2])]))
         with local_ray(workers=2):
             yield
 
@@ -47,7 +49,7 @@ def killed(ray: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
         listening.append(addresses())
 
     warnings = Messages()
-    logging.getLogger("launchers.ray_train").addHandler(warnings)
+    logging.getLogger("launchers.on_ray.ray_train").addHandler(warnings)
     snapshot = folder / "runs/tiny/checkpoint_manager_snapshot.json"
     config = {"diary": str(folder), "snapshot": str(snapshot), "die_at": DIE_AT, "pause": 0.3}
     result = run_workers(
@@ -55,11 +57,10 @@ def killed(ray: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
         config,
         name="tiny",
         storage=folder / "runs",
-        workers=2,
-        max_failures=1,
+        workers=Workers(count=2, max_failures=1),
         on_progress=on_progress,
     )
-    logging.getLogger("launchers.ray_train").removeHandler(warnings)
+    logging.getLogger("launchers.on_ray.ray_train").removeHandler(warnings)
     return {
         "result": result,
         "progress": progress,
@@ -165,8 +166,7 @@ def test_a_users_mistake_on_one_rank_arrives_as_its_line_at_the_first_try(
             {"diary": str(tmp_path)},
             name="mistake",
             storage=tmp_path / "runs",
-            workers=2,
-            max_failures=3,
+            workers=Workers(count=2, max_failures=3),
         )
     assert str(caught.value) == "batch size 7: must be a multiple of 2"
     # Rank 0 may be ended before it has begun.
@@ -181,7 +181,6 @@ def test_any_other_error_arrives_with_the_workers_traceback(ray: None, tmp_path:
             {"layer": "conv1"},
             name="bug",
             storage=tmp_path / "runs",
-            workers=1,
-            max_failures=0,
+            workers=Workers(count=1, max_failures=0),
         )
     assert re.search(r"break_down[\s\S]*KeyError: 'no such layer: conv1'", str(caught.value))

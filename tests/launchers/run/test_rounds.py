@@ -1,18 +1,18 @@
-"""Shrinking in rounds: what each round makes, and that none is done twice."""
+"""Shrinking in rounds: what each round leaves, and that no round is done twice."""
 
 import inspect
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from launchers import networks, rounds
 from launchers.display import Display
-from launchers.layout import RunFolder
-from launchers.student import make
-from launchers.worker import build_network
-from pipelines.index import PARTS, DataIndex
+from launchers.run import rounds
+from launchers.run.building import build_network
+from launchers.run.folder import RunFolder
+from launchers.run.networks import Network, Networks
+from launchers.run.stages import STAGES
+from launchers.student import make_student
 from sbf_dist import models, recipe
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.cost import count
@@ -20,6 +20,7 @@ from sbf_dist.compression.plan import Plan
 from sbf_dist.compression.progressive import shrink
 
 SHAPE = (3, 16, 16)
+NUM_CLASSES = 10
 RECIPE = recipe.validate(
     {
         "name": "rounds",
@@ -38,39 +39,33 @@ class Run:
 
     def __init__(self, root: Path) -> None:
         torch.manual_seed(0)
-        self.folder = RunFolder(root, "rounds")
-        self.dense = models.build("cifar_resnet8", 10).eval()
+        self.networks = Networks.of(RECIPE, RunFolder(root, "rounds"))
+        self.folder = self.networks.folder
+        self.dense = models.build("cifar_resnet8", NUM_CLASSES).eval()
+        models.save_weights(self.dense, self.networks.compressed.weights)
         self.images = Calibration.of(torch.randn(48, *SHAPE))
         self.trained: list[str] = []
-        none = np.zeros(0, dtype=np.int64)
-        DataIndex(  # of which only the classes are asked
-            root=root,
-            classes=[str(digit) for digit in range(10)],
-            files=[],
-            labels=none,
-            sizes=none.reshape(0, 2),
-            file_bytes=none,
-            parts=dict.fromkeys(PARTS, none),
-            skipped=[],
-        ).save(self.folder.index)
-        _, plan = make(RECIPE, self.dense, "cifar_resnet8", 10, self.images, Display())
+        _, plan = make_student(
+            self.dense, self.images, RECIPE.compress, "cifar_resnet8", RECIPE.seed, Display()
+        )
         plan.save(self.folder.plan)
 
-    def train(self, stage: str) -> None:
-        (job,) = networks.jobs_of(RECIPE, stage)
-        network = self.network(job.name, job.start_from)
+    def train(self, network: Network) -> None:
+        assert network.job is not None
+        module = build_network(network, NUM_CLASSES, network.job.start)
         with torch.no_grad():
-            for parameter in network.parameters():
+            for parameter in module.parameters():
                 parameter.mul_(1.01)
-        models.save_weights(network, self.folder.weights(job.name))
-        self.trained.append(job.name)
+        models.save_weights(module, network.weights)
+        self.trained.append(network.name)
 
-    def network(self, name: str, weights: str | None = None) -> torch.nn.Module:
-        return build_network(RECIPE, self.folder, name, start_from=weights or name)
+    def network(self, name: str) -> torch.nn.Module:
+        network = next(network for network in self.networks if network.name == name)
+        return build_network(network, NUM_CLASSES, network.weights)
 
-    def shrink(self) -> Path:
-        return rounds.shrink_in_rounds(
-            RECIPE, self.folder, self.dense, self.images, Display(), train=self.train
+    def shrink(self) -> None:
+        rounds.shrink_in_rounds(
+            self.networks, NUM_CLASSES, self.images, Display(), train=self.train
         )
 
 
@@ -84,7 +79,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_each_round_is_smaller_and_the_last_meets_the_budget(run: Run) -> None:
     dense = count(run.dense, SHAPE).macs
     costs = [
-        count(run.network(networks.fitted(number)), SHAPE).macs / dense for number in (1, 2, 3)
+        count(run.network(f"sbf-round-{number}-fitted"), SHAPE).macs / dense for number in (1, 2, 3)
     ]
     assert costs[0] > costs[1] > costs[2]
     assert 0.45 < costs[2] <= 0.5
@@ -104,15 +99,17 @@ def test_training_stands_between_the_rounds_and_a_round_starts_from_what_was_tra
 
 
 def test_the_student_has_the_last_plan_and_starts_from_its_fit(run: Run) -> None:
-    (job,) = (j for j in networks.distill_jobs(RECIPE) if j.name == networks.STUDENT)
-    assert job.start_from == "sbf-round-3-fitted"
-    assert networks.plan_of(RECIPE, run.folder, networks.STUDENT) == run.folder.round_plan(3)
-    assert networks.plan_of(RECIPE, run.folder, networks.ONE_SHOT) == run.folder.plan
+    student = run.networks.student
+    assert student.job is not None
+    assert student.job.start == run.folder.weights("sbf-round-3-fitted")
+    assert student.plan == run.folder.round_plan(3)
+    assert run.networks.one_shot.plan == run.folder.plan
 
 
 def test_trainings_between_are_a_fifth_as_long_and_warm_up_in_time(run: Run) -> None:
-    assert [job.training.steps for job in networks.round_jobs(RECIPE)] == [10, 10]
-    assert [job.training.warmup for job in networks.round_jobs(RECIPE)] == [2, 2]
+    trainings = [one.trained.job.training for one in run.networks.rounds if one.trained]
+    assert [training.steps for training in trainings] == [10, 10]
+    assert [training.warmup for training in trainings] == [2, 2]
 
 
 def test_what_is_done_is_not_done_again_and_a_cut_round_is(run: Run) -> None:
@@ -127,9 +124,12 @@ def test_what_is_done_is_not_done_again_and_a_cut_round_is(run: Run) -> None:
 
 
 def test_what_rounds_leave_is_found(run: Run) -> None:
-    left = rounds.files(RECIPE, run.folder)
+    (distill,) = (stage for stage in STAGES if stage.name == "distill")
+    (product,) = (p for p in distill.products(run.networks) if p.name == "the rounds")
+    left = product.files
     assert all(path.exists() for path in left if path.suffix)
-    assert {p.name for p in run.folder.plan.parent.glob("weights/*")} <= {p.name for p in left}
+    rounds_weights = {path.name for path in run.folder.root.glob("weights/sbf-round*")}
+    assert rounds_weights <= {path.name for path in left}
 
 
 def test_later_rounds_are_told_every_setting_that_shrinking_has(tmp_path, monkeypatch):
