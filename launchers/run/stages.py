@@ -142,9 +142,10 @@ def _evaluate(session: "Session", log: "TrackedRun") -> "Result":
 
 def _table_of_results(networks: "Networks") -> list[Product]:
     reads = ("teachers", "baselines", "data.crop", "pseudo_labels.temperature")
-    names = [network.name for network in networks]
-    rounds = [_ROUNDS] if networks.rounds else []
-    return [Product(_TABLE, reads, needs=(_IMAGES, *names, *rounds))]
+    dense = (*networks.teachers, networks.dense_labels)
+    students = (networks.one_shot, networks.sbf_labels, networks.student)
+    names = [n.name for n in (*dense, *students) if n is not None]
+    return [Product(_TABLE, reads, needs=(_IMAGES, *names))]
 
 
 def _export(session: "Session", log: "TrackedRun") -> "Result":
