@@ -2,19 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from launchers.display import Display
 from sbf_dist.compression.calibration import Calibration
-from sbf_dist.compression.joint import SHARES, RemovalSettings, plan_jointly
+from sbf_dist.compression.one_shot import compress
 from sbf_dist.compression.plan import Plan
-from sbf_dist.compression.planning.latency_table import LatencyTable, default_path
+from sbf_dist.compression.planning.latency_table import LatencyTable, Timing, default_path
 from sbf_dist.compression.progress import Progress
-from sbf_dist.compression.reconstruct import compress
-from sbf_dist.compression.removal.probe import Probe
 from sbf_dist.export.onnx import to_onnx, verify_onnx
 from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import ONNX, Card, save_student
@@ -36,38 +32,16 @@ def make_student(
 
     `model`: the name of its architecture, as sbf_dist.models.build takes it.
     """
-    with torch.no_grad():
-        classes = dense.eval()(images.first(1)).shape[1]
-    arguments: dict[str, Any] = {
-        "model_name": model,
-        "classes": classes,
-        "budget": settings.budget,
-        "seed": seed,
-        "progress": progress_of(display),
-        "criterion": settings.criterion,
-        "keep": settings.keep,
-        "round_to": settings.round_to,
-        "between": settings.between,
-        "sources": settings.sources,
-        "mixtures": settings.mixtures,
-        "transform_size": settings.transform_size,
-        "floor": settings.floor,
-        "refit": settings.refit,
-    }
-    if settings.removal == 0:
-        table = LatencyTable(settings.latency_table or default_path(), settings.latency_batch)
-        student, plan = compress(dense, images, **arguments, table=table, for_inference=optimize)
-    else:
-        student, plan = plan_jointly(
-            dense,
-            images,
-            **arguments,
-            shares=SHARES if settings.removal == "auto" else [settings.removal],
-            probe=Probe(steps=settings.probe_steps if settings.removal == "auto" else 0),
-            removal=RemovalSettings(
-                floor=settings.floor, keep=tuple(settings.keep), round_to=settings.round_to
-            ),
-        )
+    table = LatencyTable(settings.latency_table or default_path(), settings.latency_batch)
+    student, plan = compress(
+        dense,
+        images,
+        settings,
+        name=model,
+        seed=seed,
+        progress=progress_of(display),
+        timing=Timing(table, optimize),
+    )
     display.say(f"  {plan.summary()}")
     return student, plan
 

@@ -2,6 +2,7 @@
 
 import difflib
 import pickle
+import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +12,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sbf_dist.cifar import build_cifar
+from sbf_dist.cifar import NAME, CifarResNet, CifarVGG, build_cifar, cifar_name
 from sbf_dist.errors import UserError
+from sbf_dist.files import replacing
 
+LIBRARIES = ("timm", "torchvision")
 EXAMPLES = "cifar_resnet20, cifar_vgg16, timm:resnet50, torchvision:resnet18"
 INCEPTIONS = ("googlenet", "inception_v3")  # torchvision's networks with auxiliary heads
 AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # of the published weights
@@ -37,6 +40,51 @@ def build(name: str, classes: int) -> nn.Module:
     if network is None:
         raise UserError(f"model {name!r} is unknown; names look like {EXAMPLES}")
     return network
+
+
+def name_of(model: nn.Module, classes: int) -> str:
+    """Return the name that `build` makes a network like `model`, with `classes` outputs, of.
+
+    It is found by building the networks that `model` may be, without memory, and comparing names
+    and shapes of their tensors and all that their modules say of themselves. A network that is
+    none of them has the name of its class instead: 'package.module:Class'.
+    """
+    kind = type(model)
+    for name in _names_it_may_have(model):
+        with torch.device("meta"):
+            candidate = build(name, classes)
+        if type(candidate) is kind and _looks_like(candidate, model):
+            return name
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def is_buildable(name: str) -> bool:
+    """Whether `build` knows the network of a plan, not only its user."""
+    library, _, rest = name.rpartition(":")
+    return library in LIBRARIES or (not library and NAME.fullmatch(rest) is not None)
+
+
+def _names_it_may_have(model: nn.Module) -> list[str]:
+    module = type(model).__module__
+    if isinstance(model, CifarResNet | CifarVGG):
+        name = cifar_name(model)
+        return [] if name is None else [name]
+    if module.startswith("timm."):
+        import timm
+
+        card = getattr(model, "pretrained_cfg", None) or {}
+        architecture = card.get("architecture", "")
+        return [f"timm:{architecture}"] if timm.is_model(architecture) else []
+    if module.startswith("torchvision.models."):
+        from torchvision.models import list_models
+
+        return [f"torchvision:{name}" for name in list_models(module=sys.modules[module])]
+    return []
+
+
+def _looks_like(one: nn.Module, other: nn.Module) -> bool:
+    shapes = [{n: x.shape for n, x in network.state_dict().items()} for network in (one, other)]
+    return shapes[0] == shapes[1] and repr(one) == repr(other)
 
 
 def _timm(name: str, classes: int) -> nn.Module:
@@ -74,9 +122,8 @@ def save_weights(model: nn.Module, path: Path) -> None:
         for name, tensor in model.state_dict().items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(state, partial)
-    partial.replace(path)
+    with replacing(path) as partial:
+        save_file(state, partial)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -137,7 +184,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load a whole state dict that came out of a safetensors file into `model`.
 
-    Such a file does not tell the versions of the modules that wrote it, without which some refuse
+    Such a file does not have the versions of the modules that wrote it, without which some refuse
     to load (torchvision's MNASNet): they are taken to be those of `model`. Raises RuntimeError
     as load_state_dict does.
     """

@@ -129,8 +129,9 @@ class Compression(Settings):
         return Budget(**{kind: getattr(self, kind) for kind in BUDGETS})
 
     def with_budget(self, budget: Budget) -> Self:
-        """Return the same settings for another budget."""
-        return self.model_copy(update=dict.fromkeys(BUDGETS) | budget.given())
+        """Return the same settings for another budget. Raises UserError if they do not fit it."""
+        values = {name: getattr(self, name) for name in self.model_fields_set}
+        return type(self)(**(values | dict.fromkeys(BUDGETS) | budget.given()))
 
     def _gives(self, kind: str) -> bool:
         return getattr(self, kind) is not None

@@ -21,7 +21,7 @@ def test_the_budget_is_exactly_one():
     assert Compression(latency_ms=3).budget == Budget(latency_ms=3)
     with pytest.raises(UserError, match="latency_ms; none is given"):
         Compression()
-    with pytest.raises(UserError, match="not macs = 0.5 and params = 0.5"):
+    with pytest.raises(UserError, match=r"not macs = 0\.5 and params = 0\.5"):
         Compression(macs=0.5, params=0.5)
 
 

@@ -168,8 +168,6 @@ class Bench:
             self.dense,
             trial.macs,
             self.calibration,
-            model_name=self.recipe.model,
-            classes=self.classes,
             seed=trial.seed,
         )
 

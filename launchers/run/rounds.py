@@ -9,7 +9,6 @@ from launchers.display import Display
 from launchers.run.building import build_network
 from launchers.run.networks import Network, Networks, Round
 from launchers.student import make_student, progress_of
-from sbf_dist.budget import Budget
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.cost import count
 from sbf_dist.compression.plan import Plan
@@ -41,13 +40,11 @@ def shrink_in_rounds(
     for number, (one, budget) in enumerate(zip(networks.rounds, budgets, strict=True), 1):
         if not one.fitted.weights.exists():
             display.say(f"  round {number} of {len(budgets)}")
+            smaller = settings.with_budget(budget)
             if before is None:
-                smaller = settings.with_budget(budget)
                 student, plan = make_student(dense, images, smaller, teacher.model, seed, display)
             else:
-                student, plan = _shrink(
-                    before, num_classes, images, budget, settings, seed, display
-                )
+                student, plan = _shrink(before, num_classes, images, smaller, seed, display)
             one.plan.parent.mkdir(exist_ok=True)
             plan.save(one.plan)
             save_weights(student, one.fitted.weights)  # last: what says that the round is fitted
@@ -60,7 +57,6 @@ def _shrink(
     before: Round,
     num_classes: int,
     images: Calibration,
-    budget: Budget,
     settings: Compress,
     seed: int,
     display: Display,
@@ -70,16 +66,8 @@ def _shrink(
         build_network(before.trained, num_classes, before.trained.weights),
         Plan.load(before.plan),
         images,
-        budget,
-        sources=settings.sources,
-        transform_size=settings.transform_size,
-        floor=settings.floor,
-        round_to=settings.round_to,
-        keep=settings.keep,
-        criterion=settings.criterion,
+        settings,
         seed=seed,
-        refit=settings.refit,
-        mixtures=settings.mixtures,
         progress=progress_of(display),
     )
     display.say(f"  {plan.summary()}")

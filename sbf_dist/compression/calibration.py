@@ -1,6 +1,7 @@
 """Calibration images, as a stream: gone through again and again, never held as a whole."""
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,39 +9,48 @@ from torch import Tensor, nn
 from sbf_dist.errors import UserError
 
 BATCH = 64  # images at a time, where it is ours to choose
+SAMPLED = 1024  # values of an image that it is recognised by
+TOLERANCE = 0.02  # of normalised values, which are about 1
 PIXELS = 2**19  # of a batch for the layers' statistics: 10 images of 224 px, 64 of 90 px
+
+
+Batches = Iterable[Any]  # of tensors (N, C, H, W), or of sequences that begin with one
 
 
 class Calibration:
     """Normalised images (N, C, H, W) that can be gone through any number of times.
 
-    Each iteration gives the same batches in the same order, on `device`. Only the batch at hand is
-    held, so memory does not grow with the number of images. `count` is that number, `shape` is
-    (C, H, W). Raises UserError if there are no images, if they differ in shape, or if an iteration
-    gives another number of them than the first.
+    batches: an object whose iter() starts anew, as a list or a DataLoader, of tensors or of
+    (image, label). Each iteration gives the same batches in the same order, on `device`. Only the
+    batch at hand is held, so memory does not grow with the number of images. `count` is that
+    number, `shape` is (C, H, W). Raises UserError if there are no images, if they differ in shape,
+    or if an iteration gives others, or another number of them, than the first.
     """
 
-    def __init__(self, batches: Iterable[Tensor], *, device: torch.device | str = "cpu") -> None:
+    def __init__(self, batches: Batches, *, device: torch.device | str = "cpu") -> None:
         if isinstance(batches, Iterator):
             raise UserError(
                 f"calibration images: a {type(batches).__name__} can be gone through only once; "
                 "give an object whose iter() starts anew, as a list or a data loader does"
             )
         self._batches = batches
+        self._samples: list[Tensor] = []  # of each batch, to recognise it
         self.device = torch.device(device)
         self.count = 0
-        for images in batches:
+        for batch in batches:
+            images = _images_of(batch)
             if self.count == 0:
                 self.shape = _shape(images)
-            self._check(images)
+            self._check_shape(images)
+            self._samples.append(_sample(images))
             self.count += len(images)
         if self.count == 0:
-            raise UserError("calibration images: there are none")
+            raise UserError("calibration images: no image is given")
 
     @classmethod
     def of(
         cls,
-        images: "Tensor | Calibration | Iterable[Tensor]",
+        images: "Images",
         *,
         batch: int = BATCH,
         device: torch.device | str | None = None,
@@ -66,8 +76,7 @@ class Calibration:
 
     def __iter__(self) -> Iterator[Tensor]:
         seen = 0
-        for images in self._batches:
-            self._check(images)
+        for images in self._again():
             seen += len(images)
             yield images.to(self.device)
         if seen != self.count:
@@ -79,8 +88,7 @@ class Calibration:
     def parts(self, most: int, first: int | None = None) -> Iterator[Tensor]:
         """Give the images, or the `first` ones, in batches of at most `most`."""
         left = self.count if first is None else first
-        for images in self._batches:
-            self._check(images)
+        for images in self._again():
             for part in images[:left].split(most):
                 yield part.to(self.device)
             left -= len(images)
@@ -98,7 +106,22 @@ class Calibration:
         _, height, width = self.shape
         return max(1, min(BATCH, PIXELS // (height * width)))
 
-    def _check(self, images: Tensor) -> None:
+    def _again(self) -> Iterator[Tensor]:
+        """Go through the batches once more."""
+        for number, batch in enumerate(self._batches):
+            images = _images_of(batch)
+            self._check_shape(images)
+            if number < len(self._samples) and not _is_alike(
+                _sample(images), self._samples[number]
+            ):
+                raise UserError(
+                    f"calibration images: batch {number} holds other images than at first; each "
+                    "iteration must give the same in the same order: a loader that neither "
+                    "shuffles nor augments"
+                )
+            yield images
+
+    def _check_shape(self, images: Tensor) -> None:
         if _shape(images) != self.shape:
             raise UserError(
                 f"calibration images: a batch of {tuple(images.shape)} came where the first images "
@@ -106,10 +129,32 @@ class Calibration:
             )
 
 
-def _shape(images: Tensor) -> tuple[int, int, int]:
+Images = Tensor | Calibration | Batches
+
+
+def _images_of(batch: Any) -> Tensor:
+    """Return the images of a batch, which may have labels behind them."""
+    images = batch[0] if isinstance(batch, list | tuple) and batch else batch
+    _shape(images)
+    return images
+
+
+def _sample(images: Tensor) -> Tensor:
+    """Copy some values of the first image: enough to recognise a batch by."""
+    values = images[:1].detach().flatten()
+    step = max(1, len(values) // SAMPLED)
+    return values[::step].float().cpu().clone()
+
+
+def _is_alike(sample: Tensor, other: Tensor) -> bool:
+    """Compare samples, up to what decoding the same file twice may differ by."""
+    return torch.allclose(sample, other, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
+
+
+def _shape(images: Any) -> tuple[int, int, int]:
     if not isinstance(images, Tensor) or images.ndim != 4:
-        told = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise UserError(f"calibration images: a batch is {told}, it must be a tensor (N, C, H, W)")
+        kind = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise UserError(f"calibration images: a batch is {kind}, it must be a tensor (N, C, H, W)")
     return (images.shape[1], images.shape[2], images.shape[3])
 
 

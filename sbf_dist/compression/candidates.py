@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from sbf_dist.errors import UserError
+from sbf_dist.hooks import registered
 from sbf_dist.layers import SBFConv2d
 
 LARGEST_GRAM = 4608  # shifted channels in a layer's Gram matrix: 512 channels with m = 3
@@ -94,14 +95,10 @@ def uses(model: nn.Module, images: Tensor) -> dict[str, Use]:
 
         return hook
 
-    handles = [conv.register_forward_pre_hook(begin(name)) for name, conv in names.items()]
-    handles += [conv.register_forward_hook(observe(name)) for name, conv in names.items()]
-    try:
-        with torch.enable_grad(), readers:
-            logits = _logits(model, images[:2].detach().requires_grad_())
-    finally:
-        for handle in handles:
-            handle.remove()
+    before = (conv.register_forward_pre_hook(begin(name)) for name, conv in names.items())
+    after = (conv.register_forward_hook(observe(name)) for name, conv in names.items())
+    with registered(before), registered(after), torch.enable_grad(), readers:
+        logits = logits_of(model, images[:2].detach().requires_grad_())
     for name in readers.read & found.keys():
         found[name].is_read = True
     # Where nothing at all has a gradient the network detaches its output: none of it matters.
@@ -128,7 +125,11 @@ def _check_images(images: Tensor) -> None:
         raise UserError(f"calibration images are {images.dtype}: wanted floats, normalised")
 
 
-def _logits(model: nn.Module, images: Tensor) -> Tensor:
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the logits (N, classes) of `images` (N, C, H, W).
+
+    Raises UserError if the network cannot take the images, or gives anything else.
+    """
     kind = type(model).__name__
     size = " x ".join(map(str, images.shape[1:]))
     try:
@@ -171,7 +172,7 @@ def find_candidates(
         conv = convolution(model, name)
         reason = (
             kept.get(name)
-            or _by_itself(conv)
+            or _as_a_module(conv)
             or _by_its_use(use, tuple(images.shape[1:]))
             or _by_its_cost(conv, use, total, transform_size)
         )
@@ -215,7 +216,7 @@ def is_plain(conv: nn.Conv2d) -> bool:
     )
 
 
-def _by_itself(conv: nn.Conv2d) -> str | None:
+def _as_a_module(conv: nn.Conv2d) -> str | None:
     if conv._forward_hooks or conv._forward_pre_hooks:
         return "it has forward hooks (weight norm, pruning masks, your own), which would be lost"
     if not is_plain(conv):
@@ -225,7 +226,7 @@ def _by_itself(conv: nn.Conv2d) -> str | None:
     if conv.groups > 1:
         return f"grouped convolution ({conv.groups} groups)"
     if conv.out_channels == 1:
-        return "it has one channel: there is none to rebuild it from"
+        return "it has one channel only: no other could rebuild it"
     return None
 
 
@@ -235,7 +236,7 @@ def _by_its_use(use: Use, image_shape: tuple[int, ...]) -> str | None:
     if use.is_read:
         return "its weight is read elsewhere in the network, which an SBF layer does not have"
     if not use.matters:
-        return "no gradient leads from the network's output to it: its weight cannot be told"
+        return "no gradient leads from the network's output to it: what it matters is unknown"
     # The channels alone would not do: squeeze-and-excitation may have as few.
     if use.input_shape == image_shape:
         return "the stem: it reads the image itself"

@@ -113,8 +113,8 @@ def test_fewer_images_the_second_time_are_refused():
     ("images", "told"),
     [
         (iter([pictures(2)]), "can be gone through only once"),
-        ([], "there are none"),
-        (pictures(2)[:0], "there are none"),
+        ([], "no image is given"),
+        (pictures(2)[:0], "no image is given"),
         ([pictures(2), pictures(2, 8)], "a batch of (2, 3, 8, 8) came where the first images"),
         ([pictures(2)[0]], "a batch is (3, 10, 10), it must be a tensor (N, C, H, W)"),
         ([{"image": pictures(2)}], "a batch is dict, it must be a tensor"),

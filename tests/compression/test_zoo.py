@@ -13,17 +13,17 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from models import NETWORKS, pictures, settle
 
-from sbf_dist.budget import Budget
 from sbf_dist.compression.candidates import find_candidates
 from sbf_dist.compression.convert import convert
 from sbf_dist.compression.cost import count
+from sbf_dist.compression.one_shot import compress
 from sbf_dist.compression.plan import DenseLayer, Layer, Plan, SBFLayer
-from sbf_dist.compression.reconstruct import compress
 from sbf_dist.export.onnx import to_onnx, verify_onnx
 from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import Card, load_student, save_student
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.models import build, load_state
+from sbf_dist.settings import Compression
 
 CLASSES = 5
 # Where it is not 32: what the networks want, and one whose batch norms want more positions.
@@ -119,9 +119,8 @@ def test_what_is_evaluated_is_what_is_planned_saved_optimized_and_exported(name,
     torch.manual_seed(0)
     images = pictures(16, 32)
     model = settle(build(name, CLASSES), images)
-    student, plan = compress(
-        model, images, model_name=name, classes=CLASSES, budget=Budget(macs=0.7), sources=2
-    )
+    student, plan = compress(model, images, Compression(macs=0.7, sources=2))
+    assert plan.model == name, "found out"
     # It costs what the plan says, and that is within the budget: nothing is merely masked.
     assert count(student, plan.input_shape).macs == plan.macs_after
     assert plan.macs_after <= 0.7 * count(model, plan.input_shape).macs

@@ -7,6 +7,7 @@ positions are looked at than its fit needs.
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.fitting.statistics import Moments, MomentSums, neighbourhoods
+from sbf_dist.hooks import registered
 from sbf_dist.layers import SBFConv2d
 
 SUMS = 768 * 2**20  # bytes of Gram matrices that are gathered in one pass
@@ -84,14 +86,9 @@ def visit(
 
         return hook
 
-    handles = [model.get_submodule(n).register_forward_hook(hook_of(n)) for n in layers]
-    try:
+    hooks = (model.get_submodule(n).register_forward_hook(hook_of(n)) for n in layers)
+    with registered(hooks), suppress(Reached):
         model(images)
-    except Reached:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
     assert not missing, f"{sorted(missing)} are not reached by a forward pass"
 
 

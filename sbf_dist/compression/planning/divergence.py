@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from sbf_dist.compression.fitting.layerwise import layer_of
 from sbf_dist.compression.fitting.mixture import Mixture
 from sbf_dist.compression.fitting.transforms import Fit
+from sbf_dist.hooks import registered
 from sbf_dist.ops import expand
 
 
@@ -101,8 +102,8 @@ def divergences(
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(measure(name)) for name in trials]
-    try:
+    hooks = (model.get_submodule(name).register_forward_hook(measure(name)) for name in trials)
+    with registered(hooks):
         for batch in batches:
             with torch.enable_grad():
                 images = batch.detach().requires_grad_()
@@ -114,7 +115,4 @@ def divergences(
                     loss = F.nll_loss(predictions, drawn, reduction="sum")
                     torch.autograd.grad(loss, images, retain_graph=number < draws)
             count += len(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name: (total / (count * draws)).tolist() for name, total in totals.items()}

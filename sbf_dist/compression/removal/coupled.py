@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from sbf_dist.compression.narrow import cannot_narrow, is_depthwise, narrow
 from sbf_dist.compression.plan import Removed
-from sbf_dist.compression.removal.narrow import cannot_narrow, is_depthwise, narrow
 from sbf_dist.errors import UserError
 
 TRIALS = 3  # of a group: a few channels may fit by chance
@@ -66,8 +66,8 @@ def find_coupled(model: nn.Module, images: Tensor) -> tuple[list[Coupled], dict[
             )
             found = list(graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear]))
     except Exception as error:  # whatever a foreign tracer meets in a foreign network
-        told = " ".join(str(error).split())[:200]
-        return [], {"": f"torch-pruning cannot follow it: {type(error).__name__}: {told}"}
+        message = " ".join(str(error).split())[:200]
+        return [], {"": f"torch-pruning cannot follow it: {type(error).__name__}: {message}"}
     groups: list[Coupled] = []
     reasons: dict[str, str] = {}
     for group in found:
@@ -199,8 +199,8 @@ def _difference(shadow: nn.Module, removed: dict[str, Removed], images: Tensor) 
         narrow(narrowed, removed)
         output = narrowed(images)
     except (UserError, RuntimeError, ValueError) as error:
-        told = " ".join(str(error).split())[:200]
-        return f"torch-pruning's graph does not fit it: {told}"
+        message = " ".join(str(error).split())[:200]
+        return f"torch-pruning's graph does not fit it: {message}"
     silence(silenced, removed)
     wanted = silenced(images)
     if output.shape != wanted.shape:

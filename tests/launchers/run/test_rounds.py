@@ -1,6 +1,5 @@
 """Shrinking in rounds: what each round leaves, and that no round is done twice."""
 
-import inspect
 from pathlib import Path
 
 import pytest
@@ -132,20 +131,15 @@ def test_what_rounds_leave_is_found(run: Run) -> None:
     assert rounds_weights <= {path.name for path in left}
 
 
-def test_later_rounds_are_told_every_setting_that_shrinking_has(tmp_path, monkeypatch):
-    given: list[dict] = []
+def test_later_rounds_are_given_the_whole_of_the_settings(tmp_path, monkeypatch):
+    given = []
 
-    def told(*args, **settings):
+    def noted(student, plan, images, settings, **others):
         given.append(settings)
-        return shrink(*args, **settings)
+        return shrink(student, plan, images, settings, **others)
 
-    monkeypatch.setattr(rounds, "shrink", told)
+    monkeypatch.setattr(rounds, "shrink", noted)
     Run(tmp_path).shrink()
-    parameters = inspect.signature(shrink).parameters.values()
-    named = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
-    known = named & set(type(RECIPE.compress).model_fields)
-    assert {"sources", "mixtures", "refit", "keep"} <= known
     assert len(given) == RECIPE.compress.rounds - 1
-    for settings in given:
-        for name in known:
-            assert settings[name] == getattr(RECIPE.compress, name), name
+    assert all(s.with_budget(RECIPE.compress.budget) == RECIPE.compress for s in given)
+    assert given[-1].budget == RECIPE.compress.budget

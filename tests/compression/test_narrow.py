@@ -8,8 +8,8 @@ from small_networks import pictures, small
 from torch import nn
 from torch.nn import functional as F
 
+from sbf_dist.compression.narrow import check_fits, narrow
 from sbf_dist.compression.plan import Removed
-from sbf_dist.compression.removal.narrow import check_fits, narrow
 from sbf_dist.errors import UserError
 
 

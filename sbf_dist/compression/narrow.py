@@ -13,6 +13,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from sbf_dist.compression.plan import Removed
 from sbf_dist.errors import UserError
+from sbf_dist.hooks import registered
 
 # Of each kind of module: the attributes that hold its numbers of output and of input channels.
 # The normalisations and PReLU have one number for both.
@@ -101,21 +102,18 @@ def check_fits(model: nn.Module, input_shape: tuple[int, int, int]) -> None:
     """Run `model` on one image without computing it; UserError naming where channels do not fit."""
     shadow = copy.deepcopy(model).to("meta").eval()
     reached: list[str] = []
-    handles = [
+    hooks = (
         module.register_forward_pre_hook(lambda *_, name=name: reached.append(name))
         for name, module in shadow.named_modules()
         if not any(module.children())
-    ]
+    )
     try:
-        with torch.no_grad():
+        with registered(hooks), torch.no_grad():
             shadow(torch.empty(1, *input_shape, device="meta"))
     except (RuntimeError, ValueError) as error:
         where = f"at or after {reached[-1]}" if reached else "at the input"
-        told = " ".join(str(error).split())[:200]
-        raise UserError(f"what the plan removes does not fit together {where}: {told}") from None
-    finally:
-        for handle in handles:
-            handle.remove()
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"what the plan removes does not fit together {where}: {reason}") from None
 
 
 def _remaining(name: str, what: str, removed: list[int], width: int) -> list[int]:
