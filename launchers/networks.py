@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from launchers.layout import RunFolder
-from sbf_dist.distill.teachers import View
 from sbf_dist.recipe import Recipe, Teacher, Training
+from sbf_dist.settings import View
 
 ENSEMBLE = "ensemble"
 DENSE = "dense-labels"
@@ -43,15 +43,15 @@ class Job:
 
 def student_view(recipe: Recipe) -> View:
     """Return how the student sees an image."""
-    return View(recipe.data.image_size, recipe.data.mean, recipe.data.std)
+    return recipe.data.view
 
 
 def teacher_view(recipe: Recipe, teacher: Teacher) -> View:
     """Return how a teacher sees an image."""
     return View(
-        teacher.image_size or recipe.data.image_size,
-        teacher.mean or recipe.data.mean,
-        teacher.std or recipe.data.std,
+        image_size=teacher.image_size or recipe.data.image_size,
+        mean=teacher.mean or recipe.data.mean,
+        std=teacher.std or recipe.data.std,
     )
 
 

@@ -104,18 +104,12 @@ def teachers(run: Run, log: tracking.Run) -> Result:
 def write_labels(run: Run, log: tracking.Run) -> Result:
     """Let the ensemble write its word on every training image."""
     result = run.launch(write_pseudo_labels, "pseudo-labels", log)
-    settings = run.recipe.pseudo_labels
     index = DataIndex.load(run.folder.index)
     stored = pseudo_labels.load(
         run.folder.pseudo_labels, pseudo_labels.origin(run.recipe, index.digest)
     )
     confidence = stored.probabilities[:, 0]
-    used = select(
-        stored.classes[:, 0],
-        confidence,
-        threshold=settings.threshold,
-        per_class=settings.per_class,
-    )
+    used = select(stored.classes[:, 0], confidence, run.recipe.pseudo_labels)
     result |= {"used": int(used.sum()), "mean_confidence": round(float(confidence.mean()), 4)}
     run.display.say(
         f"  {result['images']} images, {result['used']} used, "
@@ -270,7 +264,7 @@ def _train(run: Run, stage: str, log: tracking.Run) -> Result:
 def _input_shape(run: Run, network: str, student: tuple[int, int, int]) -> tuple[int, int, int]:
     for teacher in run.recipe.teachers:
         if teacher.name == network:
-            size = networks.teacher_view(run.recipe, teacher).size
+            size = networks.teacher_view(run.recipe, teacher).image_size
             return (3, size, size)
     return student
 

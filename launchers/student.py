@@ -15,7 +15,7 @@ from sbf_dist.compression.planning.latency_table import LatencyTable, default_pa
 from sbf_dist.compression.progress import Progress
 from sbf_dist.compression.reconstruct import compress
 from sbf_dist.compression.removal.probe import Probe
-from sbf_dist.export.onnx import to_onnx, verify_onnx
+from sbf_dist.export.onnx import export_onnx, verify_onnx
 from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import ONNX, Card, save_student
 from sbf_dist.recipe import Compress, Recipe
@@ -102,7 +102,7 @@ def export(
     card = Card.of(plan, classes=list(classes), mean=list(data.mean), std=list(data.std), top1=top1)
     save_student(folder, student, plan, card)
     onnx = folder / ONNX
-    to_onnx(student, onnx, card)
+    export_onnx(student, onnx, card)
     difference = verify_onnx(onnx, student, images)
     if difference > LARGEST_ONNX_DIFFERENCE:
         raise RuntimeError(

@@ -5,8 +5,8 @@ import pytest
 from launchers import networks
 from launchers.layout import RunFolder
 from sbf_dist import recipe
-from sbf_dist.distill.teachers import View
 from sbf_dist.recipe import Recipe
+from sbf_dist.settings import View
 
 CONTENT = {
     "name": "tiny",
@@ -58,7 +58,7 @@ def test_students_start_from_the_one_shot_network_and_differ_in_their_targets():
         assert job.planned
         assert job.start_from == "sbf-one-shot"
         assert job.model == "cifar_resnet20"
-        assert job.view == View(16, (0.1, 0.2, 0.3), (0.229, 0.224, 0.225))
+        assert job.view == View(image_size=16, mean=(0.1, 0.2, 0.3), std=(0.229, 0.224, 0.225))
     assert (distilled.targets, labels.targets) == ("stored", "labels")
     assert (distilled.label_weight, distilled.labelled_share) == (0.3, 0.2)
     assert (distilled.training.steps, labels.training.steps) == (40, 50)
@@ -82,7 +82,9 @@ def test_a_teacher_sees_images_as_it_says_or_as_the_student_does():
     loaded = made()
     one, two, _ = loaded.teachers
     assert networks.teacher_view(loaded, one) == networks.student_view(loaded)
-    assert networks.teacher_view(loaded, two) == View(32, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    assert networks.teacher_view(loaded, two) == View(
+        image_size=32, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7)
+    )
 
 
 def test_every_network_of_the_table_is_made_by_some_stage_and_has_a_file():
