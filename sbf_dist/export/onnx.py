@@ -13,7 +13,7 @@ from sbf_dist.errors import UserError
 from sbf_dist.export.fold import fold_batchnorm
 from sbf_dist.export.saved import Card
 from sbf_dist.export.standard_operators import with_standard_operators
-from sbf_dist.files import replacing
+from sbf_dist.files import write_bytes
 
 OPSET = 18  # ONNX 1.13 (2022), which the runtimes in use read
 
@@ -68,10 +68,7 @@ def export_onnx(
     if card is not None:
         onnx.helper.set_model_props(proto, dict(_metadata(card)))
     onnx.checker.check_model(proto, full_check=True)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial:
-        partial.write_bytes(proto.SerializeToString())
+    write_bytes(Path(path), proto.SerializeToString())
 
 
 def _metadata(card: Card) -> Iterator[tuple[str, str]]:
