@@ -10,6 +10,7 @@ import torch
 from launchers.display import Display
 from pipelines.index import DataIndex
 from pipelines.loader import EvalLoader
+from pipelines.reader import Reader
 from pipelines.sources import digits, photos
 from pipelines.sources.folder import index_folder
 from sbf_dist.compression.calibration import Calibration
@@ -78,15 +79,10 @@ def evaluation_loader(
     return EvalLoader(
         dataclasses.replace(index, parts=others | {"validation": ids}),
         "validation",
+        Reader(threads=data.threads, device=device),
         batch_size=batch_size,
-        image_size=data.image_size,
+        view=data.view,
         crop=data.crop,
-        mean=data.mean,
-        std=data.std,
-        rank=0,
-        world_size=1,
-        threads=data.threads,
-        device=device,
     )
 
 

@@ -11,7 +11,7 @@ from sbf_dist.compression.one_shot import compress
 from sbf_dist.compression.plan import Plan
 from sbf_dist.compression.planning.latency_table import LatencyTable, Timing, default_path
 from sbf_dist.compression.progress import Progress
-from sbf_dist.export.onnx import to_onnx, verify_onnx
+from sbf_dist.export.onnx import export_onnx, verify_onnx
 from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import ONNX, Card, save_student
 from sbf_dist.recipe import Data, OneShotCompression
@@ -68,7 +68,7 @@ def export_student(
     card = Card.of(plan, classes=list(classes), mean=list(data.mean), std=list(data.std), top1=top1)
     save_student(folder, student, plan, card)
     onnx = folder / ONNX
-    to_onnx(student, onnx, card)
+    export_onnx(student, onnx, card)
     difference = verify_onnx(onnx, student, images)
     if difference > MAX_ONNX_DIFFERENCE:
         raise RuntimeError(

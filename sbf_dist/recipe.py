@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from sbf_dist.schema import Above0, Name, Positive, Section, Share, load_as, validate_as
-from sbf_dist.settings import Augmentation, Compression, Optimizer, PseudoLabels
+from sbf_dist.settings import Augmentation, Compression, Optimizer, PseudoLabels, View
 
 KNOWN_SETS = ("cifar10", "cifar100", "tiny-imagenet", "imagenet")  # see sbf data prepare
 
@@ -79,6 +79,11 @@ class Data(Section):
                 "both choose the labelled images; give one (null takes one away)"
             )
         return self
+
+    @property
+    def view(self) -> View:
+        """How the student sees an image."""
+        return View(image_size=self.image_size, mean=self.mean, std=self.std)
 
     @property
     def expected(self) -> str | None:

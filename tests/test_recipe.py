@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import re
 import typing
@@ -7,7 +6,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines.augmentation import Augmentation
 from sbf_dist import recipe, settings
 from sbf_dist.compression.planning.criteria import CRITERIA
 from sbf_dist.errors import UserError
@@ -412,7 +410,3 @@ def test_images_are_mixed_in_pairs(path):
             "distill.training.batch_size = 36 is 9 images for a worker at once; mixup and cutmix "
             "mix pairs, it must be even"
         )
-
-
-def test_the_recipe_has_the_fields_of_the_pipeline_and_their_defaults():
-    assert recipe.Augmentation().model_dump() == dataclasses.asdict(Augmentation())

@@ -14,20 +14,19 @@ from torch import Tensor, nn
 from launchers.comparison.shared_batches import SharedBatches
 from launchers.display import Display
 from launchers.images import calibration_images, evaluation_loader
-from pipelines.augmentation import Augmentation
 from pipelines.index import DataIndex
+from pipelines.joined import JoinedLoader, shares_of_batch
 from pipelines.loader import TrainLoader
-from pipelines.mixture import MixedLoader, shares_of_batch
+from pipelines.reader import Reader
 from sbf_dist import models
 from sbf_dist.compare_recipe import Comparison, Method, Training
 from sbf_dist.compression.cost import count
-from sbf_dist.distill.mixing import mix
+from sbf_dist.distill.mixup import mixup
 from sbf_dist.distill.task import DistillationTask
 from sbf_dist.errors import UserError
 from sbf_dist.peers.methods import compressed
-from sbf_dist.train.engine import OptimizerConfig
 from sbf_dist.train.evaluate import accuracy
-from sbf_dist.train.loop import LogRecord, fit
+from sbf_dist.train.loop import Every, LogRecord, fit
 from sbf_dist.train.schedule import schedule
 from sbf_dist.train.single import SingleEngine
 
@@ -190,14 +189,13 @@ def _fit(
         display.show({"title": title, **dataclasses.asdict(record)})
 
     fit(
-        SingleEngine(task, OptimizerConfig(**settings.optimizer.model_dump())),
+        SingleEngine(task, settings.optimizer),
         batches,
         steps=steps,
         lr_at=schedule(
             settings.schedule, lr=settings.optimizer.lr, steps=steps, warmup=settings.warmup
         ),
-        on_log=on_log,
-        log_every=50,
+        log=Every(50, on_log),
     )
 
 
@@ -209,16 +207,10 @@ def _loader(
     loader = partial(
         TrainLoader,
         index,
-        image_size=data.image_size,
-        mean=data.mean,
-        std=data.std,
-        augmentation=Augmentation(**data.augmentation.model_dump()),
-        cache=data.cache,
+        reader=Reader(threads=data.threads, device=device, cache=data.cache),
+        view=data.view,
+        augmentation=data.augmentation,
         seed=seed,
-        rank=0,
-        world_size=1,
-        threads=data.threads,
-        device=device,
     )
     loaders = [loader([part], batch_size=size) for part, size in sizes.items() if size]
-    return map(mix, MixedLoader(loaders))
+    return map(mixup, JoinedLoader(loaders))

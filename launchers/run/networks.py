@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from launchers.run.folder import RunFolder
-from sbf_dist.distill.teachers import View
 from sbf_dist.recipe import Recipe, Teacher, Training
+from sbf_dist.settings import View
 
 ENSEMBLE = "ensemble"
 DENSE = "dense-labels"
@@ -83,7 +83,7 @@ class Network:
     @property
     def input_shape(self) -> tuple[int, int, int]:
         """Channels, height and width."""
-        return (3, self.view.size, self.view.size)
+        return (3, self.view.image_size, self.view.image_size)
 
 
 @dataclass(frozen=True)
@@ -172,11 +172,6 @@ class Networks:
         return rows + [Row(n.name, n.title, (n,)) for n in students if n is not None]
 
 
-def student_view(recipe: Recipe) -> View:
-    """Return how the student sees an image."""
-    return View(recipe.data.image_size, recipe.data.mean, recipe.data.std)
-
-
 def _teacher(recipe: Recipe, folder: RunFolder, index: int) -> Network:
     teacher = recipe.teachers[index]
     job = None
@@ -196,9 +191,9 @@ def _teacher(recipe: Recipe, folder: RunFolder, index: int) -> Network:
 
 def _teacher_view(recipe: Recipe, teacher: Teacher) -> View:
     return View(
-        teacher.image_size or recipe.data.image_size,
-        teacher.mean or recipe.data.mean,
-        teacher.std or recipe.data.std,
+        image_size=teacher.image_size or recipe.data.image_size,
+        mean=teacher.mean or recipe.data.mean,
+        std=teacher.std or recipe.data.std,
     )
 
 
@@ -229,7 +224,7 @@ class _Students:
             name=name,
             title=TITLES.get(name, name),
             model=self.teacher.model,
-            view=student_view(self.recipe),
+            view=self.recipe.data.view,
             weights=self.folder.weights(name),
             plan=plan,
             job=job,

@@ -59,12 +59,7 @@ def write_pseudo_labels(session: Session, log: tracking.Run) -> Result:
     index = DataIndex.load(folder.index)
     stored = pseudo_labels.load(folder.pseudo_labels, pseudo_labels.origin(recipe, index.digest))
     confidence = stored.probabilities[:, 0]
-    used = select(
-        stored.classes[:, 0],
-        confidence,
-        threshold=recipe.pseudo_labels.threshold,
-        per_class=recipe.pseudo_labels.per_class,
-    )
+    used = select(stored.classes[:, 0], confidence, recipe.pseudo_labels)
     result |= {"used": int(used.sum()), "mean_confidence": round(float(confidence.mean()), 4)}
     session.display.say(
         f"  {result['images']} images, {result['used']} used, "

@@ -19,23 +19,24 @@ from torch import Tensor, nn
 from launchers.run import locks
 from launchers.run.building import build_network
 from launchers.run.folder import RunFolder
-from launchers.run.networks import Network, Networks, Row, student_view
+from launchers.run.networks import Network, Networks, Row
 from pipelines.agreement import check_workers_agree
-from pipelines.augmentation import Augmentation
 from pipelines.index import DataIndex
+from pipelines.joined import JoinedLoader, shares_of_batch
 from pipelines.loader import EvalLoader, TrainLoader
-from pipelines.mixture import MixedLoader, shares_of_batch
+from pipelines.reader import Reader
 from sbf_dist import models, tracking
 from sbf_dist.distill import pseudo_labels
-from sbf_dist.distill.mixing import mix
+from sbf_dist.distill.mixup import mixup
 from sbf_dist.distill.selection import select
 from sbf_dist.distill.task import DistillationTask, stored_targets
-from sbf_dist.distill.teachers import TeacherEnsemble, View
+from sbf_dist.distill.teachers import TeacherEnsemble
 from sbf_dist.recipe import Recipe
+from sbf_dist.settings import View
 from sbf_dist.train import checkpoint
-from sbf_dist.train.engine import OptimizerConfig, build_engine
+from sbf_dist.train.engine import build_engine
 from sbf_dist.train.evaluate import Accuracy, accuracy, synchronise_batchnorm
-from sbf_dist.train.loop import LogRecord, fit
+from sbf_dist.train.loop import Every, LogRecord, fit
 from sbf_dist.train.schedule import schedule
 
 EVALUATION_BATCH = 128
@@ -124,7 +125,7 @@ def _train(
     task = DistillationTask(student, label_weight=job.label_weight)
     engine = build_engine(
         task,
-        OptimizerConfig(**settings.optimizer.model_dump()),
+        settings.optimizer,
         micro_batch=settings.batch_size // here.world_size // settings.accumulation,
         accumulation=settings.accumulation,
         zero_stage=settings.zero_stage,
@@ -171,10 +172,8 @@ def _train(
             steps=settings.steps,
             warmup=settings.warmup,
         ),
-        log_every=settings.log_every,
-        on_log=on_log,
-        checkpoint_every=settings.checkpoint_every,
-        on_checkpoint=on_checkpoint,
+        log=Every(settings.log_every, on_log),
+        checkpoint=Every(settings.checkpoint_every, on_checkpoint),
         annotate=annotate,
     )
     batches.close()
@@ -202,29 +201,23 @@ def _targets(here: Context, network: Network) -> tuple[DataIndex, Callable[[Batc
     job = network.job
     assert job is not None
     if job.targets == "labels":
-        return here.index, mix
+        return here.index, mixup
     stored = pseudo_labels.load(
         here.folder.pseudo_labels, pseudo_labels.origin(here.recipe, here.index.digest)
     )
-    settings = here.recipe.pseudo_labels
-    used = select(
-        stored.classes[:, 0],
-        stored.probabilities[:, 0],
-        threshold=settings.threshold,
-        per_class=settings.per_class,
-    )
+    used = select(stored.classes[:, 0], stored.probabilities[:, 0], here.recipe.pseudo_labels)
     unlabelled = here.index.parts["unlabelled"]
     chosen = unlabelled[np.isin(unlabelled, stored.ids[used])]
     index = dataclasses.replace(here.index, parts=here.index.parts | {"unlabelled": chosen})
     if job.targets == "live":
         live = _live_targets(here, network.view)
-        return index, lambda batch: live(mix(batch))  # the teachers see the mixed images
+        return index, lambda batch: live(mixup(batch))  # the teachers see the mixed images
     ids, classes, probabilities = (
         torch.tensor(column, device=here.device)  # a copy: Arrow's own is read-only
         for column in (stored.ids, stored.classes, stored.probabilities)
     )
     join = stored_targets(ids, classes, probabilities, count=len(index.classes))
-    return index, lambda batch: mix(join(batch))
+    return index, lambda batch: mixup(join(batch))
 
 
 def _live_targets(here: Context, view: View) -> Callable[[Batch], Batch]:
@@ -243,7 +236,7 @@ def _ensemble(here: Context) -> TeacherEnsemble:
     )
 
 
-def _batches(here: Context, network: Network, index: DataIndex) -> MixedLoader:
+def _batches(here: Context, network: Network, index: DataIndex) -> JoinedLoader:
     """Return the training batches: labelled images and, with teachers, unlabelled ones."""
     job = network.job
     assert job is not None
@@ -252,27 +245,26 @@ def _batches(here: Context, network: Network, index: DataIndex) -> MixedLoader:
     sizes = shares_of_batch(total, job.labelled_share, pairs=augmentation.mixes)
     if job.targets == "labels" or not len(index.parts["unlabelled"]):
         sizes = {"labelled": total}
-    return MixedLoader(
+    return JoinedLoader(
         [
             TrainLoader(
                 index,
                 [part],
+                _reader(here),
                 batch_size=size,
-                image_size=network.view.size,
-                mean=network.view.mean,
-                std=network.view.std,
-                augmentation=Augmentation(**augmentation.model_dump()),
-                cache=here.recipe.data.cache,
+                view=network.view,
+                augmentation=augmentation,
                 seed=job.seed,
-                rank=here.rank,
-                world_size=here.world_size,
-                threads=here.recipe.data.threads,
-                device=here.device,
             )
             for part, size in sizes.items()
             if size
         ]
     )
+
+
+def _reader(here: Context) -> Reader:
+    data = here.recipe.data
+    return Reader(here.rank, here.world_size, data.threads, here.device, cache=data.cache)
 
 
 # --- pseudo-labels -------------------------------------------------------------------------------
@@ -311,7 +303,7 @@ def _write_chunk(here: Context, ensemble: TeacherEnsemble, number: int, ids: np.
         number,
         ids,
         probabilities.numpy(),
-        here.recipe.pseudo_labels.top_k,
+        here.recipe.pseudo_labels,
     )
 
 
@@ -349,7 +341,7 @@ def evaluate_networks(config: dict[str, Any]) -> dict[str, Any]:
 
 def _score(here: Context, row: Row) -> Accuracy:
     if len(row.members) > 1:
-        view = student_view(here.recipe)
+        view = here.recipe.data.view
         together = _Together(_ensemble(here), view)
         return accuracy(together, _validation(here, view), here.device)
     (network,) = row.members
@@ -377,15 +369,10 @@ def _evaluation(here: Context, view: View, part: str) -> EvalLoader:
     return EvalLoader(
         here.index,
         part,
+        _reader(here),
         batch_size=EVALUATION_BATCH,
-        image_size=view.size,
+        view=view,
         crop=here.recipe.data.crop,
-        mean=view.mean,
-        std=view.std,
-        rank=here.rank,
-        world_size=here.world_size,
-        threads=here.recipe.data.threads,
-        device=here.device,
     )
 
 

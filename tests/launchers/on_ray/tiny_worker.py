@@ -18,19 +18,20 @@ from tiny import TinyLoader, TinyTask
 
 from launchers.on_ray.ray_train import latest_checkpoint, progress, report
 from sbf_dist.errors import UserError
+from sbf_dist.settings import Optimizer
 from sbf_dist.train import checkpoint
-from sbf_dist.train.engine import OptimizerConfig, build_engine
-from sbf_dist.train.loop import Batch, LogRecord, fit
+from sbf_dist.train.engine import build_engine
+from sbf_dist.train.loop import Batch, Every, LogRecord, fit
 
 STEPS = 40
-EVERY = 10
+CHECKPOINT_EVERY = 10
 
 
 def train(config: dict[str, Any]) -> dict[str, Any]:
     """Train; note each sample seen; on rank 1, die by kill -9 at config["die_at"] if given."""
     rank, diary = dist.get_rank(), Path(config["diary"])
     torch.manual_seed(rank)
-    engine = build_engine(TinyTask(), OptimizerConfig(lr=0.05), micro_batch=16)
+    engine = build_engine(TinyTask(), Optimizer(lr=0.05, weight_decay=5e-4), micro_batch=16)
     loader = TinyLoader(rank, dist.get_world_size())
     start = 0
     with latest_checkpoint() as folder:
@@ -68,10 +69,8 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
         steps=STEPS,
         start_step=start,
         lr_at=lambda step: 0.05,
-        log_every=5,
-        on_log=on_log,
-        checkpoint_every=EVERY,
-        on_checkpoint=on_checkpoint,
+        log=Every(5, on_log),
+        checkpoint=Every(CHECKPOINT_EVERY, on_checkpoint),
         annotate=note,
     )
     flat = torch.cat([p.detach().flatten() for p in engine.module.parameters()])

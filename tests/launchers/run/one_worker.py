@@ -15,8 +15,7 @@ from sbf_dist import models
 from sbf_dist.distill import pseudo_labels
 from sbf_dist.distill.task import DistillationTask
 from sbf_dist.recipe import Recipe
-from sbf_dist.train.engine import OptimizerConfig
-from sbf_dist.train.loop import LogRecord, fit
+from sbf_dist.train.loop import Every, LogRecord, fit
 from sbf_dist.train.schedule import schedule
 from sbf_dist.train.single import SingleEngine
 
@@ -42,7 +41,7 @@ def train(here: worker.Context, network: Network) -> list[LogRecord]:
     fit(
         SingleEngine(
             DistillationTask(student, label_weight=job.label_weight),
-            OptimizerConfig(**settings.optimizer.model_dump()),
+            settings.optimizer,
         ),
         batches,
         steps=settings.steps,
@@ -52,8 +51,7 @@ def train(here: worker.Context, network: Network) -> list[LogRecord]:
             steps=settings.steps,
             warmup=settings.warmup,
         ),
-        log_every=1,
-        on_log=records.append,
+        log=Every(1, records.append),
         annotate=annotate,
     )
     batches.close()

@@ -89,9 +89,9 @@ def test_products_need_what_is_there_before_them(tmp_path: Path) -> None:
 
 
 def test_the_same_recipe_leaves_everything_as_it_is(run: Networks) -> None:
-    before = {path for path in run.folder.root.rglob("*")}
+    before = set(run.folder.root.rglob("*"))
     open_folder(run, None)
-    assert {path for path in run.folder.root.rglob("*")} == before
+    assert set(run.folder.root.rglob("*")) == before
 
 
 def test_a_change_is_refused_with_what_is_to_be_done_again_and_why(run: Networks) -> None:

@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 
 from launchers.run.folder import RunFolder
-from launchers.run.networks import Network, Networks, student_view
+from launchers.run.networks import Network, Networks
 from sbf_dist import recipe
-from sbf_dist.distill.teachers import View
 from sbf_dist.recipe import Recipe
+from sbf_dist.settings import View
 
 CONTENT = {
     "name": "tiny",
@@ -65,7 +65,7 @@ def test_students_start_from_the_one_shot_network_and_differ_in_their_targets():
         assert network.job.start == networks.one_shot.weights
         assert network.job.seed == 7
         assert network.model == "cifar_resnet20"
-        assert network.view == View(16, (0.1, 0.2, 0.3), (0.229, 0.224, 0.225))
+        assert network.view == View(image_size=16, mean=(0.1, 0.2, 0.3), std=(0.229, 0.224, 0.225))
     assert (distilled.job.targets, labels.job.targets) == ("stored", "labels")
     assert (distilled.job.label_weight, distilled.job.labelled_share) == (0.3, 0.2)
     assert (distilled.job.training.steps, labels.job.training.steps) == (40, 50)
@@ -88,8 +88,8 @@ def test_without_baselines_only_the_method_itself_is_trained():
 def test_a_teacher_sees_images_as_it_says_or_as_the_student_does():
     networks = networks_of()
     one, two, _ = networks.teachers
-    assert one.view == student_view(networks.recipe)
-    assert two.view == View(32, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    assert one.view == networks.recipe.data.view
+    assert two.view == View(image_size=32, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
     assert two.input_shape == (3, 32, 32)
     assert [teacher.ensemble_weight for teacher in networks.teachers] == [1.0, 2.0, 1.0]
 

@@ -12,14 +12,15 @@ from archive_makers import cifar10_python
 
 from launchers.run import worker
 from launchers.run.networks import Network, Networks
-from pipelines.augmentation import Augmentation
 from pipelines.loader import TrainLoader
+from pipelines.reader import Reader
 from pipelines.sources.preparation import prepare
 from sbf_dist import models
 from sbf_dist.distill import pseudo_labels
 from sbf_dist.distill.task import full_distributions
 from sbf_dist.errors import UserError
 from sbf_dist.recipe import Recipe
+from sbf_dist.settings import Augmentation
 
 TRAINING = {"steps": 2, "batch_size": 8, "optimizer": {"lr": 0.01}}
 
@@ -86,8 +87,8 @@ MIXTURES = [{"mixup": 1.0}, {"cutmix": 1.0}, {"mixup": 0.5, "cutmix": 1.0}]
 
 
 def blended(values: torch.Tensor, batch: worker.Batch) -> torch.Tensor:
-    share = batch["mix_share"][:, None]
-    return share * values + (1 - share) * values[batch["mix_partner"]]
+    share = batch["mixup_share"][:, None]
+    return share * values + (1 - share) * values[batch["mixup_partner"]]
 
 
 @pytest.mark.parametrize("mixture", MIXTURES)
@@ -104,15 +105,15 @@ def test_stored_targets_are_mixed_as_the_images_are(begin, mixture):
         assert torch.equal(batch["image"], unmixed["image"])  # until it is annotated
         known = batch["label"] >= 0
         assert known.tolist() == [True] * 4 + [False] * 4
-        assert torch.equal(known, known[batch["mix_partner"]])  # pairs of one stream
+        assert torch.equal(known, known[batch["mixup_partner"]])  # pairs of one stream
         mixed = annotate(batch)
         rows = np.searchsorted(stored.ids, batch["id"].numpy())
         assert torch.allclose(mixed["teacher"], blended(distributions[rows], batch), atol=1e-6)
-        assert torch.equal(mixed["partner_label"], batch["label"][batch["mix_partner"]])
-        assert torch.equal(mixed["share"], batch["mix_share"])
+        assert torch.equal(mixed["partner_label"], batch["label"][batch["mixup_partner"]])
+        assert torch.equal(mixed["share"], batch["mixup_share"])
         assert not torch.equal(mixed["image"], batch["image"])
         assert mixed["image"].is_contiguous(memory_format=torch.channels_last)
-        if "mix_box" not in batch:
+        if "mixup_box" not in batch:
             flat = blended(batch["image"].flatten(1), batch)
             assert torch.allclose(mixed["image"].flatten(1), flat, atol=1e-5)
 
@@ -165,15 +166,11 @@ def test_random_operations_are_those_that_the_recipe_asks_for(begin):
     loader = TrainLoader(
         here.index,
         ["labelled"],
+        Reader(),
         batch_size=8,
-        image_size=32,
-        mean=here.recipe.data.mean,
-        std=here.recipe.data.std,
+        view=here.recipe.data.view,
         augmentation=Augmentation(crop="padded", padding=4, **strong),
         seed=teacher.job.seed,
-        rank=0,
-        world_size=1,
-        threads=1,
     )
     assert torch.equal(batch["image"], next(loader)["image"])
     loader.close()
@@ -210,7 +207,7 @@ def test_two_workers_share_the_batch_of_one(begin):
     ]
     for half in halves:
         assert (half["label"] >= 0).tolist() == [True] * 2 + [False] * 2
-    for key in ("id", "mix_share"):
+    for key in ("id", "mixup_share"):
         together = torch.cat(
             [half[key][part] for part in (slice(2), slice(2, 4)) for half in halves]
         )

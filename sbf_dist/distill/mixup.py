@@ -1,4 +1,4 @@
-"""Mixup and cutmix on the device: images, labels and the teachers' word are mixed alike."""
+"""Mixup and cutmix on the device: images, labels and the teachers' probabilities alike."""
 
 import torch
 from torch import Tensor
@@ -6,33 +6,33 @@ from torch import Tensor
 Batch = dict[str, Tensor]
 
 
-def mix(batch: Batch) -> Batch:
-    """Mix each image with its partner, as the batch says; pass on a batch that does not say.
+def mixup(batch: Batch) -> Batch:
+    """Combine each image with its partner, as the batch says; pass on a batch that does not say.
 
-    Taken from the batch: "mix_partner" int64 (N,), the partner's place; "mix_share" (N,), the
-    share λ of the image itself; "mix_box" int64 (N, 4), if there: top, left, bottom, right of the
+    Taken from the batch: "mixup_partner" int64 (N,), the partner's place; "mixup_share" (N,), the
+    share λ of the image itself; "mixup_box" int64 (N, 4), if there: top, left, bottom, right of the
     box that shows the partner, empty where the two are blended.
         mixup (Zhang et al. 2018)   x = λ x + (1 − λ) x_partner
         cutmix (Yun et al. 2019)    x_partner inside the box, x outside
     Added: "partner_label" (N,) and "share" (N,), for the cross-entropy (see DistillationTask).
-    "teacher", if there, becomes λ t + (1 − λ) t_partner: stored probabilities are added before, the
-    word of teachers that look at the mixed image itself after.
+    "teacher", if there, becomes λ t + (1 − λ) t_partner: stored probabilities are added before,
+    those of teachers that see the combined image itself after.
     """
-    if "mix_partner" not in batch:
+    if "mixup_partner" not in batch:
         return batch
-    rest = {key: value for key, value in batch.items() if not key.startswith("mix_")}
-    partner, share = batch["mix_partner"], batch["mix_share"]
-    mixed = {
-        "image": _mixed_images(batch["image"], partner, share, batch.get("mix_box")),
+    rest = {key: value for key, value in batch.items() if not key.startswith("mixup_")}
+    partner, share = batch["mixup_partner"], batch["mixup_share"]
+    combined = {
+        "image": _combined_images(batch["image"], partner, share, batch.get("mixup_box")),
         "partner_label": batch["label"][partner],
         "share": share,
     }
     if "teacher" in batch:
-        mixed["teacher"] = _blend(batch["teacher"], partner, share)
-    return rest | mixed
+        combined["teacher"] = _blend(batch["teacher"], partner, share)
+    return rest | combined
 
 
-def _mixed_images(images: Tensor, partner: Tensor, share: Tensor, box: Tensor | None) -> Tensor:
+def _combined_images(images: Tensor, partner: Tensor, share: Tensor, box: Tensor | None) -> Tensor:
     blended = _blend(images, partner, share)
     if box is None:
         return blended

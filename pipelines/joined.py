@@ -14,8 +14,8 @@ def shares_of_batch(total: int, labelled: float, *, pairs: bool) -> dict[str, in
     """How many images of a batch of `total` come out of the parts "labelled" and "unlabelled".
 
     `labelled` is the wanted share. A part that is wanted at all has an image at least, as far as
-    the batch has room; with `pairs`, where images are mixed with their neighbours, both numbers are
-    even if `total` is.
+    the batch has room; with `pairs`, where images are combined with their neighbours (mixup), both
+    numbers are even if `total` is.
     """
     unit = 2 if pairs else 1
     least, most = unit * (labelled > 0), total - unit * (labelled < 1)
@@ -24,14 +24,14 @@ def shares_of_batch(total: int, labelled: float, *, pairs: bool) -> dict[str, in
     return {"labelled": count, "unlabelled": total - count}
 
 
-class MixedLoader:
+class JoinedLoader:
     """An endless iterator that joins one batch of each loader into one batch.
 
     The state is the loaders' states, in their order.
     """
 
     def __init__(self, loaders: Sequence[TrainLoader]) -> None:
-        assert loaders, "a mixture needs a loader"
+        assert loaders, "nothing to join"
         self._loaders = list(loaders)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -42,11 +42,11 @@ class MixedLoader:
         if len(batches) == 1:
             return batches[0]
         whole = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
-        if "mix_partner" in whole:  # places in a batch: they move with what stands before it
+        if "mixup_partner" in whole:  # places in a batch: they move with what stands before it
             sizes = [len(batch["id"]) for batch in batches]
-            whole["mix_partner"] = torch.cat(
+            whole["mixup_partner"] = torch.cat(
                 [
-                    batch["mix_partner"] + before
+                    batch["mixup_partner"] + before
                     for batch, before in zip(batches, accumulate(sizes, initial=0), strict=False)
                 ]
             )
@@ -57,7 +57,7 @@ class MixedLoader:
         return {"streams": [loader.state_dict() for loader in self._loaders]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken; UserError as TrainLoader's, or for another mixture."""
+        """Go on where `state` was taken; UserError also for another number of loaders."""
         if len(state["streams"]) != len(self._loaders):
             raise UserError(
                 f"checkpoint: training read {len(state['streams'])} streams of images, now it "

@@ -3,25 +3,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.augmentation import Augmentation
+from pipelines.joined import JoinedLoader, shares_of_batch
 from pipelines.loader import TrainLoader
-from pipelines.mixture import MixedLoader, shares_of_batch
+from pipelines.reader import Reader
 from sbf_dist.errors import UserError
+from sbf_dist.settings import Augmentation, View
 
 
 def loader(index, part, batch_size, seed=0, rank=0, world_size=1):
     return TrainLoader(
         index,
         [part],
+        Reader(rank, world_size),
         batch_size=batch_size,
-        image_size=8,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
+        view=View(image_size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
         augmentation=Augmentation(),
         seed=seed,
-        rank=rank,
-        world_size=world_size,
-        threads=1,
     )
 
 
@@ -40,12 +37,14 @@ def test_a_batch_is_shared_out_as_wanted_and_leaves_no_part_out(total, share, pa
 
 
 @pytest.fixture
-def mixed(plain_index):
+def joined(plain_index):
     made = []
 
     def make(labelled=2, unlabelled=5):
         streams = {"labelled": labelled, "unlabelled": unlabelled}
-        made.append(MixedLoader([loader(plain_index, part, n) for part, n in streams.items() if n]))
+        made.append(
+            JoinedLoader([loader(plain_index, part, n) for part, n in streams.items() if n])
+        )
         return made[-1]
 
     yield make
@@ -53,8 +52,8 @@ def mixed(plain_index):
         one.close()
 
 
-def test_a_batch_is_the_labelled_images_beside_the_unlabelled(mixed, plain_index):
-    batches = mixed()
+def test_a_batch_is_the_labelled_images_beside_the_unlabelled(joined, plain_index):
+    batches = joined()
     for _ in range(3):
         batch = next(batches)
         assert batch["image"].shape == (7, 3, 8, 8)
@@ -66,8 +65,8 @@ def test_a_batch_is_the_labelled_images_beside_the_unlabelled(mixed, plain_index
         assert labels[2:].tolist() == [-1] * 5
 
 
-def test_it_gives_what_its_loaders_give(mixed, plain_index):
-    batches = mixed()
+def test_it_gives_what_its_loaders_give(joined, plain_index):
+    batches = joined()
     labelled = loader(plain_index, "labelled", 2)
     unlabelled = loader(plain_index, "unlabelled", 5)
     for _ in range(2):
@@ -78,46 +77,46 @@ def test_it_gives_what_its_loaders_give(mixed, plain_index):
     unlabelled.close()
 
 
-def test_a_single_loader_is_passed_through(mixed):
-    batch = next(mixed(labelled=3, unlabelled=0))
+def test_a_single_loader_is_passed_through(joined):
+    batch = next(joined(labelled=3, unlabelled=0))
     assert batch["id"].shape == (3,)
     assert (batch["label"] >= 0).all()
 
 
-def test_it_is_an_endless_iterator(mixed):
-    batches = mixed()
+def test_it_is_an_endless_iterator(joined):
+    batches = joined()
     assert iter(batches) is batches
     seen = [next(batches)["id"] for _ in range(12)]
     assert len(seen) == 12
 
 
-def test_a_mixture_goes_on_where_its_state_was_taken(mixed):
-    batches = mixed()
+def test_a_mixture_goes_on_where_its_state_was_taken(joined):
+    batches = joined()
     for _ in range(3):
         next(batches)
     state = batches.state_dict()
     wanted = [{k: v.clone() for k, v in next(batches).items()} for _ in range(3)]
-    again = mixed()
+    again = joined()
     again.load_state_dict(state)
     for batch in wanted:
         other = next(again)
         assert all(torch.equal(value, other[key]) for key, value in batch.items())
 
 
-def test_the_state_of_another_mixture_is_refused(mixed):
-    state = mixed(labelled=3, unlabelled=0).state_dict()
+def test_the_state_of_another_mixture_is_refused(joined):
+    state = joined(labelled=3, unlabelled=0).state_dict()
     with pytest.raises(UserError, match="read 1 streams of images, now it reads 2"):
-        mixed().load_state_dict(state)
+        joined().load_state_dict(state)
 
 
-def test_the_state_of_other_images_is_refused(mixed):
-    one = mixed()
+def test_the_state_of_other_images_is_refused(joined):
+    one = joined()
     state = one.state_dict()
     state["streams"].reverse()
     with pytest.raises(UserError):
-        mixed().load_state_dict(state)
+        joined().load_state_dict(state)
 
 
-def test_a_mixture_of_nothing_is_our_own_bug():
-    with pytest.raises(AssertionError, match="a mixture needs a loader"):
-        MixedLoader([])
+def test_nothing_to_join_is_our_own_bug():
+    with pytest.raises(AssertionError, match="nothing to join"):
+        JoinedLoader([])
