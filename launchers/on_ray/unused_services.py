@@ -1,8 +1,13 @@
 """Processes of Ray that a run on one machine has no use for, left out.
 
 The only place that reaches into Ray's own parts. Ray has no public setting for any of this, so it
-is done for the version of Ray that it was written for and measured with, and for no other: there
-Ray starts everything, and the results are the same.
+is done for the version of Ray that it was written for, and for no other: there Ray starts
+everything, and the results are the same.
+
+What it saves, measured with Ray 2.60.0 and one worker on two cores that were busy with other work,
+twice each: 7 processes instead of 11, 0.85 GB at the peak instead of 1.37 (shared pages counted
+once), Ray is up after 8 to 13 s instead of 14 to 15, and a training that does nothing is over after
+50 to 54 s instead of 56 to 74.
 """
 
 from collections.abc import Iterator
