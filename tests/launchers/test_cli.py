@@ -44,7 +44,7 @@ MANY_WORKERS = [
 
 
 @dataclass(frozen=True)
-class Told:
+class Answer:
     """What a process has said, and what it has changed in its folder."""
 
     code: int
@@ -103,11 +103,11 @@ COMMANDS = {
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Told]]:
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Answer]]:
     template = tmp_path_factory.mktemp("template")
     prepare(template)
 
-    def ask(name: str) -> Told:
+    def ask(name: str) -> Answer:
         folder = tmp_path_factory.mktemp("user") / "work"
         shutil.copytree(template, folder)
         before = content(folder)
@@ -120,31 +120,31 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Told]]:
             timeout=120,
             check=False,
         )
-        return Told(done.returncode, done.stdout, done.stderr, content(folder) ^ before)
+        return Answer(done.returncode, done.stdout, done.stderr, content(folder) ^ before)
 
     with ThreadPoolExecutor(2) as pool:
         yield dict(zip(COMMANDS, pool.map(ask, COMMANDS), strict=True))
 
 
 @pytest.mark.parametrize("name", ["help", "help of run"])
-def test_help_is_plain_text_of_eighty_columns(told, name):
-    answer = told[name]
+def test_help_is_plain_text_of_eighty_columns(answers, name):
+    answer = answers[name]
     assert (answer.code, answer.stderr, answer.changed) == (0, "", set())
     assert answer.stdout.isascii()
     assert max(map(len, answer.stdout.splitlines())) <= 80
     assert "..." not in answer.stdout.replace("[KEY=VALUE]...", "").replace("[ARGS]...", "")
 
 
-def test_help_tells_what_this_is_and_how_to_begin(told):
-    text = " ".join(told["help"].stdout.split())
+def test_help_says_what_this_is_and_how_to_begin(answers):
+    text = " ".join(answers["help"].stdout.split())
     assert "Usage: sbf" in text
     assert "CNNs at half the cost" in text
     assert "sbf run recipes/digits.yaml" in text
     assert re.search(r"run\s+Run a recipe: from images to an exported student\.", text)
 
 
-def test_help_of_run_explains_every_argument_and_stage(told):
-    text = told["help of run"].stdout
+def test_help_of_run_explains_every_argument_and_stage(answers):
+    text = answers["help of run"].stdout
     assert re.search(r"Usage: sbf run \[OPTIONS\] \S*RECIPE\S* \[KEY=VALUE\]\.\.\.", text)
     for option in ("--runs", "--until", "--again", "--dry-run", "--help"):
         line = text[text.index(f"  {option}") :].removeprefix(f"  {option}")
@@ -174,8 +174,8 @@ def test_help_of_run_explains_every_argument_and_stage(told):
         ("other recipe", "/runs/other: prepare was done with "),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2_and_nothing_is_written(told, name, message):
-    answer = told[name]
+def test_a_mistake_is_one_line_and_exit_code_2_and_nothing_is_written(answers, name, message):
+    answer = answers[name]
     assert answer.code == 2
     assert answer.stdout == ""
     assert answer.stderr.startswith("sbf: ")
@@ -186,15 +186,15 @@ def test_a_mistake_is_one_line_and_exit_code_2_and_nothing_is_written(told, name
     assert all("/.lock " in change for change in answer.changed), answer.changed
 
 
-def test_a_run_of_another_recipe_names_the_first_difference_and_the_ways_out(told):
+def test_a_run_of_another_recipe_names_the_first_difference_and_the_ways_out(answers):
     assert re.search(
         r"done with seed = 77, the recipe says 0; give --again prepare or .*name=",
-        told["other recipe"].stderr,
+        answers["other recipe"].stderr,
     )
 
 
-def test_a_dry_run_tells_what_would_be_done_and_does_nothing(told):
-    answer = told["dry run"]
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(answers):
+    answer = answers["dry run"]
     assert (answer.code, answer.stderr, answer.changed) == (0, "", set())
     assert re.search(r"recipe tiny is valid \([0-9a-f]{12}\)", answer.stdout)
     assert "one: cifar_resnet8, 10 steps of 1024 images towards labels" in answer.stdout

@@ -37,18 +37,20 @@ def arguments(folder: Path, **changes: str) -> list[str]:
         "budget": "macs=0.6",
         "out": str(folder / "student"),
     } | changes
-    return ["compress", *(word for key, value in options.items() for word in (f"--{key}", value))]
+    return ["compress", *(part for key, value in options.items() for part in (f"--{key}", value))]
 
 
 @pytest.fixture(scope="module")
-def told(folder: Path) -> str:
+def output(folder: Path) -> str:
     """What the command says when all is well."""
     result = CliRunner().invoke(cli.app, [*arguments(folder), *SMALL], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.output
 
 
-def test_the_student_is_within_the_budget_and_is_what_is_exported(told: str, folder: Path) -> None:
+def test_the_student_is_within_the_budget_and_is_what_is_exported(
+    output: str, folder: Path
+) -> None:
     student = load_student(folder / "student")
     plan = Plan.load(folder / "student" / "plan.json")
     dense = count(models.build("cifar_resnet8", 10), (3, SIZE, SIZE)).macs
@@ -64,8 +66,10 @@ def test_the_student_is_within_the_budget_and_is_what_is_exported(told: str, fol
     )
 
 
-def test_accuracy_before_and_after_is_told_and_stands_on_the_card(told: str, folder: Path) -> None:
-    rows = [line for line in told.splitlines() if "dense" in line or "SBF, no training" in line]
+def test_accuracy_before_and_after_is_reported_and_stands_on_the_card(
+    output: str, folder: Path
+) -> None:
+    rows = [line for line in output.splitlines() if "dense" in line or "SBF, no training" in line]
     assert len(rows) == 2
     top1 = load_card(folder / "student").top1
     assert top1 is not None
@@ -73,7 +77,7 @@ def test_accuracy_before_and_after_is_told_and_stands_on_the_card(told: str, fol
 
 
 def test_a_network_of_other_outputs_is_compressed_without_an_accuracy(
-    told: str, folder: Path
+    output: str, folder: Path
 ) -> None:
     torch.manual_seed(0)
     models.save_weights(models.build("cifar_resnet8", 7), folder / "seven.safetensors")
@@ -96,7 +100,7 @@ def test_a_network_of_other_outputs_is_compressed_without_an_accuracy(
         ({"model": "cifar_resnet14"}, "lack stages"),
     ],
 )
-def test_a_mistake_is_told_in_one_line_and_nothing_is_written(
+def test_a_mistake_is_reported_in_one_line_and_nothing_is_written(
     folder: Path, tmp_path: Path, changes: dict[str, str], message: str
 ) -> None:
     out = tmp_path / "student"
@@ -108,7 +112,7 @@ def test_a_mistake_is_told_in_one_line_and_nothing_is_written(
     assert not out.exists()
 
 
-def test_images_without_labels_serve_as_well(told: str, folder: Path, tmp_path: Path) -> None:
+def test_images_without_labels_serve_as_well(output: str, folder: Path, tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     plain.mkdir()
     for picture in sorted((folder / "digits" / "val" / "3").iterdir())[:40]:

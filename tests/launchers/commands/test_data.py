@@ -39,8 +39,8 @@ def sbf(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["sbf", *map(str, arguments)])
         with pytest.raises(SystemExit) as left:
             cli.main()
-        told = capsys.readouterr()
-        return left.value.code or 0, told.out, told.err
+        output = capsys.readouterr()
+        return left.value.code or 0, output.out, output.err
 
     return run
 
@@ -48,20 +48,20 @@ def sbf(monkeypatch, capsys):
 def test_a_set_is_prepared_checked_and_divided(sbf, archives, tmp_path):
     out = tmp_path / "cifar10"
     order = ("data", "prepare", "cifar10", "--archives", archives, "--out", out, "--no-checksum")
-    code, told, _ = sbf(*order)
+    code, output, _ = sbf(*order)
     assert code == 0
-    assert "images: 60/60" in told
-    assert f"{out}: cifar10, 10 classes, 50 images in train, 10 in val\n" in told
-    code, told, _ = sbf(*order)
+    assert "images: 60/60" in output
+    assert f"{out}: cifar10, 10 classes, 50 images in train, 10 in val\n" in output
+    code, output, _ = sbf(*order)
     assert code == 0
-    assert told.endswith("10 in val; prepared before\n")
-    code, told, _ = sbf("data", "check", out)
+    assert output.endswith("10 in val; prepared before\n")
+    code, output, _ = sbf("data", "check", out)
     assert code == 0
-    assert told.endswith(f"{out}: 60 files are as they were prepared\n")
+    assert output.endswith(f"{out}: 60 files are as they were prepared\n")
     split = tmp_path / "split.txt"
-    code, told, _ = sbf("data", "split", out, "--labelled", "0.4", "--out", split)
+    code, output, _ = sbf("data", "split", out, "--labelled", "0.4", "--out", split)
     assert code == 0
-    assert told == f"{split}: 20 of 50 training images, 10 classes\n"
+    assert output == f"{split}: 20 of 50 training images, 10 classes\n"
     few = tmp_path / "few.txt"
     assert sbf("data", "split", out, "--labelled", "1", "--seed", "0", "--out", few)[0] == 0
     lines = split.read_text().splitlines()
@@ -70,21 +70,21 @@ def test_a_set_is_prepared_checked_and_divided(sbf, archives, tmp_path):
     assert all((out / name).is_file() for name in lines[1:])
 
 
-def test_a_damaged_set_is_told_file_by_file_and_in_one_line(sbf, archives, tmp_path):
+def test_a_damaged_set_is_reported_file_by_file_and_in_one_line(sbf, archives, tmp_path):
     out = tmp_path / "imagenet"
     order = ("--archives", archives, "--out", out, "--no-checksum", "--format", "webdataset")
     assert sbf("data", "prepare", "imagenet", *order)[0] == 0
     (out / "val-000000.tar").unlink()
     (out / "train-000000.idx").write_text("v1.2 0\n")
     (out / "more.txt").write_text("")
-    code, told, error = sbf("data", "check", out)
+    code, output, error = sbf("data", "check", out)
     assert code == 2
     for line in (
         "missing  val-000000.tar",
         "changed  train-000000.idx",
         "superfluous  more.txt",
     ):
-        assert line in told.splitlines()
+        assert line in output.splitlines()
     assert error == (
         f"sbf: data {out}: 1 missing, 1 changed, 1 superfluous of 4 files; remove the folder and "
         "prepare the set again\n"
@@ -113,7 +113,7 @@ def test_mistakes_are_one_line_and_leave_nothing(sbf, archives, tmp_path):
 
 
 @pytest.mark.parametrize("labelled", ["x", "0", "1.5", "6"])
-def test_a_number_of_labels_that_is_impossible_is_told(sbf, tmp_path, labelled):
+def test_a_number_of_labels_that_is_impossible_is_reported(sbf, tmp_path, labelled):
     write = tmp_path / "split.txt"
     for name in ("ant", "bee"):
         (tmp_path / "root" / name).mkdir(parents=True)
@@ -126,20 +126,20 @@ def test_a_number_of_labels_that_is_impossible_is_told(sbf, tmp_path, labelled):
     assert not write.exists()
 
 
-def test_help_tells_of_every_set_which_archives_it_needs(sbf, monkeypatch):
+def test_help_says_of_every_set_which_archives_it_needs(sbf, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    code, told, error = sbf("data", "prepare", "--help")
+    code, output, error = sbf("data", "prepare", "--help")
     assert (code, error) == (0, "")
-    assert max(map(len, told.splitlines())) <= 80
-    table = told[: told.index("For example")]
+    assert max(map(len, output.splitlines())) <= 80
+    table = output[: output.index("For example")]
     for name, needed in _ARCHIVES.items():
         lines = table[table.index(f"  {name} ") :]
         for archive in (archive for alternatives in needed for archive in alternatives):
             assert archive.name in lines
-    assert re.search(r"^ +sbf data prepare cifar10 --archives \S+ --out \S+$", told, re.MULTILINE)
+    assert re.search(r"^ +sbf data prepare cifar10 --archives \S+ --out \S+$", output, re.MULTILINE)
 
 
-def test_progress_tells_rate_and_time_left_in_plain_lines(capsys, monkeypatch):
+def test_progress_says_rate_and_time_left_in_plain_lines(capsys, monkeypatch):
     now = 100.0
     monkeypatch.setattr("launchers.commands.data.time.monotonic", lambda: now)
     display = Display()
@@ -158,9 +158,9 @@ def test_recipes_that_are_shipped_are_valid_without_the_data(sbf, tmp_path, monk
     assert {path.stem for path in shipped} >= OF_SETS.keys()
     monkeypatch.chdir(tmp_path)
     for path in shipped:
-        code, told, error = sbf("run", path, "--dry-run")
+        code, output, error = sbf("run", path, "--dry-run")
         assert (code, error) == (0, "")
-        assert f"recipe {path.stem} is valid" in told
+        assert f"recipe {path.stem} is valid" in output
         assert recipes.load(path).data.expected == OF_SETS.get(path.stem)
     assert list(tmp_path.iterdir()) == []
 

@@ -43,21 +43,23 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("place", ["", "plan.json"])
 def test_a_plan_is_shown_with_its_layers_and_its_explanation(folder: Path, place: str) -> None:
-    told = CliRunner().invoke(cli.app, ["plan", "show", str(folder / place)])
-    assert told.exit_code == 0, told.output
-    body = next(line for line in told.output.splitlines() if line.startswith("body"))
+    result = CliRunner().invoke(cli.app, ["plan", "show", str(folder / place)])
+    assert result.exit_code == 0, result.output
+    body = next(line for line in result.output.splitlines() if line.startswith("body"))
     assert body.split()[1:5] == ["3", "2", "1", "1"]
     assert "70 %" in body
-    assert "asked for 0.8 of the multiply-adds" in told.output
+    assert "asked for 0.8 of the multiply-adds" in result.output
 
 
 @pytest.mark.parametrize(
     ("place", "message"),
     [("nowhere", "plan .*nowhere does not exist"), ("empty", "folder .*empty has no plan.json")],
 )
-def test_a_place_without_a_plan_is_told_in_one_line(folder: Path, place: str, message: str) -> None:
+def test_a_place_without_a_plan_is_reported_in_one_line(
+    folder: Path, place: str, message: str
+) -> None:
     (folder / "empty").mkdir()
-    told = CliRunner().invoke(cli.app, ["plan", "show", str(folder / place)])
-    assert isinstance(told.exception, UserError)
+    result = CliRunner().invoke(cli.app, ["plan", "show", str(folder / place)])
+    assert isinstance(result.exception, UserError)
     with pytest.raises(UserError, match=message):
-        raise told.exception
+        raise result.exception

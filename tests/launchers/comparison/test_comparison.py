@@ -62,9 +62,9 @@ def test_every_method_is_measured_at_its_cost_after_every_training(runs):
 def test_what_is_done_is_not_done_again_and_what_is_added_is_done(runs):
     folder = runs / "small"
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("seed-*")}
-    told = Console(record=True, width=120)
-    rows = compare(recipe(), runs, Display(told))["rows"]
-    assert "dense network" not in told.export_text()
+    output = Console(record=True, width=120)
+    rows = compare(recipe(), runs, Display(output))["rows"]
+    assert "dense network" not in output.export_text()
     more = compare(recipe(methods=["magnitude", "sbf", "ghost"]), runs, quiet())["rows"]
     assert more[: len(rows)] == rows
     assert [row["method"] for row in more[len(rows) :]] == ["ghost"] * 3
@@ -90,10 +90,10 @@ def test_the_command_shows_the_table_and_says_where_things_are(runs, tmp_path, c
         command(path, ["methods=[sbf]"], runs)
     finally:
         torch.set_num_threads(threads)
-    told = capsys.readouterr().out
-    assert "SBF" in told
-    assert "top-1 %" in told
-    assert str(runs / "small") in told.replace("\n", "")
+    output = capsys.readouterr().out
+    assert "SBF" in output
+    assert "top-1 %" in output
+    assert str(runs / "small") in output.replace("\n", "")
 
 
 def test_a_folder_of_other_settings_is_refused(runs):

@@ -48,7 +48,7 @@ def test_more_gpus_than_there_are_are_refused(monkeypatch: pytest.MonkeyPatch) -
         check_machine(1, 1, gpus_per_worker=2)
 
 
-def test_a_cluster_that_cannot_be_reached_is_told() -> None:
+def test_a_cluster_that_cannot_be_reached_is_reported() -> None:
     with (
         pytest.raises(UserError, match=r"Ray cluster 127\.0\.0\.1:1: cannot be reached"),
         local_ray(workers=1, address="127.0.0.1:1"),

@@ -204,5 +204,5 @@ def test_what_workers_and_tracking_say_locks_nothing(run: Networks) -> None:
         ("teachers.10.name", "teachers.1", False),
     ],
 )
-def test_keys_are_read_by_themselves_and_by_their_sections(key, pattern, reads) -> None:
+def test_a_key_is_read_by_its_own_name_and_by_its_sections(key, pattern, reads) -> None:
     assert bool(locks.read_by({key: 1}, [pattern])) is reads
