@@ -136,10 +136,7 @@ def _train(
     digests = _digests(here, network)
     start = 0
     if resume is not None:
-        saved = checkpoint.read_manifest(resume).digests.get("recipe")
-        # A version before noted the digest of the whole recipe.
-        whole = {"recipe": here.recipe.digest()} if saved == here.recipe.digest() else {}
-        restored = checkpoint.load(engine, resume, digests=digests | whole)
+        restored = checkpoint.load(engine, resume, digests=_saved_digests(here, network, resume))
         batches.load_state_dict(restored.loader_state)
         start = restored.step
     tracker = tracking.attach(*address) if here.rank == 0 else None
@@ -191,6 +188,16 @@ def _digests(here: Context, network: Network) -> dict[str, str]:
     """What a checkpoint of a network's training depends on."""
     read = locks.read_by(locks.values_of(here.recipe.identity()), network.reads)
     return {"recipe": locks.digest(read), "data": here.index.digest, "training": network.name}
+
+
+def _saved_digests(here: Context, network: Network, checkpoint_folder: Path) -> dict[str, str]:
+    """What a checkpoint must depend on to be gone on from.
+
+    A version before noted the digest of the whole recipe; where that is the same, it fits as well.
+    """
+    digests = _digests(here, network)
+    saved = checkpoint.read_manifest(checkpoint_folder).digests.get("recipe")
+    return digests | ({"recipe": saved} if saved == here.recipe.digest() else {})
 
 
 def _targets(here: Context, network: Network) -> tuple[DataIndex, Callable[[Batch], Batch]]:

@@ -21,6 +21,7 @@ from sbf_dist.distill.task import full_distributions
 from sbf_dist.errors import UserError
 from sbf_dist.recipe import Recipe
 from sbf_dist.settings import Augmentation
+from sbf_dist.train import checkpoint
 
 TRAINING = {"steps": 2, "batch_size": 8, "optimizer": {"lr": 0.01}}
 
@@ -238,3 +239,37 @@ def test_images_of_which_the_teachers_are_unsure_are_left_out(begin):
     index, _ = worker._targets(chooser, student(here))
     assert 0 < len(index.parts["unlabelled"]) < len(here.index.parts["unlabelled"])
     assert np.array_equal(index.parts["labelled"], here.index.parts["labelled"])
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+def checkpoint_of(folder: Path, digests: dict[str, str]) -> Path:
+    manifest = checkpoint.Manifest(
+        format=checkpoint.FORMAT, step=1, world_size=1, digests=digests, files={}
+    )
+    (folder / "manifest.json").write_text(manifest.model_dump_json())
+    return folder
+
+
+def test_a_checkpoint_depends_on_what_its_training_reads_alone(begin, tmp_path):
+    here = begin()
+    teacher, student = here.networks.teachers[0], here.networks.student
+    settings = here.recipe.compress.model_copy(update={"macs": 0.25})
+    recipe = here.recipe.model_copy(update={"compress": settings})
+    smaller = dataclasses.replace(here, networks=Networks.of(recipe, here.folder))
+    assert worker._digests(smaller, teacher) == worker._digests(here, teacher)
+    assert worker._digests(here, student) != worker._digests(here, teacher)
+    folder = checkpoint_of(tmp_path, worker._digests(here, teacher))
+    assert worker._saved_digests(smaller, teacher, folder) == worker._digests(here, teacher)
+
+
+def test_a_checkpoint_of_the_version_before_depends_on_the_whole_recipe(begin, tmp_path):
+    here = begin()
+    teacher = here.networks.teachers[0]
+    whole = worker._digests(here, teacher) | {"recipe": here.recipe.digest()}
+    folder = checkpoint_of(tmp_path, whole)
+    assert worker._saved_digests(here, teacher, folder) == whole
+    recipe = here.recipe.model_copy(update={"seed": 9})
+    other = dataclasses.replace(here, networks=Networks.of(recipe, here.folder))
+    assert worker._saved_digests(other, teacher, folder) != whole
