@@ -3,7 +3,7 @@
 A recipe's sections are these classes, plus what only a run knows.
 """
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
 from pydantic import (
     BaseModel,
@@ -30,11 +30,13 @@ else:
 class _OneLineErrors(ModelMetaclass):
     """Turns what is wrong with values that are given in Python into one line."""
 
-    def __call__(cls: type[BaseModel], **values: Any) -> Any:  # noqa: N805
+    def __call__(cls, **values: Any) -> Any:  # noqa: N805  (of a metaclass)
         try:
-            return ModelMetaclass.__call__(cls, **values)
+            return super().__call__(**values)
         except ValidationError as error:
-            raise UserError(f"{cls.__name__}: {explain(cls, error)}") from None
+            raise UserError(
+                f"{cls.__name__}: {explain(cast(type[BaseModel], cls), error)}"
+            ) from None
 
 
 class Settings(Section, metaclass=_OneLineErrors):

@@ -15,7 +15,7 @@ def test_a_wrong_value_is_answered_in_one_line():
         Compression(macs=1.5)
     with pytest.raises(UserError, match=r"^Optimizer: lr = 0 must be greater than 0"):
         Optimizer(lr=0)
-    with pytest.raises(UserError, match="flipp is not a known key; did you mean 'flip'"):
+    with pytest.raises(UserError, match=r"flipp is not a known key; did you mean .flip.\?"):
         Augmentation(flipp=True)
 
 
