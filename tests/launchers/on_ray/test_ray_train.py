@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 import tiny_worker
-from tiny_worker import EVERY, STEPS
+from tiny_worker import CHECKPOINT_EVERY, STEPS
 
 from launchers.machine import available_cpus
 from launchers.on_ray.local_ray import local_ray
@@ -100,7 +100,7 @@ def diary(killed: dict[str, Any], rank: int) -> list[tuple[int, int, list[int]]]
 def test_after_a_kill_all_go_on_from_the_last_checkpoint_to_the_last_step(
     killed: dict[str, Any],
 ) -> None:
-    assert killed["result"]["start"] == EVERY
+    assert killed["result"]["start"] == CHECKPOINT_EVERY
     assert killed["progress"][-1]["step"] == STEPS
     assert checkpoint.verify(checkpoints(killed)[-1]).step == STEPS
 
@@ -111,9 +111,13 @@ def test_after_a_kill_no_sample_is_repeated_or_left_out(killed: dict[str, Any]) 
         entries = diary(killed, rank)
         first, second = dict.fromkeys(pid for pid, _, _ in entries)
         # What the first attempt did after its checkpoint is lost with it.
-        kept += [i for pid, step, ids in entries if pid == first and step < EVERY for i in ids]
+        kept += [
+            i for pid, step, ids in entries if pid == first and step < CHECKPOINT_EVERY for i in ids
+        ]
         kept += [i for pid, _, ids in entries if pid == second for i in ids]
-        assert [step for pid, step, _ in entries if pid == second] == list(range(EVERY, STEPS))
+        assert [step for pid, step, _ in entries if pid == second] == list(
+            range(CHECKPOINT_EVERY, STEPS)
+        )
     assert sorted(kept) == list(range(STEPS * 32))
 
 
@@ -132,17 +136,17 @@ def test_only_the_last_checkpoints_are_kept_whole_with_both_ranks_shards(
         steps.append(manifest.step)
         shards = [name for name in manifest.files if "optim_states" in name]
         assert len(shards) == 2
-    assert steps == [STEPS - EVERY, STEPS]
+    assert steps == [STEPS - CHECKPOINT_EVERY, STEPS]
 
 
 def test_progress_is_seen_between_checkpoints(killed: dict[str, Any]) -> None:
     steps = [record["step"] for record in killed["progress"]]
-    assert set(steps) - set(range(0, STEPS + 1, EVERY))
+    assert set(steps) - set(range(0, STEPS + 1, CHECKPOINT_EVERY))
     assert killed["progress"][-1]["parts"]["loss"] > 0
 
 
 def test_warnings_of_rank_0_reach_the_driver(killed: dict[str, Any]) -> None:
-    assert killed["warnings"] == ["begins at step 0", f"begins at step {EVERY}"]
+    assert killed["warnings"] == ["begins at step 0", f"begins at step {CHECKPOINT_EVERY}"]
 
 
 def test_everything_listens_on_loopback_alone(killed: dict[str, Any]) -> None:
