@@ -31,7 +31,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sbf_dist.compression.cost import count
 from sbf_dist.compression.one_shot import compress
 from sbf_dist.compression.plan import DenseLayer, Plan, SBFLayer
-from sbf_dist.export.onnx import to_onnx, verify_onnx
+from sbf_dist.export.onnx import export_onnx, verify_onnx
 from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import Card, load_student, save_student
 from sbf_dist.models import build
@@ -158,7 +158,7 @@ def check(name: str, network: Network, images: int) -> dict:
                 "rounding": (expected - exact).abs().max(),  # of the student itself
             }
         path = Path(folder) / "student.onnx"
-        to_onnx(student, path, card)
+        export_onnx(student, path, card)
         differences["onnx"] = verify_onnx(path, student, few)
     relative = {form: float(value) / scale for form, value in differences.items()}
     # Weights that were fitted to noise may be badly conditioned: then the student's own rounding

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sbf_dist.errors import UserError
+from sbf_dist.files import write_text
 
 _NAMED = 3  # so many names of a list are told in an error
 
@@ -58,11 +59,8 @@ def read_split(path: Path) -> list[str]:
 def write_split(path: Path, names: Iterable[str], heading: str) -> None:
     """Write a list that read_split reads, in one step; UserError where that is impossible."""
     text = "".join(f"{line}\n" for line in (f"# {heading}", *names))
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        write_text(path, text)
     except OSError as error:
         raise UserError(f"split {path}: cannot be written ({error.strerror})") from error
 

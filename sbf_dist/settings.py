@@ -202,6 +202,14 @@ class Augmentation(Settings):
         return self.mixup > 0 or self.cutmix > 0
 
 
+class View(Settings):
+    """How a network sees an image."""
+
+    image_size: Positive = Field(description="side of the square, pixels")
+    mean: tuple[float, float, float] = Field(description="of [0, 1] pixels")
+    std: tuple[Above0, Above0, Above0] = Field(description="of [0, 1] pixels")
+
+
 class PseudoLabels(Settings):
     """What the ensemble writes on the images, and which of them are used."""
 

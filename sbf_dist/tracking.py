@@ -219,7 +219,7 @@ def tracking_uri(folder: Path, uri: str | None = None) -> str:
 def log_student(run: Run, onnx_file: Path, *, registered_name: str | None = None) -> str:
     """Store an exported student as an MLflow model of `run`, and return the model's URI.
 
-    onnx_file: what `sbf_dist.export.onnx.to_onnx` wrote, with a free batch size.
+    onnx_file: what `sbf_dist.export.onnx.export_onnx` wrote, with a free batch size.
     `mlflow.pyfunc.load_model(uri).predict(images)` then takes uint8 RGB images (N, height,
     width, 3) of the input size and returns "class", "probability" and "probabilities" (see
     sbf_dist.export.sbf_student, which the model carries). It needs mlflow, numpy and onnxruntime,

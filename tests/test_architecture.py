@@ -18,6 +18,8 @@ ALL_CODE = [
     for path in sorted((ROOT / folder).rglob("*"))
     if path.suffix in (".py", ".cpp", ".cu", ".h")
 ]
+COMMAND_LINE = ("launchers.cli", "launchers.commands")
+STARTED = ("launchers.run", "launchers.comparison", "launchers.one_shot", *COMMAND_LINE)
 NO_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "core", "base"}
 
 
@@ -97,11 +99,11 @@ def test_pipelines_know_errors_files_and_settings_of_the_library_at_most():
 @pytest.mark.parametrize(
     ("package", "home"),
     [
-        ("ray", "launchers"),
+        ("ray", "launchers.on_ray"),
         ("nvidia", "pipelines"),
         ("deepspeed", "sbf_dist.train.engine"),
         ("mlflow", "sbf_dist.tracking"),
-        ("typer", "launchers"),
+        ("typer", ("launchers.cli", "launchers.commands")),
         ("rich", ("launchers", "sbf_dist.report.plan_table")),
         ("torchvision", "sbf_dist.models"),
         ("torch_pruning", ("sbf_dist.compression.removal.coupled", "sbf_dist.peers.pruned")),
@@ -129,9 +131,16 @@ def test_a_dependency_is_known_in_its_home_alone(package, home):
         ("sbf_dist.train", ["sbf_dist.distill", "sbf_dist.compression", "sbf_dist.layers"]),
         ("sbf_dist.recipe", ["sbf_dist.models", "sbf_dist.compression", "torch"]),
         ("sbf_dist.settings", ["sbf_dist.recipe", "sbf_dist.compression", "torch"]),
+        ("launchers.images", [*STARTED, "launchers.on_ray"]),
+        ("launchers.student", [*STARTED, "launchers.on_ray"]),
+        ("launchers.on_ray", [*STARTED, "launchers.images", "launchers.display"]),
+        ("launchers.run", ["launchers.comparison", "launchers.one_shot", *COMMAND_LINE]),
+        ("launchers.comparison", ["launchers.run", "launchers.on_ray", *COMMAND_LINE]),
+        ("launchers.one_shot", ["launchers.run", "launchers.on_ray", *COMMAND_LINE]),
+        ("launchers.commands", ["launchers.cli"]),
     ],
 )
-def test_parts_of_the_library_do_not_know_those_above_them(part, unknown):
+def test_parts_do_not_know_those_above_them(part, unknown):
     members = [module for module in IMPORTS if within(module, part)]
     assert members
     for module in members:

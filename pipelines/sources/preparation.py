@@ -26,11 +26,11 @@ from pipelines.sources.manifest import (
     Manifest,
     is_prepared,
     read_manifest,
-    write_file,
     write_samples,
 )
 from pipelines.sources.units import Work, units
 from sbf_dist.errors import UserError
+from sbf_dist.files import write_text
 
 
 def prepare(
@@ -136,7 +136,7 @@ def _checked(
     md5 = kept["md5"] if kept.get("seen") == seen else md5_of(path, progress)
     if checksum:
         verify(archive, path, md5)
-    write_file(note, json.dumps({"seen": seen, "md5": md5}).encode())
+    write_text(note, json.dumps({"seen": seen, "md5": md5}))
     return {
         "file": archive.name,
         "bytes": facts.st_size,
@@ -148,7 +148,7 @@ def _checked(
 def _check_settings(out: Path, settings: dict[str, Any]) -> None:
     path = out / WORK / "settings.json"
     if not path.exists():
-        write_file(path, json.dumps(settings).encode())
+        write_text(path, json.dumps(settings))
         return
     begun = json.loads(path.read_text())
     for key, value in settings.items():
@@ -212,6 +212,8 @@ def _finish(work: Work, settings: dict[str, Any]) -> Manifest:
         shards=work.shards(),
     )
     manifest.write(work.out)
+    for left in work.out.glob(".*.partial"):  # by a kill
+        left.unlink()
     shutil.rmtree(work.out / WORK)
     return manifest
 

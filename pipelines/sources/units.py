@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from pipelines.inspection import inspect_bytes
 from pipelines.sources.archives import Progress
 from pipelines.sources.catalogue import Catalogue
-from pipelines.sources.manifest import SCHEMA, WORK, write_file
+from pipelines.sources.manifest import SCHEMA, WORK
 from pipelines.sources.shards import shuffled_runs, write_shard
 from sbf_dist.errors import UserError
+from sbf_dist.files import replacing, write_text
 
 UNIT = 500  # images of a unit of work in the layout "folder"
 REPORT = 50  # images between two reports
@@ -134,12 +135,11 @@ class Work:
                 (self._made / name).write_bytes(data)
         else:
             path = self._made / unit.shard
-            partial = path.with_name(f".{path.name}")
-            shard = write_shard(partial, self._samples(unit, images))
+            with replacing(path) as partial:
+                shard = write_shard(partial, self._samples(unit, images))
             for image, offset in zip(images, shard.offsets, strict=True):
                 image.append(offset)
-            write_file(path.with_suffix(".idx"), shard.index.encode())
-            partial.replace(path)
+            write_text(path.with_suffix(".idx"), shard.index)
             record = {
                 "file": path.name,
                 "bytes": shard.bytes,
@@ -148,7 +148,7 @@ class Work:
                 "samples": len(unit.rows),
             }
         note = {"images": images, "shard": record}
-        write_file(self._note(unit), json.dumps(note).encode())
+        write_text(self._note(unit), json.dumps(note))
 
     def _samples(self, unit: Unit, images: list[list[Any]]) -> Iterator[tuple[str, int, bytes]]:
         """Name, label and bytes of a unit's images; what is noted of them goes to `images`."""
@@ -175,7 +175,9 @@ class Work:
         return note
 
     def move(self) -> None:
-        """Move what was made to its place; what was moved before is left there."""
+        """Move what was written to its place; what was moved before is left there."""
+        for left in self._made.glob(".*.partial"):  # by a kill
+            left.unlink()
         for path in sorted(self._made.iterdir()):
             path.replace(self.out / path.name)
 

@@ -1,6 +1,5 @@
 """Whether a prepared set is still what its manifest says."""
 
-import hashlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from pipelines.sources.manifest import (
     read_samples,
 )
 from sbf_dist.errors import UserError
+from sbf_dist.files import sha256
 
 
 @dataclass
@@ -103,7 +103,6 @@ def _files(root: Path) -> Iterator[str]:
 
 def _digest(path: Path) -> str | OSError:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
     except OSError as error:
         return error

@@ -1,7 +1,7 @@
-"""Pseudo-labels on disk: what the teachers said of each image, written once, read by every worker.
+"""Pseudo-labels on disk: the teachers' probabilities, written once, read by every worker.
 
 A store is a folder of Parquet files, one per chunk of sample ids, and a manifest that says what
-they were made from. Chunks do not depend on the number of writers: a job that was stopped goes on
+they come from. Chunks do not depend on the number of writers: a job that was stopped goes on
 with the chunks that are missing, on any number of workers.
 """
 
@@ -19,7 +19,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sbf_dist.errors import UserError
+from sbf_dist.files import replacing, write_json
 from sbf_dist.recipe import Recipe
+from sbf_dist.settings import PseudoLabels
 
 FORMAT = 1
 CHUNK = 1024  # images per file
@@ -28,7 +30,7 @@ AGAIN = "make them again (--again pseudo-labels)"
 
 
 @dataclass(frozen=True)
-class PseudoLabels:
+class StoredLabels:
     """The content of a store, by ascending sample id.
 
     ids: (n,) int64; classes: (n, k) int64 and probabilities: (n, k) float32, the k most probable
@@ -63,10 +65,14 @@ def chunk_path(folder: Path, number: int) -> Path:
 
 
 def write_chunk(
-    folder: Path, number: int, ids: NDArray[np.int64], probabilities: NDArray[np.float32], k: int
+    folder: Path,
+    number: int,
+    ids: NDArray[np.int64],
+    probabilities: NDArray[np.float32],
+    settings: PseudoLabels,
 ) -> None:
     """Write the distributions (n, classes) of one chunk, in one step."""
-    k = min(k, probabilities.shape[1])
+    k = min(settings.top_k, probabilities.shape[1])
     order = np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
     top = np.take_along_axis(probabilities, order, axis=1)
     safe = np.clip(probabilities, 1e-12, None)
@@ -79,10 +85,8 @@ def write_chunk(
             "entropy": (-(probabilities * np.log(safe)).sum(1))[by_id].astype(np.float32),
         }
     )
-    path = chunk_path(folder, number)
-    partial = path.with_name(f".{path.name}.partial")
-    pq.write_table(table, partial)
-    partial.replace(path)
+    with replacing(chunk_path(folder, number)) as partial:
+        pq.write_table(table, partial)
 
 
 def begin(folder: Path, origin: Mapping[str, object]) -> None:
@@ -92,9 +96,7 @@ def begin(folder: Path, origin: Mapping[str, object]) -> None:
     if _read_json(origin_file) != dict(origin):
         for path in (*folder.glob("chunk-*.parquet"), folder / MANIFEST):
             path.unlink(missing_ok=True)
-        partial = folder / ".origin.json.partial"
-        partial.write_text(json.dumps(dict(origin), indent=1) + "\n")
-        partial.replace(origin_file)
+        write_json(origin_file, origin)
 
 
 def finish(folder: Path, ids: NDArray[np.int64]) -> None:
@@ -108,12 +110,10 @@ def finish(folder: Path, ids: NDArray[np.int64]) -> None:
         "images": len(ids),
         "chunks": len(parts),
     }
-    partial = folder / f".{MANIFEST}.partial"
-    partial.write_text(json.dumps(manifest, indent=1) + "\n")
-    partial.replace(folder / MANIFEST)
+    write_json(folder / MANIFEST, manifest)
 
 
-def load(folder: Path, origin: Mapping[str, object]) -> PseudoLabels:
+def load(folder: Path, origin: Mapping[str, object]) -> StoredLabels:
     """Read a complete store that was made from `origin`.
 
     Raises UserError if it is partial, damaged, or stale, naming what differs.
@@ -143,7 +143,7 @@ def load(folder: Path, origin: Mapping[str, object]) -> PseudoLabels:
         raise UserError(
             f"pseudo-labels {folder}: {len(table)} images instead of {manifest['images']}; {AGAIN}"
         )
-    return PseudoLabels(
+    return StoredLabels(
         ids=table["id"].to_numpy(),
         classes=_matrix(table["classes"]).astype(np.int64),
         probabilities=_matrix(table["probabilities"]),

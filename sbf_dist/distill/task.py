@@ -1,4 +1,4 @@
-"""What a student is trained on: labels, and the word of the teachers."""
+"""What a student is trained on: labels, and the teachers' probabilities."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ class DistillationTask(nn.Module):
     forward takes a batch with "image" (N, 3, H, W), "label" (N,), -1 where unknown, and, where
     there are teachers, "teacher" (N, classes), their probabilities. It returns "loss" and its
     parts: "cross_entropy" on the labelled images and "divergence", KL(teacher || student), on all
-    images. Both are means over the images that they are about. Of a mixed batch (mixing.mix), the
+    images. Both are means over the images that they are about. Of a batch after mixup, the
     cross-entropy is that with the label, times "share", plus that with the partner's, times the
     rest.
     """
@@ -63,14 +63,14 @@ def stored_targets(
 ) -> Callable[[Batch], Batch]:
     """Return a function that adds "teacher" (N, count) to a batch by sample id.
 
-    ids: (n,) ascending; classes, probabilities: (n, k), as pseudo_labels.PseudoLabels has them. A
+    ids: (n,) ascending; classes, probabilities: (n, k), as pseudo_labels.StoredLabels has them. A
     batch with a sample that has no pseudo-label is our own bug.
     """
 
     def annotate(batch: Batch) -> Batch:
         place = torch.searchsorted(ids, batch["id"]).clamp(max=len(ids) - 1)
         assert bool((ids[place] == batch["id"]).all()), "an image has no pseudo-label"
-        # Made full batch by batch: those of all of ImageNet would take 5 GB.
+        # Batch by batch: the full distributions of all of ImageNet would take 5 GB.
         full = full_distributions(classes[place], probabilities[place], count)
         return batch | {"teacher": full}
 

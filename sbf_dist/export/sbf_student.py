@@ -14,7 +14,7 @@ import onnxruntime
 class Student:
     """A classifier of RGB images.
 
-    path: an ONNX file that sbf_dist.export.onnx.to_onnx wrote; class names, normalisation and
+    path: an ONNX file that sbf_dist.export.onnx.export_onnx wrote; class names, normalisation and
     image size are read from its metadata. One thread per core unless `threads` says otherwise.
     """
 

@@ -12,7 +12,6 @@ file with it before anything is read. Our own files are JSON and safetensors; De
 are read with weights_only, so that a checkpoint from a stranger cannot run code.
 """
 
-import hashlib
 import json
 import logging
 import random
@@ -28,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_file, save_file
 
 from sbf_dist.errors import UserError
+from sbf_dist.files import sha256, write_text
 from sbf_dist.train.engine import load_shards, save_shards
 
 FORMAT = 1
@@ -107,9 +107,7 @@ def save(
             digests=dict(digests),
             files={name: entry for rank_files in per_rank for name, entry in rank_files.items()},
         )
-        partial = folder / (_MANIFEST + ".partial")
-        partial.write_text(manifest.model_dump_json(indent=1))
-        partial.replace(folder / _MANIFEST)
+        write_text(folder / _MANIFEST, manifest.model_dump_json(indent=1))
     if dist.is_initialized():
         dist.barrier()
 
@@ -146,7 +144,7 @@ def verify(folder: Path) -> Manifest:
                 f"checkpoint {folder}: {name} is damaged: {size} bytes instead of {entry.size}; "
                 "use an earlier checkpoint"
             )
-        if _sha256(path) != entry.sha256:
+        if sha256(path) != entry.sha256:
             raise UserError(
                 f"checkpoint {folder}: {name} is damaged: its SHA-256 is not the one written; "
                 "use an earlier checkpoint"
@@ -223,12 +221,7 @@ def _read_rank_state(folder: Path, rank: int, *, restore_random: bool) -> dict[s
 
 
 def _entry(path: Path) -> FileEntry:
-    return FileEntry(size=path.stat().st_size, sha256=_sha256(path))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return FileEntry(size=path.stat().st_size, sha256=sha256(path))
 
 
 def _rank() -> int:

@@ -15,25 +15,12 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from sbf_dist.errors import UserError
+from sbf_dist.settings import Optimizer
 
 Precision = Literal["fp32", "bf16", "fp16"]
-
-
-class OptimizerConfig(BaseModel):
-    """How the student's parameters are stepped."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: Literal["sgd", "adamw"] = Field("sgd", description="The optimizer.")
-    lr: float = Field(0.05, gt=0, description="Peak learning rate; the schedule scales it.")
-    weight_decay: float = Field(5e-4, ge=0, description="See parameter_groups for what decays.")
-    momentum: float = Field(0.9, ge=0, lt=1, description="Nesterov momentum; sgd only.")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="Moment decay; adamw only.")
-    clip: float | None = Field(None, gt=0, description="Largest norm of the whole gradient.")
 
 
 def parameter_groups(task: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -56,7 +43,7 @@ def parameter_groups(task: nn.Module, weight_decay: float) -> list[dict[str, Any
 
 def build_engine(
     task: nn.Module,
-    optimizer: OptimizerConfig,
+    optimizer: Optimizer,
     *,
     micro_batch: int,
     accumulation: int = 1,
@@ -109,18 +96,18 @@ def join_process_group(device: torch.device) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def torch_optimizer(task: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+def torch_optimizer(task: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
     """PyTorch's optimizer of the trainable parameters of `task`."""
-    groups = parameter_groups(task, config.weight_decay)
-    if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+    groups = parameter_groups(task, settings.weight_decay)
+    if settings.name == "adamw":
+        return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
     return torch.optim.SGD(
-        groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0
+        groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0
     )
 
 
 def _config(
-    optimizer: OptimizerConfig,
+    optimizer: Optimizer,
     micro_batch: int,
     accumulation: int,
     zero_stage: int,

@@ -18,7 +18,7 @@ from sbf_dist.compression.convert import convert
 from sbf_dist.compression.cost import count
 from sbf_dist.compression.one_shot import compress
 from sbf_dist.compression.plan import DenseLayer, Layer, Plan, SBFLayer
-from sbf_dist.export.onnx import to_onnx, verify_onnx
+from sbf_dist.export.onnx import export_onnx, verify_onnx
 from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import Card, load_student, save_student
 from sbf_dist.layers import SBFConv2d
@@ -138,5 +138,5 @@ def test_what_is_evaluated_is_what_is_planned_saved_optimized_and_exported(name,
         found = optimize(loaded)(images.contiguous(memory_format=torch.channels_last))
     largest = float(expected.abs().max())
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * largest)
-    to_onnx(loaded, tmp_path / "student.onnx", card)
+    export_onnx(loaded, tmp_path / "student.onnx", card)
     assert verify_onnx(tmp_path / "student.onnx", student, images) < 1e-4 * largest

@@ -6,7 +6,7 @@ from torch import nn
 
 from sbf_dist import models
 from sbf_dist.compression.joint import plan_jointly
-from sbf_dist.export.onnx import to_onnx, verify_onnx
+from sbf_dist.export.onnx import export_onnx, verify_onnx
 from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import Card, load_student, save_student
 from sbf_dist.settings import Compression
@@ -47,5 +47,5 @@ def test_a_narrowed_student_is_optimized(narrowed):
 
 def test_a_narrowed_student_is_exported_to_onnx(narrowed, tmp_path):
     student, plan = narrowed
-    to_onnx(student, tmp_path / "student.onnx", card_of(plan))
+    export_onnx(student, tmp_path / "student.onnx", card_of(plan))
     assert verify_onnx(tmp_path / "student.onnx", student, torch.randn(3, 3, 16, 16)) < 1e-3

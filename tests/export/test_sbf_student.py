@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from sbf_dist.export.onnx import to_onnx
+from sbf_dist.export.onnx import export_onnx
 from sbf_dist.export.saved import Card
 from sbf_dist.export.sbf_student import Student
 
@@ -27,7 +27,7 @@ def path(network: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
         plan_digest="0" * 64,
     )
     path = tmp_path_factory.mktemp("onnx") / "student.onnx"
-    to_onnx(network, path, card)
+    export_onnx(network, path, card)
     return path
 
 

@@ -13,15 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from grouped_settings import grouped
 from pictures import smooth_picture
 from PIL import Image
 
-from pipelines.augmentation import Augmentation
 from pipelines.index import DataIndex
 from pipelines.inspection import MAX_PIXELS, inspect_image
 from pipelines.loader import EvalLoader, TrainLoader
 from pipelines.sources.folder import index_folder
 from sbf_dist.errors import UserError
+from sbf_dist.settings import Augmentation
 
 COMMON = {
     "image_size": 16,
@@ -120,11 +121,11 @@ def test_a_folder_with_bad_files_is_read_and_they_are_named(odd_root):
     for name, (_, reason) in bad.items():
         assert reason in reasons[f"class0/{name}"], reasons[f"class0/{name}"]
     loader = TrainLoader(
-        index, ["labelled"], batch_size=64, augmentation=Augmentation(), seed=0, **COMMON
+        index, ["labelled"], batch_size=64, augmentation=Augmentation(), seed=0, **grouped(**COMMON)
     )
     seen = np.concatenate([next(loader)["id"].numpy() for _ in range(1 + len(index) // 64)])
     assert set(seen) == set(index.parts["labelled"])
-    evaluated = EvalLoader(index, "validation", batch_size=64, **COMMON)
+    evaluated = EvalLoader(index, "validation", batch_size=64, **grouped(**COMMON))
     assert sum(len(batch["id"]) for batch in evaluated) == 100
 
 

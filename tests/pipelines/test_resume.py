@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.augmentation import Augmentation
 from pipelines.index import DataIndex
+from pipelines.joined import JoinedLoader
 from pipelines.loader import TrainLoader
-from pipelines.mixture import MixedLoader
+from pipelines.reader import Reader
 from sbf_dist.errors import UserError
+from sbf_dist.settings import Augmentation, View
 
 RANKS = [(1, 1), (2, 2), (2, 1), (1, 3), (3, 2)]
 LIVELY = Augmentation(rotate=10, color=0.2)
@@ -23,16 +24,11 @@ def ranks(
         TrainLoader(
             index,
             parts,
+            Reader(rank, count, cache=arguments.get("cache", "none")),
             batch_size=batch_size,
-            image_size=8,
-            mean=(0.0, 0.0, 0.0),
-            std=(1.0, 1.0, 1.0),
+            view=View(image_size=8, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
             augmentation=arguments.get("augmentation", LIVELY),
             seed=4,
-            rank=rank,
-            world_size=count,
-            threads=1,
-            cache=arguments.get("cache", "none"),
         )
         for rank in range(count)
     ]
@@ -83,9 +79,9 @@ def test_a_batch_larger_than_the_epoch_gives_each_sample_as_often(plain_index):
 def test_an_interrupted_mixture_gives_the_samples_of_both_streams_once(plain_index, before, after):
     sizes = {"labelled": 1, "unlabelled": 3}
 
-    def mixtures(count: int) -> list[MixedLoader]:
+    def mixtures(count: int) -> list[JoinedLoader]:
         streams = {part: ranks(plain_index, [part], size, count) for part, size in sizes.items()}
-        return [MixedLoader([streams[part][rank] for part in sizes]) for rank in range(count)]
+        return [JoinedLoader([streams[part][rank] for part in sizes]) for rank in range(count)]
 
     old = mixtures(before)
     batches = steps(old, 2)
@@ -125,8 +121,8 @@ def test_mixed_pairs_are_those_of_the_stream_whatever_the_ranks_and_batches(
 
     def pairs(batches) -> list[tuple]:
         return [
-            (int(b["id"][k]), int(b["id"][b["mix_partner"][k]]), float(b["mix_share"][k]),
-             *b["mix_box"][k].tolist())
+            (int(b["id"][k]), int(b["id"][b["mixup_partner"][k]]), float(b["mixup_share"][k]),
+             *b["mixup_box"][k].tolist())
             for b in batches for k in range(len(b["id"]))
         ]  # fmt: skip
 
@@ -141,15 +137,15 @@ def test_a_pair_needs_a_batch_of_even_size(plain_index):
 
 def test_the_partners_of_a_mixture_are_images_of_the_same_stream(plain_index):
     parts = {"labelled": 2, "unlabelled": 4}
-    mixture = MixedLoader(
+    mixture = JoinedLoader(
         [
             ranks(plain_index, [part], size, 1, augmentation=Augmentation(mixup=0.2))[0]
             for part, size in parts.items()
         ]
     )
     for batch in steps([mixture], 3):
-        assert batch["mix_partner"].tolist() == [1, 0, 3, 2, 5, 4]
-        assert torch.equal(batch["label"] >= 0, batch["label"][batch["mix_partner"]] >= 0)
+        assert batch["mixup_partner"].tolist() == [1, 0, 3, 2, 5, 4]
+        assert torch.equal(batch["label"] >= 0, batch["label"][batch["mixup_partner"]] >= 0)
 
 
 def test_the_order_is_a_permutation_drawn_by_the_seed(plain_index):

@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from grouped_settings import grouped
 from pictures import smooth_picture
 
 from pipelines import memory
-from pipelines.augmentation import Augmentation
 from pipelines.index import DataIndex
 from pipelines.loader import EvalLoader, TrainLoader
 from pipelines.sources.folder import index_folder
 from sbf_dist.errors import UserError
+from sbf_dist.settings import Augmentation
 
 COMMON = {
     "batch_size": 4,
@@ -59,7 +60,7 @@ def training(index: DataIndex, **arguments) -> list[dict[str, torch.Tensor]]:
     loader = TrainLoader(
         index,
         ["labelled"],
-        **(COMMON | {"augmentation": Augmentation(), "seed": 1} | arguments),
+        **grouped(**(COMMON | {"augmentation": Augmentation(), "seed": 1} | arguments)),
     )
     return [next(loader) for _ in range(6)]
 
@@ -76,7 +77,7 @@ def test_images_in_shards_are_those_of_the_files(pictures, tmp_path, shards, mon
     monkeypatch.setattr("pipelines.samples._OPEN_SHARDS", 2)
     index = sharded(pictures, tmp_path / "shards", shards)
     assert difference(training(index), training(pictures)) == 0
-    loaders = [EvalLoader(one, "validation", **COMMON) for one in (index, pictures)]
+    loaders = [EvalLoader(one, "validation", **grouped(**COMMON)) for one in (index, pictures)]
     assert difference(*map(list, loaders)) == 0
 
 
@@ -136,7 +137,7 @@ def test_images_in_memory_outlive_their_files(pictures, tmp_path):
     loader = TrainLoader(
         dataclasses.replace(pictures, root=copy),
         ["labelled"],
-        **(COMMON | {"augmentation": Augmentation(), "seed": 1, "cache": "memory"}),
+        **grouped(**COMMON, augmentation=Augmentation(), seed=1, cache="memory"),
     )
     state = loader.state_dict()
     first = [next(loader) for _ in range(3)]
@@ -173,7 +174,7 @@ def test_half_precision_is_the_rounded_single_precision(pictures):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"cache": "disk"}, "cache 'disk': must be none or memory"),
+        ({"cache": "disk"}, "cache 'disk': must be one of none, memory"),
         ({"dtype": "int8"}, "dtype 'int8': must be one of float32, float16"),
     ],
 )

@@ -17,15 +17,16 @@ from tiny import CLASSES, TinyLoader, TinyTask, images
 from torch import Tensor
 
 from sbf_dist.errors import UserError
+from sbf_dist.settings import Optimizer
 from sbf_dist.train import checkpoint
-from sbf_dist.train.engine import OptimizerConfig, build_engine
+from sbf_dist.train.engine import build_engine
 from sbf_dist.train.evaluate import accuracy, predict, synchronise_batchnorm
-from sbf_dist.train.loop import fit
+from sbf_dist.train.loop import Every, fit
 
 DIGESTS = {"recipe": "r1"}
 OPTIMIZERS = {
-    "sgd": OptimizerConfig(lr=0.05, weight_decay=1e-3, clip=5.0),
-    "adamw": OptimizerConfig(name="adamw", lr=0.05, weight_decay=1e-3),
+    "sgd": Optimizer(lr=0.05, weight_decay=1e-3, clip=5.0),
+    "adamw": Optimizer(name="adamw", lr=0.05, weight_decay=1e-3),
 }
 
 
@@ -80,8 +81,7 @@ def _train(engine: Any, loader: Any, start: int, steps: int, **options: Any) -> 
         steps=steps,
         start_step=start,
         lr_at=lambda step: 0.05,
-        log_every=1,
-        on_log=lambda record: losses.append(record.parts["loss"]),
+        log=Every(1, lambda record: losses.append(record.parts["loss"])),
         **options,
     )
     return losses
