@@ -1,4 +1,4 @@
-"""Our networks for images of about 32 px: the ResNets and VGGs that CIFAR results are told of."""
+"""Our networks for images of about 32 px: the ResNets and VGGs of the literature on CIFAR."""
 
 import re
 

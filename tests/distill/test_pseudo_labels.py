@@ -31,7 +31,7 @@ def full(read: store.StoredLabels, classes: int) -> np.ndarray:
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(store, "CHUNK", 4)
+    monkeypatch.setattr(store, "CHUNK_IMAGES", 4)
 
 
 def write(folder: Path, ids, said, k=3, origin=ORIGIN):
@@ -129,7 +129,7 @@ def test_full_distributions_keep_what_is_stored_and_share_the_rest_out(
 def test_chunks_cut_the_ids_whoever_writes_them(images, chunk):
     ids = np.arange(images) * 2
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "CHUNK", chunk)
+        patch.setattr(store, "CHUNK_IMAGES", chunk)
         parts = store.chunks(ids)
     assert [i for part in parts for i in part.tolist()] == ids.tolist()
     assert all(len(part) == chunk for part in parts[:-1])

@@ -98,7 +98,7 @@ def test_stored_targets_are_joined_by_sample_id(order, count):
     probabilities = torch.tensor([[0.5, 0.25], [0.75, 0.25], [1.0, 0.0], [0.5, 0.125]])
     full = [[0.5, 0.25, 0.25], [0.25, 0.75, 0.0], [0.0, 0.0, 1.0], [0.5, 0.375, 0.125]]
     made = {"id": torch.tensor(order[:count]), "image": torch.zeros(count)}
-    annotated = stored_targets(ids, classes, probabilities, count=3)(made)
+    annotated = stored_targets(ids, classes, probabilities, num_classes=3)(made)
     assert "teacher" not in made
     assert annotated["image"] is made["image"]
     rows = [[2, 3, 8, 20].index(i) for i in order[:count]]
@@ -108,6 +108,6 @@ def test_stored_targets_are_joined_by_sample_id(order, count):
 @pytest.mark.parametrize("stranger", [0, 5, 99])
 def test_an_image_without_pseudo_label_is_our_own_bug(stranger):
     classes = torch.zeros(2, 1, dtype=torch.int64)
-    annotate = stored_targets(torch.tensor([2, 8]), classes, torch.ones(2, 1), count=3)
+    annotate = stored_targets(torch.tensor([2, 8]), classes, torch.ones(2, 1), num_classes=3)
     with pytest.raises(AssertionError, match="no pseudo-label"):
         annotate({"id": torch.tensor([2, stranger])})

@@ -74,7 +74,7 @@ def difference(one, other) -> float:
 
 @pytest.mark.parametrize("shards", [1, 3])
 def test_images_in_shards_are_those_of_the_files(pictures, tmp_path, shards, monkeypatch):
-    monkeypatch.setattr("pipelines.samples._OPEN_SHARDS", 2)
+    monkeypatch.setattr("pipelines.samples._MAX_OPEN_SHARDS", 2)
     index = sharded(pictures, tmp_path / "shards", shards)
     assert difference(training(index), training(pictures)) == 0
     loaders = [EvalLoader(one, "validation", **grouped(**COMMON)) for one in (index, pictures)]

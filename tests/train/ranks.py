@@ -192,8 +192,7 @@ def loss_turns_nan_on_one_rank(_: Path) -> dict[str, Any]:
             _NanOnRank1(dist.get_rank(), 2),
             0,
             20,
-            checkpoint_every=2,
-            on_checkpoint=saved.append,
+            checkpoint=Every(2, saved.append),
         )
     except UserError as error:
         return {"error": str(error), "saved": saved}

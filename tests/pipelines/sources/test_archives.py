@@ -39,7 +39,7 @@ def test_a_missing_archive_is_told_with_its_name_its_place_and_its_origin(tmp_pa
         f"archive {tmp_path}/one.tar.gz: is missing; put one.tar.gz or other.tar.gz from "
         f"https://one.example into {tmp_path}"
     )
-    with pytest.raises(UserError, match=r"nowhere: is no folder; put one\.tar\.gz into it"):
+    with pytest.raises(UserError, match=r"nowhere: is not a folder; put one\.tar\.gz into it"):
         locate(tmp_path / "nowhere", [ONE])
 
 

@@ -169,5 +169,5 @@ def test_a_check_reads_no_image(tmp_path):
 
 
 def test_a_root_that_is_not_there_is_told(tmp_path):
-    with pytest.raises(UserError, match="nowhere: is no folder"):
+    with pytest.raises(UserError, match="nowhere: is not a folder"):
         indexed(tmp_path / "nowhere")

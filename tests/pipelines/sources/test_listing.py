@@ -179,7 +179,7 @@ def test_another_set_gives_its_training_images_unlabelled(sets):
 
 def test_unlabelled_images_must_be_there_and_be_others(sets, tmp_path):
     root = sets / "cifar10-folder"
-    with pytest.raises(UserError, match=r"data\.unlabelled .*/nowhere: is no folder"):
+    with pytest.raises(UserError, match=r"data\.unlabelled .*/nowhere: is not a folder"):
         indexed(root, unlabelled=tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"data\.unlabelled .*: has no image"):
         indexed(root, unlabelled=tmp_path)

@@ -141,8 +141,8 @@ def test_a_folder_that_holds_anything_else_is_refused_and_left_alone(archives, t
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, archives: Path, out: Path, **arguments) -> None:
     """Prepare, and break off after a few images of the second unit or so."""
-    monkeypatch.setattr(units, "UNIT", 7)
-    monkeypatch.setattr(units, "REPORT", 1)
+    monkeypatch.setattr(units, "IMAGES_PER_UNIT", 7)
+    monkeypatch.setattr(units, "IMAGES_PER_REPORT", 1)
 
     def progress(title: str, done: int, of: int, unit: str) -> None:
         if title == "images" and done > of // 2:

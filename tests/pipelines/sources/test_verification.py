@@ -69,7 +69,7 @@ def test_a_manifest_that_was_edited_is_refused(prepared):
     text = path.read_text()
     content = json.loads(text)
     for change, message in (
-        ({"counts": {"train": 17, "val": 8}}, r"manifest\.json tells of 17 images in train, .* 16"),
+        ({"counts": {"train": 17, "val": 8}}, r"manifest\.json has 17 images in train, .* 16"),
         ({"samples": "0" * 64}, r"samples\.parquet: does not belong to manifest\.json"),
         ({"format": 9}, "is of another version"),
         ({"layout": "zip"}, "cannot be read .layout 'zip'"),
