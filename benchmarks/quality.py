@@ -21,7 +21,7 @@ from launchers.comparison import compare
 from launchers.display import Display, comparison_table
 from launchers.local_ray import available_cpus
 from sbf_dist.compare_recipe import load
-from sbf_dist.tracking import origin
+from sbf_dist.provenance import origin
 
 ROOT = Path(__file__).parents[1]
 DATA = ("photos", "digits")

@@ -10,7 +10,6 @@ import fcntl
 import json
 import logging
 import os
-import subprocess
 import time
 import urllib.error
 import urllib.request
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from urllib.parse import urlsplit
 
 from sbf_dist.errors import UserError
+from sbf_dist.provenance import origin
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 STAGE_TAG = "sbf.stage"
 PARENT_TAG = "mlflow.parentRunId"
-VERSIONS_OF = ("torch", "ray", "deepspeed", "nvidia-dali-cuda130", "mlflow", "timm")
 MAX_PARAM_CHARS = 6000  # of a parameter, in MLflow
 MAX_REQUEST_ENTRIES = 100  # parameters or tags in one request
 SERVERS = ("http", "https", "databricks", "databricks-uc")
@@ -359,34 +358,6 @@ def _begin(
 def _who() -> dict[str, str]:
     user = os.environ.get("USER") or os.environ.get("LOGNAME") or str(os.getuid())
     return {"mlflow.user": user, "mlflow.source.name": "sbf", "mlflow.source.type": "LOCAL"}
-
-
-def origin() -> dict[str, str]:
-    """Return which code runs: versions of the packages that matter, and the commit of ours."""
-    tags = {}
-    for package in VERSIONS_OF:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            tags[f"version.{package}"] = metadata.version(package)
-    here = Path(__file__).parent
-    # the work tree must be ours: an installed package may lie inside somebody else's
-    if _git(here, "ls-files", "--error-unmatch", Path(__file__).name) is None:
-        return tags
-    commit = _git(here, "rev-parse", "HEAD")
-    if commit:
-        tags["mlflow.source.git.commit"] = commit
-        tags["git.dirty"] = "true" if _git(here, "status", "--porcelain") else "false"
-    return tags
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    """Return what git prints, or None if it fails or is not installed."""
-    try:
-        result = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False
-        )
-    except OSError:
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
 
 
 def _flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
