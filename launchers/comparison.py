@@ -27,8 +27,8 @@ from sbf_dist.distill.mixup import mixup
 from sbf_dist.distill.task import DistillationTask
 from sbf_dist.errors import UserError
 from sbf_dist.peers.methods import TITLES, compressed
-from sbf_dist.report.chart import accuracy_over_macs
 from sbf_dist.provenance import origin
+from sbf_dist.report.chart import accuracy_over_macs
 from sbf_dist.train.evaluate import accuracy
 from sbf_dist.train.loop import Every, LogRecord, fit
 from sbf_dist.train.schedule import schedule

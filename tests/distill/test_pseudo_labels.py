@@ -52,13 +52,13 @@ def complete(tmp_path: Path, small_chunks):
     return tmp_path / "store"
 
 
-def refused(folder: Path, *words: str, origin=ORIGIN):
-    with pytest.raises(UserError) as told:
+def refused(folder: Path, *parts: str, origin=ORIGIN):
+    with pytest.raises(UserError) as raised:
         store.load(folder, origin)
-    message = str(told.value)
+    message = str(raised.value)
     assert "\n" not in message
-    for word in (str(folder), "pseudo-labels", *words):
-        assert word in message, message
+    for part in (str(folder), "pseudo-labels", *parts):
+        assert part in message, message
 
 
 def test_what_was_written_is_read_by_ascending_id(tmp_path, small_chunks):

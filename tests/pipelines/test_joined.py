@@ -38,17 +38,17 @@ def test_a_batch_is_shared_out_as_wanted_and_leaves_no_part_out(total, share, pa
 
 @pytest.fixture
 def joined(plain_index):
-    made = []
+    loaders = []
 
     def make(labelled=2, unlabelled=5):
         streams = {"labelled": labelled, "unlabelled": unlabelled}
-        made.append(
+        loaders.append(
             JoinedLoader([loader(plain_index, part, n) for part, n in streams.items() if n])
         )
-        return made[-1]
+        return loaders[-1]
 
     yield make
-    for one in made:
+    for one in loaders:
         one.close()
 
 

@@ -105,7 +105,7 @@ def test_an_index_of_shards_comes_back_as_it_was_saved(pictures, tmp_path):
     assert moved.digest != index.digest
 
 
-def test_what_is_wrong_with_a_shard_is_told_with_the_name_of_the_image(pictures, tmp_path):
+def test_what_is_wrong_with_a_shard_is_reported_with_the_name_of_the_image(pictures, tmp_path):
     index = sharded(pictures, tmp_path / "shards", 1)
     shard = tmp_path / "shards" / "000.tar"
     whole = shard.read_bytes()

@@ -151,8 +151,8 @@ def test_unlabelled_images_may_lie_elsewhere_in_any_depth(sets, tmp_path):
         number = {"0.png": 3, "1.png": 4}[Path(index.files[row]).name]
         middle = (image[:, 4, 4] * 0.5 + 0.5) * 255
         assert middle.round().tolist() == [10 * number, 0, 255 - 10 * number]
-    few = indexed(root, unlabelled=others, labelled_per_class=1)
-    assert len(few.parts["unlabelled"]) == 2 + 12
+    some = indexed(root, unlabelled=others, labelled_per_class=1)
+    assert len(some.parts["unlabelled"]) == 2 + 12
 
 
 def test_unlabelled_images_are_found_through_a_linked_root(sets, tmp_path):

@@ -95,9 +95,9 @@ ARGUMENT = b"U\x04true"
     ],
 )
 def test_what_cifar_does_not_hold_is_refused(data, message):
-    with pytest.raises(UserError, match=message) as told:
+    with pytest.raises(UserError, match=message) as raised:
         pickles.load(data, "batch")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
 
 
 def array_pickle(shape: bytes, code: bytes = b"u1", data: bytes = b"1234") -> bytes:

@@ -77,9 +77,9 @@ def test_a_manifest_that_was_edited_is_refused(prepared):
         ({"more": 1}, "cannot be read"),
     ):
         path.write_text(json.dumps(content | change))
-        with pytest.raises(UserError, match=message) as told:
+        with pytest.raises(UserError, match=message) as raised:
             check(prepared)
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(raised.value)
     path.write_text(text[:100])
     with pytest.raises(UserError, match="cannot be read"):
         check(prepared)
@@ -116,7 +116,7 @@ def test_a_list_of_samples_that_is_no_parquet_is_refused(prepared):
         check(prepared)
 
 
-def test_a_folder_without_a_manifest_is_told(tmp_path):
+def test_a_folder_without_a_manifest_is_reported(tmp_path):
     with pytest.raises(UserError, match=r"has no manifest\.json; see sbf data prepare"):
         check(tmp_path)
     (tmp_path / ".preparing").mkdir()
