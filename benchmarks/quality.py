@@ -22,7 +22,7 @@ from launchers.comparison.summary import compare
 from launchers.display import Display
 from launchers.machine import available_cpus
 from sbf_dist.compare_recipe import load
-from sbf_dist.tracking import origin
+from sbf_dist.provenance import origin
 
 ROOT = Path(__file__).parents[1]
 DATA = ("photos", "digits")

@@ -26,7 +26,7 @@ from sbf_dist import models
 from sbf_dist.compare_recipe import load
 from sbf_dist.export.optimize import optimize
 from sbf_dist.peers.methods import TITLES, compressed
-from sbf_dist.tracking import origin
+from sbf_dist.provenance import origin
 
 BATCHES = (1, 64)
 

@@ -59,7 +59,7 @@ class Flight:
         # No copy: the tensor keeps DALI's buffer, which goes back to DALI when the tensor dies.
         tensors = [torch.from_dlpack(images.as_tensor()) for images in self._outputs()]
         self._pipe.release_outputs()
-        # Channels last in memory, as DALI made them; only the view is the other way round.
+        # Channels last in memory, as DALI leaves them; only the view is the other way round.
         return self._pending.popleft()[0], [tensor.permute(0, 3, 1, 2) for tensor in tensors]
 
     def take_apart(self) -> tuple[NDArray[np.int64], list[NDArray[np.uint8]]]:
@@ -75,7 +75,7 @@ class Flight:
                 return self._pipe.share_outputs()
             return self._pipe.share_outputs(torch.cuda.current_stream(self._reader.device))
         except RuntimeError as error:
-            # In the user's terms: the file that is to blame, if one is.
+            # In the user's terms: the file that is at fault, if one is.
             for ids, _ in self._pending:
                 for sample in ids:
                     fault = self._samples.explain(int(sample))

@@ -19,7 +19,7 @@ types: Any = dali.types
 DTYPES = {"float32": types.FLOAT, "float16": types.FLOAT16}
 STRONG = "strong_"  # stands before the names of the inputs of the strong view
 _LEVELS = 255.0
-_LARGEST_HINT = 4096
+_MAX_HINT_PIXELS = 4096
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _resized(images: Any, form: Form) -> Any:
 def _decoding(form: Form) -> dict[str, Any]:
     if form.device_id is None:
         return {"device": "cpu", "output_type": types.RGB}
-    height, width = (min(side, _LARGEST_HINT) for side in form.largest)
+    height, width = (min(side, _MAX_HINT_PIXELS) for side in form.largest)
     return {
         "device": "mixed",
         "output_type": types.RGB,

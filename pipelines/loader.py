@@ -95,7 +95,7 @@ class TrainLoader:
 
     def __next__(self) -> Batch:
         if self._flight is None:
-            self._flight = self._take_off()
+            self._flight = self._start()
         try:
             ids, views = self._flight.take()
         except Exception:
@@ -159,7 +159,7 @@ class TrainLoader:
         """Let go of DALI's threads and buffers; the next batch starts them again."""
         self._flight = None
 
-    def _take_off(self) -> Flight:
+    def _start(self) -> Flight:
         sizes = self._index.sizes[self._stream.ids]
         samples = self._samples()
         form = Form.of(

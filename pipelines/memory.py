@@ -13,9 +13,9 @@ from pipelines.samples import Pixels, stored_samples
 from sbf_dist.errors import UserError
 from sbf_dist.settings import View
 
-_BATCH = 128
-_DEPTH = 2
-_LARGEST_SHARE = 0.5  # of the memory that is free
+_BATCH_SIZE = 128
+_PREFETCH = 2
+_MAX_MEMORY_SHARE = 0.5  # of the memory that is free
 _UNSEEN = View(image_size=1, mean=(0, 0, 0), std=(1, 1, 1))  # decoding alone asks for no view
 
 
@@ -27,17 +27,17 @@ def decode_all(index: DataIndex, ids: NDArray[np.int64], *, threads: int) -> Pix
     """
     sizes = index.sizes[ids]
     needed, free = Pixels.bytes_for(sizes), free_memory()
-    if needed > _LARGEST_SHARE * free:
+    if needed > _MAX_MEMORY_SHARE * free:
         raise UserError(
             f"cache memory: {len(ids)} decoded images of {index.root} take {needed / 1e9:.1f} GB "
             f"in every worker, {free / 1e9:.1f} GB are free here; use cache: none"
         )
     pixels = Pixels(ids, sizes)
     samples = stored_samples(index)
-    batches = [ids[start : start + _BATCH] for start in range(0, len(ids), _BATCH)]
-    depth = min(_DEPTH, len(batches))
+    batches = [ids[start : start + _BATCH_SIZE] for start in range(0, len(ids), _BATCH_SIZE)]
+    depth = min(_PREFETCH, len(batches))
     reader = Reader(threads=threads, prefetch=depth)
-    form = Form.of(_UNSEEN, reader, batch_size=_BATCH, source=samples.source)
+    form = Form.of(_UNSEEN, reader, batch_size=_BATCH_SIZE, source=samples.source)
     flight = Flight(decode_graph(form), samples, reader)
     for batch in batches[:depth]:
         flight.submit(batch, {})

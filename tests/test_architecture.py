@@ -101,7 +101,7 @@ def test_pipelines_know_errors_files_and_settings_of_the_library_at_most():
     [
         ("ray", "launchers.on_ray"),
         ("nvidia", "pipelines"),
-        ("deepspeed", "sbf_dist.train.engine"),
+        ("deepspeed", ("sbf_dist.train.engine", "sbf_dist.train.lean_deepspeed")),
         ("mlflow", "sbf_dist.tracking"),
         ("typer", ("launchers.cli", "launchers.commands")),
         ("rich", ("launchers", "sbf_dist.report.plan_table")),

@@ -223,7 +223,7 @@ def _targets(here: Context, network: Network) -> tuple[DataIndex, Callable[[Batc
         torch.tensor(column, device=here.device)  # a copy: Arrow's own is read-only
         for column in (stored.ids, stored.classes, stored.probabilities)
     )
-    join = stored_targets(ids, classes, probabilities, count=len(index.classes))
+    join = stored_targets(ids, classes, probabilities, num_classes=len(index.classes))
     return index, lambda batch: mixup(join(batch))
 
 

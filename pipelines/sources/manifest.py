@@ -87,8 +87,8 @@ def read_manifest(root: Path) -> Manifest:
             if Path(shard["file"]).name != shard["file"]:
                 raise ValueError(f"shard {shard['file']!r}")
     except FileNotFoundError:
-        told = "; its preparation is not finished" if (root / WORK).exists() else ""
-        raise UserError(f"data {root}: has no {MANIFEST}{told}; see sbf data prepare") from None
+        hint = "; its preparation is not finished" if (root / WORK).exists() else ""
+        raise UserError(f"data {root}: has no {MANIFEST}{hint}; see sbf data prepare") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"data {path}: cannot be read ({error}); prepare the set again") from error
     return manifest

@@ -50,7 +50,7 @@ def prepare(
     checksum   whether the archives must have their published MD5 sums
     progress   called with (title, done, of, unit)
 
-    Work is done in out/.preparing, unit by unit, and what a unit made is noted when it is whole:
+    Work is done in out/.preparing, unit by unit, and a unit's files are noted when they are whole:
     after a kill the same call goes on, and the result is the same. The last step is manifest.json.
     A set that is there already is left as it is. UserError for archives that are missing, damaged
     or others than the published ones, for a folder that holds anything else, for settings other
@@ -153,9 +153,9 @@ def _check_settings(out: Path, settings: dict[str, Any]) -> None:
     begun = json.loads(path.read_text())
     for key, value in settings.items():
         if begun[key] != value:
-            told = "" if key == "archives" else f" {begun[key]}, not {value}"
+            values = "" if key == "archives" else f" {begun[key]}, not {value}"
             raise UserError(
-                f"data {out}: was begun with other {key}{told}; choose another folder, or remove "
+                f"data {out}: was begun with other {key}{values}; choose another folder, or remove "
                 f"{out / WORK} to begin anew"
             )
 
@@ -175,7 +175,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _writing(out: Path) -> Iterator[None]:
-    """Tell in one line what kept files from being written."""
+    """Turn what keeps files from being written into the user's error."""
     try:
         yield
     except OSError as error:

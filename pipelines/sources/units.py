@@ -22,8 +22,8 @@ from pipelines.sources.shards import shuffled_runs, write_shard
 from sbf_dist.errors import UserError
 from sbf_dist.files import replacing, write_text
 
-UNIT = 500  # images of a unit of work in the layout "folder"
-REPORT = 50  # images between two reports
+IMAGES_PER_UNIT = 500  # images of a unit of work in the layout "folder"
+IMAGES_PER_REPORT = 50  # images between two reports
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ def units(layout: str, catalogue: Catalogue, seed: int) -> list[Unit]:
     rows = np.arange(len(catalogue))
     if layout == "folder":
         return [
-            Unit(f"{start:08}", rows[start : start + UNIT])
-            for start in range(0, len(catalogue), UNIT)
+            Unit(f"{start:08}", rows[start : start + IMAGES_PER_UNIT])
+            for start in range(0, len(catalogue), IMAGES_PER_UNIT)
         ]
     in_train = np.array([file.startswith("train/") for file in catalogue.files])
     return [
@@ -69,19 +69,19 @@ class Work:
         self.out, self.catalogue = out, catalogue
         self._layout, self._units = layout, units
         self._progress = progress
-        self._made = out / WORK / "made"
+        self._written = out / WORK / "made"
         self._done = 0
         self._stopped = False
 
     def perform(self) -> None:
         """Do the units that are not done."""
         (self.out / WORK / "notes").mkdir(exist_ok=True)
-        self._made.mkdir(exist_ok=True)
+        self._written.mkdir(exist_ok=True)
         open_units = [unit for unit in self._units if not self._is_done(unit)]
         self._check_space(open_units)
         for folder in {Path(file).parent for file in self.catalogue.files}:
             if self._layout == "folder" and open_units:
-                (self._made / folder).mkdir(parents=True, exist_ok=True)
+                (self._written / folder).mkdir(parents=True, exist_ok=True)
         self._done = len(self.catalogue) - sum(len(unit.rows) for unit in open_units)
         # Two threads a processor: reading, hashing and writing all let go of the interpreter.
         with ThreadPoolExecutor(2 * len(os.sched_getaffinity(0))) as pool:
@@ -110,7 +110,7 @@ class Work:
 
     def _size(self, name: str) -> int | None:
         # The last step moves files out of the work folder; it too may have been cut.
-        for folder in (self._made, self.out):
+        for folder in (self._written, self.out):
             try:
                 return (folder / name).stat().st_size
             except FileNotFoundError:
@@ -132,9 +132,9 @@ class Work:
         record = None
         if unit.shard is None:
             for name, _, data in self._samples(unit, images):
-                (self._made / name).write_bytes(data)
+                (self._written / name).write_bytes(data)
         else:
-            path = self._made / unit.shard
+            path = self._written / unit.shard
             with replacing(path) as partial:
                 shard = write_shard(partial, self._samples(unit, images))
             for image, offset in zip(images, shard.offsets, strict=True):
@@ -162,7 +162,7 @@ class Work:
             yield self.catalogue.files[row], int(self.catalogue.labels[row]), data
             self._done += 1  # two threads may lose a count: it is for the eye
             if self._progress is not None and (
-                self._done % REPORT == 0 or self._done == len(self.catalogue)
+                self._done % IMAGES_PER_REPORT == 0 or self._done == len(self.catalogue)
             ):
                 self._progress("images", self._done, len(self.catalogue), "images")
 
@@ -176,9 +176,9 @@ class Work:
 
     def move(self) -> None:
         """Move what was written to its place; what was moved before is left there."""
-        for left in self._made.glob(".*.partial"):  # by a kill
+        for left in self._written.glob(".*.partial"):  # by a kill
             left.unlink()
-        for path in sorted(self._made.iterdir()):
+        for path in sorted(self._written.iterdir()):
             path.replace(self.out / path.name)
 
     def shards(self) -> list[dict[str, Any]]:

@@ -24,9 +24,9 @@ from sbf_dist.recipe import Recipe
 from sbf_dist.settings import PseudoLabels
 
 FORMAT = 1
-CHUNK = 1024  # images per file
+CHUNK_IMAGES = 1024  # images per file
 MANIFEST = "manifest.json"
-AGAIN = "make them again (--again pseudo-labels)"
+REPEAT = "write them again (--again pseudo-labels)"
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def origin(recipe: Recipe, data_digest: str) -> dict[str, Any]:
 
 def chunks(ids: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     """Cut ascending sample ids into the store's chunks."""
-    return np.split(ids, range(CHUNK, len(ids), CHUNK)) if len(ids) else []
+    return np.split(ids, range(CHUNK_IMAGES, len(ids), CHUNK_IMAGES)) if len(ids) else []
 
 
 def chunk_path(folder: Path, number: int) -> Path:
@@ -90,7 +90,7 @@ def write_chunk(
 
 
 def begin(folder: Path, origin: Mapping[str, object]) -> None:
-    """Open a store made from `origin` (digests, temperature); chunks of another are removed."""
+    """Open a store of `origin` (digests, temperature); chunks of another are removed."""
     folder.mkdir(parents=True, exist_ok=True)
     origin_file = folder / "origin.json"
     if _read_json(origin_file) != dict(origin):
@@ -114,7 +114,7 @@ def finish(folder: Path, ids: NDArray[np.int64]) -> None:
 
 
 def load(folder: Path, origin: Mapping[str, object]) -> StoredLabels:
-    """Read a complete store that was made from `origin`.
+    """Read a complete store that was written from `origin`.
 
     Raises UserError if it is partial, damaged, or stale, naming what differs.
     """
@@ -124,24 +124,24 @@ def load(folder: Path, origin: Mapping[str, object]) -> StoredLabels:
         )
     manifest = _read_json(folder / MANIFEST)
     if manifest is None or not {"format", "origin", "images", "chunks"} <= manifest.keys():
-        raise UserError(f"pseudo-labels {folder}: {MANIFEST} is damaged; {AGAIN}")
+        raise UserError(f"pseudo-labels {folder}: {MANIFEST} is damaged; {REPEAT}")
     if manifest["format"] != FORMAT:
         raise UserError(
             f"pseudo-labels {folder}: format {manifest['format']}, this version reads {FORMAT}; "
-            f"{AGAIN}"
+            f"{REPEAT}"
         )
     for key, value in origin.items():
         if manifest["origin"].get(key) != value:
             raise UserError(
-                f"pseudo-labels {folder} are stale: they were made with {key} = "
+                f"pseudo-labels {folder} are stale: they were written with {key} = "
                 f"{manifest['origin'].get(key)!r}, this run has {value!r}; "
-                f"{AGAIN}"
+                f"{REPEAT}"
             )
     tables = [_read_chunk(chunk_path(folder, n)) for n in range(manifest["chunks"])]
     table = pa.concat_tables(tables)
     if len(table) != manifest["images"]:
         raise UserError(
-            f"pseudo-labels {folder}: {len(table)} images instead of {manifest['images']}; {AGAIN}"
+            f"pseudo-labels {folder}: {len(table)} images instead of {manifest['images']}; {REPEAT}"
         )
     return StoredLabels(
         ids=table["id"].to_numpy(),
@@ -159,14 +159,14 @@ def _read_chunk(path: Path) -> pa.Table:
     try:
         return pq.read_table(pa.BufferReader(path.read_bytes()))
     except FileNotFoundError:
-        raise UserError(f"pseudo-labels: {path} is missing; {AGAIN}") from None
+        raise UserError(f"pseudo-labels: {path} is missing; {REPEAT}") from None
     except pa.ArrowException as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"pseudo-labels: {path} is damaged ({reason}); {AGAIN}") from None
+        raise UserError(f"pseudo-labels: {path} is damaged ({reason}); {REPEAT}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """Return the mapping in a file, or None where there is none."""
+    """Return the mapping in a file, or None without a readable one."""
     try:
         content = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):

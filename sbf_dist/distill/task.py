@@ -59,9 +59,9 @@ def _cross_entropy(scores: Tensor, batch: Batch) -> Tensor:
 
 
 def stored_targets(
-    ids: Tensor, classes: Tensor, probabilities: Tensor, *, count: int
+    ids: Tensor, classes: Tensor, probabilities: Tensor, *, num_classes: int
 ) -> Callable[[Batch], Batch]:
-    """Return a function that adds "teacher" (N, count) to a batch by sample id.
+    """Return a function that adds "teacher" (N, num_classes) to a batch by sample id.
 
     ids: (n,) ascending; classes, probabilities: (n, k), as pseudo_labels.StoredLabels has them. A
     batch with a sample that has no pseudo-label is our own bug.
@@ -71,17 +71,17 @@ def stored_targets(
         place = torch.searchsorted(ids, batch["id"]).clamp(max=len(ids) - 1)
         assert bool((ids[place] == batch["id"]).all()), "an image has no pseudo-label"
         # Batch by batch: the full distributions of all of ImageNet would take 5 GB.
-        full = full_distributions(classes[place], probabilities[place], count)
+        full = full_distributions(classes[place], probabilities[place], num_classes)
         return batch | {"teacher": full}
 
     return annotate
 
 
-def full_distributions(classes: Tensor, probabilities: Tensor, count: int) -> Tensor:
-    """Return distributions over `count` classes, (N, count), of the k most probable, (N, k) each.
+def full_distributions(classes: Tensor, probabilities: Tensor, num_classes: int) -> Tensor:
+    """Return distributions over all classes, (N, num_classes), of the k most probable, (N, k) each.
 
     What is not stored is shared out evenly.
     """
     images, stored = probabilities.shape
-    rest = (1 - probabilities.sum(1, keepdim=True)).clamp(min=0) / max(1, count - stored)
-    return rest.expand(images, count).scatter(1, classes, probabilities)
+    rest = (1 - probabilities.sum(1, keepdim=True)).clamp(min=0) / max(1, num_classes - stored)
+    return rest.expand(images, num_classes).scatter(1, classes, probabilities)

@@ -49,7 +49,7 @@ def test_cutmix_shows_the_partner_inside_the_box_only(batch):
 def test_stored_probabilities_of_teachers_are_combined_as_the_images(batch):
     probabilities = torch.softmax(torch.randn(4, 5, generator=torch.Generator().manual_seed(1)), 1)
     classes = torch.arange(5).expand(4, 5)
-    join = stored_targets(torch.arange(4), classes, probabilities, count=5)
+    join = stored_targets(torch.arange(4), classes, probabilities, num_classes=5)
     teacher = mixup(join(batch))["teacher"]
     assert torch.allclose(teacher[0], 0.25 * probabilities[0] + 0.75 * probabilities[1])
     assert torch.allclose(teacher.sum(1), torch.ones(4))

@@ -31,7 +31,7 @@ def full(read: store.StoredLabels, classes: int) -> np.ndarray:
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(store, "CHUNK", 4)
+    monkeypatch.setattr(store, "CHUNK_IMAGES", 4)
 
 
 def write(folder: Path, ids, said, k=3, origin=ORIGIN):
@@ -52,13 +52,13 @@ def complete(tmp_path: Path, small_chunks):
     return tmp_path / "store"
 
 
-def refused(folder: Path, *words: str, origin=ORIGIN):
-    with pytest.raises(UserError) as told:
+def refused(folder: Path, *parts: str, origin=ORIGIN):
+    with pytest.raises(UserError) as raised:
         store.load(folder, origin)
-    message = str(told.value)
+    message = str(raised.value)
     assert "\n" not in message
-    for word in (str(folder), "pseudo-labels", *words):
-        assert word in message, message
+    for part in (str(folder), "pseudo-labels", *parts):
+        assert part in message, message
 
 
 def test_what_was_written_is_read_by_ascending_id(tmp_path, small_chunks):
@@ -129,7 +129,7 @@ def test_full_distributions_keep_what_is_stored_and_share_the_rest_out(
 def test_chunks_cut_the_ids_whoever_writes_them(images, chunk):
     ids = np.arange(images) * 2
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "CHUNK", chunk)
+        patch.setattr(store, "CHUNK_IMAGES", chunk)
         parts = store.chunks(ids)
     assert [i for part in parts for i in part.tolist()] == ids.tolist()
     assert all(len(part) == chunk for part in parts[:-1])

@@ -43,7 +43,7 @@ def test_folded_optimized_and_portable_networks_give_the_same(
     kept = fold_batchnorm(student).get_submodule("stages.0.0.conv1")
     assert isinstance(kept, SBFConv2d)
     assert kept.between is not None
-    assert "norm1" in caplog.text, "what is not folded is told"
+    assert "norm1" in caplog.text, "what is not folded is logged"
     assert "between" not in caplog.text, "what is between is no candidate for folding"
 
 

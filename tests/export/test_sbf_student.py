@@ -56,13 +56,13 @@ def test_floats_mean_the_same_as_bytes(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "told"),
+    ("images", "message"),
     [
         (np.zeros((2, 3, 8, 6), np.uint8), r"\(2, 3, 8, 6\); wanted \(N, 8, 6, 3\)"),
         (np.zeros((8, 6, 3), np.uint8), r"\(8, 6, 3\); wanted"),
         (np.zeros((2, 8, 6, 3), np.int64), "int64; wanted uint8"),
     ],
 )
-def test_other_shapes_and_types_are_refused(path: Path, images: np.ndarray, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_other_shapes_and_types_are_refused(path: Path, images: np.ndarray, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         Student(path).predict(images)

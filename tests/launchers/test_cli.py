@@ -167,7 +167,7 @@ def test_help_of_run_explains_every_argument_and_stage(answers):
         ("budget", "recipe tiny.yaml: compress.macs = 1.5 must be a share in (0, 1]"),
         ("unknown model", "model 'timm:resnet5O' is unknown; did you mean 'resnet50'?"),
         ("too many workers", "workers.count = 1024 with workers.cpus = 1: needs 1024 CPUs, this"),
-        ("missing data", "/work/nowhere: is no folder"),
+        ("missing data", "/work/nowhere: is not a folder"),
         ("empty data", "/work/empty: is empty; it should hold one folder a class"),
         ("class without image", "/work/gap: the class 'bee' has no image"),
         ("class with too few labels", "labelled_per_class 5: the class 'bee' of "),

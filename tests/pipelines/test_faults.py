@@ -41,7 +41,7 @@ def encoded(image: Image.Image, kind: str, **arguments) -> bytes:
 
 
 def huge_png(side: int) -> bytes:
-    """A white picture of side × side pixels in a few kilobytes."""
+    """A white picture of side × side pixels in some kilobytes."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(
@@ -181,7 +181,9 @@ def files_below(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_a_full_disk_is_told_in_one_line_and_the_old_index_stays(plain_root, plain_index, tmp_path):
+def test_a_full_disk_is_reported_in_one_line_and_the_old_index_stays(
+    plain_root, plain_index, tmp_path
+):
     plain_index.save(tmp_path)
     before = files_below(tmp_path)
     other = index_folder(plain_root, labelled_per_class=1, validation=5, seed=4)
@@ -192,7 +194,7 @@ def test_a_full_disk_is_told_in_one_line_and_the_old_index_stays(plain_root, pla
     assert DataIndex.load(tmp_path).digest == plain_index.digest
 
 
-def test_a_read_only_folder_is_told_in_one_line(plain_index, tmp_path):
+def test_a_read_only_folder_is_reported_in_one_line(plain_index, tmp_path):
     folder = tmp_path / "closed"
     folder.mkdir()
     folder.chmod(0o555)
@@ -208,7 +210,7 @@ def test_a_read_only_folder_is_told_in_one_line(plain_index, tmp_path):
             os.seteuid(0)
 
 
-def test_a_file_where_the_folder_should_be_is_told(plain_index, tmp_path):
+def test_a_file_where_the_folder_should_be_is_reported(plain_index, tmp_path):
     (tmp_path / "index").write_text("")
     with pytest.raises(UserError, match=r"cannot be written \(File exists\)"):
         plain_index.save(tmp_path / "index")

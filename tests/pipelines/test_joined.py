@@ -38,17 +38,17 @@ def test_a_batch_is_shared_out_as_wanted_and_leaves_no_part_out(total, share, pa
 
 @pytest.fixture
 def joined(plain_index):
-    made = []
+    loaders = []
 
     def make(labelled=2, unlabelled=5):
         streams = {"labelled": labelled, "unlabelled": unlabelled}
-        made.append(
+        loaders.append(
             JoinedLoader([loader(plain_index, part, n) for part, n in streams.items() if n])
         )
-        return made[-1]
+        return loaders[-1]
 
     yield make
-    for one in made:
+    for one in loaders:
         one.close()
 
 
@@ -90,7 +90,7 @@ def test_it_is_an_endless_iterator(joined):
     assert len(seen) == 12
 
 
-def test_a_mixture_goes_on_where_its_state_was_taken(joined):
+def test_it_goes_on_where_its_state_was_taken(joined):
     batches = joined()
     for _ in range(3):
         next(batches)
@@ -103,7 +103,7 @@ def test_a_mixture_goes_on_where_its_state_was_taken(joined):
         assert all(torch.equal(value, other[key]) for key, value in batch.items())
 
 
-def test_the_state_of_another_mixture_is_refused(joined):
+def test_the_state_of_another_number_of_loaders_is_refused(joined):
     state = joined(labelled=3, unlabelled=0).state_dict()
     with pytest.raises(UserError, match="read 1 streams of images, now it reads 2"):
         joined().load_state_dict(state)

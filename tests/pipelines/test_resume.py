@@ -76,18 +76,20 @@ def test_a_batch_larger_than_the_epoch_gives_each_sample_as_often(plain_index):
 
 
 @pytest.mark.parametrize(("before", "after"), RANKS)
-def test_an_interrupted_mixture_gives_the_samples_of_both_streams_once(plain_index, before, after):
+def test_interrupted_joined_streams_give_the_samples_of_both_streams_once(
+    plain_index, before, after
+):
     sizes = {"labelled": 1, "unlabelled": 3}
 
-    def mixtures(count: int) -> list[JoinedLoader]:
+    def joined(count: int) -> list[JoinedLoader]:
         streams = {part: ranks(plain_index, [part], size, count) for part, size in sizes.items()}
         return [JoinedLoader([streams[part][rank] for part in sizes]) for rank in range(count)]
 
-    old = mixtures(before)
+    old = joined(before)
     batches = steps(old, 2)
     states = [loader.state_dict() for loader in old]
     assert all(state == states[0] for state in states)
-    new = mixtures(after)
+    new = joined(after)
     for loader in new:
         loader.load_state_dict(states[0])
     batches += steps(new, 9)
@@ -103,7 +105,7 @@ def test_an_interrupted_mixture_gives_the_samples_of_both_streams_once(plain_ind
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 1), (1, 3)])
-def test_mixed_pairs_are_those_of_the_stream_whatever_the_ranks_and_batches(
+def test_mixup_pairs_are_those_of_the_stream_whatever_the_ranks_and_batches(
     plain_index, before, after
 ):
     augmentation = Augmentation(mixup=0.8, cutmix=1.0)
@@ -135,15 +137,15 @@ def test_a_pair_needs_a_batch_of_even_size(plain_index):
         ranks(plain_index, ["labelled"], 3, 1, augmentation=Augmentation(mixup=0.2))
 
 
-def test_the_partners_of_a_mixture_are_images_of_the_same_stream(plain_index):
+def test_the_partners_in_joined_batches_are_images_of_the_same_stream(plain_index):
     parts = {"labelled": 2, "unlabelled": 4}
-    mixture = JoinedLoader(
+    joined = JoinedLoader(
         [
             ranks(plain_index, [part], size, 1, augmentation=Augmentation(mixup=0.2))[0]
             for part, size in parts.items()
         ]
     )
-    for batch in steps([mixture], 3):
+    for batch in steps([joined], 3):
         assert batch["mixup_partner"].tolist() == [1, 0, 3, 2, 5, 4]
         assert torch.equal(batch["label"] >= 0, batch["label"][batch["mixup_partner"]] >= 0)
 

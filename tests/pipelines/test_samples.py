@@ -74,7 +74,7 @@ def difference(one, other) -> float:
 
 @pytest.mark.parametrize("shards", [1, 3])
 def test_images_in_shards_are_those_of_the_files(pictures, tmp_path, shards, monkeypatch):
-    monkeypatch.setattr("pipelines.samples._OPEN_SHARDS", 2)
+    monkeypatch.setattr("pipelines.samples._MAX_OPEN_SHARDS", 2)
     index = sharded(pictures, tmp_path / "shards", shards)
     assert difference(training(index), training(pictures)) == 0
     loaders = [EvalLoader(one, "validation", **grouped(**COMMON)) for one in (index, pictures)]
@@ -105,7 +105,7 @@ def test_an_index_of_shards_comes_back_as_it_was_saved(pictures, tmp_path):
     assert moved.digest != index.digest
 
 
-def test_what_is_wrong_with_a_shard_is_told_with_the_name_of_the_image(pictures, tmp_path):
+def test_what_is_wrong_with_a_shard_is_reported_with_the_name_of_the_image(pictures, tmp_path):
     index = sharded(pictures, tmp_path / "shards", 1)
     shard = tmp_path / "shards" / "000.tar"
     whole = shard.read_bytes()

@@ -183,10 +183,10 @@ def test_strong_views_are_joined_too(pictures):
     assert torch.equal(next(JoinedLoader(loaders))["strong"], stream(alone, "strong"))
 
 
-# --- mixing --------------------------------------------------------------------------------------
+# --- mixup ---------------------------------------------------------------------------------------
 
 
-def mixing(count: int = 4000, position: int = 0, **arguments):
+def mixup(count: int = 4000, position: int = 0, **arguments):
     return draw_mixup(
         Augmentation(**arguments), batch_size=count, image_size=32, seed=1, position=position
     )
@@ -194,33 +194,33 @@ def mixing(count: int = 4000, position: int = 0, **arguments):
 
 def test_shares_of_mixup_are_drawn_from_beta():
     for alpha in (0.2, 1.0, 5.0):
-        mixed = mixing(mixup=alpha)
-        assert set(mixed) == {"mixup_partner", "mixup_share"}
-        assert abs(mixed["mixup_share"].mean() - 0.5) < 0.02
-        assert abs(mixed["mixup_share"].var() - 1 / (4 * (2 * alpha + 1))) < 0.01
-    assert np.array_equal(mixed["mixup_partner"][:4], [1, 0, 3, 2])
+        combined = mixup(mixup=alpha)
+        assert set(combined) == {"mixup_partner", "mixup_share"}
+        assert abs(combined["mixup_share"].mean() - 0.5) < 0.02
+        assert abs(combined["mixup_share"].var() - 1 / (4 * (2 * alpha + 1))) < 0.01
+    assert np.array_equal(combined["mixup_partner"][:4], [1, 0, 3, 2])
 
 
 def test_shares_of_cutmix_are_what_the_boxes_leave():
-    mixed = mixing(cutmix=1.0)
-    box = mixed["mixup_box"]
+    combined = mixup(cutmix=1.0)
+    box = combined["mixup_box"]
     assert box.min() >= 0
     assert box.max() <= 32
     area = (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1])
-    assert np.allclose(mixed["mixup_share"], 1 - area / 1024)
+    assert np.allclose(combined["mixup_share"], 1 - area / 1024)
     assert (area == 0).mean() < 0.05
     assert area.max() > 900
 
 
 def test_mixup_and_cutmix_take_turns():
-    mixed = mixing(mixup=1.0, cutmix=1.0)
-    cut = (mixed["mixup_box"] != 0).any(axis=1)
+    combined = mixup(mixup=1.0, cutmix=1.0)
+    cut = (combined["mixup_box"] != 0).any(axis=1)
     assert 0.44 < cut.mean() < 0.53
-    area = np.where(cut, 1 - mixed["mixup_share"], 0) * 1024
+    area = np.where(cut, 1 - combined["mixup_share"], 0) * 1024
     assert np.allclose(area, np.round(area), atol=1e-3)
 
 
-def test_how_a_pair_is_mixed_depends_on_its_place_alone():
-    whole, part = mixing(64, cutmix=1.0, mixup=0.3), mixing(8, 24, cutmix=1.0, mixup=0.3)
+def test_how_a_pair_is_combined_depends_on_its_place_alone():
+    whole, part = mixup(64, cutmix=1.0, mixup=0.3), mixup(8, 24, cutmix=1.0, mixup=0.3)
     for key in ("mixup_share", "mixup_box"):
         assert np.array_equal(whole[key][24:32], part[key])

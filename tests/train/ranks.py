@@ -17,6 +17,7 @@ from tiny import CLASSES, TinyLoader, TinyTask, images
 from torch import Tensor
 
 from sbf_dist.errors import UserError
+from sbf_dist.files import sha256
 from sbf_dist.settings import Optimizer
 from sbf_dist.train import checkpoint
 from sbf_dist.train.engine import build_engine
@@ -192,8 +193,7 @@ def loss_turns_nan_on_one_rank(_: Path) -> dict[str, Any]:
             _NanOnRank1(dist.get_rank(), 2),
             0,
             20,
-            checkpoint_every=2,
-            on_checkpoint=saved.append,
+            checkpoint=Every(2, saved.append),
         )
     except UserError as error:
         return {"error": str(error), "saved": saved}
@@ -241,7 +241,7 @@ def _load_with_code_inside(engine: Any, folder: Path) -> str:
     torch.save({"module": _RunsCode(folder / "code-ran")}, shard)
     assert zipfile.is_zipfile(shard)
     manifest = json.loads((folder / "manifest.json").read_text())
-    entry = checkpoint.FileEntry(size=shard.stat().st_size, sha256=checkpoint._sha256(shard))
+    entry = checkpoint.FileEntry(size=shard.stat().st_size, sha256=sha256(shard))
     manifest["files"][shard.relative_to(folder).as_posix()] = entry.model_dump()
     (folder / "manifest.json").write_text(json.dumps(manifest))
     try:

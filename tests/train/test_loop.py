@@ -128,6 +128,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step_and_rate(bad: flo
         run(DiaryEngine(), numbered(values), steps=6, lr_at=lambda step: step / 10)
 
 
-def test_data_that_ends_too_early_is_told() -> None:
+def test_data_that_ends_too_early_is_reported() -> None:
     with pytest.raises(UserError, match="training data: ended at step 3"):
         run(DiaryEngine(), numbered(range(3)))

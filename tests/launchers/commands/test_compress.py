@@ -96,7 +96,7 @@ def test_a_network_of_other_outputs_is_compressed_without_an_accuracy(
         ({"budget": "macs=1.5"}, "compress.macs = 1.5 must be"),
         ({"model": "cifar_resnet9"}, "depth must be 6n"),
         ({"weights": "/nowhere.safetensors"}, "weights /nowhere.safetensors do not exist"),
-        ({"data": "/nowhere"}, "data /nowhere: is no folder"),
+        ({"data": "/nowhere"}, "data /nowhere: is not a folder"),
         ({"model": "cifar_resnet14"}, "lack stages"),
     ],
 )

@@ -170,5 +170,5 @@ def test_a_run_without_its_set_says_so_before_it_begins(sbf, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     code, _, error = sbf("run", path)
     assert code == 2
-    assert error == f"sbf: data {tmp_path}/data/cifar10: is no folder\n"
+    assert error == f"sbf: data {tmp_path}/data/cifar10: is not a folder\n"
     assert list(tmp_path.iterdir()) == []

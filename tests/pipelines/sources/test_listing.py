@@ -151,8 +151,8 @@ def test_unlabelled_images_may_lie_elsewhere_in_any_depth(sets, tmp_path):
         number = {"0.png": 3, "1.png": 4}[Path(index.files[row]).name]
         middle = (image[:, 4, 4] * 0.5 + 0.5) * 255
         assert middle.round().tolist() == [10 * number, 0, 255 - 10 * number]
-    few = indexed(root, unlabelled=others, labelled_per_class=1)
-    assert len(few.parts["unlabelled"]) == 2 + 12
+    some = indexed(root, unlabelled=others, labelled_per_class=1)
+    assert len(some.parts["unlabelled"]) == 2 + 12
 
 
 def test_unlabelled_images_are_found_through_a_linked_root(sets, tmp_path):
@@ -179,7 +179,7 @@ def test_another_set_gives_its_training_images_unlabelled(sets):
 
 def test_unlabelled_images_must_be_there_and_be_others(sets, tmp_path):
     root = sets / "cifar10-folder"
-    with pytest.raises(UserError, match=r"data\.unlabelled .*/nowhere: is no folder"):
+    with pytest.raises(UserError, match=r"data\.unlabelled .*/nowhere: is not a folder"):
         indexed(root, unlabelled=tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"data\.unlabelled .*: has no image"):
         indexed(root, unlabelled=tmp_path)
