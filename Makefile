@@ -30,6 +30,7 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/* tests/csrc/*.cpp
 	$(BIN)/mypy
 
 # quality.py goes on where it was cut: remove runs/quality after a change of the methods.

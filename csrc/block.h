@@ -262,7 +262,7 @@ C10_HOST_DEVICE inline void load(int bytes, scalar_t* shared, const Buffer& buff
   } else if (kSize < 8 && bytes == 8) {
     load_runs<8>(shared, buffer, row0, column0, region, thread);
   } else if (kSize < 4 && bytes == 4) {
-    load_runs<kSize < 4 ? 4 : 16>(shared, buffer, row0, column0, region, thread);
+    load_runs<(kSize < 4 ? 4 : 16)>(shared, buffer, row0, column0, region, thread);
   } else {
     load_runs<kSize>(shared, buffer, row0, column0, region, thread);
   }
@@ -277,7 +277,7 @@ C10_HOST_DEVICE inline void store(int bytes, const scalar_t* shared, const Buffe
   } else if (kSize < 8 && bytes == 8) {
     store_runs<8>(shared, buffer, region, thread);
   } else if (kSize < 4 && bytes == 4) {
-    store_runs<kSize < 4 ? 4 : 16>(shared, buffer, region, thread);
+    store_runs<(kSize < 4 ? 4 : 16)>(shared, buffer, region, thread);
   } else {
     store_runs<kSize>(shared, buffer, region, thread);
   }
