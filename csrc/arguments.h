@@ -65,9 +65,14 @@ inline Shape check_wiring(const char* name, const at::Tensor& features, const at
     TORCH_CHECK(tensor->device() == features.device(), wire, " must be on the device of ", name,
                 ", ", features.device(), ", got ", tensor->device());
   }
-  const Shape shape{features.size(0), features.size(2), features.size(3),
-                    order.size(0),    order.size(0) - sources.size(0),
-                    sources.size(0),  sources.size(1),  static_cast<int>(m)};
+  const Shape shape{features.size(0),
+                    features.size(2),
+                    features.size(3),
+                    order.size(0),
+                    order.size(0) - sources.size(0),
+                    sources.size(0),
+                    sources.size(1),
+                    static_cast<int>(m)};
   TORCH_CHECK(shape.basis >= 0, "order must name every rebuilt channel: it has length ",
               shape.channels, " where sources has ", shape.rebuilt, " rows");
   return shape;
@@ -87,8 +92,8 @@ inline void check_values(const Shape& shape, const at::Tensor& sources, const at
   std::vector<bool> seen(shape.channels);
   for (int64_t c = 0; c < shape.channels; ++c) {
     const bool inside = entry[c] >= 0 && entry[c] < shape.channels;
-    TORCH_CHECK(inside && !seen[entry[c]], "order must be a permutation of 0..",
-                shape.channels - 1, ", got ", entry[c], inside ? " twice" : "");
+    TORCH_CHECK(inside && !seen[entry[c]], "order must be a permutation of 0..", shape.channels - 1,
+                ", got ", entry[c], inside ? " twice" : "");
     seen[entry[c]] = true;
   }
 }
@@ -101,8 +106,8 @@ inline void check_transforms(const at::Tensor& transforms) {
 inline void check_transforms(const at::Tensor& transforms, const at::Tensor& sources,
                              const char* name, const at::Tensor& features) {
   TORCH_CHECK(transforms.sizes().slice(0, 2) == sources.sizes(),
-              "transforms must begin with the shape of sources (P, S), ", sources.sizes(),
-              ", got ", transforms.sizes());
+              "transforms must begin with the shape of sources (P, S), ", sources.sizes(), ", got ",
+              transforms.sizes());
   check_like("transforms", transforms, name, features);
 }
 
@@ -112,9 +117,10 @@ inline Shape check_expand(const at::Tensor& z, const at::Tensor& transforms,
   check_transforms(transforms);
   const Shape shape = check_wiring("z", z, sources, order, transforms.size(3));
   check_transforms(transforms, sources, "z", z);
-  TORCH_CHECK(z.size(1) == shape.basis, "order must have length B + P = ",
-              z.size(1) + shape.rebuilt, " (z has B = ", z.size(1), " channels, sources P = ",
-              shape.rebuilt, " rows), got ", shape.channels);
+  TORCH_CHECK(z.size(1) == shape.basis,
+              "order must have length B + P = ", z.size(1) + shape.rebuilt,
+              " (z has B = ", z.size(1), " channels, sources P = ", shape.rebuilt, " rows), got ",
+              shape.channels);
   if (bias.has_value()) {
     TORCH_CHECK(bias->dim() == 1 && bias->size(0) == shape.channels, "bias must have shape (",
                 shape.channels, ",), got ", bias->sizes());

@@ -8,7 +8,7 @@
 namespace sbf {
 int cpu_lanes();  // expand_cpu.cpp
 int64_t mixed_in_tiles();
-}
+}  // namespace sbf
 
 TORCH_LIBRARY(sbf, m) {
   m.def(
@@ -19,7 +19,8 @@ TORCH_LIBRARY(sbf, m) {
       "conv2d(Tensor x, Tensor weight, Tensor transforms, Tensor sources, Tensor order,"
       " Tensor? bias, Tensor? residual, int[2] stride, int[2] padding, int[2] dilation, int groups,"
       " str activation, Tensor? packed) -> Tensor");
-  // The filters of weight in the order that the CPU's kernels read them; what conv2d takes as packed.
+  // The filters of weight in the order that the CPU's kernels read them; what conv2d takes as
+  // packed.
   m.def("pack_filters(Tensor weight) -> Tensor");
   // The gradient of z, and of transforms, given that of expand's output.
   m.def(

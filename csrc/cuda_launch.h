@@ -38,8 +38,8 @@ template <typename Arguments>
 void launch(void (*kernel)(Arguments), dim3 blocks, int shared_bytes, const Arguments& arguments) {
   // More than 48 KiB of shared memory must be asked for.
   if (shared_bytes > 48 * 1024) {
-    C10_CUDA_CHECK(cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+    C10_CUDA_CHECK(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   }
   kernel<<<blocks, kThreads, shared_bytes, c10::cuda::getCurrentCUDAStream()>>>(arguments);
   C10_CUDA_KERNEL_LAUNCH_CHECK();

@@ -108,8 +108,8 @@ C10_HOST_DEVICE inline void add_products(acc_t (&sum)[M * M], const acc_t (&grad
 // Adds all m x m taps of one term to the strip from (h0, w) on, with zeros outside the plane; M is
 // m where there is a kernel for it, 1 otherwise.
 template <int M, typename acc_t, typename scalar_t>
-C10_HOST_DEVICE inline void add_taps(acc_t (&sum)[kStrip], const Plane<scalar_t>& plane,
-                                     int64_t h0, int64_t w, const Taps<scalar_t>& taps, int m) {
+C10_HOST_DEVICE inline void add_taps(acc_t (&sum)[kStrip], const Plane<scalar_t>& plane, int64_t h0,
+                                     int64_t w, const Taps<scalar_t>& taps, int m) {
   for (int a0 = 0; a0 < m; a0 += M) {
     for (int b0 = 0; b0 < m; b0 += M) {
       acc_t tap[M * M];
@@ -208,17 +208,16 @@ struct BackwardWiring {
 // not meaningful.
 template <int M, typename acc_t, typename scalar_t, typename Wiring>
 C10_HOST_DEVICE inline void mix_strip(acc_t (&sum)[kStrip], const Wiring& wiring,
-                                      const scalar_t* input, const Strides& strides,
-                                      int64_t height, int64_t width, const Taps<scalar_t>& taps,
-                                      int m, int64_t image, int64_t channel, int64_t h0,
-                                      int64_t w) {
+                                      const scalar_t* input, const Strides& strides, int64_t height,
+                                      int64_t width, const Taps<scalar_t>& taps, int m,
+                                      int64_t image, int64_t channel, int64_t h0, int64_t w) {
   const Mix mix = wiring.mix(channel);
 #pragma unroll
   for (int k = 0; k < kStrip; ++k) {
     sum[k] = acc_t(0);
     if (mix.copied >= 0 && h0 + k < height) {
-      sum[k] = plane_of(input, strides, height, width, image, mix.copied)
-                   .template at<acc_t>(h0 + k, w);
+      sum[k] =
+          plane_of(input, strides, height, width, image, mix.copied).template at<acc_t>(h0 + k, w);
     }
   }
   for (int64_t link = mix.first; link < mix.last; ++link) {

@@ -91,7 +91,8 @@ struct Tiling {
   // `bytes`: what a row needs in a tile. `least`: how many tiles there should be in all, at least.
   Tiling(const Shape& shape, int64_t bytes, int64_t least) {
     const int64_t fit = kTileBytes / std::max<int64_t>(1, bytes) - (shape.m - 1);
-    blocks = ceil_div(shape.height, std::clamp<int64_t>(fit, 1, std::max<int64_t>(1, shape.height)));
+    blocks =
+        ceil_div(shape.height, std::clamp<int64_t>(fit, 1, std::max<int64_t>(1, shape.height)));
     if (shape.height * bytes <= kWholeImageBytes) blocks = 1;
     blocks = std::clamp<int64_t>(ceil_div(least, std::max<int64_t>(shape.batch, 1)),
                                  std::max<int64_t>(blocks, 1), std::max<int64_t>(shape.height, 1));
@@ -240,9 +241,9 @@ void mix(const at::Tensor& output, const at::Tensor& input, const Wiring& wiring
 at::Tensor product_tiles(const at::Tensor& grad, const at::Tensor& z, const at::Tensor& sources,
                          const at::Tensor& position, const Shape& shape, bool channels_last) {
   const int64_t tap_count = shape.m * shape.m;
-  const Tiling tiling(shape, (shape.basis + shape.channels) * shape.width *
-                                 static_cast<int64_t>(sizeof(float)),
-                      /*least=*/1);
+  const Tiling tiling(
+      shape, (shape.basis + shape.channels) * shape.width * static_cast<int64_t>(sizeof(float)),
+      /*least=*/1);
   const int64_t tasks = shape.batch * tiling.blocks, slices = std::min(tasks, kSlices);
   const at::Tensor partial = at::zeros({slices, shape.terms(), tap_count}, at::kFloat);
   float* sums = partial.mutable_data_ptr<float>();
@@ -308,9 +309,9 @@ at::Tensor expand(const at::Tensor& z, const at::Tensor& transforms, const at::T
   return expanded(z, transforms, sources, order, {bias, std::nullopt, Activation::kNone});
 }
 
-// Whether the tiles' own product is the faster one: it saves writing and reading the basis features,
-// and is as fast as ATen's convolution while the filters stay in the cache; beyond that only where
-// threads share images, with packed filters.
+// Whether the tiles' own product is the faster one: it saves writing and reading the basis
+// features, and is as fast as ATen's convolution while the filters stay in the cache; beyond that
+// only where threads share images, with packed filters.
 constexpr int64_t kFilterBytes = 640 * 1024;
 
 bool multiplies_tiles(const at::Tensor& x, const at::Tensor& weight, at::IntArrayRef padding,
@@ -414,10 +415,9 @@ at::Tensor expand_grad_input(const at::Tensor& grad_any, const at::Tensor& trans
   const at::Tensor grad_z =
       at::empty({shape.batch, shape.basis, shape.height, shape.width}, grad.options(), format);
   const Inverse inverse = inverse_of(sources, order, shape.basis);
-  const BackwardWiring wiring{inverse.position.const_data_ptr<int64_t>(),
-                              inverse.terms.const_data_ptr<int64_t>(),
-                              inverse.begin.const_data_ptr<int64_t>(), shape.basis,
-                              shape.sources_each};
+  const BackwardWiring wiring{
+      inverse.position.const_data_ptr<int64_t>(), inverse.terms.const_data_ptr<int64_t>(),
+      inverse.begin.const_data_ptr<int64_t>(), shape.basis, shape.sources_each};
   mix(grad_z, grad, wiring, transforms, /*flip=*/true, {}, shape, is_channels_last(grad_any));
   return grad_z;
 }

@@ -78,8 +78,8 @@ void mix(const at::Tensor& output, const at::Tensor& input, const Wiring& wiring
   };
   const at::Tensor bias = contiguous(epilogue.bias, at::MemoryFormat::Contiguous);
   const at::Tensor residual =
-      contiguous(epilogue.residual, channels_last ? at::MemoryFormat::ChannelsLast
-                                                  : at::MemoryFormat::Contiguous);
+      contiguous(epilogue.residual,
+                 channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
   const int alignment_out = std::min(
       alignment_of(output), residual.defined() ? alignment_of(residual) : alignment_of(output));
 
@@ -97,11 +97,11 @@ void mix(const at::Tensor& output, const at::Tensor& input, const Wiring& wiring
         // Backwards, channels differ in their number of links: room for twice the mean.
         const int64_t links = flip ? 2 * ceil_div(shape.terms(), shape.basis) : shape.sources_each;
         const int64_t slots = slots_within<acc_t>(chunk * links, shape.m);
-        const auto tiling = tile_for({shape.batch, input.size(1), output.size(1), shape.height,
-                                      shape.width, shape.m, static_cast<int>(sizeof(scalar_t)),
-                                      channels_last, alignment_of(input), alignment_out,
-                                      Table<acc_t>::bytes(chunk, slots, shape.m)},
-                                     current_device());
+        const auto tiling = tile_for(
+            {shape.batch, input.size(1), output.size(1), shape.height, shape.width, shape.m,
+             static_cast<int>(sizeof(scalar_t)), channels_last, alignment_of(input), alignment_out,
+             Table<acc_t>::bytes(chunk, slots, shape.m)},
+            current_device());
         if (tiling.has_value()) {
           const MixArguments<scalar_t, Wiring> arguments{out,
                                                          in,
@@ -119,14 +119,20 @@ void mix(const at::Tensor& output, const at::Tensor& input, const Wiring& wiring
                  blocks, tiling->bytes, arguments);
           return;
         }
-        const StripGrid grid{shape.batch, output.size(1), shape.height, shape.width,
-                             channels_last};
-        const StripArguments<scalar_t, Wiring> arguments{
-            out,  in,     optional_data(residual), optional_data(bias),
-            taps, wiring, epilogue.activation,     strides_of(output),
-            strides_of(input), grid, shape.m};
-        const dim3 blocks(static_cast<unsigned>(
-            std::min<int64_t>(ceil_div(grid.count(), kThreads), INT32_MAX)));
+        const StripGrid grid{shape.batch, output.size(1), shape.height, shape.width, channels_last};
+        const StripArguments<scalar_t, Wiring> arguments{out,
+                                                         in,
+                                                         optional_data(residual),
+                                                         optional_data(bias),
+                                                         taps,
+                                                         wiring,
+                                                         epilogue.activation,
+                                                         strides_of(output),
+                                                         strides_of(input),
+                                                         grid,
+                                                         shape.m};
+        const dim3 blocks(
+            static_cast<unsigned>(std::min<int64_t>(ceil_div(grid.count(), kThreads), INT32_MAX)));
         launch(shape.m == 3 ? mix_strips_kernel<3, scalar_t, acc_t, Wiring>
                             : mix_strips_kernel<1, scalar_t, acc_t, Wiring>,
                blocks, 0, arguments);
@@ -143,8 +149,8 @@ at::Tensor expand_with(const at::Tensor& z_any, const at::Tensor& transforms,
   }
   const at::Tensor z = z_any.contiguous(format);
   const at::Tensor sources = sources_any.contiguous(), order = order_any.contiguous();
-  const at::Tensor y = at::empty({shape.batch, shape.channels, shape.height, shape.width},
-                                 z.options(), format);
+  const at::Tensor y =
+      at::empty({shape.batch, shape.channels, shape.height, shape.width}, z.options(), format);
   const ForwardWiring wiring{order.const_data_ptr<int64_t>(), sources.const_data_ptr<int64_t>(),
                              shape.basis, shape.channels, shape.sources_each};
   mix(y, z, wiring, transforms, /*flip=*/false, epilogue, shape,
@@ -186,10 +192,9 @@ at::Tensor expand_grad_input(const at::Tensor& grad_any, const at::Tensor& trans
   const at::Tensor grad_z =
       at::empty({shape.batch, shape.basis, shape.height, shape.width}, grad.options(), format);
   const Inverse inverse = inverse_of(sources, order, shape.basis);
-  const BackwardWiring wiring{inverse.position.const_data_ptr<int64_t>(),
-                              inverse.terms.const_data_ptr<int64_t>(),
-                              inverse.begin.const_data_ptr<int64_t>(), shape.basis,
-                              shape.sources_each};
+  const BackwardWiring wiring{
+      inverse.position.const_data_ptr<int64_t>(), inverse.terms.const_data_ptr<int64_t>(),
+      inverse.begin.const_data_ptr<int64_t>(), shape.basis, shape.sources_each};
   mix(grad_z, grad, wiring, transforms, /*flip=*/true, {}, shape, is_channels_last(grad_any));
   return grad_z;
 }

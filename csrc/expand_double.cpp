@@ -19,8 +19,8 @@ void mix_strips(const at::Tensor& output, const at::Tensor& input, const Wiring&
       double sum[kStrip];
       mix_strip<M>(sum, wiring, in, in_strides, shape.height, shape.width, taps, shape.m,
                    strip.image, strip.channel, strip.h0, strip.w);
-      const int64_t column = strip.image * out_strides.batch +
-                             strip.channel * out_strides.channel + strip.w * out_strides.column;
+      const int64_t column = strip.image * out_strides.batch + strip.channel * out_strides.channel +
+                             strip.w * out_strides.column;
       for (int64_t k = 0; k < kStrip && strip.h0 + k < shape.height; ++k) {
         const int64_t at = column + (strip.h0 + k) * out_strides.row;
         if (bias != nullptr) sum[k] += bias[strip.channel];
@@ -47,12 +47,12 @@ void product_strips(const at::Tensor& sums, const at::Tensor& grad, const at::Te
           double sum[M * M] = {};
           for (int64_t index = 0; index < grid.count(); ++index) {
             const Strip strip = grid.at(index);
-            add_strip_products<M>(sum,
-                                  plane_of(out_grad, grad_strides, shape.height, shape.width,
-                                           strip.image, rebuilt_at[term / shape.sources_each]),
-                                  plane_of(in, in_strides, shape.height, shape.width, strip.image,
-                                           source[term]),
-                                  strip.h0, strip.w, shape.m, a0, b0);
+            add_strip_products<M>(
+                sum,
+                plane_of(out_grad, grad_strides, shape.height, shape.width, strip.image,
+                         rebuilt_at[term / shape.sources_each]),
+                plane_of(in, in_strides, shape.height, shape.width, strip.image, source[term]),
+                strip.h0, strip.w, shape.m, a0, b0);
           }
           for (int i = 0; i < M * M; ++i) {
             out[(term * shape.m + a0 + i / M) * shape.m + b0 + i % M] = sum[i];

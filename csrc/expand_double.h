@@ -1,5 +1,5 @@
-// The CPU's kernels for double, which serves gradient checks: plain strips, the functions of expand.h
-// that a GPU runs where a tile does not fit.
+// The CPU's kernels for double, which serves gradient checks: plain strips, the functions of
+// expand.h that a GPU runs where a tile does not fit.
 #pragma once
 
 #include "arguments.h"

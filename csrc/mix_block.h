@@ -72,8 +72,7 @@ class MixBlock {
                arguments.tiling.m) {}
 
   C10_HOST_DEVICE void load(int thread) const {
-    const int64_t size =
-        static_cast<int64_t>(tiling_.inputs) * tiling_.height * tiling_.width;
+    const int64_t size = static_cast<int64_t>(tiling_.inputs) * tiling_.height * tiling_.width;
     load_tile(tiling_, place_, tile_, args_.input + place_.image * size, thread);
   }
 
@@ -121,9 +120,9 @@ class MixBlock {
       acc_t sum[kStrip];
 #pragma unroll
       for (int k = 0; k < kStrip; ++k) {
-        sum[k] = recipe.copied < 0 ? acc_t(0)
-                                   : static_cast<acc_t>(
-                                         pixels[recipe.copied * tile.channel + k * tile.row]);
+        sum[k] = recipe.copied < 0
+                     ? acc_t(0)
+                     : static_cast<acc_t>(pixels[recipe.copied * tile.channel + k * tile.row]);
       }
       for (int link = 0; link < recipe.links; ++link) {
         const int slot = recipe.slot + link;
@@ -206,8 +205,8 @@ class MixBlock {
   Table<acc_t> table_;
 };
 
-// The whole of a block's work: the tiles index, index + step, ... and, of their output channels, the
-// part `split`.
+// The whole of a block's work: the tiles index, index + step, ... and, of their output channels,
+// the part `split`.
 template <int M, typename scalar_t, typename acc_t, typename Wiring>
 SBF_TEAM void mix_tiles(const Team& team, const MixArguments<scalar_t, Wiring>& arguments,
                         char* shared, int64_t index, int64_t step, int split) {

@@ -33,8 +33,9 @@ inline bool is_large_mixture(const Shape& shape, const at::Tensor& features) {
 // (C, B, 1, 1): what each output channel is made of, kept ones of themselves.
 inline at::Tensor mixing_matrix(const at::Tensor& transforms, const at::Tensor& sources,
                                 const at::Tensor& order, const Shape& shape) {
-  const at::Tensor made = at::zeros({shape.rebuilt, shape.basis}, transforms.options())
-                              .scatter_add_(1, sources, transforms.view({shape.rebuilt, shape.sources_each}));
+  const at::Tensor made =
+      at::zeros({shape.rebuilt, shape.basis}, transforms.options())
+          .scatter_add_(1, sources, transforms.view({shape.rebuilt, shape.sources_each}));
   return at::cat({at::eye(shape.basis, transforms.options()), made})
       .index_select(0, order)
       .view({shape.channels, shape.basis, 1, 1});
@@ -81,8 +82,9 @@ inline at::Tensor mixed_grad_transforms(const at::Tensor& grad, const at::Tensor
                                         const Shape& shape) {
   const at::Tensor products = at::einsum("nchw,nbhw->cb", {grad, z});
   const at::Tensor position = at::argsort(order).slice(0, shape.basis);
-  return products.index_select(0, position).gather(1, sources).view(
-      {shape.rebuilt, shape.sources_each, 1, 1});
+  return products.index_select(0, position)
+      .gather(1, sources)
+      .view({shape.rebuilt, shape.sources_each, 1, 1});
 }
 
 }  // namespace sbf

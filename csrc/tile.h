@@ -22,9 +22,9 @@ struct MixTask {
   const void* input;
   const void* residual;  // like output, or null
   bool channels_last;
-  int64_t height, width;        // of the output, and of the planes
-  int64_t inputs, outputs;      // channels: planes and output
-  int64_t rows, blocks;         // rows of a tile; tiles of an image
+  int64_t height, width;    // of the output, and of the planes
+  int64_t inputs, outputs;  // channels: planes and output
+  int64_t rows, blocks;     // rows of a tile; tiles of an image
   int m;
 
   // Output channel c copies plane copied[c] (-1: none) and adds links [begin[c], begin[c+1]):
@@ -73,7 +73,8 @@ struct TileKernels {
   int64_t (*mix_workspace)(const MixTask&, const Product*);
   int64_t (*dot_workspace)(const DotTask&);
   // Do the tiles [first, last) of those of all images; product may be null.
-  void (*mix)(const MixTask&, const Product*, Element, int64_t first, int64_t last, float* workspace);
+  void (*mix)(const MixTask&, const Product*, Element, int64_t first, int64_t last,
+              float* workspace);
   // The two halves of mix for an image that is one tile (rows = height), so that threads can share
   // it: planes of some filters (from a multiple of `lanes` on), and some channels of the output (as
   // well), for which all planes are needed. planes: planes_floats; workspace: mix_workspace.

@@ -27,10 +27,11 @@ struct Problem {
 constexpr int chunk_of(int element_size) { return 128 / element_size; }
 
 // Chooses the tile for which a multiprocessor should be busy least, by a model that no measurement
-// has tuned: elements moved, with idle threads and few blocks on a multiprocessor at extra cost. None
-// where not even the smallest tile fits: such problems are for the general kernels.
+// has tuned: elements moved, with idle threads and few blocks on a multiprocessor at extra cost.
+// None where not even the smallest tile fits: such problems are for the general kernels.
 inline std::optional<Tiling> tile_for(const Problem& p, const Device& device) {
-  const int64_t border = (p.m - 1) / 2, chunk = std::min<int64_t>(chunk_of(p.element_size), p.outputs);
+  const int64_t border = (p.m - 1) / 2,
+                chunk = std::min<int64_t>(chunk_of(p.element_size), p.outputs);
   if (std::max({p.inputs, p.outputs, p.height, p.width}) >= int64_t(1) << 24) return std::nullopt;
 
   // The widest access that divides every run and where it begins.
@@ -42,8 +43,7 @@ inline std::optional<Tiling> tile_for(const Problem& p, const Device& device) {
   };
   const int vector_in = vector_of(p.inputs, p.alignment_in);
   const int vector_out = vector_of(p.outputs, p.alignment_out);
-  const int64_t quantum =
-      p.channels_last ? 1 : std::max(vector_in, vector_out) / p.element_size;
+  const int64_t quantum = p.channels_last ? 1 : std::max(vector_in, vector_out) / p.element_size;
 
   std::optional<Tiling> best;
   double best_cost = 0;
@@ -65,12 +65,12 @@ inline std::optional<Tiling> tile_for(const Problem& p, const Device& device) {
 
       const int64_t down = ceil_div(p.height, rows), across = ceil_div(p.width, columns);
       const int64_t tiles = p.batch * down * across, chunks = ceil_div(p.outputs, chunk);
-      const int64_t splits =
-          tiles >= device.multiprocessors
-              ? 1
-              : std::min(chunks, ceil_div(2 * device.multiprocessors, tiles));
+      const int64_t splits = tiles >= device.multiprocessors
+                                 ? 1
+                                 : std::min(chunks, ceil_div(2 * device.multiprocessors, tiles));
       const int64_t resident = std::min<int64_t>(8, device.shared_all / (bytes + 1024));
-      // What a block does, in elements moved. It loads the tile, less what lies outside the image ...
+      // What a block does, in elements moved. It loads the tile, less what lies outside the image
+      // ...
       const double loaded = static_cast<double>((p.height + 2 * border * (down - 1)) *
                                                 (p.width + 2 * border * (across - 1)) * p.inputs) /
                             static_cast<double>(down * across);

@@ -100,7 +100,8 @@ void store_tile(const MixTask& task, const Planes& planes, int64_t n, int64_t h0
 
 int64_t mix_workspace(const MixTask& task, const Product* product) {
   const Planes planes(nullptr, task.rows, task.width, task.m);
-  const int64_t sums = task.channels_last ? L * kChunk : round_up(task.rows * task.width, L) + kChunk;
+  const int64_t sums =
+      task.channels_last ? L * kChunk : round_up(task.rows * task.width, L) + kChunk;
   return planes.floats(task.inputs) + round_up(sums, 16) +
          (product == nullptr ? 0 : Multiplier::workspace(task, *product));
 }
@@ -111,9 +112,8 @@ void mix_tiles(const MixTask& task, const Product* product, int64_t first, int64
   const Planes planes(workspace, task.rows, task.width, task.m);
   float* sums = workspace + planes.floats(task.inputs);
   float* workspace_of_product =
-      sums + round_up(task.channels_last ? L * kChunk
-                                                       : round_up(task.rows * task.width, L) + kChunk,
-                                    16);
+      sums +
+      round_up(task.channels_last ? L * kChunk : round_up(task.rows * task.width, L) + kChunk, 16);
   const int64_t border = planes.border, width = task.width, area = task.height * width;
   int64_t image_before = -1, block_before = -1;
   int64_t ready = 0;  // pixels of the image that its planes hold
@@ -140,20 +140,21 @@ void mix_tiles(const MixTask& task, const Product* product, int64_t first, int64
                      workspace_of_product)(
               static_cast<const float*>(task.input) +
                   n * product->channels * product->height * product->width,
-              ready, end, ready - top, static_cast<const float*>(task.output) + n * task.outputs * area,
-              h0, h1);
+              ready, end, ready - top,
+              static_cast<const float*>(task.output) + n * task.outputs * area, h0, h1);
           ready = end;
         }
       } else {
         const int64_t size = sizeof(scalar_t), pixels = (h1 - h0) * width;
-        const int64_t steps =
-            Planes::steps_of(task.channels_last, task.inputs, bottom - ready);
-        const scalar_t* target = static_cast<const scalar_t*>(task.output) + n * task.outputs * area;
+        const int64_t steps = Planes::steps_of(task.channels_last, task.inputs, bottom - ready);
+        const scalar_t* target =
+            static_cast<const scalar_t*>(task.output) + n * task.outputs * area;
         planes.load_image(
             static_cast<const scalar_t*>(task.input) + n * task.inputs * area, task.channels_last,
             task.inputs, task.height, ready / width, bottom / width, (ready - top) / width,
             task.channels_last
-                ? Ahead(target + h0 * width * task.outputs, size * pixels * task.outputs, 0, 1, steps)
+                ? Ahead(target + h0 * width * task.outputs, size * pixels * task.outputs, 0, 1,
+                        steps)
                 : Ahead(target + h0 * width, size * pixels, size * area, task.outputs, steps));
         ready = bottom;
       }
@@ -215,8 +216,8 @@ void multiply(const MixTask& task, const Product& product, int64_t image, Range 
   const int64_t input_size = product.channels * product.height * product.width;
   Multiplier(task, product, planes, filters, channels, workspace)(
       static_cast<const float*>(task.input) + image * input_size, 0, area,
-      planes.border * task.width, static_cast<const float*>(task.output) + image * task.outputs * area,
-      0, task.height);
+      planes.border * task.width,
+      static_cast<const float*>(task.output) + image * task.outputs * area, 0, task.height);
 }
 
 void store(const MixTask& task, int64_t image, Range channels, float* at, float* workspace) {

@@ -19,7 +19,9 @@ struct Ahead {
 
   // Lines of `count` pieces of `bytes` bytes, in `steps` steps.
   Ahead(const void* first, int64_t bytes, int64_t stride_bytes, int64_t count, int64_t steps)
-      : piece(static_cast<const char*>(first)), length((bytes + 63) / 64), stride(stride_bytes),
+      : piece(static_cast<const char*>(first)),
+        length((bytes + 63) / 64),
+        stride(stride_bytes),
         each((length * count + steps - 1) / steps) {}
 
   template <int kLocality>
@@ -48,7 +50,9 @@ struct Planes {
     // An odd number of cache lines keeps the planes out of each other's cache sets.
     size = 16 * ((rows * width + 2 * kGuard + 15) / 16 | 1);
   }
-  float* row(int64_t channel, int64_t r) const { return data + channel * size + kGuard + r * width; }
+  float* row(int64_t channel, int64_t r) const {
+    return data + channel * size + kGuard + r * width;
+  }
   int64_t floats(int64_t channels) const { return channels * size; }
 
   void clear(int64_t channels, int64_t first, int64_t last) const {
@@ -68,8 +72,8 @@ struct Planes {
     return channels_last ? (pixels + L - 1) / L * ((channels + L - 1) / L) : channels;
   }
 
-  // Loads rows [h0, h1) of an image of `channels` channels as rows r, r + 1, ...; meanwhile lines of
-  // `output` come into the cache.
+  // Loads rows [h0, h1) of an image of `channels` channels as rows r, r + 1, ...; meanwhile lines
+  // of `output` come into the cache.
   template <typename scalar_t>
   void load_image(const scalar_t* image, bool channels_last, int64_t channels, int64_t height,
                   int64_t h0, int64_t h1, int64_t r, Ahead output) const {

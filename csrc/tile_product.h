@@ -26,8 +26,8 @@ SBF_INLINE void add_products_of_planes(Vector (&sums)[L], const float* panel, co
   }
 }
 
-// sums[r] += all filters of a panel on pixels[r] + shift, for the first R pixels. Several depths at a
-// time: the pointers are more than there are registers, and are loaded once for them all.
+// sums[r] += all filters of a panel on pixels[r] + shift, for the first R pixels. Several depths at
+// a time: the pointers are more than there are registers, and are loaded once for them all.
 template <int R>
 SBF_INLINE void add_products_of_pixels(Vector (&sums)[L], const float* panel,
                                        const float* const* pixels, int64_t shift, int64_t depth,
@@ -67,8 +67,13 @@ class Multiplier {
   // Makes the planes of `filters`. The lines of the output's `channels` are fetched meanwhile.
   Multiplier(const MixTask& task, const Product& product, const Planes& planes, Range filters,
              Range channels, float* workspace)
-      : task_(task), product_(product), planes_(planes), filters_(filters), channels_(channels),
-        copied_(workspace), panels_((filters.last - filters.first + L - 1) / L),
+      : task_(task),
+        product_(product),
+        planes_(planes),
+        filters_(filters),
+        channels_(channels),
+        copied_(workspace),
+        panels_((filters.last - filters.first + L - 1) / L),
         depth_(product.channels * product.kernel_h * product.kernel_w) {}
 
   static int64_t workspace(const MixTask& task, const Product& product) {
@@ -164,8 +169,8 @@ class Multiplier {
     for (int64_t i = 0; i < pixels; i += L) {
       for (int64_t filter = filters_.first; filter < filters_.last; filter += L) {
         Vector sums[L] = {};
-        add_products_of_planes(sums, product_.weight + filter * depth_, copied_ + i * depth_, depth_,
-                               output);
+        add_products_of_planes(sums, product_.weight + filter * depth_, copied_ + i * depth_,
+                               depth_, output);
         put_sums(sums, filter, at + i, least<int64_t>(L, pixels - i));
       }
     }
@@ -280,9 +285,9 @@ void pack_weight(float* packed, const float* weight, int64_t filters, int64_t de
       const int64_t some = least<int64_t>(L, depth - k);
       Vector block[L];
       for (int i = 0; i < L; ++i) {
-        block[i] = i >= few       ? Vector{}
-                   : some == L    ? load(from + i * depth + k)
-                                  : load_some(from + i * depth + k, some);
+        block[i] = i >= few    ? Vector{}
+                   : some == L ? load(from + i * depth + k)
+                               : load_some(from + i * depth + k, some);
       }
       transpose(block);
       for (int64_t i = 0; i < some; ++i) put(to + (k + i) * L, block[i]);

@@ -81,8 +81,8 @@ struct Mixer {
     }
   }
 
-  // Without neighbours: a row of taps times the planes, several vectors of pixels at a time, so that
-  // sums do not wait for each other.
+  // Without neighbours: a row of taps times the planes, several vectors of pixels at a time, so
+  // that sums do not wait for each other.
   template <int V>
   SBF_INLINE void step1(float* sum, const float* start, int32_t first_link, int32_t last_link,
                         int64_t first, int64_t i) const {
@@ -107,8 +107,8 @@ struct Mixer {
     for (; i < count; i += L) step1<1>(sum, start, first_link, last_link, first, i);
   }
 
-  void sum_any(float* sum, const float* start, int32_t first_link, int32_t last_link,
-               int64_t first, int64_t count) const {
+  void sum_any(float* sum, const float* start, int32_t first_link, int32_t last_link, int64_t first,
+               int64_t count) const {
     const int m = task.m;
     for (int64_t i = 0; i < count; i += L) {
       Vector total = start == nullptr ? Vector{} : load(start + i);
@@ -130,8 +130,7 @@ struct Mixer {
                                      int64_t count) const {
     const int32_t copied = task.copied[channel];
     const int32_t begin = task.begin[channel], end = task.begin[channel + 1];
-    const float* start =
-        copied < 0 ? nullptr : planes.row(copied, planes.border) + first;
+    const float* start = copied < 0 ? nullptr : planes.row(copied, planes.border) + first;
     if (begin == end && start != nullptr) return start;
     if (task.m == 3) {
       sum3(sum, start, begin, end, first, count);

@@ -1,5 +1,5 @@
-// Vectors of the instruction set that the including file is compiled for (SBF_VECTOR_BYTES), and the
-// elements of tensors. Everything here is local to that file.
+// Vectors of the instruction set that the including file is compiled for (SBF_VECTOR_BYTES), and
+// the elements of tensors. Everything here is local to that file.
 #pragma once
 
 #include <cstdint>
@@ -67,10 +67,9 @@ SBF_INLINE Vector after(Vector left, Vector right) {
 // Transposition goes from units of 1 to 2 within quarters of 128 bits, then moves the quarters.
 template <int Unit, bool High, int... I>
 SBF_INLINE Vector interleave(Vector a, Vector b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(
-      a, b,
-      (I / 4 * 4 + (High ? 2 : 0) +
-       (Unit == 1 ? I % 4 / 2 + I % 2 * L : I % 2 + I % 4 / 2 * L))...);
+  return __builtin_shufflevector(a, b,
+                                 (I / 4 * 4 + (High ? 2 : 0) +
+                                  (Unit == 1 ? I % 4 / 2 + I % 2 * L : I % 2 + I % 4 / 2 * L))...);
 }
 // Quarter q of the result is quarter (q mod Half) * 2 + High of a for q < Half, of b otherwise.
 template <bool High, int... I>

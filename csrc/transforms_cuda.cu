@@ -1,6 +1,7 @@
 // CUDA: the gradient of expand by the transforms. The kernels run the functions of product_block.h,
 // or of expand.h where a tile does not fit into shared memory. Each block adds up its share in a
-// slab of its own, and the slabs are added in a fixed order: no atomics, the same result every time.
+// slab of its own, and the slabs are added in a fixed order: no atomics, the same result every
+// time.
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <torch/library.h>
@@ -107,7 +108,8 @@ __global__ void __launch_bounds__(kThreads)
 template <typename scalar_t, typename acc_t>
 at::Tensor product_tiled(const at::Tensor& grad, const at::Tensor& z, const ForwardWiring& wiring,
                          const Shape& shape, const Tiling& tiling) {
-  const int64_t slab_bytes = shape.terms() * shape.m * shape.m * static_cast<int64_t>(sizeof(acc_t));
+  const int64_t slab_bytes =
+      shape.terms() * shape.m * shape.m * static_cast<int64_t>(sizeof(acc_t));
   const int64_t slabs = std::clamp<int64_t>(
       std::min(kSums / tiling.splits, kSlabBytes / slab_bytes), 1, tiling.tiles());
   const at::Tensor sums = at::empty({slabs, shape.terms(), shape.m * shape.m},
@@ -180,15 +182,13 @@ at::Tensor expand_grad_transforms(const at::Tensor& grad_any, const at::Tensor& 
         using acc_t = at::opmath_type<scalar_t>;
         const auto tiling = tile_for(
             {shape.batch, shape.basis, shape.channels, shape.height, shape.width, shape.m,
-             static_cast<int>(sizeof(scalar_t)), channels_last, alignment_of(z),
-             alignment_of(grad),
+             static_cast<int>(sizeof(scalar_t)), channels_last, alignment_of(z), alignment_of(grad),
              shape.m == 3 ? ProductBlock<3, scalar_t, acc_t>::kSumBytes
                           : ProductBlock<1, scalar_t, acc_t>::kSumBytes},
             current_device());
-        sums = tiling.has_value()
-                   ? product_tiled<scalar_t, acc_t>(grad, z, wiring, shape, *tiling)
-                   : product_general<scalar_t, acc_t>(grad, z, sources, order, shape,
-                                                      channels_last);
+        sums = tiling.has_value() ? product_tiled<scalar_t, acc_t>(grad, z, wiring, shape, *tiling)
+                                  : product_general<scalar_t, acc_t>(grad, z, sources, order, shape,
+                                                                     channels_last);
       });
   return sums.to(z.scalar_type()).view(sizes);
 }

@@ -40,9 +40,9 @@ class Array {
     memory_.reset(static_cast<char*>(::operator new[](bytes, std::align_val_t(32))));
     data_ = reinterpret_cast<scalar_t*>(memory_.get() + shift);
     for (int64_t i = 0; i < size; ++i) {
-      data_[i] = static_cast<scalar_t>(
-          poisoned ? std::numeric_limits<float>::quiet_NaN()
-                   : std::uniform_real_distribution<float>(-1, 1)(generator));
+      data_[i] =
+          static_cast<scalar_t>(poisoned ? std::numeric_limits<float>::quiet_NaN()
+                                         : std::uniform_real_distribution<float>(-1, 1)(generator));
     }
   }
   scalar_t* data() const { return data_; }
@@ -131,9 +131,9 @@ Case draw_case(int element_size) {
       "%s: element %ld is %.9g, not %.9g\n"
       "  N %ld B %ld P %ld S %ld H %ld W %ld m %d %s alignment %d %d\n"
       "  tile %d x %d, chunk %d, splits %d, access %d %d, shared %d\n",
-      what, index, got, wanted, c.batch, c.basis, c.rebuilt, c.sources_each, c.height, c.width,
-      c.m, c.channels_last ? "channels_last" : "contiguous", c.align_in, c.align_out, t.rows,
-      t.columns, t.chunk, t.splits, t.vector_in, t.vector_out, t.bytes);
+      what, index, got, wanted, c.batch, c.basis, c.rebuilt, c.sources_each, c.height, c.width, c.m,
+      c.channels_last ? "channels_last" : "contiguous", c.align_in, c.align_out, t.rows, t.columns,
+      t.chunk, t.splits, t.vector_in, t.vector_out, t.bytes);
   std::exit(1);
 }
 
@@ -171,8 +171,9 @@ struct Sum {
 
 // Adds the cross-correlation of a plane with taps (or with taps turned around), at one pixel.
 template <typename scalar_t>
-void add_term_at(Sum& sum, const Case& c, const Array<scalar_t>& input, int64_t all, int64_t n, int64_t channel,
-               int64_t h, int64_t w, const Array<scalar_t>& taps, int64_t term, bool flip) {
+void add_term_at(Sum& sum, const Case& c, const Array<scalar_t>& input, int64_t all, int64_t n,
+                 int64_t channel, int64_t h, int64_t w, const Array<scalar_t>& taps, int64_t term,
+                 bool flip) {
   for (int a = 0; a < c.m; ++a) {
     for (int b = 0; b < c.m; ++b) {
       const int64_t y = h + a - (c.m - 1) / 2, x = w + b - (c.m - 1) / 2;
@@ -203,14 +204,12 @@ bool run_mix(const char* name, const Case& c, const Wiring& wiring, bool flip, d
 
   const int64_t chunk = chunk_of(sizeof(scalar_t));
   // As the launchers have it, or so few that most taps are read where they lie.
-  const int64_t links =
-      flip ? 2 * ceil_div(c.rebuilt * c.sources_each, c.basis) : c.sources_each;
+  const int64_t links = flip ? 2 * ceil_div(c.rebuilt * c.sources_each, c.basis) : c.sources_each;
   const int64_t slots = slots_within<acc_t>(draw(0, 2) == 0 ? draw(0, 10) : chunk * links, c.m);
-  const auto tiling =
-      tile_for({c.batch, inputs, outputs, c.height, c.width, c.m,
-                static_cast<int>(sizeof(scalar_t)), c.channels_last, c.align_in, c.align_out,
-                Table<acc_t>::bytes(chunk, slots, c.m)},
-               c.device);
+  const auto tiling = tile_for(
+      {c.batch, inputs, outputs, c.height, c.width, c.m, static_cast<int>(sizeof(scalar_t)),
+       c.channels_last, c.align_in, c.align_out, Table<acc_t>::bytes(chunk, slots, c.m)},
+      c.device);
   if (!tiling.has_value()) return false;
   for (const bool backwards : {false, true}) {
     const Array<scalar_t> output(pixels * outputs, c.align_out, true);
@@ -265,12 +264,12 @@ bool run_product(const Case& c) {
   if (terms == 0) return false;
   const Array<scalar_t> z(pixels * c.basis, c.align_in, false);
   const Array<scalar_t> grad(pixels * c.channels(), c.align_out, false);
-  const auto tiling = tile_for(
-      {c.batch, c.basis, c.channels(), c.height, c.width, c.m, static_cast<int>(sizeof(scalar_t)),
-       c.channels_last, c.align_in, c.align_out,
-       c.m == 3 ? ProductBlock<3, scalar_t, acc_t>::kSumBytes
-                : ProductBlock<1, scalar_t, acc_t>::kSumBytes},
-      c.device);
+  const auto tiling =
+      tile_for({c.batch, c.basis, c.channels(), c.height, c.width, c.m,
+                static_cast<int>(sizeof(scalar_t)), c.channels_last, c.align_in, c.align_out,
+                c.m == 3 ? ProductBlock<3, scalar_t, acc_t>::kSumBytes
+                         : ProductBlock<1, scalar_t, acc_t>::kSumBytes},
+               c.device);
   if (!tiling.has_value()) return false;
   for (const bool backwards : {false, true}) {
     const int64_t slabs = std::min<int64_t>(tiling->tiles(), draw(1, 5)), taps = c.m * c.m;
@@ -280,8 +279,8 @@ bool run_product(const Case& c) {
     for (int64_t slab = 0; slab < slabs; ++slab) {
       for (int split = 0; split < tiling->splits; ++split) {
         const auto shared = poisoned_shared<acc_t>(*tiling);
-        const auto run = c.m == 3 ? product_tiles<3, scalar_t, acc_t>
-                                  : product_tiles<1, scalar_t, acc_t>;
+        const auto run =
+            c.m == 3 ? product_tiles<3, scalar_t, acc_t> : product_tiles<1, scalar_t, acc_t>;
         run(Team{backwards}, arguments, reinterpret_cast<char*>(shared->data()), slab, slabs,
             split);
       }

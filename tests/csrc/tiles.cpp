@@ -1,6 +1,6 @@
 // Runs the CPU's tile kernels of every instruction set that this CPU has on random problems, and
-// compares them with plain loops. Each buffer is as long as it must be, and what is to be written is
-// poisoned, so that the sanitizers see an access beside it, and the comparison a value left out.
+// compares them with plain loops. Each buffer is as long as it must be, and what is to be written
+// is poisoned, so that the sanitizers see an access beside it, and the comparison a value left out.
 //
 //     tiles SEED COUNT    prints one line with how many cases of each kind were run
 #include <c10/util/BFloat16.h>
@@ -116,16 +116,18 @@ Case draw_case() {
 
 [[noreturn]] void fail(const std::string& what, const Case& c, int64_t index, double got,
                        double wanted) {
-  std::printf("%s: element %ld is %.9g, not %.9g\n"
-              "  N %ld inputs %ld outputs %ld H %ld W %ld rows %ld m %d\n",
-              what.c_str(), index, got, wanted, c.batch, c.inputs, c.outputs, c.height, c.width,
-              c.rows, c.m);
+  std::printf(
+      "%s: element %ld is %.9g, not %.9g\n"
+      "  N %ld inputs %ld outputs %ld H %ld W %ld rows %ld m %d\n",
+      what.c_str(), index, got, wanted, c.batch, c.inputs, c.outputs, c.height, c.width, c.rows,
+      c.m);
   std::exit(1);
 }
 
 void compare(const std::string& what, const Case& c, int64_t index, double got, const Sum& wanted,
              double rounding) {
-  const double tolerance = rounding * (1 + std::abs(wanted.value)) + kAccumulation * wanted.magnitude;
+  const double tolerance =
+      rounding * (1 + std::abs(wanted.value)) + kAccumulation * wanted.magnitude;
   if (!(std::abs(got - wanted.value) <= tolerance)) {  // also true of NaN
     fail(what, c, index, got, wanted.value);
   }
@@ -159,9 +161,12 @@ struct Mixture {
   MixTask task;
 
   Mixture(const Case& drawn, int lanes)
-      : c(drawn), taps(5 * c.m * c.m, false), bias(ceil_div(c.outputs, lanes) * lanes, false),
+      : c(drawn),
+        taps(5 * c.m * c.m, false),
+        bias(ceil_div(c.outputs, lanes) * lanes, false),
         residual(c.batch * c.outputs * c.area(), false),
-        output(c.batch * c.outputs * c.area(), true), masks(c) {
+        output(c.batch * c.outputs * c.area(), true),
+        masks(c) {
     for (int64_t channel = 0; channel < c.outputs; ++channel) {
       copied.push_back(static_cast<int32_t>(draw(-1, c.inputs - 1)));
       for (int64_t l = draw(0, c.links_each); l > 0; --l) {
@@ -200,8 +205,10 @@ struct Mixture {
     if (copied[channel] >= 0) sum.add(1, plane(copied[channel], h, w));
     const int64_t border = (c.m - 1) / 2;
     for (int32_t l = begin[channel]; l < begin[channel + 1]; ++l) {
-      for (int64_t y = std::max<int64_t>(0, h - border); y <= std::min(c.height - 1, h + border); ++y) {
-        for (int64_t x = std::max<int64_t>(0, w - border); x <= std::min(c.width - 1, w + border); ++x) {
+      for (int64_t y = std::max<int64_t>(0, h - border); y <= std::min(c.height - 1, h + border);
+           ++y) {
+        for (int64_t x = std::max<int64_t>(0, w - border); x <= std::min(c.width - 1, w + border);
+             ++x) {
           sum.add(taps[tap[l] + (y - h + border) * c.m + x - w + border], plane(source[l], y, x));
         }
       }
@@ -267,14 +274,17 @@ void run_product(const TileKernels& kernels, const std::string& name, Case c, Pr
     const int64_t least = (out - 1) * stride + (kernel - 1) * dilation + 1 - 2 * pad;
     return std::max<int64_t>(1, least + draw(0, stride - 1));
   };
-  product.height = size(c.height, product.kernel_h, product.stride_h, product.pad_h,
-                        product.dilation_h);
-  product.width = size(c.width, product.kernel_w, product.stride_w, product.pad_w,
-                       product.dilation_w);
-  c.height = (product.height + 2 * product.pad_h - (product.kernel_h - 1) * product.dilation_h - 1) /
-                 product.stride_h + 1;
+  product.height =
+      size(c.height, product.kernel_h, product.stride_h, product.pad_h, product.dilation_h);
+  product.width =
+      size(c.width, product.kernel_w, product.stride_w, product.pad_w, product.dilation_w);
+  c.height =
+      (product.height + 2 * product.pad_h - (product.kernel_h - 1) * product.dilation_h - 1) /
+          product.stride_h +
+      1;
   c.width = (product.width + 2 * product.pad_w - (product.kernel_w - 1) * product.dilation_w - 1) /
-                product.stride_w + 1;
+                product.stride_w +
+            1;
   c.rows = shared ? c.height : std::min(c.rows, c.height);
 
   const int64_t depth = product.kernel_h * product.kernel_w * product.channels;
@@ -336,9 +346,9 @@ void run_product(const TileKernels& kernels, const std::string& name, Case c, Pr
               if (y < 0 || y >= product.height || x < 0 || x >= product.width) continue;
               const int64_t k = (a * product.kernel_w + b) * product.channels;
               for (int64_t channel = 0; channel < product.channels; ++channel) {
-                sum.add(weight[filter * depth + k + channel] *
-                        input[c.at(product.channels, n, channel, y, x, product.height,
-                                   product.width)]);
+                sum.add(
+                    weight[filter * depth + k + channel] *
+                    input[c.at(product.channels, n, channel, y, x, product.height, product.width)]);
               }
             }
           }
@@ -424,7 +434,8 @@ void run_cases(const TileKernels& kernels, const std::string& set, int64_t count
   const auto run_element = [&]<typename scalar_t>(scalar_t, Element element, const char* dtype,
                                                   double rounding) {
     const Case c = draw_case();
-    const std::string name = (c.channels_last ? "channels_last/" : "contiguous/") + set + "/" + dtype;
+    const std::string name =
+        (c.channels_last ? "channels_last/" : "contiguous/") + set + "/" + dtype;
     run_mix<scalar_t>(kernels, name, c, element, rounding);
     run_dot<scalar_t>(kernels, name, c, element);
     ++counts["mix/" + name];
