@@ -20,15 +20,15 @@ CXX = ["-O3", "-std=c++20", "-fopenmp", "-Wall", "-Wno-unknown-pragmas"]
 
 
 class NoCudaError(Exception):
-    """CUDA cannot or shall not be built, and why."""
+    """CUDA cannot be built, or is not wanted; the message says why."""
 
 
 def run(*command: str | Path) -> str:
     """Run a command and return all that it prints."""
-    told = subprocess.run(
+    done = subprocess.run(
         command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    return told.stdout
+    return done.stdout
 
 
 def cuda_libraries() -> Path:
@@ -60,6 +60,7 @@ def extension():
     if wanted not in (None, "0", "1"):
         raise SystemExit(f"SBF_DIST_CUDA is {wanted!r}: it must be 0, 1 or unset")
     sources = [str(source) for source in sorted(Path("csrc").glob("*.cpp"))]
+    cuda_sources = [str(source) for source in sorted(Path("csrc").glob("*.cu"))]
     depends = [str(header) for header in sorted(Path("csrc").glob("*.h"))]
     try:
         libraries = cuda_libraries()
@@ -78,7 +79,7 @@ def extension():
     print(f"sbf_dist: building for the CPU and CUDA {torch.version.cuda} ({archs})", flush=True)
     return cpp_extension.CUDAExtension(
         "sbf_dist._C",
-        [*sources, "csrc/expand_cuda.cu", "csrc/transforms_cuda.cu"],
+        [*sources, *cuda_sources],
         depends=depends,
         define_macros=[("WITH_CUDA", None), ("SBF_CUDA_ARCHS", f'"{archs}"')],
         library_dirs=[str(libraries)],

@@ -33,6 +33,11 @@ inline int alignment_of(const at::Tensor& tensor) {
   return bytes;
 }
 
+// The gradient of the transforms, as DeviceKernels has it (transforms_cuda.cu).
+at::Tensor cuda_expand_grad_transforms(const at::Tensor& grad, const at::Tensor& z,
+                                       const at::Tensor& sources, const at::Tensor& order,
+                                       const Shape&);
+
 // Starts `kernel(arguments)` on the current stream, with kThreads threads in a block.
 template <typename Arguments>
 void launch(void (*kernel)(Arguments), dim3 blocks, int shared_bytes, const Arguments& arguments) {

@@ -8,8 +8,9 @@ namespace {
 template <int M, typename Wiring>
 void mix_strips(const at::Tensor& output, const at::Tensor& input, const Wiring& wiring,
                 const Taps<double>& taps, const double* bias, const double* residual,
-                Activation activation, const Shape& shape, bool channels_last) {
-  const StripGrid grid{shape.batch, output.size(1), shape.height, shape.width, channels_last};
+                Activation activation, const Shape& shape) {
+  const StripGrid grid{shape.batch, output.size(1), shape.height, shape.width,
+                       shape.channels_last()};
   const double* in = input.const_data_ptr<double>();
   double* out = output.mutable_data_ptr<double>();
   const Strides in_strides = strides_of(input), out_strides = strides_of(output);
@@ -34,9 +35,8 @@ void mix_strips(const at::Tensor& output, const at::Tensor& input, const Wiring&
 // One term at a time.
 template <int M>
 void product_strips(const at::Tensor& sums, const at::Tensor& grad, const at::Tensor& z,
-                    const int64_t* source, const int64_t* rebuilt_at, const Shape& shape,
-                    bool channels_last) {
-  const StripGrid grid{shape.batch, 1, shape.height, shape.width, channels_last};
+                    const int64_t* source, const int64_t* rebuilt_at, const Shape& shape) {
+  const StripGrid grid{shape.batch, 1, shape.height, shape.width, shape.channels_last()};
   double* out = sums.mutable_data_ptr<double>();
   const double *in = z.const_data_ptr<double>(), *out_grad = grad.const_data_ptr<double>();
   const Strides in_strides = strides_of(z), grad_strides = strides_of(grad);
@@ -68,27 +68,25 @@ void product_strips(const at::Tensor& sums, const at::Tensor& grad, const at::Te
 template <typename Wiring>
 void mix_double(const at::Tensor& output, const at::Tensor& input, const Wiring& wiring,
                 const at::Tensor& transforms, bool flip, const Epilogue& epilogue,
-                const Shape& shape, bool channels_last) {
-  const at::Tensor taps = transforms.contiguous();
-  const at::Tensor bias = epilogue.bias.has_value() ? epilogue.bias->contiguous() : at::Tensor();
+                const Shape& shape) {
   const auto run = shape.m == 3 ? mix_strips<3, Wiring> : mix_strips<1, Wiring>;
-  run(output, input, wiring, taps_of(taps.const_data_ptr<double>(), shape.m, flip),
-      bias.defined() ? bias.const_data_ptr<double>() : nullptr,
+  run(output, input, wiring, taps_of(transforms.const_data_ptr<double>(), shape.m, flip),
+      epilogue.bias.has_value() ? epilogue.bias->const_data_ptr<double>() : nullptr,
       epilogue.residual.has_value() ? epilogue.residual->const_data_ptr<double>() : nullptr,
-      epilogue.activation, shape, channels_last);
+      epilogue.activation, shape);
 }
 
 template void mix_double(const at::Tensor&, const at::Tensor&, const ForwardWiring&,
-                         const at::Tensor&, bool, const Epilogue&, const Shape&, bool);
+                         const at::Tensor&, bool, const Epilogue&, const Shape&);
 template void mix_double(const at::Tensor&, const at::Tensor&, const BackwardWiring&,
-                         const at::Tensor&, bool, const Epilogue&, const Shape&, bool);
+                         const at::Tensor&, bool, const Epilogue&, const Shape&);
 
 at::Tensor product_double(const at::Tensor& grad, const at::Tensor& z, const at::Tensor& sources,
-                          const at::Tensor& position, const Shape& shape, bool channels_last) {
+                          const at::Tensor& position, const Shape& shape) {
   const at::Tensor sums = at::zeros({shape.terms(), shape.m * shape.m}, z.options());
   const auto run = shape.m == 3 ? product_strips<3> : product_strips<1>;
   run(sums, grad, z, sources.const_data_ptr<int64_t>(),
-      position.const_data_ptr<int64_t>() + shape.basis, shape, channels_last);
+      position.const_data_ptr<int64_t>() + shape.basis, shape);
   return sums;
 }
 

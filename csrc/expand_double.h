@@ -11,10 +11,10 @@ namespace sbf {
 template <typename Wiring>
 void mix_double(const at::Tensor& output, const at::Tensor& input, const Wiring& wiring,
                 const at::Tensor& transforms, bool flip, const Epilogue& epilogue,
-                const Shape& shape, bool channels_last);
+                const Shape& shape);
 
 // Gradient of the transforms, (P*S, m*m).
 at::Tensor product_double(const at::Tensor& grad, const at::Tensor& z, const at::Tensor& sources,
-                          const at::Tensor& position, const Shape& shape, bool channels_last);
+                          const at::Tensor& position, const Shape& shape);
 
 }  // namespace sbf

@@ -4,11 +4,8 @@
 // time.
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
-#include <torch/library.h>
 
-#include "arguments.h"
 #include "cuda_launch.h"
-#include "mixture.h"
 #include "product_block.h"
 
 namespace sbf {
@@ -128,7 +125,8 @@ at::Tensor product_tiled(const at::Tensor& grad, const at::Tensor& z, const Forw
 
 template <typename scalar_t, typename acc_t>
 at::Tensor product_general(const at::Tensor& grad, const at::Tensor& z, const at::Tensor& sources,
-                           const at::Tensor& order, const Shape& shape, bool channels_last) {
+                           const at::Tensor& order, const Shape& shape) {
+  const bool channels_last = shape.channels_last();
   const Lanes lanes{channels_last};
   const StripGrid grid{shape.batch, 1, shape.height, shape.width, channels_last};
   const int64_t patches = shape.m == 3 ? 1 : shape.m * shape.m;
@@ -160,41 +158,28 @@ at::Tensor product_general(const at::Tensor& grad, const at::Tensor& z, const at
   return sums.sum(0);
 }
 
-at::Tensor expand_grad_transforms(const at::Tensor& grad_any, const at::Tensor& z_any,
-                                  const at::Tensor& sources_any, const at::Tensor& order_any,
-                                  int64_t size) {
-  const c10::cuda::CUDAGuard guard(z_any.device());
-  const Shape shape = check_grad_transforms(grad_any, z_any, sources_any, order_any, size);
-  const std::vector<int64_t> sizes = {shape.rebuilt, shape.sources_each, size, size};
-  if (shape.terms() == 0 || z_any.numel() == 0) return at::zeros(sizes, z_any.options());
-  if (is_mixture(shape, z_any)) {
-    return mixed_grad_transforms(grad_any, z_any, sources_any, order_any, shape);
-  }
-  const auto format = z_any.suggest_memory_format();
-  const bool channels_last = is_channels_last(z_any);
-  const at::Tensor z = z_any.contiguous(format), grad = grad_any.contiguous(format);
-  const at::Tensor sources = sources_any.contiguous(), order = order_any.contiguous();
+}  // namespace
+
+at::Tensor cuda_expand_grad_transforms(const at::Tensor& grad, const at::Tensor& z,
+                                       const at::Tensor& sources, const at::Tensor& order,
+                                       const Shape& shape) {
   const ForwardWiring wiring{order.const_data_ptr<int64_t>(), sources.const_data_ptr<int64_t>(),
                              shape.basis, shape.channels, shape.sources_each};
   at::Tensor sums;
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, z.scalar_type(), "sbf::expand_grad_transforms", [&] {
         using acc_t = at::opmath_type<scalar_t>;
-        const auto tiling = tile_for(
-            {shape.batch, shape.basis, shape.channels, shape.height, shape.width, shape.m,
-             static_cast<int>(sizeof(scalar_t)), channels_last, alignment_of(z), alignment_of(grad),
-             shape.m == 3 ? ProductBlock<3, scalar_t, acc_t>::kSumBytes
-                          : ProductBlock<1, scalar_t, acc_t>::kSumBytes},
-            current_device());
-        sums = tiling.has_value() ? product_tiled<scalar_t, acc_t>(grad, z, wiring, shape, *tiling)
-                                  : product_general<scalar_t, acc_t>(grad, z, sources, order, shape,
-                                                                     channels_last);
+        const auto tiling = tile_for({shape.batch, shape.basis, shape.channels, shape.height,
+                                      shape.width, shape.m, static_cast<int>(sizeof(scalar_t)),
+                                      shape.channels_last(), alignment_of(z), alignment_of(grad),
+                                      shape.m == 3 ? ProductBlock<3, scalar_t, acc_t>::kSumBytes
+                                                   : ProductBlock<1, scalar_t, acc_t>::kSumBytes},
+                                     current_device());
+        sums = tiling.has_value()
+                   ? product_tiled<scalar_t, acc_t>(grad, z, wiring, shape, *tiling)
+                   : product_general<scalar_t, acc_t>(grad, z, sources, order, shape);
       });
-  return sums.to(z.scalar_type()).view(sizes);
+  return sums;
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(sbf, CUDA, m) { m.impl("expand_grad_transforms", &expand_grad_transforms); }
 
 }  // namespace sbf

@@ -224,7 +224,9 @@ class FusedMixture(nn.Module):
             mix.bias = nn.Parameter(bias, requires_grad=False)
         self.mix = FusedConv2d(mix, activation)
         # Of the input, so that a call costs one product: borders do not matter here.
-        self.most_pixels = _C.MIXED_IN_TILES * math.prod(self.basis.stride) // weight.numel()
+        self.most_pixels = (
+            _C.MAX_TILE_MULTIPLY_ADDS * math.prod(self.basis.stride) // weight.numel()
+        )
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Map (N, C_in, H, W), and a residual that broadcasts to the output, to the output."""
