@@ -45,7 +45,7 @@ def cuda_libraries() -> Path:
     release = re.search(r"release (\d+)\.(\d+)", run(nvcc, "--version"))
     if release is None or release[1] != torch.version.cuda.split(".")[0]:
         raise NoCudaError(f"{nvcc} is not CUDA {torch.version.cuda}, as PyTorch is")
-    # nvcc may be a wrapper: it knows itself where its toolkit lies.
+    # nvcc may be a wrapper: its dry run prints where the toolkit is.
     top = re.search(r"^#\$ TOP=(.+)$", run(nvcc, "--dryrun", "-x", "cu", os.devnull), re.MULTILINE)
     root = Path(top[1]) if top else Path(cpp_extension.CUDA_HOME)
     for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):

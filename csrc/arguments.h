@@ -192,9 +192,9 @@ inline Shape check_conv2d(const at::Tensor& x, const at::Tensor& weight,
   const std::pair<const char*, at::IntArrayRef> pairs[] = {
       {"stride", stride}, {"padding", padding}, {"dilation", dilation}};
   for (const auto& [name, pair] : pairs) {
-    const int64_t least = name == pairs[1].first ? 0 : 1;
-    TORCH_CHECK(pair.size() == 2 && pair[0] >= least && pair[1] >= least, name,
-                " must be two numbers of at least ", least, ", got ", pair);
+    const int64_t lowest = name == pairs[1].first ? 0 : 1;
+    TORCH_CHECK(pair.size() == 2 && pair[0] >= lowest && pair[1] >= lowest, name,
+                " must be two numbers of at least ", lowest, ", got ", pair);
   }
   for (int axis = 0; axis < 2; ++axis) {
     const int64_t reach = dilation[axis] * (weight.size(2 + axis) - 1) + 1;

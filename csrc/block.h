@@ -3,10 +3,10 @@
 // thread by thread.
 //
 // A block loads a tile of pixels with its border and with all input channels into shared memory,
-// and makes the output channels a *chunk* at a time in a *stage*, which is then written with wide
-// accesses. Copies go by *runs*, the stretches that are contiguous in memory and in shared memory:
-// the channels of a pixel in channels_last, the pixels of a row otherwise. In shared memory runs
-// lie an odd number of words apart, so that neighbouring threads, which compute neighbouring
+// and computes the output channels a *chunk* at a time in a *stage*, which is then written with
+// wide accesses. Copies go by *runs*, the stretches that are contiguous in memory and in shared
+// memory: the channels of a pixel in channels_last, the pixels of a row otherwise. In shared memory
+// runs lie an odd number of words apart, so that neighbouring threads, which compute neighbouring
 // pixels, read and write different banks in either layout.
 #pragma once
 
@@ -52,7 +52,6 @@ struct Team {
 // ---------------------------------------------------------------- geometry
 
 C10_HOST_DEVICE inline int smaller(int a, int b) { return a < b ? a : b; }
-C10_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Elements in a word, the unit in which shared memory is written.
@@ -95,7 +94,7 @@ struct Tiling {
 
   int rows, columns;          // of a tile; rows are a multiple of kStrip
   int down, across;           // tiles in an image
-  int chunk;                  // output channels made at a time
+  int chunk;                  // output channels computed at a time
   int splits;                 // blocks that share the output channels of a tile
   int vector_in, vector_out;  // bytes of an access
   Buffer tile, stage;

@@ -19,11 +19,11 @@ namespace sbf {
 namespace {
 
 // Planes lie pages apart: with small ones, address translation is what takes the time.
-constexpr int64_t kHugePage = 2 * 1024 * 1024;
+constexpr int64_t kHugePageBytes = 2 * 1024 * 1024;
 // Planes of an image that threads share: they should stay in their caches.
-constexpr int64_t kSharedFloats = 512 * 1024;
+constexpr int64_t kMaxSharedFloats = 512 * 1024;
 // Partial sums of the transforms' gradient: a fixed number, so that threads do not change it.
-constexpr int64_t kSlices = 64;
+constexpr int64_t kNumSlices = 64;
 
 // The kernels of this CPU; the environment's ATEN_CPU_CAPABILITY lowers it, as PyTorch's own.
 const TileKernels& tile_kernels() {
@@ -49,9 +49,9 @@ float* workspace(int64_t floats) {
   thread_local std::unique_ptr<float, Free> memory;
   thread_local int64_t size = 0;
   if (floats > size) {
-    const int64_t bytes = ceil_div(floats * sizeof(float), kHugePage) * kHugePage;
-    size = 0;  // should the next line find none
-    memory.reset(static_cast<float*>(std::aligned_alloc(kHugePage, bytes)));
+    const int64_t bytes = ceil_div(floats * sizeof(float), kHugePageBytes) * kHugePageBytes;
+    size = 0;  // in case the next line fails
+    memory.reset(static_cast<float*>(std::aligned_alloc(kHugePageBytes, bytes)));
     TORCH_CHECK(memory != nullptr, "no memory for a workspace of ", bytes, " bytes");
     size = bytes / static_cast<int64_t>(sizeof(float));
 #if defined(__linux__)
@@ -75,9 +75,9 @@ Element element_of(const at::Tensor& tensor) {
   }
 }
 
-// Few images, one after the other, by all threads: each makes some of the planes, then some of the
-// output's channels. Tiles of one image would each need the rows around it.
-void share_images(const MixTask& task, const Product& product, int64_t batch,
+// Fewer images than threads, one after the other, by all threads: each computes some of the planes,
+// then some of the output's channels. Tiles of one image would each need the rows around it.
+void share_images(const ExpandTask& task, const ConvolutionTask& convolution, int64_t batch,
                   const TileKernels& kernels, int64_t floats) {
   const int64_t threads = at::get_num_threads();
   const auto part = [&](int64_t thread, int64_t channels) {
@@ -91,45 +91,47 @@ void share_images(const MixTask& task, const Product& product, int64_t batch,
   for (int64_t n = 0; n < batch; ++n) {
     at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
       for (int64_t t = first; t < last; ++t) {
-        kernels.multiply(task, product, n, part(t, task.inputs), part(t, task.outputs), planes,
+        kernels.convolve(task, convolution, n, part(t, task.inputs), part(t, task.outputs), planes,
                          workspace<Memory::kOwn>(floats));
       }
     });
     at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
       for (int64_t t = first; t < last; ++t) {
-        kernels.store(task, n, part(t, task.outputs), planes, workspace<Memory::kOwn>(floats));
+        kernels.expand_planes(task, n, part(t, task.outputs), planes,
+                              workspace<Memory::kOwn>(floats));
       }
     });
   }
 }
 
-// output = what the wiring makes of input, or of the planes that `product` makes of it.
+// output = what the wiring gives for input, or for its convolution.
 template <typename Wiring>
-void mix_tiles(const at::Tensor& output, const at::Tensor& input, const Product* product,
-               const Wiring& wiring, const at::Tensor& taps, const Epilogue& epilogue,
-               const Shape& shape) {
+void expand_tiles(const at::Tensor& output, const at::Tensor& input,
+                  const ConvolutionTask* convolution, const Wiring& wiring, const at::Tensor& taps,
+                  const Epilogue& epilogue, const Shape& shape) {
   const int64_t outputs = output.size(1);
-  const int64_t inputs = product == nullptr ? input.size(1) : shape.basis;
+  const int64_t inputs = convolution == nullptr ? input.size(1) : shape.basis;
   const bool channels_last = shape.channels_last();
   int64_t floats_per_row = (inputs + outputs) * shape.width;
-  if (product != nullptr && (!channels_last || product->kernel_h > 1)) {
-    floats_per_row += product->channels * product->stride_h * product->stride_w * shape.width;
+  if (convolution != nullptr && (!channels_last || convolution->kernel_h > 1)) {
+    floats_per_row +=
+        convolution->channels * convolution->stride_h * convolution->stride_w * shape.width;
   }
   const int64_t row_bytes = floats_per_row * static_cast<int64_t>(sizeof(float));
   RowBlocks tiling(shape, row_bytes, at::get_num_threads());
-  const int64_t threads = at::get_num_threads(), panels = ceil_div(inputs, tile_kernels().lanes);
+  const TileKernels& kernels = tile_kernels();
+  const int64_t threads = at::get_num_threads(), panels = ceil_div(inputs, kernels.lanes);
   const bool even = panels % threads == 0 || panels >= 4 * threads;
-  const bool shared = product != nullptr && shape.batch < threads && even &&
-                      inputs * shape.width * shape.height <= kSharedFloats;
+  const bool shared = convolution != nullptr && shape.batch < threads && even &&
+                      inputs * shape.width * shape.height <= kMaxSharedFloats;
   if (shared) tiling = {shape.height, 1};
   const Masks masks(tiling.rows, shape.width, shape.m);
   const Links links(wiring, outputs, shape.m);
-  const TileKernels& kernels = tile_kernels();
   at::Tensor bias;
   if (epilogue.bias.has_value()) {
     bias = at::constant_pad_nd(epilogue.bias->to(at::kFloat), {0, kernels.lanes}).contiguous();
   }
-  const MixTask task{
+  const ExpandTask task{
       .output = output.mutable_data_ptr(),
       .input = input.const_data_ptr(),
       .residual = epilogue.residual.has_value() ? epilogue.residual->const_data_ptr() : nullptr,
@@ -152,37 +154,38 @@ void mix_tiles(const at::Tensor& output, const at::Tensor& input, const Product*
       .mask_stride = masks.stride,
   };
   const Element element = element_of(input);
-  const int64_t floats = kernels.mix_workspace(task, product);
+  const int64_t floats = kernels.expand_workspace(task, convolution);
   if (shared) {
-    share_images(task, *product, shape.batch, kernels, floats);
+    share_images(task, *convolution, shape.batch, kernels, floats);
     return;
   }
   at::parallel_for(0, shape.batch * tiling.blocks, 1, [&](int64_t first, int64_t last) {
-    kernels.mix(task, product, element, first, last, workspace<Memory::kOwn>(floats));
+    kernels.expand(task, convolution, element, first, last, workspace<Memory::kOwn>(floats));
   });
 }
 
 // `flip` turns the taps around: the gradient of a cross-correlation is one with flipped taps.
 template <typename Wiring>
-void mix(const at::Tensor& output, const at::Tensor& input, const Wiring& wiring,
-         const at::Tensor& transforms, bool flip, const Epilogue& epilogue, const Shape& shape) {
+void run_expand(const at::Tensor& output, const at::Tensor& input, const Wiring& wiring,
+                const at::Tensor& transforms, bool flip, const Epilogue& epilogue,
+                const Shape& shape) {
   if (input.scalar_type() == at::kDouble) {
-    mix_double(output, input, wiring, transforms, flip, epilogue, shape);
+    expand_double(output, input, wiring, transforms, flip, epilogue, shape);
     return;
   }
   at::Tensor taps = transforms.to(at::kFloat);
   taps = (flip ? taps.flip({2, 3}) : taps).contiguous();
-  mix_tiles(output, input, nullptr, wiring, taps, epilogue, shape);
+  expand_tiles(output, input, nullptr, wiring, taps, epilogue, shape);
 }
 
 // Gradient of the transforms, (P*S, m*m) float sums for float, bfloat16 and half.
-at::Tensor product_tiles(const at::Tensor& grad, const at::Tensor& z, const at::Tensor& sources,
-                         const at::Tensor& position, const Shape& shape) {
+at::Tensor transforms_sums(const at::Tensor& grad, const at::Tensor& z, const at::Tensor& sources,
+                           const at::Tensor& position, const Shape& shape) {
   const int64_t tap_count = shape.m * shape.m;
   const RowBlocks tiling(
       shape, (shape.basis + shape.channels) * shape.width * static_cast<int64_t>(sizeof(float)),
-      /*least=*/1);
-  const int64_t tasks = shape.batch * tiling.blocks, slices = std::min(tasks, kSlices);
+      /*min_tiles=*/1);
+  const int64_t tasks = shape.batch * tiling.blocks, slices = std::min(tasks, kNumSlices);
   const at::Tensor partial = at::zeros({slices, shape.terms(), tap_count}, at::kFloat);
   float* sums = partial.mutable_data_ptr<float>();
   const Masks masks(tiling.rows, shape.width, shape.m);
@@ -193,7 +196,7 @@ at::Tensor product_tiles(const at::Tensor& grad, const at::Tensor& z, const at::
     channel[term] = static_cast<int32_t>(rebuilt[term / shape.sources_each]);
     source[term] = static_cast<int32_t>(sources_data[term]);
   }
-  const DotTask task{
+  const TransformsTask task{
       .grad = grad.const_data_ptr(),
       .input = z.const_data_ptr(),
       .channels_last = shape.channels_last(),
@@ -212,11 +215,12 @@ at::Tensor product_tiles(const at::Tensor& grad, const at::Tensor& z, const at::
   };
   const TileKernels& kernels = tile_kernels();
   const Element element = element_of(z);
-  const int64_t floats = kernels.dot_workspace(task);
+  const int64_t floats = kernels.transforms_workspace(task);
   at::parallel_for(0, slices, 1, [&](int64_t first, int64_t last) {
     for (int64_t slice = first; slice < last; ++slice) {
-      kernels.dot(task, element, slice, tasks, slices, sums + slice * shape.terms() * tap_count,
-                  workspace<Memory::kOwn>(floats));
+      kernels.grad_transforms(task, element, slice, tasks, slices,
+                              sums + slice * shape.terms() * tap_count,
+                              workspace<Memory::kOwn>(floats));
     }
   });
   return partial.sum(0);
@@ -224,21 +228,21 @@ at::Tensor product_tiles(const at::Tensor& grad, const at::Tensor& z, const at::
 
 void expand(const at::Tensor& y, const at::Tensor& z, const at::Tensor& transforms,
             const ForwardWiring& wiring, const Epilogue& epilogue, const Shape& shape) {
-  mix(y, z, wiring, transforms, /*flip=*/false, epilogue, shape);
+  run_expand(y, z, wiring, transforms, /*flip=*/false, epilogue, shape);
 }
 
 void expand_grad_input(const at::Tensor& grad_z, const at::Tensor& grad,
                        const at::Tensor& transforms, const BackwardWiring& wiring,
                        const Shape& shape) {
-  mix(grad_z, grad, wiring, transforms, /*flip=*/true, {}, shape);
+  run_expand(grad_z, grad, wiring, transforms, /*flip=*/true, {}, shape);
 }
 
 at::Tensor expand_grad_transforms(const at::Tensor& grad, const at::Tensor& z,
                                   const at::Tensor& sources, const at::Tensor& order,
                                   const Shape& shape) {
   const at::Tensor position = inverse_order(order);
-  if (z.scalar_type() == at::kDouble) return product_double(grad, z, sources, position, shape);
-  return product_tiles(grad, z, sources, position, shape);
+  if (z.scalar_type() == at::kDouble) return transforms_double(grad, z, sources, position, shape);
+  return transforms_sums(grad, z, sources, position, shape);
 }
 
 // Filters up to this size stay in a core's cache.
@@ -288,15 +292,15 @@ void check_packed(const at::Tensor& packed, const at::Tensor& weight) {
                                       weight.size(1) * weight.size(2) * weight.size(3), lanes};
   TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == at::kFloat && packed.is_contiguous() &&
                   packed.sizes() == at::IntArrayRef(sizes),
-              "packed must be what pack_filters makes of weight on this machine, float ",
-              at::IntArrayRef(sizes), ", got ", packed.scalar_type(), " ", packed.sizes());
+              "packed must be pack_filters(weight) of this CPU, float ", at::IntArrayRef(sizes),
+              ", got ", packed.scalar_type(), " ", packed.sizes());
 }
 
 void convolve_in_tiles(const at::Tensor& y, const at::Tensor& x, const PackedFilters& filters,
                        const at::Tensor& transforms, const ForwardWiring& wiring,
                        const Epilogue& epilogue, const Convolution& convolution,
                        const Shape& shape) {
-  const Product product{
+  const ConvolutionTask task{
       .weight = filters.panels.const_data_ptr<float>(),
       .channels = x.size(1),
       .height = x.size(2),
@@ -310,7 +314,7 @@ void convolve_in_tiles(const at::Tensor& y, const at::Tensor& x, const PackedFil
       .dilation_h = convolution.dilation[0],
       .dilation_w = convolution.dilation[1],
   };
-  mix_tiles(y, x, &product, wiring, transforms, epilogue, shape);
+  expand_tiles(y, x, &task, wiring, transforms, epilogue, shape);
 }
 
 }  // namespace sbf

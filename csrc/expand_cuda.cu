@@ -1,13 +1,13 @@
-// CUDA: the kernels of expand and of its gradient by z. They run the functions of mix_block.h, or
-// of expand.h where a tile does not fit into shared memory. Outputs gather, so nothing is added
+// CUDA: the kernels of expand and of its gradient by z. They run the functions of expand_block.h,
+// or of expand.h where a tile does not fit into shared memory. Outputs gather, so nothing is added
 // atomically and results do not depend on scheduling; nothing waits for the device, so that all of
 // it can be captured in a CUDA graph.
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 
 #include "cuda_launch.h"
+#include "expand_block.h"
 #include "kernels.h"
-#include "mix_block.h"
 
 namespace sbf {
 namespace {
@@ -16,9 +16,9 @@ namespace {
 // Double, for gradient checks, may have as many as it likes.
 template <int M, typename scalar_t, typename acc_t, typename Wiring>
 __global__ void __launch_bounds__(kThreads, sizeof(scalar_t) == 8 ? 1 : 3)
-    mix_tiles_kernel(const __grid_constant__ MixArguments<scalar_t, Wiring> arguments) {
+    expand_tiles_kernel(const __grid_constant__ ExpandArguments<scalar_t, Wiring> arguments) {
   extern __shared__ __align__(16) char shared[];
-  mix_tiles<M, scalar_t, acc_t>(Team{}, arguments, shared, blockIdx.x, gridDim.x, blockIdx.y);
+  expand_tiles<M, scalar_t, acc_t>(Team{}, arguments, shared, blockIdx.x, gridDim.x, blockIdx.y);
 }
 
 template <typename scalar_t, typename Wiring>
@@ -35,18 +35,18 @@ struct StripArguments {
   int m;
 };
 
-// One thread makes one strip of one output channel, and goes on a grid's length further.
+// One thread computes one strip of one output channel, and goes on a grid's length further.
 template <int M, typename scalar_t, typename acc_t, typename Wiring>
 __global__ void __launch_bounds__(kThreads, 2)
-    mix_strips_kernel(const __grid_constant__ StripArguments<scalar_t, Wiring> args) {
+    expand_strips_kernel(const __grid_constant__ StripArguments<scalar_t, Wiring> args) {
   const StripGrid& grid = args.grid;
   const int64_t count = grid.count(), step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; index < count;
        index += step) {
     const Strip strip = grid.at(index);
     acc_t sum[kStrip];
-    mix_strip<M>(sum, args.wiring, args.input, args.in_strides, grid.height, grid.width, args.taps,
-                 args.m, strip.image, strip.channel, strip.h0, strip.w);
+    expand_strip<M>(sum, args.wiring, args.input, args.in_strides, grid.height, grid.width,
+                    args.taps, args.m, strip.image, strip.channel, strip.h0, strip.w);
     const acc_t bias =
         args.bias == nullptr ? acc_t(0) : static_cast<acc_t>(args.bias[strip.channel]);
     const int64_t corner = strip.image * args.out_strides.batch +
@@ -63,11 +63,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// output = what the wiring makes of input, which lies in memory as output does. `flip` turns the
+// output = what the wiring gives for input, which lies in memory as output does. `flip` turns the
 // taps around: the gradient of a cross-correlation is one with flipped taps.
 template <typename Wiring>
-void mix(const at::Tensor& output, const at::Tensor& input, const Wiring& wiring,
-         const at::Tensor& transforms, bool flip, const Epilogue& epilogue, const Shape& shape) {
+void launch_expand(const at::Tensor& output, const at::Tensor& input, const Wiring& wiring,
+                   const at::Tensor& transforms, bool flip, const Epilogue& epilogue,
+                   const Shape& shape) {
   const bool channels_last = shape.channels_last();
   int alignment_out = alignment_of(output);
   if (epilogue.residual.has_value()) {
@@ -94,19 +95,19 @@ void mix(const at::Tensor& output, const at::Tensor& input, const Wiring& wiring
              Table<acc_t>::bytes(chunk, slots, shape.m)},
             current_device());
         if (tiling.has_value()) {
-          const MixArguments<scalar_t, Wiring> arguments{out,
-                                                         in,
-                                                         optional_data(epilogue.residual),
-                                                         optional_data(epilogue.bias),
-                                                         taps,
-                                                         wiring,
-                                                         epilogue.activation,
-                                                         *tiling,
-                                                         static_cast<int>(slots)};
+          const ExpandArguments<scalar_t, Wiring> arguments{out,
+                                                            in,
+                                                            optional_data(epilogue.residual),
+                                                            optional_data(epilogue.bias),
+                                                            taps,
+                                                            wiring,
+                                                            epilogue.activation,
+                                                            *tiling,
+                                                            static_cast<int>(slots)};
           const dim3 blocks(static_cast<unsigned>(std::min<int64_t>(tiling->tiles(), INT32_MAX)),
                             tiling->splits);
-          launch(shape.m == 3 ? mix_tiles_kernel<3, scalar_t, acc_t, Wiring>
-                              : mix_tiles_kernel<1, scalar_t, acc_t, Wiring>,
+          launch(shape.m == 3 ? expand_tiles_kernel<3, scalar_t, acc_t, Wiring>
+                              : expand_tiles_kernel<1, scalar_t, acc_t, Wiring>,
                  blocks, tiling->bytes, arguments);
           return;
         }
@@ -124,21 +125,21 @@ void mix(const at::Tensor& output, const at::Tensor& input, const Wiring& wiring
                                                          shape.m};
         const dim3 blocks(
             static_cast<unsigned>(std::min<int64_t>(ceil_div(grid.count(), kThreads), INT32_MAX)));
-        launch(shape.m == 3 ? mix_strips_kernel<3, scalar_t, acc_t, Wiring>
-                            : mix_strips_kernel<1, scalar_t, acc_t, Wiring>,
+        launch(shape.m == 3 ? expand_strips_kernel<3, scalar_t, acc_t, Wiring>
+                            : expand_strips_kernel<1, scalar_t, acc_t, Wiring>,
                blocks, 0, arguments);
       });
 }
 
 void expand(const at::Tensor& y, const at::Tensor& z, const at::Tensor& transforms,
             const ForwardWiring& wiring, const Epilogue& epilogue, const Shape& shape) {
-  mix(y, z, wiring, transforms, /*flip=*/false, epilogue, shape);
+  launch_expand(y, z, wiring, transforms, /*flip=*/false, epilogue, shape);
 }
 
 void expand_grad_input(const at::Tensor& grad_z, const at::Tensor& grad,
                        const at::Tensor& transforms, const BackwardWiring& wiring,
                        const Shape& shape) {
-  mix(grad_z, grad, wiring, transforms, /*flip=*/true, {}, shape);
+  launch_expand(grad_z, grad, wiring, transforms, /*flip=*/true, {}, shape);
 }
 
 }  // namespace

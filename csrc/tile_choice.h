@@ -23,7 +23,7 @@ struct Problem {
   int64_t extra;                    // bytes of shared memory, besides tile and stage
 };
 
-// Output channels that are made at a time: a line of the cache.
+// Output channels that are computed at a time: a line of the cache.
 constexpr int chunk_of(int element_size) { return 128 / element_size; }
 
 // Chooses the tile for which a multiprocessor should be busy least, by a model that no measurement
@@ -74,18 +74,18 @@ inline std::optional<Tiling> tile_for(const Problem& p, const Device& device) {
       const double loaded = static_cast<double>((p.height + 2 * border * (down - 1)) *
                                                 (p.width + 2 * border * (across - 1)) * p.inputs) /
                             static_cast<double>(down * across);
-      // ... and makes its share of the outputs, with idle threads where the units do not divide the
-      // block, and with bank conflicts where a warp works on several channels.
+      // ... and computes its share of the outputs, with idle threads where the units do not divide
+      // the block, and with bank conflicts where a warp works on several channels.
       const double channels_at_once = std::max(1.0, 32.0 / static_cast<double>(units));
       const double slowed = (1 + 0.35 * std::log2(channels_at_once)) * kThreads /
                             static_cast<double>(kThreads / units * units);
-      const double made = static_cast<double>(rows * columns * p.outputs) /
-                          static_cast<double>(splits) * (0.6 + 0.4 * slowed);
+      const double computed = static_cast<double>(rows * columns * p.outputs) /
+                              static_cast<double>(splits) * (0.6 + 0.4 * slowed);
       constexpr double kLatency = 4096;
       const double alone = resident >= 3 ? 1.0 : resident == 2 ? 1.15 : 1.5;
       const double turns =
           std::max(1.0, static_cast<double>(tiles * splits) / device.multiprocessors);
-      const double cost = turns * (loaded + made + kLatency) * alone;
+      const double cost = turns * (loaded + computed + kLatency) * alone;
       if (best.has_value() && cost >= best_cost) continue;
       best_cost = cost;
       best = Tiling{p.batch,

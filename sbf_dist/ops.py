@@ -247,22 +247,7 @@ def _(z_shape, transforms_shape, *args, **kwargs) -> int:
 
 
 @register_flop_formula(torch.ops.sbf.conv2d)
-def _(
-    x_shape,
-    weight_shape,
-    transforms_shape,
-    sources_shape,
-    order_shape,
-    bias_shape,
-    residual_shape,
-    stride,
-    padding,
-    dilation,
-    groups,
-    *args,
-    out_shape,
-    **kwargs,
-) -> int:
+def _(x_shape, weight_shape, transforms_shape, *args, out_shape, **kwargs) -> int:
     n, _, h, w = out_shape
     p, s, m, _ = transforms_shape
     per_pixel = math.prod(weight_shape) + p * s * m * m

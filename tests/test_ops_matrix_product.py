@@ -1,4 +1,4 @@
-"""Rebuilt channels of m = 1 and many sources: matrix products, by tiles or, large ones, by ATen."""
+"""Rebuilt channels of m = 1 and many sources: summed in tiles or, where large, matrix products."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from test_ops_conv2d import problem
 from sbf_dist import _C
 from sbf_dist.ops import ACTIVATIONS, expand
 
-SOURCES = [8, 9, 12, 20]  # the first is gathered; of 20, some basis channel comes twice
+SOURCES = [8, 9, 12, 20]  # the first is gathered; of 20, some basis channel is drawn twice
 SIZES = [(7, 5), (61, 65)]  # of 35 channels from 12: by tiles, and beyond MAX_TILE_MULTIPLY_ADDS
 
 
