@@ -10,6 +10,7 @@ from test_ops import arguments
 from torch import func
 from torch.autograd import forward_ad
 
+from sbf_dist import ops_gradients
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.ops import expand, expand_reference, sbf_conv2d, sbf_conv2d_reference
 
@@ -70,6 +71,16 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_transformed_functions_equal_those_of_the_reference(case):
     torch.testing.assert_close(CASES[case](expand), CASES[case](expand_reference))
+
+
+@pytest.mark.parametrize("case", ["gradient", "forward mode without torch.func"])
+def test_a_pytorch_that_cannot_say_what_is_active_gives_the_same(case, monkeypatch):
+    monkeypatch.setattr(ops_gradients, "_is_transforming", lambda: True)
+    torch.testing.assert_close(CASES[case](expand), CASES[case](expand_reference))
+    leaves = [t.clone().requires_grad_() for t in (Z, TRANSFORMS)]
+    loss(expand)(leaves[1], leaves[0]).backward()
+    wanted = CASES["gradient"](expand_reference)
+    torch.testing.assert_close((leaves[1].grad, leaves[0].grad), wanted)
 
 
 @pytest.mark.parametrize("dims", [(0, None), (None, 0), (0, 0)])
