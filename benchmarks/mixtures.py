@@ -3,7 +3,7 @@
     python benchmarks/mixtures.py --json benchmarks/results/mixtures.json
 
 Beside the dense convolution with its ReLU, in float32 and channels_last: as `sbf_conv2d` ("one
-operator", which mixes within its tiles up to MIXED_IN_TILES multiply-adds), as two oneDNN
+operator", which mixes within its tiles up to MAX_TILE_MULTIPLY_ADDS multiply-adds), as two oneDNN
 convolutions ("two calls"), and as `optimize` chooses; and the layer of m = 3 with four sources.
 Each keeps as many filters as a share of the dense layer's multiply-adds allows. Medians of
 interleaved rounds; ratios above 1 are faster than dense. Narrow layers on small maps are

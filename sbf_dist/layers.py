@@ -182,7 +182,8 @@ class SBFConv2d(nn.Module):
         """(N, in_channels, H, W) -> (N, out_channels, H', W'), as nn.Conv2d, in x's layout.
 
         Without gradients it is one operator, with them two: the basis features are kept for the
-        backward pass. With something between basis and transformations there are always two.
+        backward pass. With something between basis and transformations there are always two, and in
+        a traced or exported graph, which must not depend on the mode it was recorded in.
         """
         if self._is_one_operator(x):
             return sbf_conv2d(
@@ -210,6 +211,8 @@ class SBFConv2d(nn.Module):
         kind = x.device.type
         return not (
             torch.is_grad_enabled()
+            or torch.jit.is_tracing()
+            or torch.compiler.is_exporting()
             or (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind))
             or self.padding_mode != "zeros"
             or isinstance(self.padding, str)

@@ -1,7 +1,7 @@
 """The operator `expand`: rebuilds pruned channels from the channels that are kept.
 
 The kernels are in csrc/, reached as torch.ops.sbf.*; here are the plain PyTorch reference, and what
-PyTorch must know of the operators: shapes (fake), gradients, FLOPs.
+PyTorch must know of the operators: shapes (fake) and FLOPs. Gradients are in ops_gradients.py.
 """
 
 import math
@@ -12,27 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-REBUILD = "pip install --no-build-isolation -e . (in the root of the repository)"
-
-try:
-    from sbf_dist import _C
-except ImportError as error:
-    raise ImportError(
-        "the extension sbf_dist._C is missing, or was built against another PyTorch than "
-        f"{torch.__version__}: build it with {REBUILD}"
-    ) from error
-
-
-def check_build(built_against: str, running: str) -> None:
-    """Raise ImportError unless both PyTorch versions have the same major and minor number."""
-    if built_against.split(".")[:2] != running.split(".")[:2]:
-        raise ImportError(
-            f"the extension sbf_dist._C was built against PyTorch {built_against}, but this is "
-            f"PyTorch {running}: rebuild it with {REBUILD}"
-        )
-
-
-check_build(_C.build_info()["torch"], torch.__version__)
+from sbf_dist.extension import build_info
+from sbf_dist.ops_gradients import Expand
 
 
 def expand(
@@ -54,7 +35,7 @@ def expand(
     """
     if bias is not None:
         bias = bias.to(z.dtype)
-    return torch.ops.sbf.expand(z, transforms.to(z.dtype), sources, order, bias)
+    return Expand.call(z, transforms.to(z.dtype), sources, order, bias)
 
 
 def expand_reference(
@@ -70,8 +51,8 @@ def expand_reference(
         # One group per rebuilt channel: it sees its own S sources.
         gathered = z[:, sources.flatten()]
         assert gathered.shape[1] == rebuilt * per_channel
-        made = F.conv2d(gathered, transforms, padding=(size - 1) // 2, groups=rebuilt)
-        z = torch.cat([z, made], dim=1)
+        rebuilt_channels = F.conv2d(gathered, transforms, padding=(size - 1) // 2, groups=rebuilt)
+        z = torch.cat([z, rebuilt_channels], dim=1)
     y = z[:, order]
     if bias is not None:
         y = y + bias.to(y.dtype).view(1, -1, 1, 1)
@@ -189,8 +170,20 @@ def _like(features: Tensor, shape: tuple) -> Tensor:
     )
 
 
+def _check_devices(**tensors: Tensor | None) -> None:
+    """Raise RuntimeError, naming the argument, unless all tensors are on the first one's device.
+
+    Calls with one tensor on the meta device come here too, and would return memory as it is.
+    """
+    (first, expected), *others = ((n, t.device) for n, t in tensors.items() if t is not None)
+    for name, device in others:
+        if device != expected:
+            raise RuntimeError(f"{name} must be on the device of {first}, {expected}, got {device}")
+
+
 @torch.library.register_fake("sbf::expand")
 def _(z, transforms, sources, order, bias):
+    _check_devices(z=z, transforms=transforms, sources=sources, order=order, bias=bias)
     torch._check(
         z.dim() == 4 and transforms.dim() == 4,
         lambda: f"z and transforms must have 4 dimensions, got {z.shape} and {transforms.shape}",
@@ -207,102 +200,53 @@ def _(z, transforms, sources, order, bias):
 
 
 @torch.library.register_fake("sbf::conv2d")
-def _(x, weight, transforms, sources, order, bias, residual, *settings):
-    stride, padding, dilation, groups, _activation, _packed = settings
+def _(
+    x,
+    weight,
+    transforms,
+    sources,
+    order,
+    bias,
+    residual,
+    stride,
+    padding,
+    dilation,
+    groups,
+    activation,
+    packed,
+):
+    _check_devices(
+        x=x,
+        weight=weight,
+        transforms=transforms,
+        sources=sources,
+        order=order,
+        bias=bias,
+        residual=residual,
+        packed=packed,
+    )
     z = F.conv2d(x, weight, None, stride, padding, dilation, groups)
     return _like(x, (z.shape[0], order.shape[0], *z.shape[2:]))
 
 
 @torch.library.register_fake("sbf::pack_filters")
 def _(weight):
-    lanes = _C.build_info()["cpu_lanes"]
+    lanes = build_info()["cpu_lanes"]
     panels = (weight.shape[0] + lanes - 1) // lanes
     return weight.new_empty((panels, math.prod(weight.shape[1:]), lanes))
 
 
 @torch.library.register_fake("sbf::expand_grad_input")
 def _(grad, transforms, sources, order):
+    _check_devices(grad=grad, transforms=transforms, sources=sources, order=order)
     basis = order.shape[0] - sources.shape[0]
     return _like(grad, (grad.shape[0], basis, *grad.shape[2:]))
 
 
 @torch.library.register_fake("sbf::expand_grad_transforms")
 def _(grad, z, sources, order, size):
+    _check_devices(z=z, grad=grad, sources=sources, order=order)
     return z.new_empty((*sources.shape, size, size))
-
-
-# ---------------------------------------------------------------- gradients
-
-# expand is linear in z and in transforms, so its gradients are too, and the three operators are
-# closed under differentiation: no order of derivative needs another kernel.
-
-
-def _save_for_expand(ctx, inputs, output):
-    z, transforms, sources, order, _ = inputs
-    ctx.size = transforms.shape[-1]
-    # z is the larger by far: keep it only for transforms that are trained.
-    kept_z = z if ctx.needs_input_grad[1] else None
-    kept_transforms = transforms if ctx.needs_input_grad[0] else None
-    ctx.save_for_backward(kept_z, kept_transforms, sources, order)
-
-
-def _expand_backward(ctx, grad):
-    z, transforms, sources, order = ctx.saved_tensors
-    grad_z = grad_transforms = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_z = torch.ops.sbf.expand_grad_input(grad, transforms, sources, order)
-    if ctx.needs_input_grad[1]:
-        grad_transforms = torch.ops.sbf.expand_grad_transforms(grad, z, sources, order, ctx.size)
-    if ctx.needs_input_grad[4]:
-        grad_bias = grad.sum((0, 2, 3))
-    return grad_z, grad_transforms, None, None, grad_bias
-
-
-def _save_for_grad_input(ctx, inputs, output):
-    grad, transforms, sources, order = inputs
-    ctx.size = transforms.shape[-1]
-    ctx.save_for_backward(grad, transforms, sources, order)
-
-
-def _grad_input_backward(ctx, outer):
-    grad, transforms, sources, order = ctx.saved_tensors
-    grad_grad = grad_transforms = None
-    if ctx.needs_input_grad[0]:
-        grad_grad = torch.ops.sbf.expand(outer, transforms, sources, order, None)
-    if ctx.needs_input_grad[1]:
-        grad_transforms = torch.ops.sbf.expand_grad_transforms(
-            grad, outer, sources, order, ctx.size
-        )
-    return grad_grad, grad_transforms, None, None
-
-
-def _save_for_grad_transforms(ctx, inputs, output):
-    grad, z, sources, order, _ = inputs
-    ctx.save_for_backward(grad, z, sources, order)
-
-
-def _grad_transforms_backward(ctx, outer):
-    grad, z, sources, order = ctx.saved_tensors
-    # Kept channels have no transforms: nothing flows through them here.
-    kept = (order < z.shape[1]).view(1, -1, 1, 1)
-    grad_grad = grad_z = None
-    if ctx.needs_input_grad[0]:
-        through = torch.ops.sbf.expand(z, outer, sources, order, None)
-        grad_grad = through.masked_fill(kept, 0)
-    if ctx.needs_input_grad[1]:
-        grad_z = torch.ops.sbf.expand_grad_input(grad.masked_fill(kept, 0), outer, sources, order)
-    return grad_grad, grad_z, None, None, None
-
-
-torch.library.register_autograd("sbf::expand", _expand_backward, setup_context=_save_for_expand)
-torch.library.register_autograd(
-    "sbf::expand_grad_input", _grad_input_backward, setup_context=_save_for_grad_input
-)
-torch.library.register_autograd(
-    "sbf::expand_grad_transforms",
-    _grad_transforms_backward,
-    setup_context=_save_for_grad_transforms,
-)
 
 
 # ---------------------------------------------------------------- FLOPs: 2 per multiply-add

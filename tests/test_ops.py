@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from sbf_dist import _C
-from sbf_dist.ops import check_build, expand, expand_reference
+from sbf_dist.extension import check_build
+from sbf_dist.ops import expand, expand_reference
 
 GPU = pytest.param(
     "cuda",
@@ -311,7 +312,7 @@ def test_cuda_tensors_without_a_cuda_build_are_refused_with_the_remedy(name):
         getattr(torch.ops.sbf, name).default.redispatch(keys, *args)
 
 
-def test_build_information_tells_what_was_built():
+def test_build_information_says_what_was_built():
     info = _C.build_info()
     assert set(info) == {"cuda", "cuda_archs", "compiler", "torch", "cpu_lanes"}
     assert bool(info["cuda_archs"]) == info["cuda"]
@@ -330,14 +331,14 @@ def test_missing_extension_is_reported_with_the_remedy():
         "try:\n    import sbf_dist.ops\n"
         "except ImportError as error:\n    print(error)\n"
     )
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
         text=True,
         check=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
-    assert "build it with pip install --no-build-isolation" in told.stdout
+    assert "build it with pip install --no-build-isolation" in done.stdout
 
 
 @pytest.mark.gpu

@@ -336,7 +336,7 @@ def test_what_is_not_finite_stays_where_it_belongs(kernel, layout, size, value):
     )
     x, order = args[0], args[4]
     spoilt = torch.zeros(1, 1, 22, 21)
-    # At the ends of rows and of the image, where a neighbour in memory is none in the image.
+    # At the ends of rows and of the image, where neighbours in memory are no neighbours.
     for h, w in [(0, 0), (6, 20), (13, 0), (21, 20)]:
         x[..., h, w] = value
         spoilt[..., h, w] = 1
@@ -472,11 +472,11 @@ def replaced(**changes):
         ),
         (
             replaced(packed=lambda _: pack_filters(torch.randn(4, 2, 3, 3))),
-            r"packed must be what pack_filters makes of weight",
+            r"packed must be pack_filters\(weight\) of this CPU",
         ),
         (
             replaced(packed=lambda _: torch.zeros(1, 27, _C.build_info()["cpu_lanes"]).double()),
-            r"packed must be what pack_filters makes of weight",
+            r"packed must be pack_filters\(weight\) of this CPU",
         ),
     ],
 )

@@ -114,9 +114,9 @@ class FusedConv2d(nn.Module):
 
     oneDNN wants its weights in blocks, and nn.Conv2d reorders them into blocks in every call. Here
     the first call does it once, for the shape of its input (another shape gives the right result,
-    but may be slower); the weights count as constant from then on, until load_state_dict. Under
-    torch.compile, on other devices and for other dtypes than float32 the module runs as the plain
-    operators, which compilers fuse themselves.
+    but may be slower); the weights count as constant from then on, until load_state_dict. In graphs
+    (torch.compile, export, jit.trace), on other devices and for other dtypes than float32 it runs
+    as the plain operators, which compilers fuse themselves.
 
     overwrites_residual: whether nothing reads the residual afterwards, so that the output may take
     its memory. Writing elsewhere costs a widening 1 x 1 layer up to a third of its time.
@@ -172,6 +172,7 @@ class FusedConv2d(nn.Module):
     def _onednn_takes(self, x: Tensor) -> bool:
         return (
             not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()  # oneDNN's blocks are no part of a graph
             and x.device.type == "cpu"
             and x.dim() == 4
             and x.dtype == self.weight.dtype == torch.float32
@@ -225,12 +226,16 @@ class FusedWholeBasis(nn.Module):
             product.bias = nn.Parameter(bias, requires_grad=False)
         self.product = FusedConv2d(product, activation)
         # Of the input, so that a call costs one product: borders do not matter here.
-        self.most_pixels = _C.MIXED_IN_TILES * math.prod(self.basis.stride) // weight.numel()
+        self.most_pixels = (
+            _C.MAX_TILE_MULTIPLY_ADDS * math.prod(self.basis.stride) // weight.numel()
+        )
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Map (N, C_in, H, W), and a residual that broadcasts to the output, to the output."""
         batch, _, height, width = x.shape
-        is_small = batch * height * width <= self.most_pixels
+        # An exported graph is for batches of any size; a compiled one is compiled again.
+        is_saved = torch.compiler.is_exporting() or torch.jit.is_tracing()
+        is_small = not is_saved and batch * height * width <= self.most_pixels
         if is_small and self.tiles.packed is not None and x.dtype == torch.float32:
             return self.tiles(x, residual)
         return self.product(self.basis(x), residual)

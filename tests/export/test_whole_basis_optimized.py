@@ -69,7 +69,7 @@ def test_a_small_product_is_one_operator_and_a_large_one_two(
 ) -> None:
     x = torch.randn(3, 12, *size)
     fused = FusedWholeBasis(whole_basis().eval(), "relu")
-    assert (3 * size[0] * size[1] * 12 * 5 <= _C.MIXED_IN_TILES) == (operators == 1)
+    assert (3 * size[0] * size[1] * 12 * 5 <= _C.MAX_TILE_MULTIPLY_ADDS) == (operators == 1)
     with torch.profiler.profile() as profile, torch.no_grad():
         fused(x.contiguous(memory_format=torch.channels_last))
     names = [event.name for event in profile.events()]

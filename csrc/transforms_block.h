@@ -14,7 +14,7 @@ constexpr int kTermsAtOnce = kThreads / kSharers;
 constexpr int kSumPitch = kThreads + 1;
 
 template <typename scalar_t, typename acc_t>
-struct ProductArguments {
+struct TransformsArguments {
   acc_t* slabs;  // (splits of the tiles, terms, m * m)
   const scalar_t* grad;
   const scalar_t* z;
@@ -25,12 +25,12 @@ struct ProductArguments {
 
 // M is m where there is a kernel for it, 1 otherwise.
 template <int M, typename scalar_t, typename acc_t>
-class ProductBlock {
+class TransformsBlock {
  public:
   static constexpr int64_t kSumBytes = sizeof(acc_t) * M * M * kSumPitch;
 
-  C10_HOST_DEVICE ProductBlock(const ProductArguments<scalar_t, acc_t>& arguments, char* shared,
-                               int64_t tile_index, int64_t slab, bool first)
+  C10_HOST_DEVICE TransformsBlock(const TransformsArguments<scalar_t, acc_t>& arguments,
+                                  char* shared, int64_t tile_index, int64_t slab, bool first)
       : args_(arguments),
         tiling_(arguments.tiling),
         place_(arguments.tiling, tile_index),
@@ -112,7 +112,7 @@ class ProductBlock {
     return slot < args_.wiring.slots(c0, channels(c0)) ? args_.wiring.link(c0, slot) : -1;
   }
 
-  const ProductArguments<scalar_t, acc_t>& args_;
+  const TransformsArguments<scalar_t, acc_t>& args_;
   const Tiling& tiling_;
   Place place_;
   scalar_t* tile_;
@@ -125,14 +125,15 @@ class ProductBlock {
 // The whole of a block's work: the tiles slab, slab + step, ... and, of their output channels, the
 // part `split`.
 template <int M, typename scalar_t, typename acc_t>
-SBF_TEAM void product_tiles(const Team& team, const ProductArguments<scalar_t, acc_t>& arguments,
-                            char* shared, int64_t slab, int64_t step, int split) {
+SBF_TEAM void transforms_tiles(const Team& team,
+                               const TransformsArguments<scalar_t, acc_t>& arguments, char* shared,
+                               int64_t slab, int64_t step, int split) {
   const Tiling& tiling = arguments.tiling;
   const int begin = split * tiling.chunks_each();
   const int end = smaller(tiling.chunks(), begin + tiling.chunks_each());
   if (begin >= end) return;
   for (int64_t index = slab; index < tiling.tiles(); index += step) {
-    const ProductBlock<M, scalar_t, acc_t> block(arguments, shared, index, slab, index == slab);
+    const TransformsBlock<M, scalar_t, acc_t> block(arguments, shared, index, slab, index == slab);
     team.phase([&](int thread) {
       block.load(thread);
       block.load_grad(begin, thread);

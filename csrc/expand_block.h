@@ -13,7 +13,7 @@ namespace sbf {
 C10_HOST_DEVICE constexpr int tap_pitch(int m) { return m == 3 ? 12 : (m * m) | 1; }
 
 template <typename scalar_t, typename Wiring>
-struct MixArguments {
+struct ExpandArguments {
   scalar_t* output;
   const scalar_t* input;
   const scalar_t* residual;  // like output, or null
@@ -25,28 +25,28 @@ struct MixArguments {
   int slots;  // links whose taps fit into shared memory; those beyond are read where they lie
 };
 
-// How one output channel is made.
-struct alignas(16) Recipe {
+// What one output channel is a sum of.
+struct alignas(16) ChannelTerms {
   int copied, links, slot, first;  // input channel or -1; slot and link number of the first link
 };
 
-// Shared memory after the stage: recipes and biases of a chunk, then taps and inputs of its slots.
+// Shared memory after the stage: channels and biases of a chunk, then taps and inputs of its slots.
 template <typename acc_t>
 struct Table {
-  Recipe* recipes;
+  ChannelTerms* channels;
   acc_t* taps;
   acc_t* bias;
   int* inputs;
 
   C10_HOST_DEVICE Table(char* shared, int chunk, int slots, int m)
-      : recipes(reinterpret_cast<Recipe*>(shared)),
-        taps(reinterpret_cast<acc_t*>(recipes + chunk)),
+      : channels(reinterpret_cast<ChannelTerms*>(shared)),
+        taps(reinterpret_cast<acc_t*>(channels + chunk)),
         bias(taps + slots * tap_pitch(m)),
         inputs(reinterpret_cast<int*>(bias + chunk)) {}
 
   static int64_t bytes(int64_t chunk, int64_t slots, int m) {
     const auto acc = static_cast<int64_t>(sizeof(acc_t));
-    return chunk * (static_cast<int64_t>(sizeof(Recipe)) + acc) +
+    return chunk * (static_cast<int64_t>(sizeof(ChannelTerms)) + acc) +
            slots * (tap_pitch(m) * acc + static_cast<int64_t>(sizeof(int)));
   }
 };
@@ -59,10 +59,10 @@ int64_t slots_within(int64_t wanted, int m) {
 
 // M is m where there is a kernel for it, 1 otherwise.
 template <int M, typename scalar_t, typename acc_t, typename Wiring>
-class MixBlock {
+class ExpandBlock {
  public:
-  C10_HOST_DEVICE MixBlock(const MixArguments<scalar_t, Wiring>& arguments, char* shared,
-                           int64_t tile_index)
+  C10_HOST_DEVICE ExpandBlock(const ExpandArguments<scalar_t, Wiring>& arguments, char* shared,
+                              int64_t tile_index)
       : args_(arguments),
         tiling_(arguments.tiling),
         place_(arguments.tiling, tile_index),
@@ -72,21 +72,20 @@ class MixBlock {
                arguments.tiling.m) {}
 
   C10_HOST_DEVICE void load(int thread) const {
-    const int64_t size =
-        static_cast<int64_t>(tiling_.inputs) * tiling_.height * tiling_.width;
+    const int64_t size = static_cast<int64_t>(tiling_.inputs) * tiling_.height * tiling_.width;
     load_tile(tiling_, place_, tile_, args_.input + place_.image * size, thread);
   }
 
-  // Puts a chunk's recipes and taps into the table, and its residual into the stage. A thread
+  // Puts a chunk's channels and taps into the table, and its residual into the stage. A thread
   // touches the part of the stage that it has stored itself, so this may follow `store` at once.
   C10_HOST_DEVICE void prepare(int chunk, int thread) const {
     const int c0 = chunk * tiling_.chunk, count = channels(c0);
     const int taps = M == 3 ? 9 : tiling_.m * tiling_.m;
     for (int c = thread; c < count; c += kThreads) {
-      const Mix mix = args_.wiring.mix(c0 + c);
-      table_.recipes[c] = {static_cast<int>(mix.copied), static_cast<int>(mix.last - mix.first),
-                           static_cast<int>(args_.wiring.slot(c0, c0 + c)),
-                           static_cast<int>(mix.first)};
+      const ChannelLinks links = args_.wiring.links_of(c0 + c);
+      table_.channels[c] = {
+          static_cast<int>(links.copied), static_cast<int>(links.last - links.first),
+          static_cast<int>(args_.wiring.slot(c0, c0 + c)), static_cast<int>(links.first)};
       table_.bias[c] = args_.bias == nullptr ? acc_t(0) : static_cast<acc_t>(args_.bias[c0 + c]);
     }
     const int64_t wanted = args_.wiring.slots(c0, count);
@@ -107,7 +106,7 @@ class MixBlock {
     }
   }
 
-  // Makes the channels of a chunk in the stage. A thread keeps to its strip of pixels.
+  // Computes the channels of a chunk in the stage. A thread keeps to its strip of pixels.
   C10_HOST_DEVICE void compute(int chunk, int thread) const {
     const int count = channels(chunk * tiling_.chunk), units = tiling_.units();
     const int each = kThreads / units, first = thread / units;
@@ -117,18 +116,18 @@ class MixBlock {
     const scalar_t* pixels = tile_ + tile.at(0, unit.row, unit.column);
     const scalar_t* corners = pixels - tiling_.border() * (tile.row + tile.column);
     for (int c = first; c < count; c += each) {
-      const Recipe recipe = table_.recipes[c];
+      const ChannelTerms terms = table_.channels[c];
       acc_t sum[kStrip];
 #pragma unroll
       for (int k = 0; k < kStrip; ++k) {
-        sum[k] = recipe.copied < 0 ? acc_t(0)
-                                   : static_cast<acc_t>(
-                                         pixels[recipe.copied * tile.channel + k * tile.row]);
+        sum[k] = terms.copied < 0
+                     ? acc_t(0)
+                     : static_cast<acc_t>(pixels[terms.copied * tile.channel + k * tile.row]);
       }
-      for (int link = 0; link < recipe.links; ++link) {
-        const int slot = recipe.slot + link;
+      for (int link = 0; link < terms.links; ++link) {
+        const int slot = terms.slot + link;
         const bool held = slot < args_.slots;
-        const int64_t far = recipe.first + link;
+        const int64_t far = terms.first + link;
         const int input = held ? table_.inputs[slot] : static_cast<int>(args_.wiring.input(far));
         add_term(sum, corners + input * tile.channel, table_.taps + slot * pitch(),
                  held ? -1 : args_.wiring.term(far));
@@ -198,7 +197,7 @@ class MixBlock {
     }
   }
 
-  const MixArguments<scalar_t, Wiring>& args_;
+  const ExpandArguments<scalar_t, Wiring>& args_;
   const Tiling& tiling_;
   Place place_;
   scalar_t* tile_;
@@ -206,17 +205,17 @@ class MixBlock {
   Table<acc_t> table_;
 };
 
-// The whole of a block's work: the tiles index, index + step, ... and, of their output channels, the
-// part `split`.
+// The whole of a block's work: the tiles index, index + step, ... and, of their output channels,
+// the part `split`.
 template <int M, typename scalar_t, typename acc_t, typename Wiring>
-SBF_TEAM void mix_tiles(const Team& team, const MixArguments<scalar_t, Wiring>& arguments,
-                        char* shared, int64_t index, int64_t step, int split) {
+SBF_TEAM void expand_tiles(const Team& team, const ExpandArguments<scalar_t, Wiring>& arguments,
+                           char* shared, int64_t index, int64_t step, int split) {
   const Tiling& tiling = arguments.tiling;
   const int begin = split * tiling.chunks_each();
   const int end = smaller(tiling.chunks(), begin + tiling.chunks_each());
   if (begin >= end) return;
   for (; index < tiling.tiles(); index += step) {
-    const MixBlock<M, scalar_t, acc_t, Wiring> block(arguments, shared, index);
+    const ExpandBlock<M, scalar_t, acc_t, Wiring> block(arguments, shared, index);
     team.phase([&](int thread) {
       block.load(thread);
       block.prepare(begin, thread);

@@ -1,4 +1,4 @@
-"""Rebuilt channels of m = 1 and many sources: matrix products, by tiles or, large ones, by ATen."""
+"""Rebuilt channels of m = 1 and many sources: summed in tiles or, where large, matrix products."""
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ from test_ops_conv2d import problem
 from sbf_dist import _C
 from sbf_dist.ops import ACTIVATIONS, expand
 
-SOURCES = [8, 9, 12, 20]  # the first is gathered; of 20, some basis channel comes twice
-SIZES = [(7, 5), (61, 65)]  # of 35 channels from 12: by tiles, and beyond MIXED_IN_TILES
+SOURCES = [8, 9, 12, 20]  # the first is gathered; of 20, some basis channel is drawn twice
+SIZES = [(7, 5), (61, 65)]  # of 35 channels from 12: by tiles, and beyond MAX_TILE_MULTIPLY_ADDS
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -20,7 +20,7 @@ SIZES = [(7, 5), (61, 65)]  # of 35 channels from 12: by tiles, and beyond MIXED
 @pytest.mark.parametrize("size", SIZES)
 def test_output_and_gradients_equal_the_reference(size, layout, dtype, per_channel, device):
     shape = (2, 12, 23, *size)
-    assert (2 * 12 * 35 * size[0] * size[1] > _C.MIXED_IN_TILES) == (size == SIZES[1])
+    assert (2 * 12 * 35 * size[0] * size[1] > _C.MAX_TILE_MULTIPLY_ADDS) == (size == SIZES[1])
     case = arguments(
         *shape, per_channel=per_channel, size=1, dtype=dtype, layout=layout, device=device
     )
