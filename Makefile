@@ -6,19 +6,19 @@ BIN := .venv/bin
 
 setup: .venv/built
 
-# Packages: made anew when the lock changes.
-.venv/installed: requirements.lock
+# Packages: installed again when a lock changes.
+.venv/installed: requirements.lock requirements.build.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --no-build-isolation --requirement requirements.build.lock
 	$(BIN)/pip install --quiet --no-build-isolation --requirement requirements.lock
 	touch $@
 
-# The extension: built anew when a source changes.
+# The extension: built again when a source changes.
 .venv/built: .venv/installed setup.py pyproject.toml $(wildcard csrc/*)
 	$(BIN)/pip install --no-build-isolation --no-deps --editable .
 	@$(BIN)/python -c "import torch; from sbf_dist import _C; info = _C.build_info(); print( \
 	    f'CUDA kernels: built for {info[\"cuda_archs\"]}' if info['cuda'] else \
-	    'CUDA kernels: NOT built; SBF_DIST_CUDA=1 make setup tells why')"
+	    'CUDA kernels: NOT built; SBF_DIST_CUDA=1 make setup says why')"
 	touch $@
 
 demo: setup
@@ -30,6 +30,7 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/* tests/csrc/*.cpp
 	$(BIN)/mypy
 
 # quality.py goes on where it was cut: remove runs/quality after a change of the methods.

@@ -20,15 +20,15 @@ CXX = ["-O3", "-std=c++20", "-fopenmp", "-Wall", "-Wno-unknown-pragmas"]
 
 
 class NoCudaError(Exception):
-    """CUDA cannot or shall not be built, and why."""
+    """CUDA cannot be built, or is not wanted; the message says why."""
 
 
 def run(*command: str | Path) -> str:
     """Run a command and return all that it prints."""
-    told = subprocess.run(
+    done = subprocess.run(
         command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    return told.stdout
+    return done.stdout
 
 
 def cuda_libraries() -> Path:
@@ -45,7 +45,7 @@ def cuda_libraries() -> Path:
     release = re.search(r"release (\d+)\.(\d+)", run(nvcc, "--version"))
     if release is None or release[1] != torch.version.cuda.split(".")[0]:
         raise NoCudaError(f"{nvcc} is not CUDA {torch.version.cuda}, as PyTorch is")
-    # nvcc may be a wrapper: it knows itself where its toolkit lies.
+    # nvcc may be a wrapper: its dry run prints where the toolkit is.
     top = re.search(r"^#\$ TOP=(.+)$", run(nvcc, "--dryrun", "-x", "cu", os.devnull), re.MULTILINE)
     root = Path(top[1]) if top else Path(cpp_extension.CUDA_HOME)
     for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
@@ -60,6 +60,7 @@ def extension():
     if wanted not in (None, "0", "1"):
         raise SystemExit(f"SBF_DIST_CUDA is {wanted!r}: it must be 0, 1 or unset")
     sources = [str(source) for source in sorted(Path("csrc").glob("*.cpp"))]
+    cuda_sources = [str(source) for source in sorted(Path("csrc").glob("*.cu"))]
     depends = [str(header) for header in sorted(Path("csrc").glob("*.h"))]
     try:
         libraries = cuda_libraries()
@@ -78,7 +79,7 @@ def extension():
     print(f"sbf_dist: building for the CPU and CUDA {torch.version.cuda} ({archs})", flush=True)
     return cpp_extension.CUDAExtension(
         "sbf_dist._C",
-        [*sources, "csrc/expand_cuda.cu", "csrc/transforms_cuda.cu"],
+        [*sources, *cuda_sources],
         depends=depends,
         define_macros=[("WITH_CUDA", None), ("SBF_CUDA_ARCHS", f'"{archs}"')],
         library_dirs=[str(libraries)],
@@ -89,6 +90,7 @@ def extension():
 
 setup(
     packages=find_packages(include=["sbf_dist*", "pipelines*", "launchers*"]),
+    package_data={"sbf_dist": ["py.typed"]},
     ext_modules=[extension()],
     cmdclass={"build_ext": cpp_extension.BuildExtension},
 )

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sbf_dist.tracking import origin
+from sbf_dist.provenance import origin
 
 ROOT = Path(__file__).parents[1]
 

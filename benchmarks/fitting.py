@@ -30,14 +30,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sbf_dist import models
-from sbf_dist.budget import Budget
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.candidates import convolution
 from sbf_dist.compression.fitting.layerwise import gather_layers
 from sbf_dist.compression.fitting.statistics import Moments, measure_batch_norm
 from sbf_dist.compression.fitting.transforms import fit_transforms, rank_channels
+from sbf_dist.compression.one_shot import compress
 from sbf_dist.compression.plan import SBFLayer
-from sbf_dist.compression.reconstruct import compress
 
 PHOTOGRAPHS = [
     *(("skimage.data", f) for f in ("astronaut.png", "chelsea.png", "coffee.png", "ihc.png")),
@@ -88,9 +87,7 @@ def cost(images: int, side: int, macs: float, name: str) -> dict:
         part, begun = what, now
         print(f"\r{what} {done}/{of}   {now[0] - start[0]:.0f} s   ", end="", flush=True)
 
-    _, plan = compress(
-        model, noise, model_name=name, classes=1000, budget=Budget(macs=macs), progress=progress
-    )
+    _, plan = compress(model, noise, name=name, progress=progress, macs=macs)
     progress("", 1, 1)
     print()
     return {
@@ -168,13 +165,7 @@ def errors(macs: float, name: str) -> dict:
     with torch.no_grad():
         top1 = float((model(others).argmax(1) == other_labels).float().mean())
         calibration, unseen = Calibration.of(images[:512]), Calibration.of(others)
-        _, plan = compress(
-            model,
-            calibration,
-            model_name=name,
-            classes=len(PHOTOGRAPHS),
-            budget=Budget(macs=macs),
-        )
+        _, plan = compress(model, calibration, name=name, macs=macs)
         layers = {n: layer for n, layer in plan.layers.items() if isinstance(layer, SBFLayer)}
         sizes = dict.fromkeys(layers, 3)
         rows = {}

@@ -103,7 +103,7 @@ def in_graph(call: Callable[[], object]) -> Callable[[], object]:
 
 
 class PlainConvolution(nn.Module):
-    """A dense convolution with what follows it, as PyTorch runs it by itself."""
+    """A dense convolution with what follows it, as PyTorch runs it uncompiled."""
 
     def __init__(self, conv: nn.Conv2d, relu: bool) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class SbfConvolution(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """torchvision's ResNet-50 with batch norm folded; convolutions are made by `make`.
+    """torchvision's ResNet-50 with batch norm folded; `make` builds its convolutions.
 
     make: called with the folded convolution, whether a ReLU follows, and its number.
     """

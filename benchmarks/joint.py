@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sbf_dist import models
-from sbf_dist.budget import Budget
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.joint import SHARES, JointPlanner
 from sbf_dist.compression.removal.probe import Probe, train_briefly
+from sbf_dist.settings import Compression
 
 SIDE = 16
 CALIBRATION = 512
@@ -102,9 +102,8 @@ def main() -> None:
             planner = JointPlanner(
                 dense,
                 images[:CALIBRATION],
-                model_name=arguments.model,
-                classes=10,
-                budget=Budget(macs=budget),
+                Compression(macs=budget),
+                name=arguments.model,
                 probe=Probe(steps=arguments.probe_steps),
                 seed=seed,
             )

@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import loader_long_list
 import loader_peers as peers
@@ -34,11 +34,13 @@ from loader_images import QUALITY, SIZE, photographs, write_crops, write_shards
 from timing import machine
 from torch import Tensor
 
-from pipelines.augmentation import Augmentation, draw_views
+from pipelines.augmentation import draw_views
 from pipelines.index import DataIndex
 from pipelines.loader import TrainLoader
 from pipelines.memory import decode_all
+from pipelines.reader import Reader
 from pipelines.sources.folder import index_folder
+from sbf_dist.settings import Augmentation, View
 
 THREADS = 2
 PHOTO_BATCH, CIFAR_BATCH = 64, 256
@@ -47,19 +49,24 @@ SETTLING = 0.5  # seconds in which the queues of the last turn fill up again
 Batches = Iterator[Tensor]
 
 
-def ours(index: DataIndex, batch: int, side: int, **arguments) -> Batches:
-    settings = {"augmentation": Augmentation(min_scale=0.08), "threads": THREADS} | arguments
+PHOTO = Augmentation(min_scale=0.08)
+
+
+def ours(
+    index: DataIndex,
+    batch: int,
+    side: int,
+    augmentation: Augmentation = PHOTO,
+    cache: Literal["none", "memory"] = "none",
+) -> Batches:
     loader = TrainLoader(
         index,
         ["labelled"],
+        Reader(threads=THREADS, cache=cache),
         batch_size=batch,
-        image_size=side,
-        mean=peers.MEAN,
-        std=peers.STD,
+        view=View(image_size=side, mean=peers.MEAN, std=peers.STD),
+        augmentation=augmentation,
         seed=1,
-        rank=0,
-        world_size=1,
-        **settings,
     )
     return (batch["image"] for batch in loader)
 
@@ -68,7 +75,7 @@ def some_views(index: DataIndex) -> list[tuple[Any, Any, Any]]:
     """Crops and flips of thirty batches, as ours has them."""
     drawn = [
         draw_views(
-            Augmentation(min_scale=0.08),
+            PHOTO,
             np.tile(index.sizes[:1], (PHOTO_BATCH, 1)),
             image_size=peers.SIDE,
             seed=2,
@@ -142,7 +149,7 @@ def one_photograph() -> bytes:
 # --- all of it -----------------------------------------------------------------------------------
 
 
-def told(title: str, values: dict[str, float]) -> None:
+def show(title: str, values: dict[str, float]) -> None:
     print(f"{title}: " + ", ".join(f"{name} {value:,.4g}" for name, value in values.items()))
 
 
@@ -166,12 +173,12 @@ def main() -> None:
             return measure(Path(folder))
 
     photos, indexing = measured(lambda folder: photo_rates(folder, options.images, options.rounds))
-    told("photographs, images/s", photos)
-    told("  ours is so many times", ratios(photos, "ours"))
+    show("photographs, images/s", photos)
+    show("  ours is so many times", ratios(photos, "ours"))
     cifar = measured(lambda folder: cifar_rates(folder, 10_000, options.rounds))
-    told("cifar, images/s", cifar)
+    show("cifar, images/s", cifar)
     long = measured(lambda folder: loader_long_list.measure(folder, one_photograph()))
-    told("long list", long)
+    show("long list", long)
     if options.json:
         result = {
             "date": datetime.date.today().isoformat(),

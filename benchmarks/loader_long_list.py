@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.augmentation import Augmentation
 from pipelines.index import DataIndex
 from pipelines.loader import TrainLoader
 from pipelines.order import SampleStream
+from pipelines.reader import Reader
+from sbf_dist.settings import Augmentation, View
 
 NAMES = 1_281_167
 BATCH = 64
@@ -57,15 +58,11 @@ def first_batch(folder: Path) -> dict[str, float]:
     loader = TrainLoader(
         index,
         ["labelled"],
+        Reader(threads=2),
         batch_size=BATCH,
-        image_size=224,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.2, 0.2, 0.2),
+        view=View(image_size=224, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2)),
         augmentation=Augmentation(),
         seed=SEED,
-        rank=0,
-        world_size=1,
-        threads=2,
     )
     next(loader)
     return {

@@ -3,7 +3,7 @@
     python benchmarks/mixtures.py --json benchmarks/results/mixtures.json
 
 Beside the dense convolution with its ReLU, in float32 and channels_last: as `sbf_conv2d` ("one
-operator", which mixes within its tiles up to MIXED_IN_TILES multiply-adds), as two oneDNN
+operator", which mixes within its tiles up to MAX_TILE_MULTIPLY_ADDS multiply-adds), as two oneDNN
 convolutions ("two calls"), and as `optimize` chooses; and the layer of m = 3 with four sources.
 Each keeps as many filters as a share of the dense layer's multiply-adds allows. Medians of
 interleaved rounds; ratios above 1 are faster than dense. Narrow layers on small maps are
@@ -21,7 +21,7 @@ from rich.table import Table
 from timing import interleaved_medians, machine, pin_malloc
 from torch import nn
 
-from sbf_dist.export.fused import FusedConv2d, FusedMixture, FusedSBFConv2d
+from sbf_dist.export.fused import FusedConv2d, FusedSBFConv2d, FusedWholeBasis
 from sbf_dist.layers import SBFConv2d
 
 # inputs, outputs, kernel, side, batch
@@ -71,12 +71,12 @@ def measure(shape: tuple[int, int, int, int, int], share: float, rounds: int) ->
         return SBFConv2d.from_conv(conv, kept, [kept[:sources]] * (outputs - most), size)
 
     mixed = layer(outputs, 1)
-    mixture = FusedMixture(mixed, "relu")
+    mixture = FusedWholeBasis(mixed, "relu")
     dense, few = FusedConv2d(conv, "relu"), FusedSBFConv2d(layer(4, 3), "relu")
     calls = {
         "dense": lambda: dense(x),
         "one operator": lambda: mixture.tiles(x),
-        "two calls": lambda: mixture.mix(mixture.basis(x)),
+        "two calls": lambda: mixture.product(mixture.basis(x)),
         "optimize": lambda: mixture(x),
         "m = 3, S = 4": lambda: few(x),
     }

@@ -28,14 +28,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sbf_dist.budget import Budget
 from sbf_dist.compression.cost import count
+from sbf_dist.compression.one_shot import compress
 from sbf_dist.compression.plan import DenseLayer, Plan, SBFLayer
-from sbf_dist.compression.reconstruct import compress
-from sbf_dist.export.onnx import to_onnx, verify_onnx
+from sbf_dist.export.onnx import export_onnx, verify_onnx
 from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import Card, load_student, save_student
 from sbf_dist.models import build
+from sbf_dist.settings import Compression
 
 SHARE = 0.5  # of the multiply-adds
 TOLERANCE = 1e-3  # of the largest logit: between engines, in float32
@@ -158,7 +158,7 @@ def check(name: str, network: Network, images: int) -> dict:
                 "rounding": (expected - exact).abs().max(),  # of the student itself
             }
         path = Path(folder) / "student.onnx"
-        to_onnx(student, path, card)
+        export_onnx(student, path, card)
         differences["onnx"] = verify_onnx(path, student, few)
     relative = {form: float(value) / scale for form, value in differences.items()}
     # Weights that were fitted to noise may be badly conditioned: then the student's own rounding
@@ -197,16 +197,8 @@ def planned_within(
     macs: float, name: str, network: Network, model: nn.Module, batch: Tensor
 ) -> tuple[nn.Module, Plan]:
     """Plan and fit a student of so many multiply-adds."""
-    return compress(
-        model,
-        batch,
-        model_name=name,
-        classes=network.classes,
-        budget=Budget(macs=macs),
-        sources=2,
-        transform_size=network.transform_size,
-        floor=0.25,
-    )
+    settings = Compression(macs=macs, sources=2, transform_size=network.transform_size, floor=0.25)
+    return compress(model, batch, settings, name=name)
 
 
 def take_a_step(name: str, student: nn.Module, images: Tensor) -> None:

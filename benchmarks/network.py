@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from sbf_dist.compression.convert import convert
 from sbf_dist.compression.cost import count
 from sbf_dist.compression.plan import DenseLayer, Plan, SBFLayer
-from sbf_dist.export.onnx import to_onnx
+from sbf_dist.export.onnx import export_onnx
 from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import Card
 
@@ -163,7 +163,7 @@ def engines(
     for name, model in models.items():
         path = folder / f"{name}.onnx"
         if not path.exists():
-            to_onnx(model, path, _card())
+            export_onnx(model, path, _card())
         fused = optimize(model)
         made[name] = {"eager": in_pytorch(model), "fused": in_pytorch(fused)}
         if compiled:

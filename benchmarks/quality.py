@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 
-from launchers.comparison import compare
-from launchers.display import Display, comparison_table
-from launchers.local_ray import available_cpus
+from launchers.comparison.statistics import comparison_table
+from launchers.comparison.summary import compare
+from launchers.display import Display
+from launchers.machine import available_cpus
 from sbf_dist.compare_recipe import load
-from sbf_dist.tracking import origin
+from sbf_dist.provenance import origin
 
 ROOT = Path(__file__).parents[1]
 DATA = ("photos", "digits")

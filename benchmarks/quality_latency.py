@@ -26,7 +26,7 @@ from sbf_dist import models
 from sbf_dist.compare_recipe import load
 from sbf_dist.export.optimize import optimize
 from sbf_dist.peers.methods import TITLES, compressed
-from sbf_dist.tracking import origin
+from sbf_dist.provenance import origin
 from sbf_dist.weights import load_weights
 
 BATCHES = (1, 64)
@@ -48,16 +48,7 @@ def measure(model: str, runs: Path, rounds: int, display: Display) -> list[dict]
     networks = {("dense", 1.0): optimize(dense)}
     for macs in recipe.macs:
         for method in recipe.methods:
-            made = compressed(
-                method,
-                dense,
-                macs,
-                images,
-                model_name=model,
-                classes=classes,
-                seed=0,
-            )
-            networks[method, macs] = optimize(made)
+            networks[method, macs] = optimize(compressed(method, dense, macs, images, seed=0))
     size = recipe.data.image_size
     rows: list[dict] = [
         {"model": model, "method": method, "macs": macs, "ms": {}} for method, macs in networks

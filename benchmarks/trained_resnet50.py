@@ -31,9 +31,8 @@ from rich.table import Table
 from timing import machine
 from torch import Tensor, nn
 
-from sbf_dist.budget import Budget
 from sbf_dist.compression.cost import count
-from sbf_dist.compression.reconstruct import compress
+from sbf_dist.compression.one_shot import compress
 from sbf_dist.peers.ghost import ghost
 from sbf_dist.peers.low_rank import low_rank
 
@@ -182,13 +181,7 @@ def main() -> None:
     for share in options.macs:
 
         def sbf(share: float = share) -> nn.Module:
-            return compress(
-                dense,
-                calibration,
-                model_name="half-width ResNet-50",
-                classes=1024,
-                budget=Budget(macs=share),
-            )[0]
+            return compress(dense, calibration, name="half-width ResNet-50", macs=share)[0]
 
         ways: dict[str, Callable[[], nn.Module]] = {
             "SBF": sbf,

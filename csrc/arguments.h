@@ -1,4 +1,4 @@
-// The operators' arguments on the host: checks, shapes, and the inverse of the wiring.
+// The operators' arguments: checks, shapes, and the inverse of the wiring.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -27,22 +27,37 @@ struct Shape {
   int64_t batch, height, width;
   int64_t channels, basis, rebuilt, sources_each;  // channels = basis + rebuilt
   int m;
+  at::MemoryFormat format;  // of all features
 
   int64_t terms() const { return rebuilt * sources_each; }
+  bool channels_last() const { return format == at::MemoryFormat::ChannelsLast; }
+};
+
+// What is done to each sum: activation(sum + bias + residual).
+struct Epilogue {
+  std::optional<at::Tensor> bias, residual;
+  Activation activation = Activation::kNone;
+};
+
+struct Convolution {
+  at::IntArrayRef stride, padding, dilation;
+  int64_t groups;
 };
 
 inline Strides strides_of(const at::Tensor& tensor) {
   return {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
 }
 
-inline bool is_channels_last(const at::Tensor& tensor) {
-  return tensor.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
+// Kernels read all tensors at their addresses, which mean something on one device alone.
+inline void check_device(const char* name, const at::Tensor& tensor, const char* other_name,
+                         const at::Tensor& other) {
+  TORCH_CHECK(tensor.device() == other.device(), name, " must be on the device of ", other_name,
+              ", ", other.device(), ", got ", tensor.device());
 }
 
 inline void check_like(const char* name, const at::Tensor& tensor, const char* other_name,
                        const at::Tensor& other) {
-  TORCH_CHECK(tensor.device() == other.device(), name, " must be on the device of ", other_name,
-              ", ", other.device(), ", got ", tensor.device());
+  check_device(name, tensor, other_name, other);
   TORCH_CHECK(tensor.scalar_type() == other.scalar_type(), name, " must have the dtype of ",
               other_name, ", ", other.scalar_type(), ", got ", tensor.scalar_type());
 }
@@ -62,12 +77,17 @@ inline Shape check_wiring(const char* name, const at::Tensor& features, const at
   for (const auto& [wire, tensor] : wiring) {
     TORCH_CHECK(tensor->scalar_type() == at::kLong, wire, " must be int64, got dtype ",
                 tensor->scalar_type());
-    TORCH_CHECK(tensor->device() == features.device(), wire, " must be on the device of ", name,
-                ", ", features.device(), ", got ", tensor->device());
+    check_device(wire, *tensor, name, features);
   }
-  const Shape shape{features.size(0), features.size(2), features.size(3),
-                    order.size(0),    order.size(0) - sources.size(0),
-                    sources.size(0),  sources.size(1),  static_cast<int>(m)};
+  const Shape shape{features.size(0),
+                    features.size(2),
+                    features.size(3),
+                    order.size(0),
+                    order.size(0) - sources.size(0),
+                    sources.size(0),
+                    sources.size(1),
+                    static_cast<int>(m),
+                    features.suggest_memory_format()};
   TORCH_CHECK(shape.basis >= 0, "order must name every rebuilt channel: it has length ",
               shape.channels, " where sources has ", shape.rebuilt, " rows");
   return shape;
@@ -87,8 +107,8 @@ inline void check_values(const Shape& shape, const at::Tensor& sources, const at
   std::vector<bool> seen(shape.channels);
   for (int64_t c = 0; c < shape.channels; ++c) {
     const bool inside = entry[c] >= 0 && entry[c] < shape.channels;
-    TORCH_CHECK(inside && !seen[entry[c]], "order must be a permutation of 0..",
-                shape.channels - 1, ", got ", entry[c], inside ? " twice" : "");
+    TORCH_CHECK(inside && !seen[entry[c]], "order must be a permutation of 0..", shape.channels - 1,
+                ", got ", entry[c], inside ? " twice" : "");
     seen[entry[c]] = true;
   }
 }
@@ -101,8 +121,8 @@ inline void check_transforms(const at::Tensor& transforms) {
 inline void check_transforms(const at::Tensor& transforms, const at::Tensor& sources,
                              const char* name, const at::Tensor& features) {
   TORCH_CHECK(transforms.sizes().slice(0, 2) == sources.sizes(),
-              "transforms must begin with the shape of sources (P, S), ", sources.sizes(),
-              ", got ", transforms.sizes());
+              "transforms must begin with the shape of sources (P, S), ", sources.sizes(), ", got ",
+              transforms.sizes());
   check_like("transforms", transforms, name, features);
 }
 
@@ -112,9 +132,10 @@ inline Shape check_expand(const at::Tensor& z, const at::Tensor& transforms,
   check_transforms(transforms);
   const Shape shape = check_wiring("z", z, sources, order, transforms.size(3));
   check_transforms(transforms, sources, "z", z);
-  TORCH_CHECK(z.size(1) == shape.basis, "order must have length B + P = ",
-              z.size(1) + shape.rebuilt, " (z has B = ", z.size(1), " channels, sources P = ",
-              shape.rebuilt, " rows), got ", shape.channels);
+  TORCH_CHECK(z.size(1) == shape.basis,
+              "order must have length B + P = ", z.size(1) + shape.rebuilt,
+              " (z has B = ", z.size(1), " channels, sources P = ", shape.rebuilt, " rows), got ",
+              shape.channels);
   if (bias.has_value()) {
     TORCH_CHECK(bias->dim() == 1 && bias->size(0) == shape.channels, "bias must have shape (",
                 shape.channels, ",), got ", bias->sizes());
@@ -151,9 +172,10 @@ inline Shape check_grad_transforms(const at::Tensor& grad, const at::Tensor& z,
 // Checks the arguments of conv2d; the shape is that of the basis features and the output.
 inline Shape check_conv2d(const at::Tensor& x, const at::Tensor& weight,
                           const at::Tensor& transforms, const at::Tensor& sources,
-                          const at::Tensor& order, const std::optional<at::Tensor>& bias,
-                          const std::optional<at::Tensor>& residual, at::IntArrayRef stride,
-                          at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+                          const at::Tensor& order, const Epilogue& epilogue,
+                          const Convolution& convolution) {
+  const auto& [stride, padding, dilation, groups] = convolution;
+  const auto& [bias, residual, activation] = epilogue;
   check_transforms(transforms);
   Shape shape = check_wiring("x", x, sources, order, transforms.size(3));
   check_transforms(transforms, sources, "x", x);
@@ -170,9 +192,9 @@ inline Shape check_conv2d(const at::Tensor& x, const at::Tensor& weight,
   const std::pair<const char*, at::IntArrayRef> pairs[] = {
       {"stride", stride}, {"padding", padding}, {"dilation", dilation}};
   for (const auto& [name, pair] : pairs) {
-    const int64_t least = name == pairs[1].first ? 0 : 1;
-    TORCH_CHECK(pair.size() == 2 && pair[0] >= least && pair[1] >= least, name,
-                " must be two numbers of at least ", least, ", got ", pair);
+    const int64_t lowest = name == pairs[1].first ? 0 : 1;
+    TORCH_CHECK(pair.size() == 2 && pair[0] >= lowest && pair[1] >= lowest, name,
+                " must be two numbers of at least ", lowest, ", got ", pair);
   }
   for (int axis = 0; axis < 2; ++axis) {
     const int64_t reach = dilation[axis] * (weight.size(2 + axis) - 1) + 1;
@@ -195,12 +217,6 @@ inline Shape check_conv2d(const at::Tensor& x, const at::Tensor& weight,
   check_values(shape, sources, order);
   return shape;
 }
-
-// What is done to each sum: activation(sum + bias + residual).
-struct Epilogue {
-  std::optional<at::Tensor> bias, residual;
-  Activation activation = Activation::kNone;
-};
 
 // The wiring read backwards. All of it stays on the device of the arguments.
 struct Inverse {

@@ -1,11 +1,12 @@
 // How a block of threads works on a tile: geometry, and copies between memory and shared memory.
-// tile_choice.h chooses the tile. Nothing here needs a GPU: the host runs the same functions, thread by thread.
+// tile_choice.h chooses the tile. Nothing here needs a GPU: the host runs the same functions,
+// thread by thread.
 //
 // A block loads a tile of pixels with its border and with all input channels into shared memory,
-// and makes the output channels a *chunk* at a time in a *stage*, which is then written with wide
-// accesses. Copies go by *runs*, the stretches that are contiguous in memory and in shared memory:
-// the channels of a pixel in channels_last, the pixels of a row otherwise. In shared memory runs
-// lie an odd number of words apart, so that neighbouring threads, which compute neighbouring
+// and computes the output channels a *chunk* at a time in a *stage*, which is then written with
+// wide accesses. Copies go by *runs*, the stretches that are contiguous in memory and in shared
+// memory: the channels of a pixel in channels_last, the pixels of a row otherwise. In shared memory
+// runs lie an odd number of words apart, so that neighbouring threads, which compute neighbouring
 // pixels, read and write different banks in either layout.
 #pragma once
 
@@ -51,7 +52,6 @@ struct Team {
 // ---------------------------------------------------------------- geometry
 
 C10_HOST_DEVICE inline int smaller(int a, int b) { return a < b ? a : b; }
-C10_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Elements in a word, the unit in which shared memory is written.
@@ -92,10 +92,10 @@ struct Tiling {
   int m;
   bool channels_last;
 
-  int rows, columns;  // of a tile; rows are a multiple of kStrip
-  int down, across;   // tiles in an image
-  int chunk;          // output channels made at a time
-  int splits;         // blocks that share the output channels of a tile
+  int rows, columns;          // of a tile; rows are a multiple of kStrip
+  int down, across;           // tiles in an image
+  int chunk;                  // output channels computed at a time
+  int splits;                 // blocks that share the output channels of a tile
   int vector_in, vector_out;  // bytes of an access
   Buffer tile, stage;
   int stage_at, extra_at, bytes;  // of shared memory; what else a kernel needs begins at extra_at
@@ -104,9 +104,7 @@ struct Tiling {
   C10_HOST_DEVICE int units() const { return columns * (rows / kStrip); }
   C10_HOST_DEVICE int64_t tiles() const { return batch * down * across; }
   C10_HOST_DEVICE int chunks() const { return static_cast<int>(ceil_div(outputs, chunk)); }
-  C10_HOST_DEVICE int chunks_each() const {
-    return static_cast<int>(ceil_div(chunks(), splits));
-  }
+  C10_HOST_DEVICE int chunks_each() const { return static_cast<int>(ceil_div(chunks(), splits)); }
 };
 
 // One tile of one image.
@@ -172,8 +170,9 @@ struct SBF_MAY_ALIAS Single {
   Word word;
 };
 
-// The channels [first, first + channels) and pixels [h0, h0 + rows) x [w0, w0 + columns) of an image
-// whose channel 0 begins at `data`. With `padded`, rows and columns may lie outside the image.
+// The channels [first, first + channels) and pixels [h0, h0 + rows) x [w0, w0 + columns) of an
+// image whose channel 0 begins at `data`. With `padded`, rows and columns may lie outside the
+// image.
 template <typename scalar_t>
 struct Region {
   scalar_t* data;
@@ -211,8 +210,8 @@ struct Run {
 };
 
 template <int kBytes, typename scalar_t, typename element_t>
-C10_HOST_DEVICE inline void load_runs(scalar_t* shared, const Buffer& buffer, int row0,
-                                      int column0, const Region<element_t>& region, int thread) {
+C10_HOST_DEVICE inline void load_runs(scalar_t* shared, const Buffer& buffer, int row0, int column0,
+                                      const Region<element_t>& region, int thread) {
   using Moved = Pack<kBytes, scalar_t>;
   constexpr int kEach = kBytes / sizeof(scalar_t), kPerWord = kEach / Moved::kWords;
   const int runs = region.runs(), length = region.length();
@@ -262,7 +261,7 @@ C10_HOST_DEVICE inline void load(int bytes, scalar_t* shared, const Buffer& buff
   } else if (kSize < 8 && bytes == 8) {
     load_runs<8>(shared, buffer, row0, column0, region, thread);
   } else if (kSize < 4 && bytes == 4) {
-    load_runs<kSize < 4 ? 4 : 16>(shared, buffer, row0, column0, region, thread);
+    load_runs<(kSize < 4 ? 4 : 16)>(shared, buffer, row0, column0, region, thread);
   } else {
     load_runs<kSize>(shared, buffer, row0, column0, region, thread);
   }
@@ -277,23 +276,22 @@ C10_HOST_DEVICE inline void store(int bytes, const scalar_t* shared, const Buffe
   } else if (kSize < 8 && bytes == 8) {
     store_runs<8>(shared, buffer, region, thread);
   } else if (kSize < 4 && bytes == 4) {
-    store_runs<kSize < 4 ? 4 : 16>(shared, buffer, region, thread);
+    store_runs<(kSize < 4 ? 4 : 16)>(shared, buffer, region, thread);
   } else {
     store_runs<kSize>(shared, buffer, region, thread);
   }
 }
 
-// Loads the tile at `place` of an input whose image begins at `image`: all channels, all rows that a
-// strip of the place reads, and the border.
+// Loads the tile at `place` of an input whose image begins at `image`: all channels, all rows that
+// a strip of the place reads, and the border.
 template <typename scalar_t>
 C10_HOST_DEVICE inline void load_tile(const Tiling& tiling, const Place& place, scalar_t* tile,
                                       const scalar_t* image, int thread) {
   const int border = tiling.border();
   const int rows = (place.rows + kStrip - 1) / kStrip * kStrip + 2 * border;
-  Region<const scalar_t> region{image,           tiling.height,        tiling.width,
-                                tiling.inputs,   tiling.channels_last, 0,
-                                tiling.inputs,   place.h0 - border,    rows,
-                                place.w0,        place.columns};
+  Region<const scalar_t> region{
+      image,         tiling.height,     tiling.width, tiling.inputs, tiling.channels_last, 0,
+      tiling.inputs, place.h0 - border, rows,         place.w0,      place.columns};
   if (tiling.channels_last) {
     region.w0 -= border;
     region.columns += 2 * border;
@@ -319,8 +317,8 @@ C10_HOST_DEVICE inline Region<scalar_t> output_region(const Tiling& tiling, cons
                                                       scalar_t* data, int first, int channels) {
   scalar_t* image =
       data + place.image * tiling.outputs * tiling.height * static_cast<int64_t>(tiling.width);
-  return {image, tiling.height, tiling.width, tiling.outputs, tiling.channels_last, first,
-          channels, place.h0, place.rows, place.w0, place.columns};
+  return {image,    tiling.height, tiling.width, tiling.outputs, tiling.channels_last, first,
+          channels, place.h0,      place.rows,   place.w0,       place.columns};
 }
 
 }  // namespace sbf

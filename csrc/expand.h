@@ -13,6 +13,8 @@
 
 namespace sbf {
 
+C10_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // ---------------------------------------------------------------- sums, for host and device
 
 // Output rows that are summed at once: a column of pixels shares most of what it reads.
@@ -62,8 +64,8 @@ Taps<scalar_t> taps_of(const scalar_t* transforms, int m, bool flip) {
   return flip ? Taps<scalar_t>{transforms + m * m - 1, -1} : Taps<scalar_t>{transforms, 1};
 }
 
-// The sum of expand. A strip's pixel k is made of the window from its corner: with `read` giving
-// the value that lies `row` rows and `column` columns from the corner of pixel 0,
+// The sum of expand. A strip's pixel k is summed over the window from its corner: with `read`
+// giving the value that lies `row` rows and `column` columns from the corner of pixel 0,
 //     sum[k] += sum over the M x M taps of tap[a*M + b] * read(k + a, b).
 template <int M, typename acc_t, typename Read>
 C10_HOST_DEVICE inline void add_window(acc_t (&sum)[kStrip], const acc_t (&tap)[M * M],
@@ -108,8 +110,8 @@ C10_HOST_DEVICE inline void add_products(acc_t (&sum)[M * M], const acc_t (&grad
 // Adds all m x m taps of one term to the strip from (h0, w) on, with zeros outside the plane; M is
 // m where there is a kernel for it, 1 otherwise.
 template <int M, typename acc_t, typename scalar_t>
-C10_HOST_DEVICE inline void add_taps(acc_t (&sum)[kStrip], const Plane<scalar_t>& plane,
-                                     int64_t h0, int64_t w, const Taps<scalar_t>& taps, int m) {
+C10_HOST_DEVICE inline void add_taps(acc_t (&sum)[kStrip], const Plane<scalar_t>& plane, int64_t h0,
+                                     int64_t w, const Taps<scalar_t>& taps, int m) {
   for (int a0 = 0; a0 < m; a0 += M) {
     for (int b0 = 0; b0 < m; b0 += M) {
       acc_t tap[M * M];
@@ -139,11 +141,12 @@ C10_HOST_DEVICE inline void add_strip_products(acc_t (&sum)[M * M], const Plane<
   });
 }
 
-// ---------------------------------------------------------------- which channel is made of what
+// ---------------------------------------------------------------- which channels a channel is a
+// sum of
 
 // One output channel: the input channel that it copies (-1: none), and the links [first, last)
 // whose terms it adds.
-struct Mix {
+struct ChannelLinks {
   int64_t copied, first, last;
 };
 
@@ -153,7 +156,7 @@ struct ForwardWiring {
   const int64_t* sources;
   int64_t basis, channels, sources_each;
 
-  C10_HOST_DEVICE Mix mix(int64_t channel) const {
+  C10_HOST_DEVICE ChannelLinks links_of(int64_t channel) const {
     const int64_t entry = order[channel];
     CUDA_KERNEL_ASSERT(entry >= 0 && entry < channels && "order must be a permutation");
     if (entry < basis) return {entry, 0, 0};
@@ -170,8 +173,8 @@ struct ForwardWiring {
   C10_HOST_DEVICE int64_t slots(int64_t, int64_t count) const { return count * sources_each; }
   C10_HOST_DEVICE int64_t link(int64_t c0, int slot) const {
     const int each = static_cast<int>(sources_each), c = slot / each;
-    const Mix made = mix(c0 + c);
-    return made.first == made.last ? -1 : made.first + (slot - c * each);
+    const ChannelLinks links = links_of(c0 + c);
+    return links.first == links.last ? -1 : links.first + (slot - c * each);
   }
   C10_HOST_DEVICE int64_t input(int64_t link) const {
     const int64_t source = sources[link];
@@ -188,7 +191,7 @@ struct BackwardWiring {
   const int64_t* begin;     // (B+1,) where each source's terms begin
   int64_t basis, sources_each;
 
-  C10_HOST_DEVICE Mix mix(int64_t feature) const {
+  C10_HOST_DEVICE ChannelLinks links_of(int64_t feature) const {
     return {position[feature], begin[feature], begin[feature + 1]};
   }
   C10_HOST_DEVICE int64_t term(int64_t link) const { return terms[link]; }
@@ -207,21 +210,21 @@ struct BackwardWiring {
 // Sums one strip of output channel `channel` of image `image`; what lies below the last row is
 // not meaningful.
 template <int M, typename acc_t, typename scalar_t, typename Wiring>
-C10_HOST_DEVICE inline void mix_strip(acc_t (&sum)[kStrip], const Wiring& wiring,
-                                      const scalar_t* input, const Strides& strides,
-                                      int64_t height, int64_t width, const Taps<scalar_t>& taps,
-                                      int m, int64_t image, int64_t channel, int64_t h0,
-                                      int64_t w) {
-  const Mix mix = wiring.mix(channel);
+C10_HOST_DEVICE inline void expand_strip(acc_t (&sum)[kStrip], const Wiring& wiring,
+                                         const scalar_t* input, const Strides& strides,
+                                         int64_t height, int64_t width, const Taps<scalar_t>& taps,
+                                         int m, int64_t image, int64_t channel, int64_t h0,
+                                         int64_t w) {
+  const ChannelLinks links = wiring.links_of(channel);
 #pragma unroll
   for (int k = 0; k < kStrip; ++k) {
     sum[k] = acc_t(0);
-    if (mix.copied >= 0 && h0 + k < height) {
-      sum[k] = plane_of(input, strides, height, width, image, mix.copied)
+    if (links.copied >= 0 && h0 + k < height) {
+      sum[k] = plane_of(input, strides, height, width, image, links.copied)
                    .template at<acc_t>(h0 + k, w);
     }
   }
-  for (int64_t link = mix.first; link < mix.last; ++link) {
+  for (int64_t link = links.first; link < links.last; ++link) {
     const auto plane = plane_of(input, strides, height, width, image, wiring.input(link));
     add_taps<M>(sum, plane, h0, w,
                 Taps<scalar_t>{taps.data + wiring.term(link) * m * m, taps.stride}, m);

@@ -1,10 +1,8 @@
-// CPU operators: float, bfloat16 and half work on tiles (tile.h), with the kernels of the best
-// instruction set that the CPU has; double, which serves gradient checks, takes plain strips
+// The CPU's kernels: float, bfloat16 and half are computed in tiles (tile.h), by the kernels of the
+// best instruction set that the CPU has; double, which serves gradient checks, in plain strips
 // (expand_double.h).
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
-#include <torch/library.h>
 
 #include <cstdlib>
 #include <memory>
@@ -12,26 +10,20 @@
 #include <sys/mman.h>
 #endif
 
-#include "arguments.h"
 #include "expand_double.h"
-#include "mixture.h"
+#include "kernels.h"
 #include "tile.h"
+#include "tiling_cpu.h"
 
 namespace sbf {
 namespace {
 
-// What a thread works on at a time should stay in the second-level cache.
-constexpr int64_t kTileBytes = 768 * 1024;
-// An image of this size is not cut: its tiles would lose more at their borders.
-constexpr int64_t kWholeImageBytes = 1536 * 1024;
 // Planes lie pages apart: with small ones, address translation is what takes the time.
-constexpr int64_t kHugePage = 2 * 1024 * 1024;
+constexpr int64_t kHugePageBytes = 2 * 1024 * 1024;
 // Planes of an image that threads share: they should stay in their caches.
-constexpr int64_t kSharedFloats = 512 * 1024;
+constexpr int64_t kMaxSharedFloats = 512 * 1024;
 // Partial sums of the transforms' gradient: a fixed number, so that threads do not change it.
-constexpr int64_t kSlices = 64;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t kNumSlices = 64;
 
 // The kernels of this CPU; the environment's ATEN_CPU_CAPABILITY lowers it, as PyTorch's own.
 const TileKernels& tile_kernels() {
@@ -57,9 +49,9 @@ float* workspace(int64_t floats) {
   thread_local std::unique_ptr<float, Free> memory;
   thread_local int64_t size = 0;
   if (floats > size) {
-    const int64_t bytes = ceil_div(floats * sizeof(float), kHugePage) * kHugePage;
-    size = 0;  // should the next line find none
-    memory.reset(static_cast<float*>(std::aligned_alloc(kHugePage, bytes)));
+    const int64_t bytes = ceil_div(floats * sizeof(float), kHugePageBytes) * kHugePageBytes;
+    size = 0;  // in case the next line fails
+    memory.reset(static_cast<float*>(std::aligned_alloc(kHugePageBytes, bytes)));
     TORCH_CHECK(memory != nullptr, "no memory for a workspace of ", bytes, " bytes");
     size = bytes / static_cast<int64_t>(sizeof(float));
 #if defined(__linux__)
@@ -83,62 +75,9 @@ Element element_of(const at::Tensor& tensor) {
   }
 }
 
-// How images are cut into tiles.
-struct Tiling {
-  int64_t rows, blocks;
-
-  Tiling(int64_t tile_rows, int64_t tiles) : rows(tile_rows), blocks(tiles) {}
-  // `bytes`: what a row needs in a tile. `least`: how many tiles there should be in all, at least.
-  Tiling(const Shape& shape, int64_t bytes, int64_t least) {
-    const int64_t fit = kTileBytes / std::max<int64_t>(1, bytes) - (shape.m - 1);
-    blocks = ceil_div(shape.height, std::clamp<int64_t>(fit, 1, std::max<int64_t>(1, shape.height)));
-    if (shape.height * bytes <= kWholeImageBytes) blocks = 1;
-    blocks = std::clamp<int64_t>(ceil_div(least, std::max<int64_t>(shape.batch, 1)),
-                                 std::max<int64_t>(blocks, 1), std::max<int64_t>(shape.height, 1));
-    rows = ceil_div(shape.height, blocks);
-    blocks = ceil_div(shape.height, rows);
-  }
-};
-
-// For each column of taps the pixels of a tile whose neighbour in that column lies in the row.
-struct Masks {
-  std::vector<int32_t> bits;
-  int64_t stride;
-
-  Masks(int64_t rows, int64_t width, int m) : stride(rows * width + 256) {
-    bits.resize(m * stride);
-    for (int b = 0; b < m; ++b) {
-      const int64_t shift = b - (m - 1) / 2;
-      for (int64_t i = 0; i < rows * width; ++i) {
-        const int64_t neighbour = i % width + shift;
-        bits[b * stride + i] = neighbour >= 0 && neighbour < width ? -1 : 0;
-      }
-    }
-  }
-};
-
-// Which plane each output channel copies, and the links that it adds (see MixTask).
-struct Links {
-  std::vector<int32_t> copied, begin{0}, source;
-  std::vector<int64_t> tap;
-
-  template <typename Wiring>
-  Links(const Wiring& wiring, int64_t outputs, int m) {
-    for (int64_t c = 0; c < outputs; ++c) {
-      const Mix mix = wiring.mix(c);
-      copied.push_back(static_cast<int32_t>(mix.copied));
-      for (int64_t link = mix.first; link < mix.last; ++link) {
-        source.push_back(static_cast<int32_t>(wiring.input(link)));
-        tap.push_back(wiring.term(link) * m * m);
-      }
-      begin.push_back(static_cast<int32_t>(source.size()));
-    }
-  }
-};
-
-// Few images, one after the other, by all threads: each makes some of the planes, then some of the
-// output's channels. Tiles of one image would each need the rows around it.
-void share_images(const MixTask& task, const Product& product, int64_t batch,
+// Fewer images than threads, one after the other, by all threads: each computes some of the planes,
+// then some of the output's channels. Tiles of one image would each need the rows around it.
+void share_images(const ExpandTask& task, const ConvolutionTask& convolution, int64_t batch,
                   const TileKernels& kernels, int64_t floats) {
   const int64_t threads = at::get_num_threads();
   const auto part = [&](int64_t thread, int64_t channels) {
@@ -152,43 +91,47 @@ void share_images(const MixTask& task, const Product& product, int64_t batch,
   for (int64_t n = 0; n < batch; ++n) {
     at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
       for (int64_t t = first; t < last; ++t) {
-        kernels.multiply(task, product, n, part(t, task.inputs), part(t, task.outputs), planes,
+        kernels.convolve(task, convolution, n, part(t, task.inputs), part(t, task.outputs), planes,
                          workspace<Memory::kOwn>(floats));
       }
     });
     at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
       for (int64_t t = first; t < last; ++t) {
-        kernels.store(task, n, part(t, task.outputs), planes, workspace<Memory::kOwn>(floats));
+        kernels.expand_planes(task, n, part(t, task.outputs), planes,
+                              workspace<Memory::kOwn>(floats));
       }
     });
   }
 }
 
-// output = what the wiring makes of input, or of the planes that `product` makes of it.
+// output = what the wiring gives for input, or for its convolution.
 template <typename Wiring>
-void mix_tiles(const at::Tensor& output, const at::Tensor& input, int64_t inputs,
-               const Product* product, const Wiring& wiring, const at::Tensor& taps,
-               const Epilogue& epilogue, const Shape& shape, bool channels_last) {
+void expand_tiles(const at::Tensor& output, const at::Tensor& input,
+                  const ConvolutionTask* convolution, const Wiring& wiring, const at::Tensor& taps,
+                  const Epilogue& epilogue, const Shape& shape) {
   const int64_t outputs = output.size(1);
+  const int64_t inputs = convolution == nullptr ? input.size(1) : shape.basis;
+  const bool channels_last = shape.channels_last();
   int64_t floats_per_row = (inputs + outputs) * shape.width;
-  if (product != nullptr && (!channels_last || product->kernel_h > 1)) {
-    floats_per_row += product->channels * product->stride_h * product->stride_w * shape.width;
+  if (convolution != nullptr && (!channels_last || convolution->kernel_h > 1)) {
+    floats_per_row +=
+        convolution->channels * convolution->stride_h * convolution->stride_w * shape.width;
   }
   const int64_t row_bytes = floats_per_row * static_cast<int64_t>(sizeof(float));
-  Tiling tiling(shape, row_bytes, at::get_num_threads());
-  const int64_t threads = at::get_num_threads(), panels = ceil_div(inputs, tile_kernels().lanes);
+  RowBlocks tiling(shape, row_bytes, at::get_num_threads());
+  const TileKernels& kernels = tile_kernels();
+  const int64_t threads = at::get_num_threads(), panels = ceil_div(inputs, kernels.lanes);
   const bool even = panels % threads == 0 || panels >= 4 * threads;
-  const bool shared = product != nullptr && shape.batch < threads && even &&
-                      inputs * shape.width * shape.height <= kSharedFloats;
+  const bool shared = convolution != nullptr && shape.batch < threads && even &&
+                      inputs * shape.width * shape.height <= kMaxSharedFloats;
   if (shared) tiling = {shape.height, 1};
   const Masks masks(tiling.rows, shape.width, shape.m);
   const Links links(wiring, outputs, shape.m);
-  const TileKernels& kernels = tile_kernels();
   at::Tensor bias;
   if (epilogue.bias.has_value()) {
     bias = at::constant_pad_nd(epilogue.bias->to(at::kFloat), {0, kernels.lanes}).contiguous();
   }
-  const MixTask task{
+  const ExpandTask task{
       .output = output.mutable_data_ptr(),
       .input = input.const_data_ptr(),
       .residual = epilogue.residual.has_value() ? epilogue.residual->const_data_ptr() : nullptr,
@@ -211,39 +154,38 @@ void mix_tiles(const at::Tensor& output, const at::Tensor& input, int64_t inputs
       .mask_stride = masks.stride,
   };
   const Element element = element_of(input);
-  const int64_t floats = kernels.mix_workspace(task, product);
+  const int64_t floats = kernels.expand_workspace(task, convolution);
   if (shared) {
-    share_images(task, *product, shape.batch, kernels, floats);
+    share_images(task, *convolution, shape.batch, kernels, floats);
     return;
   }
   at::parallel_for(0, shape.batch * tiling.blocks, 1, [&](int64_t first, int64_t last) {
-    kernels.mix(task, product, element, first, last, workspace<Memory::kOwn>(floats));
+    kernels.expand(task, convolution, element, first, last, workspace<Memory::kOwn>(floats));
   });
 }
 
 // `flip` turns the taps around: the gradient of a cross-correlation is one with flipped taps.
 template <typename Wiring>
-void mix(const at::Tensor& output, const at::Tensor& input, const Wiring& wiring,
-         const at::Tensor& transforms, bool flip, const Epilogue& epilogue, const Shape& shape,
-         bool channels_last) {
-  if (output.numel() == 0) return;
+void run_expand(const at::Tensor& output, const at::Tensor& input, const Wiring& wiring,
+                const at::Tensor& transforms, bool flip, const Epilogue& epilogue,
+                const Shape& shape) {
   if (input.scalar_type() == at::kDouble) {
-    mix_double(output, input, wiring, transforms, flip, epilogue, shape, channels_last);
+    expand_double(output, input, wiring, transforms, flip, epilogue, shape);
     return;
   }
   at::Tensor taps = transforms.to(at::kFloat);
   taps = (flip ? taps.flip({2, 3}) : taps).contiguous();
-  mix_tiles(output, input, input.size(1), nullptr, wiring, taps, epilogue, shape, channels_last);
+  expand_tiles(output, input, nullptr, wiring, taps, epilogue, shape);
 }
 
 // Gradient of the transforms, (P*S, m*m) float sums for float, bfloat16 and half.
-at::Tensor product_tiles(const at::Tensor& grad, const at::Tensor& z, const at::Tensor& sources,
-                         const at::Tensor& position, const Shape& shape, bool channels_last) {
+at::Tensor transforms_sums(const at::Tensor& grad, const at::Tensor& z, const at::Tensor& sources,
+                           const at::Tensor& position, const Shape& shape) {
   const int64_t tap_count = shape.m * shape.m;
-  const Tiling tiling(shape, (shape.basis + shape.channels) * shape.width *
-                                 static_cast<int64_t>(sizeof(float)),
-                      /*least=*/1);
-  const int64_t tasks = shape.batch * tiling.blocks, slices = std::min(tasks, kSlices);
+  const RowBlocks tiling(
+      shape, (shape.basis + shape.channels) * shape.width * static_cast<int64_t>(sizeof(float)),
+      /*min_tiles=*/1);
+  const int64_t tasks = shape.batch * tiling.blocks, slices = std::min(tasks, kNumSlices);
   const at::Tensor partial = at::zeros({slices, shape.terms(), tap_count}, at::kFloat);
   float* sums = partial.mutable_data_ptr<float>();
   const Masks masks(tiling.rows, shape.width, shape.m);
@@ -254,10 +196,10 @@ at::Tensor product_tiles(const at::Tensor& grad, const at::Tensor& z, const at::
     channel[term] = static_cast<int32_t>(rebuilt[term / shape.sources_each]);
     source[term] = static_cast<int32_t>(sources_data[term]);
   }
-  const DotTask task{
+  const TransformsTask task{
       .grad = grad.const_data_ptr(),
       .input = z.const_data_ptr(),
-      .channels_last = channels_last,
+      .channels_last = shape.channels_last(),
       .height = shape.height,
       .width = shape.width,
       .inputs = shape.basis,
@@ -273,56 +215,60 @@ at::Tensor product_tiles(const at::Tensor& grad, const at::Tensor& z, const at::
   };
   const TileKernels& kernels = tile_kernels();
   const Element element = element_of(z);
-  const int64_t floats = kernels.dot_workspace(task);
+  const int64_t floats = kernels.transforms_workspace(task);
   at::parallel_for(0, slices, 1, [&](int64_t first, int64_t last) {
     for (int64_t slice = first; slice < last; ++slice) {
-      kernels.dot(task, element, slice, tasks, slices, sums + slice * shape.terms() * tap_count,
-                  workspace<Memory::kOwn>(floats));
+      kernels.grad_transforms(task, element, slice, tasks, slices,
+                              sums + slice * shape.terms() * tap_count,
+                              workspace<Memory::kOwn>(floats));
     }
   });
   return partial.sum(0);
 }
 
-// ---------------------------------------------------------------- operators
-
-at::Tensor expanded(const at::Tensor& z_any, const at::Tensor& transforms,
-                    const at::Tensor& sources_any, const at::Tensor& order_any,
-                    const Epilogue& epilogue) {
-  const Shape shape = check_expand(z_any, transforms, sources_any, order_any, epilogue.bias);
-  const auto format = z_any.suggest_memory_format();
-  if (is_large_mixture(shape, z_any)) {
-    return mixed(z_any, transforms, sources_any, order_any, epilogue, shape, format);
-  }
-  const at::Tensor z = z_any.contiguous(format);
-  const at::Tensor sources = sources_any.contiguous(), order = order_any.contiguous();
-  const at::Tensor y =
-      at::empty({shape.batch, shape.channels, shape.height, shape.width}, z.options(), format);
-  const ForwardWiring wiring{order.const_data_ptr<int64_t>(), sources.const_data_ptr<int64_t>(),
-                             shape.basis, shape.channels, shape.sources_each};
-  mix(y, z, wiring, transforms, /*flip=*/false, epilogue, shape, is_channels_last(z_any));
-  return y;
+void expand(const at::Tensor& y, const at::Tensor& z, const at::Tensor& transforms,
+            const ForwardWiring& wiring, const Epilogue& epilogue, const Shape& shape) {
+  run_expand(y, z, wiring, transforms, /*flip=*/false, epilogue, shape);
 }
 
-at::Tensor expand(const at::Tensor& z, const at::Tensor& transforms, const at::Tensor& sources,
-                  const at::Tensor& order, const std::optional<at::Tensor>& bias) {
-  return expanded(z, transforms, sources, order, {bias, std::nullopt, Activation::kNone});
+void expand_grad_input(const at::Tensor& grad_z, const at::Tensor& grad,
+                       const at::Tensor& transforms, const BackwardWiring& wiring,
+                       const Shape& shape) {
+  run_expand(grad_z, grad, wiring, transforms, /*flip=*/true, {}, shape);
 }
 
-// Whether the tiles' own product is the faster one: it saves writing and reading the basis features,
-// and is as fast as ATen's convolution while the filters stay in the cache; beyond that only where
-// threads share images, with packed filters.
-constexpr int64_t kFilterBytes = 640 * 1024;
+at::Tensor expand_grad_transforms(const at::Tensor& grad, const at::Tensor& z,
+                                  const at::Tensor& sources, const at::Tensor& order,
+                                  const Shape& shape) {
+  const at::Tensor position = inverse_order(order);
+  if (z.scalar_type() == at::kDouble) return transforms_double(grad, z, sources, position, shape);
+  return transforms_sums(grad, z, sources, position, shape);
+}
 
-bool multiplies_tiles(const at::Tensor& x, const at::Tensor& weight, at::IntArrayRef padding,
-                      int64_t groups, bool is_packed, const Shape& shape) {
-  if (x.scalar_type() != at::kFloat || groups != 1) return false;
+// Filters up to this size stay in a core's cache.
+constexpr int64_t kMaxCachedFilterBytes = 640 * 1024;
+
+}  // namespace
+
+const DeviceKernels& cpu_kernels() {
+  static constexpr DeviceKernels kernels{expand, expand_grad_input, expand_grad_transforms};
+  return kernels;
+}
+
+int cpu_lanes() { return tile_kernels().lanes; }
+
+// It saves writing and reading the basis features, and is as fast as ATen's convolution while the
+// filters stay in the cache; beyond that only where threads share images, with packed filters.
+bool convolves_in_tiles(const at::Tensor& x, const at::Tensor& weight, bool is_packed,
+                        const Convolution& convolution, const Shape& shape) {
+  if (x.scalar_type() != at::kFloat || convolution.groups != 1) return false;
+  const at::IntArrayRef padding = convolution.padding;
   if (weight.size(2) == 1 && weight.size(3) == 1 && padding[0] == 0 && padding[1] == 0) return true;
-  return is_channels_last(x) &&
+  return shape.channels_last() &&
          ((is_packed && shape.batch < at::get_num_threads()) ||
-          weight.numel() * static_cast<int64_t>(sizeof(float)) <= kFilterBytes);
+          weight.numel() * static_cast<int64_t>(sizeof(float)) <= kMaxCachedFilterBytes);
 }
 
-// weight (B, C_in, k_h, k_w) as panels of filters, (panels, k_h * k_w * C_in, lanes).
 at::Tensor pack_filters(const at::Tensor& weight) {
   TORCH_CHECK(weight.dim() == 4 && weight.scalar_type() == at::kFloat,
               "weight must be float of shape (B, C_in, k_h, k_w), got ", weight.scalar_type(), " ",
@@ -346,115 +292,29 @@ void check_packed(const at::Tensor& packed, const at::Tensor& weight) {
                                       weight.size(1) * weight.size(2) * weight.size(3), lanes};
   TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == at::kFloat && packed.is_contiguous() &&
                   packed.sizes() == at::IntArrayRef(sizes),
-              "packed must be what pack_filters makes of weight on this machine, float ",
-              at::IntArrayRef(sizes), ", got ", packed.scalar_type(), " ", packed.sizes());
+              "packed must be pack_filters(weight) of this CPU, float ", at::IntArrayRef(sizes),
+              ", got ", packed.scalar_type(), " ", packed.sizes());
 }
 
-// A convolution of float, of which each tile is expanded while it is in the cache.
-at::Tensor convolved(const at::Tensor& x_any, const at::Tensor& weight, const at::Tensor& packed,
-                     const at::Tensor& transforms, const at::Tensor& sources_any,
-                     const at::Tensor& order_any, const Epilogue& epilogue, at::IntArrayRef stride,
-                     at::IntArrayRef padding, at::IntArrayRef dilation, const Shape& shape) {
-  const auto format = x_any.suggest_memory_format();
-  const at::Tensor x = x_any.contiguous(format);
-  const at::Tensor sources = sources_any.contiguous(), order = order_any.contiguous();
-  const at::Tensor y =
-      at::empty({shape.batch, shape.channels, shape.height, shape.width}, x.options(), format);
-  if (y.numel() == 0) return y;
-  const Product product{
-      .weight = packed.const_data_ptr<float>(),
+void convolve_in_tiles(const at::Tensor& y, const at::Tensor& x, const PackedFilters& filters,
+                       const at::Tensor& transforms, const ForwardWiring& wiring,
+                       const Epilogue& epilogue, const Convolution& convolution,
+                       const Shape& shape) {
+  const ConvolutionTask task{
+      .weight = filters.panels.const_data_ptr<float>(),
       .channels = x.size(1),
       .height = x.size(2),
       .width = x.size(3),
-      .kernel_h = weight.size(2),
-      .kernel_w = weight.size(3),
-      .stride_h = stride[0],
-      .stride_w = stride[1],
-      .pad_h = padding[0],
-      .pad_w = padding[1],
-      .dilation_h = dilation[0],
-      .dilation_w = dilation[1],
+      .kernel_h = filters.kernel_h,
+      .kernel_w = filters.kernel_w,
+      .stride_h = convolution.stride[0],
+      .stride_w = convolution.stride[1],
+      .pad_h = convolution.padding[0],
+      .pad_w = convolution.padding[1],
+      .dilation_h = convolution.dilation[0],
+      .dilation_w = convolution.dilation[1],
   };
-  const ForwardWiring wiring{order.const_data_ptr<int64_t>(), sources.const_data_ptr<int64_t>(),
-                             shape.basis, shape.channels, shape.sources_each};
-  mix_tiles(y, x, shape.basis, &product, wiring, transforms.contiguous(), epilogue, shape,
-            is_channels_last(x_any));
-  return y;
-}
-
-at::Tensor conv2d(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& transforms,
-                  const at::Tensor& sources, const at::Tensor& order,
-                  const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& residual,
-                  at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-                  int64_t groups, c10::string_view activation,
-                  const std::optional<at::Tensor>& packed) {
-  const Shape shape = check_conv2d(x, weight, transforms, sources, order, bias, residual, stride,
-                                   padding, dilation, groups);
-  const auto format = x.suggest_memory_format();
-  Epilogue epilogue{bias, residual, activation_of(activation)};
-  if (residual.has_value()) epilogue.residual = residual->contiguous(format);
-  if (packed.has_value()) check_packed(*packed, weight);
-  if (!is_large_mixture(shape, x) &&
-      multiplies_tiles(x, weight, padding, groups, packed.has_value(), shape)) {
-    return convolved(x, weight, packed.has_value() ? *packed : pack_filters(weight), transforms,
-                     sources, order, epilogue, stride, padding, dilation, shape);
-  }
-  const at::Tensor z = at::conv2d(x, weight, {}, stride, padding, dilation, groups);
-  return expanded(z.contiguous(format), transforms, sources, order, epilogue);
-}
-
-at::Tensor expand_grad_input(const at::Tensor& grad_any, const at::Tensor& transforms,
-                             const at::Tensor& sources, const at::Tensor& order) {
-  const Shape shape = check_grad_input(grad_any, transforms, sources, order);
-  if (is_large_mixture(shape, grad_any)) {
-    return mixed_grad_input(grad_any, transforms, sources, order, shape);
-  }
-  const auto format = grad_any.suggest_memory_format();
-  const at::Tensor grad = grad_any.contiguous(format);
-  const at::Tensor grad_z =
-      at::empty({shape.batch, shape.basis, shape.height, shape.width}, grad.options(), format);
-  const Inverse inverse = inverse_of(sources, order, shape.basis);
-  const BackwardWiring wiring{inverse.position.const_data_ptr<int64_t>(),
-                              inverse.terms.const_data_ptr<int64_t>(),
-                              inverse.begin.const_data_ptr<int64_t>(), shape.basis,
-                              shape.sources_each};
-  mix(grad_z, grad, wiring, transforms, /*flip=*/true, {}, shape, is_channels_last(grad_any));
-  return grad_z;
-}
-
-at::Tensor expand_grad_transforms(const at::Tensor& grad_any, const at::Tensor& z_any,
-                                  const at::Tensor& sources_any, const at::Tensor& order,
-                                  int64_t size) {
-  const Shape shape = check_grad_transforms(grad_any, z_any, sources_any, order, size);
-  const std::vector<int64_t> sizes = {shape.rebuilt, shape.sources_each, size, size};
-  if (shape.terms() == 0 || z_any.numel() == 0) return at::zeros(sizes, z_any.options());
-  if (is_mixture(shape, z_any)) {
-    return mixed_grad_transforms(grad_any, z_any, sources_any, order, shape);
-  }
-  const bool channels_last = is_channels_last(z_any);
-  const at::Tensor z = z_any.contiguous(z_any.suggest_memory_format());
-  const at::Tensor grad = grad_any.contiguous(z_any.suggest_memory_format());
-  const at::Tensor sources = sources_any.contiguous(), position = inverse_order(order);
-  at::Tensor sums;
-  if (z.scalar_type() == at::kDouble) {
-    sums = product_double(grad, z, sources, position, shape, channels_last);
-  } else {
-    sums = product_tiles(grad, z, sources, position, shape, channels_last);
-  }
-  return sums.to(z.scalar_type()).view(sizes);
-}
-
-}  // namespace
-
-int cpu_lanes() { return tile_kernels().lanes; }
-int64_t mixed_in_tiles() { return kMixedInTiles; }
-
-TORCH_LIBRARY_IMPL(sbf, CPU, m) {
-  m.impl("expand", &expand);
-  m.impl("conv2d", &conv2d);
-  m.impl("pack_filters", &pack_filters);
-  m.impl("expand_grad_input", &expand_grad_input);
-  m.impl("expand_grad_transforms", &expand_grad_transforms);
+  expand_tiles(y, x, &task, wiring, transforms, epilogue, shape);
 }
 
 }  // namespace sbf

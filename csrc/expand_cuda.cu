@@ -1,15 +1,13 @@
-// CUDA: expand, its gradient by z, and conv2d. The kernels run the functions of mix_block.h, or of
-// expand.h where a tile does not fit into shared memory. Outputs gather, so nothing is added
+// CUDA: the kernels of expand and of its gradient by z. They run the functions of expand_block.h,
+// or of expand.h where a tile does not fit into shared memory. Outputs gather, so nothing is added
 // atomically and results do not depend on scheduling; nothing waits for the device, so that all of
 // it can be captured in a CUDA graph.
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
-#include <torch/library.h>
 
-#include "arguments.h"
 #include "cuda_launch.h"
-#include "mix_block.h"
-#include "mixture.h"
+#include "expand_block.h"
+#include "kernels.h"
 
 namespace sbf {
 namespace {
@@ -18,9 +16,9 @@ namespace {
 // Double, for gradient checks, may have as many as it likes.
 template <int M, typename scalar_t, typename acc_t, typename Wiring>
 __global__ void __launch_bounds__(kThreads, sizeof(scalar_t) == 8 ? 1 : 3)
-    mix_tiles_kernel(const __grid_constant__ MixArguments<scalar_t, Wiring> arguments) {
+    expand_tiles_kernel(const __grid_constant__ ExpandArguments<scalar_t, Wiring> arguments) {
   extern __shared__ __align__(16) char shared[];
-  mix_tiles<M, scalar_t, acc_t>(Team{}, arguments, shared, blockIdx.x, gridDim.x, blockIdx.y);
+  expand_tiles<M, scalar_t, acc_t>(Team{}, arguments, shared, blockIdx.x, gridDim.x, blockIdx.y);
 }
 
 template <typename scalar_t, typename Wiring>
@@ -37,18 +35,18 @@ struct StripArguments {
   int m;
 };
 
-// One thread makes one strip of one output channel, and goes on a grid's length further.
+// One thread computes one strip of one output channel, and goes on a grid's length further.
 template <int M, typename scalar_t, typename acc_t, typename Wiring>
 __global__ void __launch_bounds__(kThreads, 2)
-    mix_strips_kernel(const __grid_constant__ StripArguments<scalar_t, Wiring> args) {
+    expand_strips_kernel(const __grid_constant__ StripArguments<scalar_t, Wiring> args) {
   const StripGrid& grid = args.grid;
   const int64_t count = grid.count(), step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; index < count;
        index += step) {
     const Strip strip = grid.at(index);
     acc_t sum[kStrip];
-    mix_strip<M>(sum, args.wiring, args.input, args.in_strides, grid.height, grid.width, args.taps,
-                 args.m, strip.image, strip.channel, strip.h0, strip.w);
+    expand_strip<M>(sum, args.wiring, args.input, args.in_strides, grid.height, grid.width,
+                    args.taps, args.m, strip.image, strip.channel, strip.h0, strip.w);
     const acc_t bias =
         args.bias == nullptr ? acc_t(0) : static_cast<acc_t>(args.bias[strip.channel]);
     const int64_t corner = strip.image * args.out_strides.batch +
@@ -65,29 +63,23 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// output = what the wiring makes of input, which lies in memory as output does. `flip` turns the
+// output = what the wiring gives for input, which lies in memory as output does. `flip` turns the
 // taps around: the gradient of a cross-correlation is one with flipped taps.
 template <typename Wiring>
-void mix(const at::Tensor& output, const at::Tensor& input, const Wiring& wiring,
-         const at::Tensor& transforms_any, bool flip, const Epilogue& epilogue, const Shape& shape,
-         bool channels_last) {
-  if (output.numel() == 0) return;
-  const at::Tensor transforms = transforms_any.contiguous();
-  const auto contiguous = [](const std::optional<at::Tensor>& tensor, at::MemoryFormat format) {
-    return tensor.has_value() ? tensor->contiguous(format) : at::Tensor();
-  };
-  const at::Tensor bias = contiguous(epilogue.bias, at::MemoryFormat::Contiguous);
-  const at::Tensor residual =
-      contiguous(epilogue.residual, channels_last ? at::MemoryFormat::ChannelsLast
-                                                  : at::MemoryFormat::Contiguous);
-  const int alignment_out = std::min(
-      alignment_of(output), residual.defined() ? alignment_of(residual) : alignment_of(output));
+void launch_expand(const at::Tensor& output, const at::Tensor& input, const Wiring& wiring,
+                   const at::Tensor& transforms, bool flip, const Epilogue& epilogue,
+                   const Shape& shape) {
+  const bool channels_last = shape.channels_last();
+  int alignment_out = alignment_of(output);
+  if (epilogue.residual.has_value()) {
+    alignment_out = std::min(alignment_out, alignment_of(*epilogue.residual));
+  }
 
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, input.scalar_type(), "sbf::expand", [&] {
         using acc_t = at::opmath_type<scalar_t>;
-        const auto optional_data = [](const at::Tensor& tensor) {
-          return tensor.defined() ? tensor.const_data_ptr<scalar_t>() : nullptr;
+        const auto optional_data = [](const std::optional<at::Tensor>& tensor) {
+          return tensor.has_value() ? tensor->const_data_ptr<scalar_t>() : nullptr;
         };
         scalar_t* out = output.mutable_data_ptr<scalar_t>();
         const scalar_t* in = input.const_data_ptr<scalar_t>();
@@ -97,109 +89,64 @@ void mix(const at::Tensor& output, const at::Tensor& input, const Wiring& wiring
         // Backwards, channels differ in their number of links: room for twice the mean.
         const int64_t links = flip ? 2 * ceil_div(shape.terms(), shape.basis) : shape.sources_each;
         const int64_t slots = slots_within<acc_t>(chunk * links, shape.m);
-        const auto tiling = tile_for({shape.batch, input.size(1), output.size(1), shape.height,
-                                      shape.width, shape.m, static_cast<int>(sizeof(scalar_t)),
-                                      channels_last, alignment_of(input), alignment_out,
-                                      Table<acc_t>::bytes(chunk, slots, shape.m)},
-                                     current_device());
+        const auto tiling = tile_for(
+            {shape.batch, input.size(1), output.size(1), shape.height, shape.width, shape.m,
+             static_cast<int>(sizeof(scalar_t)), channels_last, alignment_of(input), alignment_out,
+             Table<acc_t>::bytes(chunk, slots, shape.m)},
+            current_device());
         if (tiling.has_value()) {
-          const MixArguments<scalar_t, Wiring> arguments{out,
-                                                         in,
-                                                         optional_data(residual),
-                                                         optional_data(bias),
-                                                         taps,
-                                                         wiring,
-                                                         epilogue.activation,
-                                                         *tiling,
-                                                         static_cast<int>(slots)};
+          const ExpandArguments<scalar_t, Wiring> arguments{out,
+                                                            in,
+                                                            optional_data(epilogue.residual),
+                                                            optional_data(epilogue.bias),
+                                                            taps,
+                                                            wiring,
+                                                            epilogue.activation,
+                                                            *tiling,
+                                                            static_cast<int>(slots)};
           const dim3 blocks(static_cast<unsigned>(std::min<int64_t>(tiling->tiles(), INT32_MAX)),
                             tiling->splits);
-          launch(shape.m == 3 ? mix_tiles_kernel<3, scalar_t, acc_t, Wiring>
-                              : mix_tiles_kernel<1, scalar_t, acc_t, Wiring>,
+          launch(shape.m == 3 ? expand_tiles_kernel<3, scalar_t, acc_t, Wiring>
+                              : expand_tiles_kernel<1, scalar_t, acc_t, Wiring>,
                  blocks, tiling->bytes, arguments);
           return;
         }
-        const StripGrid grid{shape.batch, output.size(1), shape.height, shape.width,
-                             channels_last};
-        const StripArguments<scalar_t, Wiring> arguments{
-            out,  in,     optional_data(residual), optional_data(bias),
-            taps, wiring, epilogue.activation,     strides_of(output),
-            strides_of(input), grid, shape.m};
-        const dim3 blocks(static_cast<unsigned>(
-            std::min<int64_t>(ceil_div(grid.count(), kThreads), INT32_MAX)));
-        launch(shape.m == 3 ? mix_strips_kernel<3, scalar_t, acc_t, Wiring>
-                            : mix_strips_kernel<1, scalar_t, acc_t, Wiring>,
+        const StripGrid grid{shape.batch, output.size(1), shape.height, shape.width, channels_last};
+        const StripArguments<scalar_t, Wiring> arguments{out,
+                                                         in,
+                                                         optional_data(epilogue.residual),
+                                                         optional_data(epilogue.bias),
+                                                         taps,
+                                                         wiring,
+                                                         epilogue.activation,
+                                                         strides_of(output),
+                                                         strides_of(input),
+                                                         grid,
+                                                         shape.m};
+        const dim3 blocks(
+            static_cast<unsigned>(std::min<int64_t>(ceil_div(grid.count(), kThreads), INT32_MAX)));
+        launch(shape.m == 3 ? expand_strips_kernel<3, scalar_t, acc_t, Wiring>
+                            : expand_strips_kernel<1, scalar_t, acc_t, Wiring>,
                blocks, 0, arguments);
       });
 }
 
-// ---------------------------------------------------------------- operators
-
-at::Tensor expand_with(const at::Tensor& z_any, const at::Tensor& transforms,
-                       const at::Tensor& sources_any, const at::Tensor& order_any,
-                       const Epilogue& epilogue, const Shape& shape, at::MemoryFormat format) {
-  if (is_mixture(shape, z_any)) {
-    return mixed(z_any, transforms, sources_any, order_any, epilogue, shape, format);
-  }
-  const at::Tensor z = z_any.contiguous(format);
-  const at::Tensor sources = sources_any.contiguous(), order = order_any.contiguous();
-  const at::Tensor y = at::empty({shape.batch, shape.channels, shape.height, shape.width},
-                                 z.options(), format);
-  const ForwardWiring wiring{order.const_data_ptr<int64_t>(), sources.const_data_ptr<int64_t>(),
-                             shape.basis, shape.channels, shape.sources_each};
-  mix(y, z, wiring, transforms, /*flip=*/false, epilogue, shape,
-      format == at::MemoryFormat::ChannelsLast);
-  return y;
+void expand(const at::Tensor& y, const at::Tensor& z, const at::Tensor& transforms,
+            const ForwardWiring& wiring, const Epilogue& epilogue, const Shape& shape) {
+  launch_expand(y, z, wiring, transforms, /*flip=*/false, epilogue, shape);
 }
 
-at::Tensor expand(const at::Tensor& z, const at::Tensor& transforms, const at::Tensor& sources,
-                  const at::Tensor& order, const std::optional<at::Tensor>& bias) {
-  const c10::cuda::CUDAGuard guard(z.device());
-  const Shape shape = check_expand(z, transforms, sources, order, bias);
-  return expand_with(z, transforms, sources, order, {bias, std::nullopt}, shape,
-                     z.suggest_memory_format());
-}
-
-at::Tensor conv2d(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& transforms,
-                  const at::Tensor& sources, const at::Tensor& order,
-                  const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& residual,
-                  at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-                  int64_t groups, c10::string_view activation,
-                  const std::optional<at::Tensor>& /*packed: the CPU's*/) {
-  const c10::cuda::CUDAGuard guard(x.device());
-  const Epilogue epilogue{bias, residual, activation_of(activation)};
-  const Shape shape = check_conv2d(x, weight, transforms, sources, order, bias, residual, stride,
-                                   padding, dilation, groups);
-  const at::Tensor z = at::conv2d(x, weight, {}, stride, padding, dilation, groups);
-  return expand_with(z, transforms, sources, order, epilogue, shape, x.suggest_memory_format());
-}
-
-at::Tensor expand_grad_input(const at::Tensor& grad_any, const at::Tensor& transforms,
-                             const at::Tensor& sources, const at::Tensor& order) {
-  const c10::cuda::CUDAGuard guard(grad_any.device());
-  const Shape shape = check_grad_input(grad_any, transforms, sources, order);
-  if (is_mixture(shape, grad_any)) {
-    return mixed_grad_input(grad_any, transforms, sources, order, shape);
-  }
-  const auto format = grad_any.suggest_memory_format();
-  const at::Tensor grad = grad_any.contiguous(format);
-  const at::Tensor grad_z =
-      at::empty({shape.batch, shape.basis, shape.height, shape.width}, grad.options(), format);
-  const Inverse inverse = inverse_of(sources, order, shape.basis);
-  const BackwardWiring wiring{inverse.position.const_data_ptr<int64_t>(),
-                              inverse.terms.const_data_ptr<int64_t>(),
-                              inverse.begin.const_data_ptr<int64_t>(), shape.basis,
-                              shape.sources_each};
-  mix(grad_z, grad, wiring, transforms, /*flip=*/true, {}, shape, is_channels_last(grad_any));
-  return grad_z;
+void expand_grad_input(const at::Tensor& grad_z, const at::Tensor& grad,
+                       const at::Tensor& transforms, const BackwardWiring& wiring,
+                       const Shape& shape) {
+  launch_expand(grad_z, grad, wiring, transforms, /*flip=*/true, {}, shape);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(sbf, CUDA, m) {
-  m.impl("expand", &expand);
-  m.impl("conv2d", &conv2d);
-  m.impl("expand_grad_input", &expand_grad_input);
+const DeviceKernels& cuda_kernels() {
+  static constexpr DeviceKernels kernels{expand, expand_grad_input, cuda_expand_grad_transforms};
+  return kernels;
 }
 
 }  // namespace sbf

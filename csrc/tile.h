@@ -1,5 +1,5 @@
-// What the CPU's tile kernels are told, and which there are. The kernels (tile_kernels.h) are
-// compiled once for each instruction set and know nothing of PyTorch.
+// The interface of the CPU's tile kernels: their arguments, and the table of functions of each
+// instruction set. The kernels (tile_kernels.h) are compiled once for each set, without PyTorch.
 //
 // A tile holds some rows of all channels of one image, a float plane for each channel. Planes are
 // not padded at the sides: pixel i of a tile and its neighbour one row on are `width` apart
@@ -13,18 +13,21 @@ namespace sbf {
 
 enum class Activation : int;
 
+// Whole vectors of masks are read, some behind a tile's last pixel.
+constexpr int64_t kMaskPadding = 256;
+
 enum class Element { kFloat, kBFloat16, kHalf };
 
-// output = activation(what the wiring makes of planes + bias + residual), where the planes are
-// those of `input`, or a product (see Product) of it.
-struct MixTask {
+// output = activation(what the wiring gives for planes + bias + residual), where the planes are
+// those of `input`, or its convolution (see ConvolutionTask).
+struct ExpandTask {
   void* output;
   const void* input;
   const void* residual;  // like output, or null
   bool channels_last;
-  int64_t height, width;        // of the output, and of the planes
-  int64_t inputs, outputs;      // channels: planes and output
-  int64_t rows, blocks;         // rows of a tile; tiles of an image
+  int64_t height, width;    // of the output, and of the planes
+  int64_t inputs, outputs;  // channels: planes and output
+  int64_t rows, blocks;     // rows of a tile; tiles of an image
   int m;
 
   // Output channel c copies plane copied[c] (-1: none) and adds links [begin[c], begin[c+1]):
@@ -38,20 +41,20 @@ struct MixTask {
   Activation activation;
 
   const int32_t* mask;  // (m, mask_stride): bits of the pixels whose neighbour lies in the row
-  int64_t mask_stride;
+  int64_t mask_stride;  // rows * width + kMaskPadding
 };
 
 // Planes that are a convolution of `input`, whose images have these channels, height and width.
 // weight: packed by pack_weight, depths in the order (row, column, channel). Over NCHW images the
 // filters must be 1 x 1 without padding.
-struct Product {
+struct ConvolutionTask {
   const float* weight;
   int64_t channels, height, width;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
 };
 
 // sums[l, a, b] += the products of the gradient's channel with the shifted plane source[l].
-struct DotTask {
+struct TransformsTask {
   const void* grad;   // outputs channels
   const void* input;  // inputs channels
   bool channels_last;
@@ -70,20 +73,23 @@ struct Range {
 struct TileKernels {
   int lanes;  // floats in a vector
   // Floats that a thread needs as workspace, 64-byte aligned.
-  int64_t (*mix_workspace)(const MixTask&, const Product*);
-  int64_t (*dot_workspace)(const DotTask&);
-  // Do the tiles [first, last) of those of all images; product may be null.
-  void (*mix)(const MixTask&, const Product*, Element, int64_t first, int64_t last, float* workspace);
-  // The two halves of mix for an image that is one tile (rows = height), so that threads can share
-  // it: planes of some filters (from a multiple of `lanes` on), and some channels of the output (as
-  // well), for which all planes are needed. planes: planes_floats; workspace: mix_workspace.
-  int64_t (*planes_floats)(const MixTask&);
-  void (*multiply)(const MixTask&, const Product&, int64_t image, Range filters, Range channels,
-                   float* planes, float* workspace);
-  void (*store)(const MixTask&, int64_t image, Range channels, float* planes, float* workspace);
+  int64_t (*expand_workspace)(const ExpandTask&, const ConvolutionTask*);
+  int64_t (*transforms_workspace)(const TransformsTask&);
+  // Do the tiles [first, last) of those of all images; convolution may be null.
+  void (*expand)(const ExpandTask&, const ConvolutionTask*, Element, int64_t first, int64_t last,
+                 float* workspace);
+  // The two halves of expand for an image that is one tile (rows = height), so that threads can
+  // share it: planes of some filters (from a multiple of `lanes` on), and some channels of the
+  // output (as well), for which all planes are needed. planes: planes_floats; workspace:
+  // expand_workspace.
+  int64_t (*planes_floats)(const ExpandTask&);
+  void (*convolve)(const ExpandTask&, const ConvolutionTask&, int64_t image, Range filters,
+                   Range channels, float* planes, float* workspace);
+  void (*expand_planes)(const ExpandTask&, int64_t image, Range channels, float* planes,
+                        float* workspace);
   // Do the tiles first, first + step, ... below last.
-  void (*dot)(const DotTask&, Element, int64_t first, int64_t last, int64_t step, float* sums,
-              float* workspace);
+  void (*grad_transforms)(const TransformsTask&, Element, int64_t first, int64_t last, int64_t step,
+                          float* sums, float* workspace);
   // packed: (panels of `lanes` filters, depth, lanes) of weight (filters, depth); the last panel
   // is filled up with zeros. Packs panels [first, last).
   void (*pack_weight)(float* packed, const float* weight, int64_t filters, int64_t depth,

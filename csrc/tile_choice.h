@@ -23,14 +23,15 @@ struct Problem {
   int64_t extra;                    // bytes of shared memory, besides tile and stage
 };
 
-// Output channels that are made at a time: a line of the cache.
+// Output channels that are computed at a time: a line of the cache.
 constexpr int chunk_of(int element_size) { return 128 / element_size; }
 
 // Chooses the tile for which a multiprocessor should be busy least, by a model that no measurement
-// has tuned: elements moved, with idle threads and few blocks on a multiprocessor at extra cost. None
-// where not even the smallest tile fits: such problems are for the general kernels.
+// has tuned: elements moved, with idle threads and few blocks on a multiprocessor at extra cost.
+// None where not even the smallest tile fits: such problems are for the general kernels.
 inline std::optional<Tiling> tile_for(const Problem& p, const Device& device) {
-  const int64_t border = (p.m - 1) / 2, chunk = std::min<int64_t>(chunk_of(p.element_size), p.outputs);
+  const int64_t border = (p.m - 1) / 2,
+                chunk = std::min<int64_t>(chunk_of(p.element_size), p.outputs);
   if (std::max({p.inputs, p.outputs, p.height, p.width}) >= int64_t(1) << 24) return std::nullopt;
 
   // The widest access that divides every run and where it begins.
@@ -42,8 +43,7 @@ inline std::optional<Tiling> tile_for(const Problem& p, const Device& device) {
   };
   const int vector_in = vector_of(p.inputs, p.alignment_in);
   const int vector_out = vector_of(p.outputs, p.alignment_out);
-  const int64_t quantum =
-      p.channels_last ? 1 : std::max(vector_in, vector_out) / p.element_size;
+  const int64_t quantum = p.channels_last ? 1 : std::max(vector_in, vector_out) / p.element_size;
 
   std::optional<Tiling> best;
   double best_cost = 0;
@@ -65,27 +65,27 @@ inline std::optional<Tiling> tile_for(const Problem& p, const Device& device) {
 
       const int64_t down = ceil_div(p.height, rows), across = ceil_div(p.width, columns);
       const int64_t tiles = p.batch * down * across, chunks = ceil_div(p.outputs, chunk);
-      const int64_t splits =
-          tiles >= device.multiprocessors
-              ? 1
-              : std::min(chunks, ceil_div(2 * device.multiprocessors, tiles));
+      const int64_t splits = tiles >= device.multiprocessors
+                                 ? 1
+                                 : std::min(chunks, ceil_div(2 * device.multiprocessors, tiles));
       const int64_t resident = std::min<int64_t>(8, device.shared_all / (bytes + 1024));
-      // What a block does, in elements moved. It loads the tile, less what lies outside the image ...
+      // What a block does, in elements moved. It loads the tile, less what lies outside the image
+      // ...
       const double loaded = static_cast<double>((p.height + 2 * border * (down - 1)) *
                                                 (p.width + 2 * border * (across - 1)) * p.inputs) /
                             static_cast<double>(down * across);
-      // ... and makes its share of the outputs, with idle threads where the units do not divide the
-      // block, and with bank conflicts where a warp works on several channels.
+      // ... and computes its share of the outputs, with idle threads where the units do not divide
+      // the block, and with bank conflicts where a warp works on several channels.
       const double channels_at_once = std::max(1.0, 32.0 / static_cast<double>(units));
       const double slowed = (1 + 0.35 * std::log2(channels_at_once)) * kThreads /
                             static_cast<double>(kThreads / units * units);
-      const double made = static_cast<double>(rows * columns * p.outputs) /
-                          static_cast<double>(splits) * (0.6 + 0.4 * slowed);
+      const double computed = static_cast<double>(rows * columns * p.outputs) /
+                              static_cast<double>(splits) * (0.6 + 0.4 * slowed);
       constexpr double kLatency = 4096;
       const double alone = resident >= 3 ? 1.0 : resident == 2 ? 1.15 : 1.5;
       const double turns =
           std::max(1.0, static_cast<double>(tiles * splits) / device.multiprocessors);
-      const double cost = turns * (loaded + made + kLatency) * alone;
+      const double cost = turns * (loaded + computed + kLatency) * alone;
       if (best.has_value() && cost >= best_cost) continue;
       best_cost = cost;
       best = Tiling{p.batch,

@@ -10,16 +10,18 @@ namespace {
 // Pixels that are summed at once for a block of L channels: the sums stay in the first-level cache.
 constexpr int64_t kChunk = 16 * L;
 
-// Fetches cache lines a few at a time while other work is done: pieces of `length` lines
+// Fetches cache lines, some at each step of other work: pieces of `length` lines
 // that begin `stride` bytes apart.
-struct Ahead {
+struct Prefetcher {
   const char* piece;
   int64_t length, stride, each;  // each: lines a step
   int64_t done = 0;
 
   // Lines of `count` pieces of `bytes` bytes, in `steps` steps.
-  Ahead(const void* first, int64_t bytes, int64_t stride_bytes, int64_t count, int64_t steps)
-      : piece(static_cast<const char*>(first)), length((bytes + 63) / 64), stride(stride_bytes),
+  Prefetcher(const void* first, int64_t bytes, int64_t stride_bytes, int64_t count, int64_t steps)
+      : piece(static_cast<const char*>(first)),
+        length((bytes + 63) / 64),
+        stride(stride_bytes),
         each((length * count + steps - 1) / steps) {}
 
   template <int kLocality>
@@ -36,7 +38,7 @@ struct Ahead {
 
 // Where the planes of a tile are: row r of channel c begins at data + c*size + kGuard + r*width,
 // row 0 being `border` rows above the tile's first. Kernels may read kGuard floats before the first
-// row and behind the last one; what they make of those is not used.
+// row and behind the last one; what they compute from those is not used.
 struct Planes {
   float* data;
   int64_t size, rows, width, border;
@@ -48,7 +50,9 @@ struct Planes {
     // An odd number of cache lines keeps the planes out of each other's cache sets.
     size = 16 * ((rows * width + 2 * kGuard + 15) / 16 | 1);
   }
-  float* row(int64_t channel, int64_t r) const { return data + channel * size + kGuard + r * width; }
+  float* row(int64_t channel, int64_t r) const {
+    return data + channel * size + kGuard + r * width;
+  }
   int64_t floats(int64_t channels) const { return channels * size; }
 
   void clear(int64_t channels, int64_t first, int64_t last) const {
@@ -68,11 +72,11 @@ struct Planes {
     return channels_last ? (pixels + L - 1) / L * ((channels + L - 1) / L) : channels;
   }
 
-  // Loads rows [h0, h1) of an image of `channels` channels as rows r, r + 1, ...; meanwhile lines of
-  // `output` come into the cache.
+  // Loads rows [h0, h1) of an image of `channels` channels as rows r, r + 1, ...; meanwhile lines
+  // of `output` come into the cache.
   template <typename scalar_t>
   void load_image(const scalar_t* image, bool channels_last, int64_t channels, int64_t height,
-                  int64_t h0, int64_t h1, int64_t r, Ahead output) const {
+                  int64_t h0, int64_t h1, int64_t r, Prefetcher output) const {
     const int64_t pixels = (h1 - h0) * width;
     if (!channels_last) {
       for (int64_t c = 0; c < channels; ++c) {
@@ -85,23 +89,24 @@ struct Planes {
     }
     const scalar_t* from = image + h0 * width * channels;
     for (int64_t i = 0; i < pixels; i += L) {
-      const int64_t some = least<int64_t>(L, pixels - i);
+      const int64_t block_pixels = min<int64_t>(L, pixels - i);
       for (int64_t c = 0; c < channels; c += L) {
         output.step<2>();
-        const int64_t few = least<int64_t>(L, channels - c);
+        const int64_t block_channels = min<int64_t>(L, channels - c);
         Vector block[L];
         const scalar_t* at = from + i * channels + c;
         float* to = row(c, r) + i;
-        if (some == L && few == L) {
+        if (block_pixels == L && block_channels == L) {
           SBF_UNROLL
           for (int k = 0; k < L; ++k) block[k] = load_as_float(at + k * channels);
           transpose(block);
           SBF_UNROLL
-          for (int k = 0; k < L; ++k) put(to + k * size, block[k]);
+          for (int k = 0; k < L; ++k) store(to + k * size, block[k]);
           continue;
         }
-        for (int64_t k = 0; k < few; ++k) {
-          for (int64_t j = 0; j < some; ++j) to[k * size + j] = as_float(at[j * channels + k]);
+        for (int64_t k = 0; k < block_channels; ++k) {
+          for (int64_t j = 0; j < block_pixels; ++j)
+            to[k * size + j] = as_float(at[j * channels + k]);
         }
       }
     }

@@ -32,8 +32,8 @@ SBF_INLINE void add_column(Vector& u, const float* z, int64_t width, const float
 
 // Sums `count` pixels of one output channel, from pixel `first` of the tile on, into sum; whole
 // vectors are written.
-struct Mixer {
-  const MixTask& task;
+struct ChannelSum {
+  const ExpandTask& task;
   const Planes& planes;
 
   SBF_INLINE const float* link(int32_t l, int64_t first) const {
@@ -59,8 +59,8 @@ struct Mixer {
       const Vector from_right = after(right, u[2][v]);
       left = u[0][v];
       right = u[2][v];
-      put(sum + i + v * L, u[1][v] + keep(from_left, mask + v * L) +
-                               keep(from_right, mask + 2 * task.mask_stride + v * L));
+      store(sum + i + v * L, u[1][v] + keep(from_left, mask + v * L) +
+                                 keep(from_right, mask + 2 * task.mask_stride + v * L));
     }
   }
 
@@ -81,8 +81,8 @@ struct Mixer {
     }
   }
 
-  // Without neighbours: a row of taps times the planes, several vectors of pixels at a time, so that
-  // sums do not wait for each other.
+  // Without neighbours: a row of taps times the planes, several vectors of pixels at a time, so
+  // that sums do not wait for each other.
   template <int V>
   SBF_INLINE void step1(float* sum, const float* start, int32_t first_link, int32_t last_link,
                         int64_t first, int64_t i) const {
@@ -93,7 +93,7 @@ struct Mixer {
       const float tap = *taps(l);
       for (int v = 0; v < V; ++v) total[v] += load(z + v * L) * tap;
     }
-    for (int v = 0; v < V; ++v) put(sum + i + v * L, total[v]);
+    for (int v = 0; v < V; ++v) store(sum + i + v * L, total[v]);
   }
 
   void sum1(float* sum, const float* start, int32_t first_link, int32_t last_link, int64_t first,
@@ -107,8 +107,8 @@ struct Mixer {
     for (; i < count; i += L) step1<1>(sum, start, first_link, last_link, first, i);
   }
 
-  void sum_any(float* sum, const float* start, int32_t first_link, int32_t last_link,
-               int64_t first, int64_t count) const {
+  void sum_any(float* sum, const float* start, int32_t first_link, int32_t last_link, int64_t first,
+               int64_t count) const {
     const int m = task.m;
     for (int64_t i = 0; i < count; i += L) {
       Vector total = start == nullptr ? Vector{} : load(start + i);
@@ -121,7 +121,7 @@ struct Mixer {
           total += keep(column, task.mask + b * task.mask_stride + first + i);
         }
       }
-      put(sum + i, total);
+      store(sum + i, total);
     }
   }
 
@@ -130,8 +130,7 @@ struct Mixer {
                                      int64_t count) const {
     const int32_t copied = task.copied[channel];
     const int32_t begin = task.begin[channel], end = task.begin[channel + 1];
-    const float* start =
-        copied < 0 ? nullptr : planes.row(copied, planes.border) + first;
+    const float* start = copied < 0 ? nullptr : planes.row(copied, planes.border) + first;
     if (begin == end && start != nullptr) return start;
     if (task.m == 3) {
       sum3(sum, start, begin, end, first, count);
@@ -146,14 +145,14 @@ struct Mixer {
 
 SBF_INLINE float total(Vector v) {
   float values[L], sum = 0;
-  put(values, v);
+  store(values, v);
   for (int i = 0; i < L; ++i) sum += values[i];
   return sum;
 }
 
 // sums[a*m + b] += the products of the gradient's pixels with the plane's, shifted by (a, b). It is
 // the gradient that is shifted sideways: its masked shifts serve all m rows.
-void add_dots(const DotTask& task, float* sums, const float* grad, const float* plane,
+void add_dots(const TransformsTask& task, float* sums, const float* grad, const float* plane,
               int64_t pixels) {
   const int m = task.m, border = (m - 1) / 2;
   for (int b = 0; b < m; ++b) {

@@ -1,5 +1,5 @@
-// Vectors of the instruction set that the including file is compiled for (SBF_VECTOR_BYTES), and the
-// elements of tensors. Everything here is local to that file.
+// Vectors of the instruction set that the including file is compiled for (SBF_VECTOR_BYTES), and
+// the elements of tensors. Everything here is local to that file.
 #pragma once
 
 #include <cstdint>
@@ -31,7 +31,7 @@ typedef int32_t LooseMask __attribute__((vector_size(SBF_VECTOR_BYTES), aligned(
 #endif
 
 template <typename T>
-SBF_INLINE T least(T a, T b) {
+SBF_INLINE T min(T a, T b) {
   return a < b ? a : b;
 }
 
@@ -42,7 +42,7 @@ SBF_INLINE int64_t round_up(int64_t value, int64_t unit) {
 // ---------------------------------------------------------------- vectors
 
 SBF_INLINE Vector load(const float* from) { return *reinterpret_cast<const LooseVector*>(from); }
-SBF_INLINE void put(float* to, Vector value) { *reinterpret_cast<LooseVector*>(to) = value; }
+SBF_INLINE void store(float* to, Vector value) { *reinterpret_cast<LooseVector*>(to) = value; }
 SBF_INLINE Vector splat(float value) { return Vector{} + value; }
 SBF_INLINE Vector keep(Vector value, const int32_t* mask) {
   return (Vector)((Mask)value & *reinterpret_cast<const LooseMask*>(mask));
@@ -67,10 +67,9 @@ SBF_INLINE Vector after(Vector left, Vector right) {
 // Transposition goes from units of 1 to 2 within quarters of 128 bits, then moves the quarters.
 template <int Unit, bool High, int... I>
 SBF_INLINE Vector interleave(Vector a, Vector b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(
-      a, b,
-      (I / 4 * 4 + (High ? 2 : 0) +
-       (Unit == 1 ? I % 4 / 2 + I % 2 * L : I % 2 + I % 4 / 2 * L))...);
+  return __builtin_shufflevector(a, b,
+                                 (I / 4 * 4 + (High ? 2 : 0) +
+                                  (Unit == 1 ? I % 4 / 2 + I % 2 * L : I % 2 + I % 4 / 2 * L))...);
 }
 // Quarter q of the result is quarter (q mod Half) * 2 + High of a for q < Half, of b otherwise.
 template <bool High, int... I>
@@ -189,25 +188,25 @@ SBF_INLINE Vector load_as_float(const scalar_t* from) {
 }
 
 template <typename scalar_t>
-SBF_INLINE Vector load_some(const scalar_t* from, int64_t count) {
+SBF_INLINE Vector load_partial(const scalar_t* from, int64_t count) {
   float values[L] = {};
   for (int64_t i = 0; i < count; ++i) values[i] = as_float(from[i]);
   return load(values);
 }
 
 template <typename scalar_t>
-SBF_INLINE void put_some(scalar_t* to, Vector value, int64_t count) {
+SBF_INLINE void store_partial(scalar_t* to, Vector value, int64_t count) {
   float values[L];
-  put(values, value);
+  store(values, value);
   for (int64_t i = 0; i < count; ++i) from_float(to[i], values[i]);
 }
 
 template <typename scalar_t>
-SBF_INLINE void put_from_float(scalar_t* to, Vector value) {
+SBF_INLINE void store_from_float(scalar_t* to, Vector value) {
   if constexpr (std::is_same_v<scalar_t, float>) {
-    put(to, value);
+    store(to, value);
   } else {
-    put_some(to, value, L);
+    store_partial(to, value, L);
   }
 }
 

@@ -1,29 +1,28 @@
-// CUDA: the gradient of expand by the transforms. The kernels run the functions of product_block.h,
-// or of expand.h where a tile does not fit into shared memory. Each block adds up its share in a
-// slab of its own, and the slabs are added in a fixed order: no atomics, the same result every time.
+// CUDA: the gradient of expand by the transforms. The kernels run the functions of
+// transforms_block.h, or of expand.h where a tile does not fit into shared memory. Each block adds
+// up its share in a slab of its own, and the slabs are added in a fixed order: no atomics, the same
+// result every time.
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
-#include <torch/library.h>
 
-#include "arguments.h"
 #include "cuda_launch.h"
-#include "mixture.h"
-#include "product_block.h"
+#include "transforms_block.h"
 
 namespace sbf {
 namespace {
 
 constexpr int kWarp = 32;
 // Blocks that a sum is divided among.
-constexpr int64_t kSums = 512;
-constexpr int64_t kSlabBytes = 64 << 20;
+constexpr int64_t kMaxBlocksPerSum = 512;
+constexpr int64_t kMaxSlabBytes = 64 << 20;
 
 // Three blocks on a multiprocessor, so that some load while others compute: at most 80 registers.
 template <int M, typename scalar_t, typename acc_t>
-__global__ void __launch_bounds__(kThreads, sizeof(scalar_t) == 8 ? 1 : 3)
-    product_tiles_kernel(const __grid_constant__ ProductArguments<scalar_t, acc_t> arguments) {
+__global__ void __launch_bounds__(kThreads, sizeof(scalar_t) == 8 ? 1 : 3) transforms_tiles_kernel(
+    const __grid_constant__ TransformsArguments<scalar_t, acc_t> arguments) {
   extern __shared__ __align__(16) char shared[];
-  product_tiles<M, scalar_t, acc_t>(Team{}, arguments, shared, blockIdx.x, gridDim.x, blockIdx.y);
+  transforms_tiles<M, scalar_t, acc_t>(Team{}, arguments, shared, blockIdx.x, gridDim.x,
+                                       blockIdx.y);
 }
 
 // How a block of the general kernel is divided: neighbouring threads should read neighbours in
@@ -61,7 +60,7 @@ struct StripArguments {
 // Grid: groups of terms, slices of the strips, patches of M x M taps.
 template <int M, typename scalar_t, typename acc_t>
 __global__ void __launch_bounds__(kThreads)
-    product_strips_kernel(const __grid_constant__ StripArguments<scalar_t, acc_t> args) {
+    transforms_strips_kernel(const __grid_constant__ StripArguments<scalar_t, acc_t> args) {
   const Lanes& lanes = args.lanes;
   const StripGrid& grid = args.grid;
   const int thread = threadIdx.x, m = args.m;
@@ -105,37 +104,40 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename scalar_t, typename acc_t>
-at::Tensor product_tiled(const at::Tensor& grad, const at::Tensor& z, const ForwardWiring& wiring,
-                         const Shape& shape, const Tiling& tiling) {
-  const int64_t slab_bytes = shape.terms() * shape.m * shape.m * static_cast<int64_t>(sizeof(acc_t));
+at::Tensor tile_sums(const at::Tensor& grad, const at::Tensor& z, const ForwardWiring& wiring,
+                     const Shape& shape, const Tiling& tiling) {
+  const int64_t slab_bytes =
+      shape.terms() * shape.m * shape.m * static_cast<int64_t>(sizeof(acc_t));
   const int64_t slabs = std::clamp<int64_t>(
-      std::min(kSums / tiling.splits, kSlabBytes / slab_bytes), 1, tiling.tiles());
+      std::min(kMaxBlocksPerSum / tiling.splits, kMaxSlabBytes / slab_bytes), 1, tiling.tiles());
   const at::Tensor sums = at::empty({slabs, shape.terms(), shape.m * shape.m},
                                     z.options().dtype(c10::CppTypeToScalarType<acc_t>::value));
-  const ProductArguments<scalar_t, acc_t> arguments{sums.mutable_data_ptr<acc_t>(),
-                                                    grad.const_data_ptr<scalar_t>(),
-                                                    z.const_data_ptr<scalar_t>(),
-                                                    wiring,
-                                                    shape.terms(),
-                                                    tiling};
-  launch(shape.m == 3 ? product_tiles_kernel<3, scalar_t, acc_t>
-                      : product_tiles_kernel<1, scalar_t, acc_t>,
+  const TransformsArguments<scalar_t, acc_t> arguments{sums.mutable_data_ptr<acc_t>(),
+                                                       grad.const_data_ptr<scalar_t>(),
+                                                       z.const_data_ptr<scalar_t>(),
+                                                       wiring,
+                                                       shape.terms(),
+                                                       tiling};
+  launch(shape.m == 3 ? transforms_tiles_kernel<3, scalar_t, acc_t>
+                      : transforms_tiles_kernel<1, scalar_t, acc_t>,
          dim3(slabs, tiling.splits), tiling.bytes, arguments);
   return sums.sum(0);
 }
 
 template <typename scalar_t, typename acc_t>
-at::Tensor product_general(const at::Tensor& grad, const at::Tensor& z, const at::Tensor& sources,
-                           const at::Tensor& order, const Shape& shape, bool channels_last) {
+at::Tensor strip_sums(const at::Tensor& grad, const at::Tensor& z, const at::Tensor& sources,
+                      const at::Tensor& order, const Shape& shape) {
+  const bool channels_last = shape.channels_last();
   const Lanes lanes{channels_last};
   const StripGrid grid{shape.batch, 1, shape.height, shape.width, channels_last};
   const int64_t patches = shape.m == 3 ? 1 : shape.m * shape.m;
   const int64_t groups = ceil_div(shape.terms(), lanes.terms());
   // Enough blocks to fill a GPU, but at least four strips for each thread, and no grid axis beyond
   // its limit of 65535.
-  const int64_t slices = std::clamp<int64_t>(
-      std::min(ceil_div(4 * kSums, groups * patches), ceil_div(grid.count(), 4 * lanes.pixels())),
-      1, 65535);
+  const int64_t slices =
+      std::clamp<int64_t>(std::min(ceil_div(4 * kMaxBlocksPerSum, groups * patches),
+                                   ceil_div(grid.count(), 4 * lanes.pixels())),
+                          1, 65535);
   const at::Tensor position = inverse_order(order);
   const at::Tensor sums = at::empty({slices, shape.terms(), shape.m * shape.m},
                                     z.options().dtype(c10::CppTypeToScalarType<acc_t>::value));
@@ -152,49 +154,34 @@ at::Tensor product_general(const at::Tensor& grad, const at::Tensor& z, const at
                                                   static_cast<int>(shape.sources_each),
                                                   shape.m,
                                                   lanes};
-  launch(shape.m == 3 ? product_strips_kernel<3, scalar_t, acc_t>
-                      : product_strips_kernel<1, scalar_t, acc_t>,
+  launch(shape.m == 3 ? transforms_strips_kernel<3, scalar_t, acc_t>
+                      : transforms_strips_kernel<1, scalar_t, acc_t>,
          dim3(groups, slices, patches), 0, arguments);
   return sums.sum(0);
 }
 
-at::Tensor expand_grad_transforms(const at::Tensor& grad_any, const at::Tensor& z_any,
-                                  const at::Tensor& sources_any, const at::Tensor& order_any,
-                                  int64_t size) {
-  const c10::cuda::CUDAGuard guard(z_any.device());
-  const Shape shape = check_grad_transforms(grad_any, z_any, sources_any, order_any, size);
-  const std::vector<int64_t> sizes = {shape.rebuilt, shape.sources_each, size, size};
-  if (shape.terms() == 0 || z_any.numel() == 0) return at::zeros(sizes, z_any.options());
-  if (is_mixture(shape, z_any)) {
-    return mixed_grad_transforms(grad_any, z_any, sources_any, order_any, shape);
-  }
-  const auto format = z_any.suggest_memory_format();
-  const bool channels_last = is_channels_last(z_any);
-  const at::Tensor z = z_any.contiguous(format), grad = grad_any.contiguous(format);
-  const at::Tensor sources = sources_any.contiguous(), order = order_any.contiguous();
+}  // namespace
+
+at::Tensor cuda_expand_grad_transforms(const at::Tensor& grad, const at::Tensor& z,
+                                       const at::Tensor& sources, const at::Tensor& order,
+                                       const Shape& shape) {
   const ForwardWiring wiring{order.const_data_ptr<int64_t>(), sources.const_data_ptr<int64_t>(),
                              shape.basis, shape.channels, shape.sources_each};
   at::Tensor sums;
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, z.scalar_type(), "sbf::expand_grad_transforms", [&] {
         using acc_t = at::opmath_type<scalar_t>;
-        const auto tiling = tile_for(
-            {shape.batch, shape.basis, shape.channels, shape.height, shape.width, shape.m,
-             static_cast<int>(sizeof(scalar_t)), channels_last, alignment_of(z),
-             alignment_of(grad),
-             shape.m == 3 ? ProductBlock<3, scalar_t, acc_t>::kSumBytes
-                          : ProductBlock<1, scalar_t, acc_t>::kSumBytes},
-            current_device());
-        sums = tiling.has_value()
-                   ? product_tiled<scalar_t, acc_t>(grad, z, wiring, shape, *tiling)
-                   : product_general<scalar_t, acc_t>(grad, z, sources, order, shape,
-                                                      channels_last);
+        const auto tiling =
+            tile_for({shape.batch, shape.basis, shape.channels, shape.height, shape.width, shape.m,
+                      static_cast<int>(sizeof(scalar_t)), shape.channels_last(), alignment_of(z),
+                      alignment_of(grad),
+                      shape.m == 3 ? TransformsBlock<3, scalar_t, acc_t>::kSumBytes
+                                   : TransformsBlock<1, scalar_t, acc_t>::kSumBytes},
+                     current_device());
+        sums = tiling.has_value() ? tile_sums<scalar_t, acc_t>(grad, z, wiring, shape, *tiling)
+                                  : strip_sums<scalar_t, acc_t>(grad, z, sources, order, shape);
       });
-  return sums.to(z.scalar_type()).view(sizes);
+  return sums;
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(sbf, CUDA, m) { m.impl("expand_grad_transforms", &expand_grad_transforms); }
 
 }  // namespace sbf

@@ -60,7 +60,7 @@ class Display:
         title, step, steps = record["title"], record["step"], record["steps"]
         detail = _detail(record)
         if not self.console.is_terminal:
-            if "seconds_left" in record:  # a bar tells by itself
+            if "seconds_left" in record:  # a bar shows it
                 detail += f"  {record['seconds_left']:.0f} s left"
             now = time.monotonic()
             changed = title != self._title
@@ -77,7 +77,7 @@ class Display:
 
     @contextmanager
     def stage(self, number: int, of: int, name: str) -> Iterator[None]:
-        """Announce a stage, and tell how long it took."""
+        """Announce a stage, and say how long it took."""
         self.say(f"[{number}/{of}] {name}", style="bold")
         start = time.monotonic()
         yield
@@ -114,33 +114,4 @@ def results_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             f"{row['params'] / 1e3:.1f}",
             "machine busy" if row["latency_ms"] is None else f"{row['latency_ms']:.2f}",
         )
-    return table
-
-
-def comparison_table(rows: list[Mapping[str, Any]]) -> Table:
-    """Return the table of a comparison: a line for each method and cost, a column per length."""
-    lengths = sorted({row["trained_steps"] for row in rows if "trained_steps" in row})
-    table = Table()
-    table.add_column("method", no_wrap=True)
-    table.add_column("MACs %", justify="right")
-    for steps in lengths:
-        table.add_column(f"top-1 %, {steps} steps", justify="right")
-    lines: dict[tuple[str, float], dict[int, str]] = {}
-    costs: dict[tuple[str, float], str] = {}
-    for row in rows:
-        key = (row["title"], row["macs"])
-        if row.get("refused"):
-            costs[key], lines[key] = f"{100 * row['macs']:.0f}", dict.fromkeys(lengths, "—")
-            continue
-        costs[key] = f"{100 * row['reached']:.1f}"
-        figure = f"{100 * row['top1_mean']:.1f}"
-        if row["seeds"] > 1:
-            figure += f" ± {100 * row['top1_std']:.1f}"
-        lines.setdefault(key, {})[row["trained_steps"]] = figure
-    last = None
-    for key, figures in lines.items():
-        if last is not None and key[1] != last:
-            table.add_section()
-        last = key[1]
-        table.add_row(key[0], costs[key], *(figures[steps] for steps in lengths))
     return table

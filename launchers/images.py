@@ -10,13 +10,14 @@ import torch
 from launchers.display import Display
 from pipelines.index import DataIndex
 from pipelines.loader import EvalLoader
+from pipelines.reader import Reader
 from pipelines.sources import digits, photos
 from pipelines.sources.folder import index_folder
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.recipe import Data
 
 BATCH = 64
-HELD = 2**26  # bytes of calibration images that are held rather than decoded again and again
+MAX_IMAGES_BYTES = 2**26  # of calibration images that are kept rather than decoded each time
 
 _EMBEDDED = {"digits": digits.write, "photos": photos.write}
 
@@ -41,19 +42,20 @@ def index_images(data: Data, runs: Path, seed: int, display: Display) -> DataInd
 
 
 def images_read(display: Display) -> Callable[[int, int], None]:
-    """Return what tells `display` how many images have been looked into."""
+    """Return what shows on `display` how many images have been checked."""
     return lambda done, of: display.show({"title": "images", "step": done, "steps": of})
 
 
 def calibration_images(data: Data, index: DataIndex, count: int, seed: int) -> Calibration:
     """Return `count` random training images as the student sees them in evaluation.
 
-    Few and small ones are held in memory, others are decoded each time that they are gone through.
+    Up to MAX_IMAGES_BYTES they are kept in memory, otherwise they are decoded each time that they
+    are gone through.
     """
     ids = np.sort(np.concatenate([index.parts[part] for part in ("labelled", "unlabelled")]))
     drawn = np.random.default_rng(seed).choice(ids, min(count, len(ids)), replace=False)
     drawn.sort()
-    if 4 * 3 * data.image_size**2 * len(drawn) <= HELD:
+    if 4 * 3 * data.image_size**2 * len(drawn) <= MAX_IMAGES_BYTES:
         return Calibration.of(evaluation_images(data, index, drawn), batch=BATCH)
     return Calibration(_Images(evaluation_loader(data, index, drawn)))
 
@@ -73,19 +75,14 @@ def evaluation_loader(
     device: torch.device | str = "cpu",
 ) -> EvalLoader:
     """Return the batches of `ids` as the student sees them in evaluation."""
-    none = ids[:0]
+    others = dict.fromkeys(("labelled", "unlabelled"), ids[:0])
     return EvalLoader(
-        dataclasses.replace(index, parts={"labelled": none, "unlabelled": none, "validation": ids}),
+        dataclasses.replace(index, parts=others | {"validation": ids}),
         "validation",
+        Reader(threads=data.threads, device=device),
         batch_size=batch_size,
-        image_size=data.image_size,
+        view=data.view,
         crop=data.crop,
-        mean=data.mean,
-        std=data.std,
-        rank=0,
-        world_size=1,
-        threads=data.threads,
-        device=device,
     )
 
 

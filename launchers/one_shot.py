@@ -14,86 +14,86 @@ from launchers.images import (
     images_read,
     index_images,
 )
-from launchers.local_ray import available_cpus
-from launchers.student import VERIFIED_IMAGES, export, make
+from launchers.machine import available_cpus
+from launchers.student import NUM_VERIFIED_IMAGES, export_student, make_student
 from pipelines.index import DataIndex
 from pipelines.sources.folder import index_plain
 from sbf_dist import models
+from sbf_dist.compress_recipe import OneShot
 from sbf_dist.compression.cost import count
 from sbf_dist.compression.plan import Plan
 from sbf_dist.compression.planning.latency import latencies_if_quiet
 from sbf_dist.errors import UserError
 from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import ONNX, PLAN, WEIGHTS, check_folder
-from sbf_dist.recipe import Recipe
 from sbf_dist.train.evaluate import accuracy
 from sbf_dist.weights import load_weights
 
 
 def compress_once(
-    recipe: Recipe,
+    settings: OneShot,
     out: Path,
     classes: int | None,
     *,
     weights_key: str | None = None,
     weights_prefix: str | None = None,
 ) -> None:
-    """Compress the recipe's only teacher and write the student to `out`, saying what was reached.
+    """Compress a network and write the student to `out`, saying what was reached.
 
     `classes`: outputs of the network, None for one to each class of the images; `weights_key`,
     `weights_prefix`: see load_weights. UserError for weights, images and folders that do not fit.
     """
     check_folder(out)
     torch.set_num_threads(available_cpus())
-    (teacher,) = recipe.teachers
-    assert teacher.weights is not None
     with Display() as display:
         # Embedded sets are written beside the student.
-        index = _index(recipe, out.parent, display)
+        index = _index(settings, out.parent, display)
         display.say(f"  {index.root}: {len(index)} images of {len(index.classes)} classes")
         outputs = classes or len(index.classes)
         if not outputs:
             raise UserError(
-                f"data {index.root}: has no class folders; say with --classes how many outputs the "
-                "network has"
+                f"data {index.root}: has no class folders; give with --classes how many outputs "
+                "the network has"
             )
-        dense = models.build(teacher.model, outputs)
-        found = load_weights(dense, teacher.weights, key=weights_key, prefix=weights_prefix)
+        dense = models.build(settings.model, outputs)
+        found = load_weights(dense, settings.weights, key=weights_key, prefix=weights_prefix)
         if found is not None:
             display.say(f"  {found}")
-        images = calibration_images(recipe.data, index, recipe.compress.images, recipe.seed)
-        student, plan = make(recipe, dense, teacher.model, outputs, images, display)
-        top1 = _accuracies(recipe, index, [dense, student], display)
-        ids = index.parts["validation" if index.classes else "unlabelled"][:VERIFIED_IMAGES]
-        export(
+        images = calibration_images(settings.data, index, settings.compress.images, settings.seed)
+        student, plan = make_student(
+            dense, images, settings.compress, settings.model, settings.seed, display
+        )
+        top1 = _accuracies(settings, index, [dense, student], display)
+        ids = index.parts["validation" if index.classes else "unlabelled"][:NUM_VERIFIED_IMAGES]
+        export_student(
             out,
             student,
             plan,
-            recipe,
+            settings.data,
             classes=index.classes if top1 else [str(i) for i in range(outputs)],
             top1=top1[1] if top1 else None,
-            images=evaluation_images(recipe.data, index, ids),
+            images=evaluation_images(settings.data, index, ids),
         )
-        display.console.print(results_table(_rows(recipe, plan, [dense, student], top1)))
+        display.console.print(results_table(_rows(settings, plan, [dense, student], top1)))
         display.say(f"student   {out}/ ({ONNX}, {WEIGHTS}, {PLAN})")
         display.say(f"plan      sbf plan show {out}")
 
 
-def _index(recipe: Recipe, runs: Path, display: Display) -> DataIndex:
+def _index(settings: OneShot, runs: Path, display: Display) -> DataIndex:
     """The images, which may lie in one folder without classes."""
-    root = recipe.data.root
+    root = settings.data.root
     plain = root is not None and root.is_dir() and not any(p.is_dir() for p in root.iterdir())
-    if recipe.data.source == "folder" and root is not None and plain and any(root.iterdir()):
+    if settings.data.source == "folder" and root is not None and plain and any(root.iterdir()):
         return index_plain(root, progress=images_read(display))
-    return index_images(recipe.data, runs, recipe.seed, display)
+    return index_images(settings.data, runs, settings.seed, display)
 
 
 def _accuracies(
-    recipe: Recipe, index: DataIndex, networks: list[nn.Module], display: Display
+    settings: OneShot, index: DataIndex, networks: list[nn.Module], display: Display
 ) -> list[float]:
-    """Top-1 of each network on the validation part; none where labels do not fit the outputs."""
+    """Top-1 of each network on the validation part; empty where labels do not fit the outputs."""
     ids = index.parts["validation"]
-    probe = torch.zeros(1, 3, recipe.data.image_size, recipe.data.image_size)
+    probe = torch.zeros(1, 3, settings.data.image_size, settings.data.image_size)
     with torch.no_grad():
         outputs = networks[0].eval()(probe).shape[1]
     if not index.classes:
@@ -108,18 +108,18 @@ def _accuracies(
     found = []
     for number, network in enumerate(networks, 1):
         display.show({"title": "accuracy", "step": number, "steps": len(networks)})
-        found.append(accuracy(network, evaluation_loader(recipe.data, index, ids), "cpu").top1)
+        found.append(accuracy(network, evaluation_loader(settings.data, index, ids), "cpu").top1)
     return found
 
 
 def _rows(
-    recipe: Recipe, plan: Plan, networks: list[nn.Module], top1: list[float]
+    settings: OneShot, plan: Plan, networks: list[nn.Module], top1: list[float]
 ) -> list[dict[str, Any]]:
     """The dense network and the student as rows of the table of results."""
     times = latencies_if_quiet(
         [optimize(network) for network in networks],
         plan.input_shape,
-        batch=recipe.compress.latency_batch,
+        batch=settings.compress.latency_batch,
     )
     return [
         {

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from pipelines.index import DataIndex
 from sbf_dist.errors import UserError
 
-_LOOKED_AT = 32
+_NUM_CHECKED_FILES = 32
 
 
 def check_workers_agree(index: DataIndex, device: torch.device | str = "cpu") -> None:
@@ -29,7 +29,7 @@ def check_workers_agree(index: DataIndex, device: torch.device | str = "cpu") ->
             )
     for worker, theirs in enumerate(every):
         if theirs[-1]:
-            seen = min(_LOOKED_AT, len(index))
+            seen = min(_NUM_CHECKED_FILES, len(index))
             raise UserError(
                 f"data {index.root}: on worker {worker}, {int(theirs[-1])} of {seen} files that "
                 "were looked at are missing or of another size than when they were indexed; every "
@@ -40,7 +40,7 @@ def check_workers_agree(index: DataIndex, device: torch.device | str = "cpu") ->
 def _strangers(index: DataIndex) -> list[str]:
     """Of some samples, the files or shards that are not as they were indexed."""
     strangers = []
-    for sample in np.unique(np.linspace(0, len(index) - 1, _LOOKED_AT).astype(np.int64)):
+    for sample in np.unique(np.linspace(0, len(index) - 1, _NUM_CHECKED_FILES).astype(np.int64)):
         shard = -1 if index.shard is None else int(index.shard[sample])
         name = index.files[sample] if shard < 0 else index.shards[shard]
         least = int(index.file_bytes[sample])

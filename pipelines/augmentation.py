@@ -1,6 +1,5 @@
-"""Random views: what the settings mean, and the numbers of each sample's view."""
+"""Random views of training images: the numbers of each sample's view."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.random_numbers import Purpose, uniform_numbers
-from sbf_dist.errors import UserError
+from sbf_dist.settings import Augmentation
 
 # RandAugment's, in the order that the graph knows (rand_augment.py).
 OPERATIONS = (
@@ -18,89 +17,15 @@ OPERATIONS = (
 MAGNITUDES = 31
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """How a training image is varied. The defaults suit photographs.
+def warps(augmentation: Augmentation) -> bool:
+    """Whether views are rotated or moved."""
+    return augmentation.rotate > 0 or augmentation.shift > 0
 
-    Digits and other signs: flip=False, min_scale about 0.7, a few degrees of `rotate`, `shift`
-    0.05 to 0.1. CIFAR: crop="padded".
 
-    crop                   "resized": a crop of random area and aspect ratio, resized to the
-                           square (Szegedy et al. 2015). "padded": the image, its short side
-                           resized to the square's, with a black border, and a square cut out of
-                           that at random (He et al. 2016, on CIFAR)
-    padding                crop="padded": width of the border, pixels
-    min_scale, max_scale   the crop's share of the image's area is uniform in [min, max]; (0, 1]
-    min_ratio, max_ratio   the crop's width/height is log-uniform in [min, max], as far as the crop
-                           fits into the image; > 0
-    flip                   mirror left and right with probability 1/2
-    rotate                 rotate the crop by an angle uniform in [−rotate, rotate]; degrees, 0..180
-    shift                  move the crop, each way, by a share of its side, uniform in
-                           [−shift, shift]; [0, 1]
-    color                  factors of brightness, contrast and saturation, each uniform in
-                           [1 − color, 1 + color]; [0, 1]
-    rand_augment           so many random operations one after another (RandAugment, Cubuk et al.
-                           2020, whose 14 operations these are, as DALI has them); 0: none
-    magnitude              strength of these operations, 0..30
-    mixup                  blend each image with another, labels too: the share is drawn from
-                           Beta(mixup, mixup) (Zhang et al. 2018); 0: none
-    cutmix                 put a box out of another image into each, its area drawn from
-                           Beta(cutmix, cutmix) (Yun et al. 2019); 0: none. With mixup: one or the
-                           other, half of the time each
-    min_scale to max_ratio are those of crop="resized". What rotation and shift uncover is filled
-    with the nearest pixel of the border. UserError for a value out of its range.
-    """
-
-    crop: str = "resized"
-    padding: int = 4
-    min_scale: float = 0.35
-    max_scale: float = 1.0
-    min_ratio: float = 3 / 4
-    max_ratio: float = 4 / 3
-    flip: bool = True
-    rotate: float = 0.0
-    shift: float = 0.0
-    color: float = 0.0
-    rand_augment: int = 0
-    magnitude: int = 9
-    mixup: float = 0.0
-    cutmix: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.min_scale <= self.max_scale <= 1:
-            raise UserError(
-                f"augmentation: min_scale {self.min_scale} and max_scale {self.max_scale} must be "
-                "0 < min_scale <= max_scale <= 1"
-            )
-        if not 0 < self.min_ratio <= self.max_ratio < math.inf:
-            raise UserError(
-                f"augmentation: min_ratio {self.min_ratio} and max_ratio {self.max_ratio} must be "
-                "0 < min_ratio <= max_ratio"
-            )
-        if self.crop not in ("resized", "padded"):
-            raise UserError(f"augmentation: crop {self.crop!r} must be resized or padded")
-        limits = {
-            "padding": 1024, "rotate": 180, "shift": 1, "color": 1, "rand_augment": 16,
-            "magnitude": MAGNITUDES - 1, "mixup": 1000, "cutmix": 1000,
-        }  # fmt: skip
-        for name, limit in limits.items():
-            value = getattr(self, name)
-            if not 0 <= value <= limit:
-                raise UserError(f"augmentation: {name} {value} must be in 0..{limit}")
-
-    @property
-    def warps(self) -> bool:
-        return self.rotate > 0 or self.shift > 0
-
-    @property
-    def only_crops(self) -> bool:
-        """Whether a view is a resized crop, mirrored perhaps, and nothing else."""
-        varies = self.warps or self.color > 0 or self.rand_augment > 0
-        return self.crop == "resized" and not varies
-
-    @property
-    def mixes(self) -> bool:
-        return self.mixup > 0 or self.cutmix > 0
+def only_crops(augmentation: Augmentation) -> bool:
+    """Whether a view is a resized crop, mirrored perhaps, and nothing else."""
+    varies = warps(augmentation) or augmentation.color > 0 or augmentation.rand_augment > 0
+    return augmentation.crop == "resized" and not varies
 
 
 @dataclass(frozen=True)
@@ -131,7 +56,7 @@ class Views:
         """What the training graph of this augmentation asks for."""
         names = ["anchor", "shape"] if augmentation.crop == "resized" else ["start"]
         names += ["mirror"]
-        names += ["matrix"] if augmentation.warps else []
+        names += ["matrix"] if warps(augmentation) else []
         names += ["color"] if augmentation.color > 0 else []
         names += ["operations", "signs"] if augmentation.rand_augment else []
         return {name: getattr(self, name) for name in names}

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from nvidia.dali.pipeline import Pipeline
 
+from pipelines.reader import Reader
 from pipelines.samples import Samples
 from sbf_dist.errors import UserError
 
@@ -16,20 +17,20 @@ from sbf_dist.errors import UserError
 class Flight:
     """The batches that one DALI pipeline is working on, first in, first out.
 
-    `depth` batches must be submitted before the first is taken. `finish` makes a batch of the
-    pipeline's images where these are not yet of one size; it is also given what was kept aside for
-    them.
+    The reader's `prefetch` is how many batches must be submitted before the first is taken.
+    `finish` makes a batch of the pipeline's images where these are not yet of one size; it is also
+    given what was kept aside for them.
     """
 
     def __init__(
         self,
         pipe: Pipeline,
         samples: Samples,
-        device: torch.device,
-        depth: int,
+        reader: Reader,
+        *,
         finish: Callable[[Sequence[torch.Tensor], Any], torch.Tensor] | None = None,
     ) -> None:
-        self._pipe, self._samples, self._device, self._depth = pipe, samples, device, depth
+        self._pipe, self._samples, self._reader = pipe, samples, reader
         self._finish = finish
         self._pending: deque[tuple[NDArray[np.int64], Any]] = deque()
         self._started = False
@@ -42,7 +43,7 @@ class Flight:
             self._pipe.feed_input(name, values)
         self._pending.append((ids, aside))
         # DALI's first schedule_run runs the pipeline as often as its queue is deep.
-        if self._started or len(self._pending) == self._depth:
+        if self._started or len(self._pending) == self._reader.prefetch:
             self._pipe.schedule_run()
             self._started = True
 
@@ -58,7 +59,7 @@ class Flight:
         # No copy: the tensor keeps DALI's buffer, which goes back to DALI when the tensor dies.
         tensors = [torch.from_dlpack(images.as_tensor()) for images in self._outputs()]
         self._pipe.release_outputs()
-        # Channels last in memory, as DALI made them; only the view is the other way round.
+        # Channels last in memory, as DALI leaves them; only the view is the other way round.
         return self._pending.popleft()[0], [tensor.permute(0, 3, 1, 2) for tensor in tensors]
 
     def take_apart(self) -> tuple[NDArray[np.int64], list[NDArray[np.uint8]]]:
@@ -70,11 +71,11 @@ class Flight:
 
     def _outputs(self) -> Any:
         try:
-            if self._device.type == "cuda":
-                return self._pipe.share_outputs(torch.cuda.current_stream(self._device))
-            return self._pipe.share_outputs()
+            if self._reader.on_cpu:
+                return self._pipe.share_outputs()
+            return self._pipe.share_outputs(torch.cuda.current_stream(self._reader.device))
         except RuntimeError as error:
-            # In the user's terms: the file that is to blame, if one is.
+            # In the user's terms: the file that is at fault, if one is.
             for ids, _ in self._pending:
                 for sample in ids:
                     fault = self._samples.explain(int(sample))

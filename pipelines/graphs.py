@@ -7,8 +7,10 @@ from typing import Any
 from nvidia import dali
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 
-from pipelines.augmentation import Augmentation
+from pipelines.augmentation import warps
 from pipelines.rand_augment import rand_augmented
+from pipelines.reader import Reader
+from sbf_dist.settings import Augmentation, View
 
 # DALI's stubs know neither its enumerations nor all of its operators.
 fn: Any = dali.fn
@@ -17,7 +19,7 @@ types: Any = dali.types
 DTYPES = {"float32": types.FLOAT, "float16": types.FLOAT16}
 STRONG = "strong_"  # stands before the names of the inputs of the strong view
 _LEVELS = 255.0
-_LARGEST_HINT = 4096
+_MAX_HINT_PIXELS = 4096
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,32 @@ class Form:
     dtype: str = "float32"
     largest: tuple[int, int] = (0, 0)
     fits: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        view: View,
+        reader: Reader,
+        *,
+        batch_size: int,
+        source: str,
+        largest: tuple[int, int] = (0, 0),
+        fits: bool = False,
+    ) -> "Form":
+        """The form of a reader's batches."""
+        return cls(
+            batch_size=batch_size,
+            image_size=view.image_size,
+            mean=view.mean,
+            std=view.std,
+            threads=reader.threads,
+            device_id=reader.device_id,
+            prefetch=reader.prefetch,
+            source=source,
+            dtype=reader.dtype,
+            largest=largest,
+            fits=fits,
+        )
 
 
 def train_graph(
@@ -146,7 +174,7 @@ def _resized(images: Any, form: Form) -> Any:
 def _decoding(form: Form) -> dict[str, Any]:
     if form.device_id is None:
         return {"device": "cpu", "output_type": types.RGB}
-    height, width = (min(side, _LARGEST_HINT) for side in form.largest)
+    height, width = (min(side, _MAX_HINT_PIXELS) for side in form.largest)
     return {
         "device": "mixed",
         "output_type": types.RGB,
@@ -188,7 +216,7 @@ def _crops(images: Any, form: Form, augmentation: Augmentation, prefix: str) -> 
 
 def _varied(images: Any, form: Form, augmentation: Augmentation, prefix: str) -> Any:
     """From square to view: what the augmentation asks for, then normalised and mirrored."""
-    if augmentation.warps:
+    if warps(augmentation):
         images = fn.warp_affine(
             images,
             matrix=fn.external_source(name=f"{prefix}matrix", dtype=types.FLOAT, ndim=2),

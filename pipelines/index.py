@@ -3,8 +3,7 @@
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from pipelines.names import Names
 from sbf_dist.errors import UserError
+from sbf_dist.files import replacing, write_json
 
 PARTS = ("labelled", "unlabelled", "validation")
 UNKNOWN = -1
@@ -132,11 +132,9 @@ class DataIndex:
             "counts": {part: len(ids) for part, ids in self.parts.items()},
             "skipped": self.skipped,
         }
-        _replace(folder / samples, lambda path: pq.write_table(table, path))
-        _replace(
-            folder / _JSON,
-            lambda path: path.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n"),
-        )
+        with replacing(folder / samples) as partial:
+            pq.write_table(table, partial)
+        write_json(folder / _JSON, about)
         for old in folder.glob("samples-*.parquet"):
             if old.name != samples:
                 old.unlink()
@@ -193,16 +191,3 @@ class DataIndex:
             assert (codes[ids] == -1).all(), f"part {part} shares samples with another"
             codes[ids] = code
         return codes
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside `path`, then put it in its place in one step."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ SUFFIXES = (
 )  # fmt: skip
 _FORMATS = {"JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "PPM"}
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B"}
-# The TIFF compressions that nvImageCodec's libtiff is built with, in Pillow's words.
+# The TIFF compressions that nvImageCodec's libtiff is built with, by Pillow's names.
 _TIFF_COMPRESSIONS = {
     "raw", "packbits", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate", "jpeg", "tiff_jpeg",
     "group3", "group4", "tiff_ccitt", "zstd",
@@ -28,7 +28,7 @@ _ORIENTATION = 274
 MAX_PIXELS = 64_000_000
 _TOO_LARGE = f"more than the {MAX_PIXELS // 1_000_000} million pixels that are decoded"
 _PNG_END = b"IEND\xaeB`\x82"
-_CHUNK = 64
+_CHUNK_IMAGES = 64
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def inspect_all(
     Threads, not processes: Pillow decodes without the interpreter's lock, and a process pool was
     slower by 15 % on two cores.
     """
-    chunks = [paths[i : i + _CHUNK] for i in range(0, len(paths), _CHUNK)]
+    chunks = [paths[i : i + _CHUNK_IMAGES] for i in range(0, len(paths), _CHUNK_IMAGES)]
     found: list[Inspection] = []
     with warnings.catch_warnings(), ThreadPoolExecutor(2 * len(sched_getaffinity(0))) as pool:
         # Pillow warns of large images, of which we have a limit of our own.
@@ -117,7 +117,7 @@ def inspect_all(
 def _unsupported(image: Image.Image) -> str | None:
     if image.format not in _FORMATS:
         return f"{image.format} data, which is not decoded whatever the file's name"
-    # Pillow calls a 16-bit PGM "I"; any other 32-bit image is none that DALI maps to 0..255.
+    # Pillow calls a 16-bit PGM "I"; DALI maps no other 32-bit image to 0..255.
     if image.mode not in _MODES and not (image.format == "PPM" and image.mode == "I"):
         return f"{image.format} of mode {image.mode}, which is not decoded"
     if image.format == "TIFF":

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,16 +10,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipelines.augmentation import Augmentation, draw_views
+from pipelines.augmentation import draw_views, only_crops
 from pipelines.flight import Flight
-from pipelines.graphs import DTYPES, STRONG, Form, crop_graph, evaluate_graph, train_graph
+from pipelines.graphs import STRONG, Form, crop_graph, evaluate_graph, train_graph
 from pipelines.index import UNKNOWN, DataIndex
 from pipelines.memory import decode_all
-from pipelines.mixing import draw_mixing
+from pipelines.mixup import draw_mixup
 from pipelines.order import SampleStream, evaluation_shard, rank_start
+from pipelines.reader import Reader, check_count
 from pipelines.resizing import resized_batch
 from pipelines.samples import Pixels, Samples, stored_samples
 from sbf_dist.errors import UserError
+from sbf_dist.settings import Augmentation, View
 
 Batch = dict[str, torch.Tensor]
 
@@ -26,26 +29,23 @@ Batch = dict[str, torch.Tensor]
 class TrainLoader:
     """An endless iterator of shuffled, augmented training batches of one rank.
 
-    A batch is {"image": (b, 3, s, s) in channels_last, "label": int64 (b,), "id": int64 (b,)}, all
-    on `device`, with b = batch_size always; images are of the `dtype` "float32" or "float16".
+    A batch is {"image": (b, 3, s, s) in channels_last, "label": int64 (b,), "id": int64 (b,)}, on
+    the reader's device and of its dtype, with b = batch_size always and s = view.image_size.
     Samples of the part "unlabelled" have the label −1, also where the index knows their class. All
     ranks together give every sample of `parts` exactly once per epoch; batches run over epoch
-    borders. With an augmentation that mixes, a batch also says what is to be mixed (see
-    mixing.draw_mixing). With `strong`, another augmentation, it has a second view of each image,
+    borders. With mixup or cutmix, a batch also says which images are combined and how (see
+    mixup.draw_mixup). With `strong`, another augmentation, it has a second view of each image,
     "strong", of the same decoded picture; the first views are what they would be without.
 
-    `mean` and `std` are those of images in [0, 1]; `threads` are DALI's, beside the caller's own;
-    `prefetch` batches are kept in flight. `device` is a torch device, "cpu" or "cuda[:n]". `cache`
-    "memory" decodes all images when the first batch is asked for and keeps their pixels, for data
-    sets of small images; "none" reads them each time. Batches are the same, but for the rounding of
-    JPEG's colours at the edges of crops.
+    With the reader's cache, batches are the same but for the rounding of JPEG's colours at the
+    edges of crops.
 
     The state counts the samples that were handed out, over all ranks, not the prefetched ones.
     Loaded on any number of ranks and with any batch size, it goes on with exactly the samples that
     were not handed out yet; the views of a sample depend on the seed and its place in the stream
     alone, so that they too are what they would have been.
 
-    UserError: parts that are unknown, empty or "validation", sizes and moments out of range; in
+    UserError: parts that are unknown, empty or "validation", numbers out of range; in
     __next__, an image that has vanished or was damaged since it was indexed.
     """
 
@@ -53,34 +53,15 @@ class TrainLoader:
         self,
         index: DataIndex,
         parts: Sequence[str],
+        reader: Reader,
         *,
         batch_size: int,
-        image_size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
+        view: View,
         augmentation: Augmentation,
         seed: int,
-        rank: int,
-        world_size: int,
-        threads: int,
-        device: torch.device | str = "cpu",
-        prefetch: int = 2,
-        dtype: str = "float32",
-        cache: str = "none",
         strong: Augmentation | None = None,
     ) -> None:
-        _check_settings(
-            mean,
-            std,
-            dtype,
-            batch_size=batch_size,
-            image_size=image_size,
-            threads=threads,
-            prefetch=prefetch,
-        )
-        assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
-        if cache not in ("none", "memory"):
-            raise UserError(f"cache {cache!r}: must be none or memory")
+        check_count("batch_size", batch_size)
         if augmentation.mixes and batch_size % 2:
             raise UserError(
                 f"batch_size {batch_size} of one worker: mixup and cutmix mix pairs of images; it "
@@ -93,11 +74,8 @@ class TrainLoader:
         self._stream = SampleStream(_training_ids(index, self._parts), seed)
         self._labels = index.labels.copy()
         self._labels[index.parts["unlabelled"]] = UNKNOWN
-        self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
-        self._image_size, self._mean, self._std = image_size, list(mean), list(std)
+        self._reader, self._view, self._batch_size = reader, view, batch_size
         self._augmentation, self._strong = augmentation, strong
-        self._threads, self._device, self._prefetch = threads, torch.device(device), prefetch
-        self._dtype, self._cache = dtype, cache
         self._pixels: Pixels | None = None
         self._handed_out = 0
         self._submitted = 0
@@ -117,7 +95,7 @@ class TrainLoader:
 
     def __next__(self) -> Batch:
         if self._flight is None:
-            self._flight = self._take_off()
+            self._flight = self._start()
         try:
             ids, views = self._flight.take()
         except Exception:
@@ -128,21 +106,21 @@ class TrainLoader:
         if self._strong is not None:
             batch["strong"] = views[1]
         if self._augmentation.mixes:
-            batch |= self._mixing()
-        self._handed_out += self._batch_size * self._world_size
+            batch |= self._mixup()
+        self._handed_out += self._batch_size * self._reader.world_size
         return batch
 
-    def _mixing(self) -> Batch:
-        """How the batch that is about to be handed out is mixed."""
-        numbers = draw_mixing(
+    def _mixup(self) -> Batch:
+        """How the images of the batch that is about to be handed out are combined."""
+        numbers = draw_mixup(
             self._augmentation,
             batch_size=self._batch_size,
-            image_size=self._image_size,
+            image_size=self._view.image_size,
             seed=self._stream.seed,
-            position=rank_start(self._handed_out, self._batch_size, self._rank),
+            position=rank_start(self._handed_out, self._batch_size, self._reader.rank),
         )
         return {
-            key: torch.from_numpy(value).to(self._device, non_blocking=True)
+            key: torch.from_numpy(value).to(self._reader.device, non_blocking=True)
             for key, value in numbers.items()
         }
 
@@ -159,7 +137,7 @@ class TrainLoader:
             "seed": self._stream.seed,
             "parts": list(self._parts),
             "digest": self._index.digest,
-            "world_size": self._world_size,
+            "world_size": self._reader.world_size,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -181,48 +159,43 @@ class TrainLoader:
         """Let go of DALI's threads and buffers; the next batch starts them again."""
         self._flight = None
 
-    def _take_off(self) -> Flight:
+    def _start(self) -> Flight:
         sizes = self._index.sizes[self._stream.ids]
         samples = self._samples()
-        form = Form(
+        form = Form.of(
+            self._view,
+            self._reader,
             batch_size=self._batch_size,
-            image_size=self._image_size,
-            mean=self._mean,
-            std=self._std,
-            threads=self._threads,
-            device_id=_device_id(self._device),
-            prefetch=self._prefetch,
             source=samples.source,
-            dtype=self._dtype,
             largest=_largest(sizes),
-            fits=bool((sizes == self._image_size).all()),
+            fits=bool((sizes == self._view.image_size).all()),
         )
         if self._resizes_itself:
             finish = partial(resized_batch, form=form)
-            flight = Flight(crop_graph(form), samples, self._device, self._prefetch, finish)
+            flight = Flight(crop_graph(form), samples, self._reader, finish=finish)
         else:
             pipe = train_graph(form, self._augmentation, self._strong)
-            flight = Flight(pipe, samples, self._device, self._prefetch)
+            flight = Flight(pipe, samples, self._reader)
         self._submitted = self._handed_out
-        for _ in range(self._prefetch):
+        for _ in range(self._reader.prefetch):
             self._submit(flight)
         return flight
 
     @property
     def _resizes_itself(self) -> bool:
         """Whether PyTorch makes the squares, which is faster where it can make all of the view."""
-        plain = self._augmentation.only_crops and self._strong is None
-        return plain and self._device.type == "cpu"
+        plain = only_crops(self._augmentation) and self._strong is None
+        return plain and self._reader.on_cpu
 
     def _samples(self) -> Samples:
-        if self._cache == "none":
+        if self._reader.cache == "none":
             return stored_samples(self._index)
         if self._pixels is None:
-            self._pixels = decode_all(self._index, self._stream.ids, threads=self._threads)
+            self._pixels = decode_all(self._index, self._stream.ids, threads=self._reader.threads)
         return self._pixels
 
     def _submit(self, flight: Flight) -> None:
-        start = rank_start(self._submitted, self._batch_size, self._rank)
+        start = rank_start(self._submitted, self._batch_size, self._reader.rank)
         ids = self._stream.take(start, self._batch_size)
         inputs: dict[str, NDArray[Any]] = {}
         asked = [(self._augmentation, "")]
@@ -231,7 +204,7 @@ class TrainLoader:
             views = draw_views(
                 augmentation,
                 self._index.sizes[ids],
-                image_size=self._image_size,
+                image_size=self._view.image_size,
                 seed=self._stream.seed,
                 position=start,
                 strong=prefix == STRONG,
@@ -239,7 +212,7 @@ class TrainLoader:
             inputs |= {prefix + key: value for key, value in views.inputs(augmentation).items()}
         aside = inputs.pop("mirror") if self._resizes_itself else None
         flight.submit(ids, inputs, aside)
-        self._submitted += self._batch_size * self._world_size
+        self._submitted += self._batch_size * self._reader.world_size
 
 
 class EvalLoader:
@@ -258,37 +231,18 @@ class EvalLoader:
         self,
         index: DataIndex,
         part: str,
+        reader: Reader,
         *,
         batch_size: int,
-        image_size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        rank: int,
-        world_size: int,
-        threads: int,
-        device: torch.device | str = "cpu",
+        view: View,
         crop: float = 0.875,
-        prefetch: int = 2,
-        dtype: str = "float32",
     ) -> None:
-        _check_settings(
-            mean,
-            std,
-            dtype,
-            batch_size=batch_size,
-            image_size=image_size,
-            threads=threads,
-            prefetch=prefetch,
-        )
-        assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
+        check_count("batch_size", batch_size)
         if not 0 < crop <= 1:
             raise UserError(f"crop {crop}: must be in (0, 1]")
         self._index = index
-        self._ids = evaluation_shard(_part(index, part), rank, world_size)
-        self._batch_size, self._image_size, self._crop = batch_size, image_size, crop
-        self._mean, self._std = list(mean), list(std)
-        self._threads, self._device, self._prefetch = threads, torch.device(device), prefetch
-        self._dtype = dtype
+        self._ids = evaluation_shard(_part(index, part), reader.rank, reader.world_size)
+        self._reader, self._view, self._batch_size, self._crop = reader, view, batch_size, crop
 
     def __len__(self) -> int:
         return math.ceil(len(self._ids) / self._batch_size)
@@ -301,23 +255,18 @@ class EvalLoader:
     def __iter__(self) -> Iterator[Batch]:
         if not len(self):
             return
-        depth = min(self._prefetch, len(self))
+        reader = replace(self._reader, prefetch=min(self._reader.prefetch, len(self)))
         samples = stored_samples(self._index)
-        form = Form(
+        form = Form.of(
+            self._view,
+            reader,
             batch_size=self._batch_size,
-            image_size=self._image_size,
-            mean=self._mean,
-            std=self._std,
-            threads=self._threads,
-            device_id=_device_id(self._device),
-            prefetch=depth,
             source=samples.source,
-            dtype=self._dtype,
             largest=_largest(self._index.sizes[self._ids]),
         )
-        flight = Flight(evaluate_graph(form, crop=self._crop), samples, self._device, depth)
+        flight = Flight(evaluate_graph(form, crop=self._crop), samples, reader)
         starts = iter(range(0, len(self._ids), self._batch_size))
-        for _ in range(depth):
+        for _ in range(reader.prefetch):
             self._submit(flight, next(starts))
         for _ in range(len(self)):
             ids, (images,) = flight.take()
@@ -356,21 +305,3 @@ def _training_ids(index: DataIndex, parts: Sequence[str]) -> NDArray[np.int64]:
 def _largest(sizes: NDArray[np.int64]) -> tuple[int, int]:
     height, width = sizes.max(axis=0)
     return int(height), int(width)
-
-
-def _check_settings(mean: Sequence[float], std: Sequence[float], dtype: str, **counts: int) -> None:
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
-    for name, value in counts.items():
-        if value < 1:
-            raise UserError(f"{name} {value}: must be at least 1")
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise UserError(f"mean {list(mean)}, std {list(std)}: must be three numbers each, std > 0")
-
-
-def _device_id(device: torch.device) -> int | None:
-    if device.type == "cpu":
-        return None
-    if device.type != "cuda" or not torch.cuda.is_available():
-        raise UserError(f"device {device}: must be cpu, or cuda where PyTorch sees a CUDA device")
-    return torch.cuda.current_device() if device.index is None else device.index

@@ -3,18 +3,20 @@
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pipelines.flight import Flight
 from pipelines.graphs import Form, decode_graph
 from pipelines.index import DataIndex
+from pipelines.reader import Reader
 from pipelines.samples import Pixels, stored_samples
 from sbf_dist.errors import UserError
+from sbf_dist.settings import View
 
-_BATCH = 128
-_DEPTH = 2
-_LARGEST_SHARE = 0.5  # of the memory that is free
+_BATCH_SIZE = 128
+_PREFETCH = 2
+_MAX_MEMORY_SHARE = 0.5  # of the memory that is free
+_UNSEEN = View(image_size=1, mean=(0, 0, 0), std=(1, 1, 1))  # decoding alone asks for no view
 
 
 def decode_all(index: DataIndex, ids: NDArray[np.int64], *, threads: int) -> Pixels:
@@ -25,26 +27,18 @@ def decode_all(index: DataIndex, ids: NDArray[np.int64], *, threads: int) -> Pix
     """
     sizes = index.sizes[ids]
     needed, free = Pixels.bytes_for(sizes), free_memory()
-    if needed > _LARGEST_SHARE * free:
+    if needed > _MAX_MEMORY_SHARE * free:
         raise UserError(
             f"cache memory: {len(ids)} decoded images of {index.root} take {needed / 1e9:.1f} GB "
             f"in every worker, {free / 1e9:.1f} GB are free here; use cache: none"
         )
     pixels = Pixels(ids, sizes)
     samples = stored_samples(index)
-    form = Form(
-        batch_size=_BATCH,
-        image_size=1,
-        mean=(0.0, 0.0, 0.0),
-        std=(1.0, 1.0, 1.0),
-        threads=threads,
-        device_id=None,
-        prefetch=_DEPTH,
-        source=samples.source,
-    )
-    batches = [ids[start : start + _BATCH] for start in range(0, len(ids), _BATCH)]
-    depth = min(_DEPTH, len(batches))
-    flight = Flight(decode_graph(form), samples, torch.device("cpu"), depth)
+    batches = [ids[start : start + _BATCH_SIZE] for start in range(0, len(ids), _BATCH_SIZE)]
+    depth = min(_PREFETCH, len(batches))
+    reader = Reader(threads=threads, prefetch=depth)
+    form = Form.of(_UNSEEN, reader, batch_size=_BATCH_SIZE, source=samples.source)
+    flight = Flight(decode_graph(form), samples, reader)
     for batch in batches[:depth]:
         flight.submit(batch, {})
     for number in range(len(batches)):
@@ -67,4 +61,4 @@ def free_memory() -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return 1024 * int(line.split()[1])
-    raise AssertionError("/proc/meminfo tells no MemAvailable")
+    raise AssertionError("/proc/meminfo has no MemAvailable")

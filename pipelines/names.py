@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-_CHUNK = 65_536
+_CHUNK_NAMES = 65_536
 
 
 class Names(Sequence[str]):
@@ -64,5 +64,5 @@ class Names(Sequence[str]):
 
     def chunks(self) -> Iterator[list[str]]:
         """All names, some ten thousand at a time."""
-        for start in range(0, len(self), _CHUNK):
-            yield self.column[start : start + _CHUNK].to_pylist()
+        for start in range(0, len(self), _CHUNK_NAMES):
+            yield self.column[start : start + _CHUNK_NAMES].to_pylist()

@@ -1,4 +1,4 @@
-"""RandAugment in a DALI graph, with operations that are told instead of drawn."""
+"""RandAugment in a DALI graph, whose operations are inputs instead of drawn by DALI."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ _OURS = {"sharpness": sharpness, "equalize": equalize}
 def rand_augmented(
     images: Any, chosen: Any, signs: Any, *, side: int, count: int, magnitude: int
 ) -> Any:
-    """`count` operations one after another on uint8 images (side, side, 3), told for each sample.
+    """`count` operations one after another on uint8 images (side, side, 3), chosen for each sample.
 
     chosen, signs are int32 (count,) for each sample: positions in OPERATIONS, and 1 where the
     magnitude is negated. Only in a graph that is built with conditionals. Operations and ranges are

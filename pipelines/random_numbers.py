@@ -17,7 +17,7 @@ class Purpose(IntEnum):
     OPERATIONS = 1
     STRONG_VIEW = 2
     STRONG_OPERATIONS = 3
-    MIXING = 4
+    MIXUP = 4
 
 
 def uniform_numbers(

@@ -11,7 +11,7 @@ from pipelines.index import NO_SHARD, DataIndex
 from pipelines.inspection import inspect_bytes, inspect_image
 from sbf_dist.errors import UserError
 
-_OPEN_SHARDS = 128  # per process; the system's limit is often 1,024 for all files
+_MAX_OPEN_SHARDS = 128  # per process; the system's limit is often 1,024 for all files
 
 
 class Samples(Protocol):
@@ -32,7 +32,7 @@ def stored_samples(index: DataIndex) -> "Files | Shards":
 
 
 class Files:
-    """Images in files of their own: DALI is told their names and reads them."""
+    """Images in files of their own: DALI gets their names and reads them."""
 
     source = "path"
 
@@ -65,9 +65,9 @@ class Files:
 class Shards:
     """Images in tar files: their bytes are read by place and length, no member is searched for.
 
-    Samples of the shard −1 are files of their own beside them. The kernel is told of a whole batch
-    first, so that a disk seeks for all of it at once. UserError in take for a shard that is missing
-    or too short.
+    Samples of the shard −1 are files of their own beside them. A whole batch is announced to
+    the kernel first, so that a disk seeks for all of it at once. UserError in take for a shard that
+    is missing or too short.
     """
 
     source = "encoded"
@@ -120,7 +120,7 @@ class Shards:
                 "images again"
             ) from error
         self._open[shard] = handle
-        if len(self._open) > _OPEN_SHARDS:
+        if len(self._open) > _MAX_OPEN_SHARDS:
             os.close(self._open.popitem(last=False)[1])
         return handle
 

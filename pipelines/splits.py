@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sbf_dist.errors import UserError
+from sbf_dist.files import write_text
 
-_NAMED = 3  # so many names of a list are told in an error
+_MAX_NAMED = 3  # names of a list that an error shows
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,13 @@ class Selection:
 def read_split(path: Path) -> list[str]:
     """The labelled images of a split: one name a line; empty lines and lines with "#" are passed.
 
-    UserError if the file is missing, empty or no text.
+    UserError if the file is missing, empty or not text.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        told = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise UserError(f"split {path}: cannot be read ({told})") from None
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"split {path}: cannot be read ({reason})") from None
     names = [line.strip() for line in lines]
     names = [name for name in names if name and not name.startswith("#")]
     if not names:
@@ -58,11 +59,8 @@ def read_split(path: Path) -> list[str]:
 def write_split(path: Path, names: Iterable[str], heading: str) -> None:
     """Write a list that read_split reads, in one step; UserError where that is impossible."""
     text = "".join(f"{line}\n" for line in (f"# {heading}", *names))
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        write_text(path, text)
     except OSError as error:
         raise UserError(f"split {path}: cannot be written ({error.strerror})") from error
 
@@ -80,7 +78,7 @@ def parts(
     """The ids of "labelled", "unlabelled" and "validation", as DataIndex has them.
 
     `roles` says of each file whether it is of "train", "val" or "unlabelled"; `skipped` are files
-    that were left out, which a split may name all the same. UserError, telling root, class and
+    that were left out, which a split may name all the same. UserError, naming root, class and
     count, for numbers that do not fit and for classes without a labelled image.
     """
     train = by_class(root, classes, labels, roles)
@@ -183,7 +181,7 @@ def _listed(
     if strangers:
         raise UserError(
             f"split {split}: {len(strangers)} of its names are no training image of {root}, or of "
-            f"several: {', '.join(strangers[:_NAMED])}"
+            f"several: {', '.join(strangers[:_MAX_NAMED])}"
         )
     chosen = np.array(sorted(found), dtype=np.int64)
     labelled = [np.intersect1d(ids_of_class, chosen) for ids_of_class in train]
@@ -231,6 +229,6 @@ def _hold_out(
 
 def _shuffled(ids: NDArray[np.int64], purpose: str, seed: int) -> NDArray[np.int64]:
     """Shuffle by seed and purpose alone: other classes coming or going change nothing."""
-    word = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "little")
-    key = np.array([seed, word], dtype=np.uint64)
+    subkey = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "little")
+    key = np.array([seed, subkey], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key)).permutation(ids)

@@ -8,6 +8,6 @@ class BuildInfo(TypedDict):
     torch: str
     cpu_lanes: int
 
-MIXED_IN_TILES: int
+MAX_TILE_MULTIPLY_ADDS: int
 
 def build_info() -> BuildInfo: ...

@@ -3,12 +3,22 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import TypedDict
 
 from sbf_dist.errors import UserError
 
 ROUNDING = 1e-9  # of a budget: sums of costs in another order differ by as much
 COUNTS = {"macs": "multiply-adds", "params": "parameters"}
 BUDGETS = ("macs", "params", "latency", "latency_ms")
+
+
+class BudgetKeywords(TypedDict, total=False):
+    """A budget as keywords of a call; see Budget."""
+
+    macs: float
+    params: float
+    latency: float
+    latency_ms: float
 
 
 @dataclass(frozen=True)
@@ -31,11 +41,11 @@ class Budget:
             named = " and ".join(f"{key} = {value:g}" for key, value in given.items())
             raise UserError(
                 "budget must be exactly one of macs, params, latency and latency_ms, "
-                f"{named or 'none'} is given"
+                f"{named or 'nothing'} is given"
             )
         wrong = wrong_value(self.kind, self.value)
         if wrong:
-            raise UserError(f"budget {self.kind} = {_told(self.value)} {wrong}")
+            raise UserError(f"budget {self.kind} = {_written(self.value)} {wrong}")
 
     @property
     def kind(self) -> str:
@@ -70,9 +80,9 @@ class Budget:
         if self.is_share():
             return self.value * dense
         if self.value > dense * (1 + slack):
-            own = f"{dense:.4g}" if self.unit == "ms" else _told(dense)
+            own = f"{dense:.4g}" if self.unit == "ms" else _written(dense)
             raise UserError(
-                f"{self.kind} = {_told(self.value)} is above the dense network's own {own} "
+                f"{self.kind} = {_written(self.value)} is above the dense network's own {own} "
                 f"{self.unit}: it must be less to compress anything"
             )
         return self.value
@@ -84,18 +94,18 @@ class Budget:
         """
         if reached > self.limit(dense) * (1 + ROUNDING):
             raise UserError(
-                f"{self.kind} = {_told(self.value)} is not met: the network that was found has "
-                f"{_told(reached)} of the dense network's {_told(dense)} {self.unit}, "
+                f"{self.kind} = {_written(self.value)} is not met: the network that was found has "
+                f"{_written(reached)} of the dense network's {_written(dense)} {self.unit}, "
                 f"{reached / dense:.4f}"
             )
 
     def refusal(self, cheapest: float, dense: float) -> UserError:
         """Return the error that the network cannot cost less than `cheapest`, of `dense`."""
         if self.unit == "ms":
-            told = f"of the dense network's {dense:.4g} ms is less than its layers reach here"
+            problem = f"of the dense network's {dense:.4g} ms is less than its layers reach here"
         else:
-            of = "" if self.is_share() else f"'s {_told(dense)} {self.unit}"
-            told = f"of the dense network{of} is less than floor, round_to and keep allow"
+            of = "" if self.is_share() else f"'s {_written(dense)} {self.unit}"
+            problem = f"of the dense network{of} is less than floor, round_to and keep allow"
         if self.is_share():
             smallest = f"{math.ceil(1e4 * cheapest / dense) / 1e4:.6g}"
         elif self.unit == "ms":
@@ -103,7 +113,7 @@ class Budget:
         else:
             smallest = str(math.ceil(cheapest * (1 - ROUNDING)))
         return UserError(
-            f"{self.kind} = {_told(self.value)} {told}: the smallest that works is {smallest}"
+            f"{self.kind} = {_written(self.value)} {problem}: the smallest that works is {smallest}"
         )
 
 
@@ -120,6 +130,6 @@ def wrong_value(kind: str, value: float) -> str | None:
     return f"must be a share in (0, 1] or a whole number of {COUNTS[kind]}"
 
 
-def _told(value: float) -> str:
+def _written(value: float) -> str:
     """Write counts in full, and shares and milliseconds as they are usually written."""
     return str(int(value)) if value > 1 and float(value).is_integer() else f"{value:g}"

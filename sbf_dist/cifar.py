@@ -1,4 +1,4 @@
-"""Our networks for images of about 32 px: the ResNets and VGGs that CIFAR results are told of."""
+"""Our networks for images of about 32 px: the ResNets and VGGs of published results on CIFAR."""
 
 import re
 
@@ -39,6 +39,17 @@ def build_cifar(name: str, classes: int) -> nn.Module | None:
     if depth < 8 or (depth - 2) % 6:
         raise UserError(f"model {name!r}: the depth must be 6n + 2 (8, 14, 20, 26, …)")
     return CifarResNet((depth - 2) // 6, width, classes)
+
+
+def cifar_name(model: "CifarResNet | CifarVGG") -> str | None:
+    """Return the name of the network of this depth and width; None if there is no such network."""
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size[0] > 1]
+    is_vgg, width = isinstance(model, CifarVGG), convolutions[0].out_channels
+    depth = len(convolutions) + (3 if is_vgg else 1)
+    if depth not in VGG if is_vgg else (depth < 8 or (depth - 2) % 6):
+        return None
+    family, usual = ("vgg", 64) if is_vgg else ("resnet", 16)
+    return f"cifar_{family}{depth}" + ("" if width == usual else f"_w{width}")
 
 
 class CifarResNet(nn.Module):

@@ -44,7 +44,7 @@ class Dense(Training):
 
 
 class Recovery(Training):
-    """How every compressed network is trained: labels, and the dense network's word on all images.
+    """How every compressed network is trained: labels, and the dense network's predictions.
 
     Every entry of `steps` is a training of its own, from the compressed network on, with its own
     schedule. All methods get the same batches.

@@ -35,11 +35,16 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` as `replacing` does; its folder is created where it is missing."""
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path` as `replacing` does; its folder is created where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
-        partial.write_text(text)
+        partial.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` in UTF-8, as `write_bytes` does."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -2,12 +2,25 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Literal, Self, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from sbf_dist.ops import expand, sbf_conv2d
+
+
+class ConvolutionKeywords(TypedDict, total=False):
+    """What nn.Conv2d takes beside its channels and kernel size, with the same defaults."""
+
+    stride: int | tuple[int, int]
+    padding: int | tuple[int, int] | str
+    dilation: int | tuple[int, int]
+    groups: int
+    bias: bool
+    padding_mode: Literal["zeros", "reflect", "replicate", "circular"]
+    device: torch.device | str | None
+    dtype: torch.dtype | None
 
 
 class SBFConv2d(nn.Module):
@@ -43,31 +56,16 @@ class SBFConv2d(nn.Module):
         kept: Sequence[int],
         sources: Sequence[Sequence[int]],
         transform_size: int = 3,
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        *,
         between: nn.Module | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **convolution: Unpack[ConvolutionKeywords],
     ) -> None:
         super().__init__()
+        bias, groups = convolution.get("bias", True), convolution.get("groups", 1)
+        convolution["bias"] = False  # which the whole layer has
         check_wiring(out_channels, groups, kept, sources, transform_size)
-        self.basis = nn.Conv2d(
-            in_channels,
-            len(kept),
-            kernel_size,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-            bias=False,
-            padding_mode=padding_mode,
-            device=device,
-            dtype=dtype,
-        )
+        self.basis = nn.Conv2d(in_channels, len(kept), kernel_size, **convolution)
+        device, dtype = self.basis.weight.device, self.basis.weight.dtype
         self.between = between
         self.in_channels = in_channels
         self.out_channels = out_channels
@@ -76,7 +74,7 @@ class SBFConv2d(nn.Module):
         self.padding = self.basis.padding
         self.dilation = self.basis.dilation
         self.groups = groups
-        self.padding_mode = padding_mode
+        self.padding_mode = self.basis.padding_mode
         self.kept = tuple(kept)
         self.rebuilt_from = tuple(tuple(row) for row in sources)
         self.transform_size = transform_size
@@ -122,13 +120,13 @@ class SBFConv2d(nn.Module):
             kept,
             sources,
             transform_size,
+            between=between,
             stride=conv.stride,  # type: ignore[arg-type]
             padding=conv.padding,  # type: ignore[arg-type]
             dilation=conv.dilation,  # type: ignore[arg-type]
             groups=conv.groups,
             bias=conv.bias is not None,
             padding_mode=conv.padding_mode,
-            between=between,
             device=conv.weight.device,
             dtype=conv.weight.dtype,
         )
@@ -193,8 +191,8 @@ class SBFConv2d(nn.Module):
         """(N, in_channels, H, W) -> (N, out_channels, H', W'), as nn.Conv2d, in x's layout.
 
         Without gradients it is one operator, with them two: the basis features are kept for the
-        backward pass; so are they while it is traced or exported, for who runs the result may want
-        gradients. With something between basis and transformations there are always two.
+        backward pass. With something between basis and transformations there are always two, and in
+        a traced or exported graph, which must not depend on the mode it was recorded in.
         """
         if self._is_one_operator(x):
             return sbf_conv2d(

@@ -1,4 +1,4 @@
-"""The recipe: everything that a run is made of, read from YAML, checked field by field."""
+"""The recipe: all settings of a run, read from YAML, checked field by field."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from sbf_dist.schema import Above0, Name, Positive, Section, Share, load_as, validate_as
-from sbf_dist.settings import Augmentation, Compression, Optimizer, PseudoLabels
+from sbf_dist.settings import Augmentation, Compression, Optimizer, PseudoLabels, View
 
 KNOWN_SETS = ("cifar10", "cifar100", "tiny-imagenet", "imagenet")  # see sbf data prepare
 
@@ -81,6 +81,11 @@ class Data(Section):
         return self
 
     @property
+    def view(self) -> View:
+        """How the student sees an image."""
+        return View(image_size=self.image_size, mean=self.mean, std=self.std)
+
+    @property
     def expected(self) -> str | None:
         """The set that root must be, if the source is one of known content."""
         return self.source if self.source in KNOWN_SETS else None
@@ -135,18 +140,23 @@ class Teacher(Section):
         return self
 
 
-class Compress(Compression):
-    """How the student is compressed: the settings of `compress`, and what only a run knows."""
+class OneShotCompression(Compression):
+    """How a network is compressed in one step: the library's settings, and what is measured on."""
 
     latency_batch: Positive = Field(1, description="images in a forward pass that is timed")
     latency_table: Path | None = Field(
         None, description="file of measured times; null: sbf-dist/latency.json in the user's cache"
     )
+    images: Positive = Field(512, description="calibration images, no labels needed")
+
+
+class Compress(OneShotCompression):
+    """How the student of a run is compressed, out of one of its teachers."""
+
     teacher: str = Field(description="the teacher that is compressed to become the student")
     rounds: Positive = Field(
         1, description="of shrinking with training between; more than 1 for macs and params only"
     )
-    images: Positive = Field(512, description="calibration images, no labels needed")
 
     @model_validator(mode="after")
     def _counts_in_rounds(self) -> Self:
@@ -170,7 +180,7 @@ class Distill(Section):
         None, description="of training between compress.rounds; null: a fifth of training.steps"
     )
     targets: Literal["stored", "live"] = Field(
-        "stored", description="pseudo-labels, or the teachers' word on the very crop"
+        "stored", description="pseudo-labels, or the teachers' predictions on the very crop"
     )
     label_weight: float = Field(0.5, ge=0, description="of the cross-entropy on labelled images")
     labelled_share: float = Field(0.25, ge=0, le=1, description="of labelled images in a batch")

@@ -30,13 +30,12 @@ else:
 class _OneLineErrors(ModelMetaclass):
     """Turns what is wrong with values that are given in Python into one line."""
 
-    def __call__(cls, **values: Any) -> Any:  # noqa: N805  (of a metaclass)
+    def __call__(cls, **values: Any) -> Any:  # noqa: N805
         try:
             return super().__call__(**values)
         except ValidationError as error:
-            raise UserError(
-                f"{cls.__name__}: {explain(cast(type[BaseModel], cls), error)}"
-            ) from None
+            schema = cast(type[BaseModel], cls)
+            raise UserError(f"{cls.__name__}: {explain(schema, error)}") from None
 
 
 class Settings(Section, metaclass=_OneLineErrors):
@@ -109,7 +108,9 @@ class Compression(Settings):
     def _has_one_budget(self) -> Self:
         given = [f"{kind} = {getattr(self, kind):g}" for kind in BUDGETS if self._gives(kind)]
         if len(given) != 1:
-            found = f"not {' and '.join(given)} (null takes one away)" if given else "none is given"
+            found = (
+                f"not {' and '.join(given)} (null takes one away)" if given else "nothing is given"
+            )
             separator = ", " if given else "; "
             raise ValueError(
                 f"give exactly one of macs, params, latency and latency_ms{separator}{found}"
@@ -131,8 +132,9 @@ class Compression(Settings):
         return Budget(**{kind: getattr(self, kind) for kind in BUDGETS})
 
     def with_budget(self, budget: Budget) -> Self:
-        """Return the same settings for another budget."""
-        return self.model_copy(update=dict.fromkeys(BUDGETS) | budget.given())
+        """Return the same settings for another budget. Raises UserError if they do not fit it."""
+        values = {name: getattr(self, name) for name in self.model_fields_set}
+        return type(self)(**(values | dict.fromkeys(BUDGETS) | budget.given()))
 
     def _gives(self, kind: str) -> bool:
         return getattr(self, kind) is not None
@@ -176,14 +178,14 @@ class Augmentation(Settings):
     shift: float = Field(0.0, ge=0, le=1, description="largest shift, share of the side")
     color: float = Field(0.0, ge=0, le=1, description="jitter of brightness, contrast, saturation")
     rand_augment: int = Field(
-        0, ge=0, le=16, description="random operations per image (RandAugment); 0: none"
+        0, ge=0, le=16, description="random operations per image (RandAugment); 0: off"
     )
     magnitude: int = Field(9, ge=0, le=30, description="strength of these operations")
     mixup: float = Field(
-        0.0, ge=0, le=1000, description="blend pairs of images, share ~ Beta(mixup, mixup); 0: none"
+        0.0, ge=0, le=1000, description="blend pairs of images, share ~ Beta(mixup, mixup); 0: off"
     )
     cutmix: float = Field(
-        0.0, ge=0, le=1000, description="put boxes of one image into another, area ~ Beta; 0: none"
+        0.0, ge=0, le=1000, description="put boxes of one image into another, area ~ Beta; 0: off"
     )
 
     @model_validator(mode="after")
@@ -198,6 +200,14 @@ class Augmentation(Settings):
     def mixes(self) -> bool:
         """Whether pairs of images are mixed, for which a worker's batches must be even."""
         return self.mixup > 0 or self.cutmix > 0
+
+
+class View(Settings):
+    """How a network sees an image."""
+
+    image_size: Positive = Field(description="side of the square, pixels")
+    mean: tuple[float, float, float] = Field(description="of [0, 1] pixels")
+    std: tuple[Above0, Above0, Above0] = Field(description="of [0, 1] pixels")
 
 
 class PseudoLabels(Settings):

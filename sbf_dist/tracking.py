@@ -10,7 +10,6 @@ import fcntl
 import json
 import logging
 import os
-import subprocess
 import time
 import urllib.error
 import urllib.request
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from urllib.parse import urlsplit
 
 from sbf_dist.errors import UserError
+from sbf_dist.provenance import origin
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,9 +31,8 @@ logger = logging.getLogger(__name__)
 
 STAGE_TAG = "sbf.stage"
 PARENT_TAG = "mlflow.parentRunId"
-VERSIONS_OF = ("torch", "ray", "deepspeed", "nvidia-dali-cuda130", "mlflow", "timm")
-LONGEST_VALUE = 6000  # of a parameter, in MLflow
-LARGEST_BATCH = 100  # parameters or tags in one request
+MAX_PARAM_CHARS = 6000  # of a parameter, in MLflow
+MAX_REQUEST_ENTRIES = 100  # parameters or tags in one request
 SERVERS = ("http", "https", "databricks", "databricks-uc")
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 
@@ -90,8 +89,10 @@ class Run:
             logger.warning("%s was %s, is %s now", name, known[name], value)
         self.log_tags({f"resumed.{name}": value for name, value in changed.items()})
         new = [Param(name, value) for name, value in values.items() if name not in known]
-        for start in range(0, len(new), LARGEST_BATCH):
-            self._client.log_batch(self.address.run_id, params=new[start : start + LARGEST_BATCH])
+        for start in range(0, len(new), MAX_REQUEST_ENTRIES):
+            self._client.log_batch(
+                self.address.run_id, params=new[start : start + MAX_REQUEST_ENTRIES]
+            )
 
     def log_metrics(self, values: Mapping[str, float], step: int) -> None:
         """Log numbers (also 0-dimensional tensors) at `step`; returns before they are stored."""
@@ -107,8 +108,10 @@ class Run:
         from mlflow.entities import RunTag
 
         items = [RunTag(name, str(value)) for name, value in tags.items()]
-        for start in range(0, len(items), LARGEST_BATCH):
-            self._client.log_batch(self.address.run_id, tags=items[start : start + LARGEST_BATCH])
+        for start in range(0, len(items), MAX_REQUEST_ENTRIES):
+            self._client.log_batch(
+                self.address.run_id, tags=items[start : start + MAX_REQUEST_ENTRIES]
+            )
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """Store a file, or a folder with all that it holds, under `folder` of the artifacts."""
@@ -172,7 +175,7 @@ def start(
 
     uri: the tracking server or database; without it MLFLOW_TRACKING_URI, or else
     folder/mlflow.db. Artifacts of a database go to mlflow-artifacts beside it (a server has its
-    own place). tags: what is to be told of the run, such as seed and recipe digest; git commit,
+    own place). tags: what is to be known of the run, such as seed and recipe digest; git commit,
     versions and user are added. Raises UserError naming the URI if the store cannot be used.
     """
     uri = tracking_uri(folder, uri)
@@ -191,7 +194,7 @@ def start(
 
 
 def attach(uri: str, run_id: str) -> Run:
-    """Join a run from another process, to log to it; UserError if there is none such."""
+    """Join a run from another process, to log to it; UserError if it does not exist."""
     with _store_errors(uri):
         client = _connect(uri)
         client.get_run(run_id)
@@ -201,7 +204,7 @@ def attach(uri: str, run_id: str) -> Run:
 def tracking_uri(folder: Path, uri: str | None = None) -> str:
     """Return the tracking URI in use: `uri`, MLFLOW_TRACKING_URI, or a database in `folder`.
 
-    SQLite paths are made absolute, as workers have other working directories. Raises UserError
+    SQLite paths are made absolute, because workers run in other directories. Raises UserError
     for a URI that MLflow cannot use.
     """
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.resolve()}/mlflow.db"
@@ -219,7 +222,7 @@ def tracking_uri(folder: Path, uri: str | None = None) -> str:
 def log_student(run: Run, onnx_file: Path, *, registered_name: str | None = None) -> str:
     """Store an exported student as an MLflow model of `run`, and return the model's URI.
 
-    onnx_file: what `sbf_dist.export.onnx.to_onnx` wrote, with a free batch size.
+    onnx_file: what `sbf_dist.export.onnx.export_onnx` wrote, with a free batch size.
     `mlflow.pyfunc.load_model(uri).predict(images)` then takes uint8 RGB images (N, height,
     width, 3) of the input size and returns "class", "probability" and "probabilities" (see
     sbf_dist.export.sbf_student, which the model carries). It needs mlflow, numpy and onnxruntime,
@@ -274,11 +277,11 @@ def _mlflow() -> Any:
 
 
 def _connect(uri: str) -> "MlflowClient":
-    """Return a client for `uri`; a new SQLite database is made here, by one process at a time."""
+    """Return a client for `uri`; one process at a time creates an SQLite database."""
     mlflow = _mlflow()
     scheme = urlsplit(uri).scheme
     if scheme in ("http", "https"):
-        # MLflow itself tries for minutes before it says that nobody answers
+        # MLflow itself tries for minutes before it reports that no server answers
         with (
             contextlib.suppress(urllib.error.HTTPError),
             urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=10),
@@ -357,34 +360,6 @@ def _who() -> dict[str, str]:
     return {"mlflow.user": user, "mlflow.source.name": "sbf", "mlflow.source.type": "LOCAL"}
 
 
-def origin() -> dict[str, str]:
-    """Tell which code runs: versions of the packages that matter, and the commit of ours."""
-    tags = {}
-    for package in VERSIONS_OF:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            tags[f"version.{package}"] = metadata.version(package)
-    here = Path(__file__).parent
-    # the work tree must be ours: an installed package may lie inside somebody else's
-    if _git(here, "ls-files", "--error-unmatch", Path(__file__).name) is None:
-        return tags
-    commit = _git(here, "rev-parse", "HEAD")
-    if commit:
-        tags["mlflow.source.git.commit"] = commit
-        tags["git.dirty"] = "true" if _git(here, "status", "--porcelain") else "false"
-    return tags
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    """Return what git prints, or None if it fails or is not installed."""
-    try:
-        result = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False
-        )
-    except OSError:
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
-
-
 def _flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for key, value in values.items():
         name = f"{prefix}{key}"
@@ -397,4 +372,4 @@ def _flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
 
 
 def _shortened(value: str) -> str:
-    return value if len(value) <= LONGEST_VALUE else value[: LONGEST_VALUE - 1] + "…"
+    return value if len(value) <= MAX_PARAM_CHARS else value[: MAX_PARAM_CHARS - 1] + "…"

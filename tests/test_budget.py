@@ -9,7 +9,7 @@ from sbf_dist.errors import UserError
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "exactly one of macs, params, latency and latency_ms, none is given"),
+        ({}, "exactly one of macs, params, latency and latency_ms, nothing is given"),
         ({"macs": 0.5, "latency": 0.4}, "one of .*, macs = 0.5 and latency = 0.4 is given"),
         ({"macs": 0}, r"budget macs = 0 must be a share in \(0, 1\] or a whole number of mult"),
         ({"macs": 1.5}, r"budget macs = 1.5 must be a share in \(0, 1\] or a whole number of mult"),

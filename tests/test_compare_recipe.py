@@ -45,7 +45,7 @@ def test_every_field_says_what_it_is(section):
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "refused"),
     [
         ("macs=[0.5,1.5]", r"macs.1 = 1.5 must be less than or equal to 1"),
         ("macs=[0.5,0.5]", r"macs: \[0.5, 0.5\] must not repeat an entry"),
@@ -59,7 +59,9 @@ def test_every_field_says_what_it_is(section):
         ("seed=1", r"seed is not a known key; did you mean 'seeds'\?"),
     ],
 )
-def test_a_mistake_is_one_line_with_the_key_its_value_and_what_would_be_right(path, override, told):
-    with pytest.raises(UserError, match=f"recipe .*small.yaml: {told}") as error:
+def test_a_mistake_is_one_line_with_the_key_its_value_and_what_would_be_right(
+    path, override, refused
+):
+    with pytest.raises(UserError, match=f"recipe .*small.yaml: {refused}") as error:
         load(path, [override])
     assert "\n" not in str(error.value)

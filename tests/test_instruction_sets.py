@@ -75,15 +75,15 @@ for name, error in worst.items():
 def test_operators_in_a_lower_instruction_set_equal_the_reference(capability, lanes):
     if lanes > _C.build_info()["cpu_lanes"]:
         pytest.skip(f"PyTorch uses {torch.backends.cpu.get_cpu_capability()} here, no {capability}")
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
         capture_output=True,
         text=True,
         check=False,
         env=os.environ | {"ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": str(ROOT)},
     )
-    assert told.returncode == 0, told.stderr
-    results = dict(line.split() for line in told.stdout.splitlines())
+    assert done.returncode == 0, done.stderr
+    results = dict(line.split() for line in done.stdout.splitlines())
     assert int(results.pop("lanes")) == lanes
     assert set(results) == {
         "conv2d",

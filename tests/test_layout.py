@@ -5,9 +5,9 @@ import torch
 from small_networks import pictures
 from torch import nn
 
-from sbf_dist.budget import Budget
+from sbf_dist.compression.one_shot import compress
 from sbf_dist.compression.planning.latency import latency
-from sbf_dist.compression.reconstruct import compress
+from sbf_dist.compression.planning.latency_table import LatencyTable, Timing
 from sbf_dist.export.optimize import optimize
 from sbf_dist.layout import needs_contiguous
 from sbf_dist.train.evaluate import predict
@@ -96,8 +96,7 @@ def test_a_network_with_view_can_be_timed_and_evaluated(model):
 @pytest.mark.parametrize("model", NETWORKS[:2])
 def test_a_network_with_view_is_compressed_whatever_the_layout_of_the_images(model):
     last = pictures(64).to(memory_format=torch.channels_last)
-    names = {"model_name": "lenet", "classes": 5}
-    student, plan = compress(model, last, budget=Budget(macs=0.8), **names)
+    student, plan = compress(model, last, macs=0.8, name="lenet")
     assert plan.macs_after <= 0.8 * plan.macs_before
     with torch.no_grad():
         images = pictures(4)
@@ -105,17 +104,8 @@ def test_a_network_with_view_is_compressed_whatever_the_layout_of_the_images(mod
 
 
 def test_a_budget_of_time_is_met_where_the_network_views(tmp_path):
-    from sbf_dist.compression.planning.latency_table import LatencyTable
-
-    _, plan = compress(
-        network(),
-        pictures(64),
-        model_name="lenet",
-        classes=5,
-        budget=Budget(latency=1.0),
-        table=LatencyTable(tmp_path / "latency.json"),
-        for_inference=optimize,
-    )
+    timing = Timing(LatencyTable(tmp_path / "latency.json"), optimize)
+    _, plan = compress(network(), pictures(64), latency=1.0, name="lenet", timing=timing)
     assert plan.latency is not None
 
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from sbf_dist import _C
-from sbf_dist.ops import check_build, expand, expand_reference
+from sbf_dist.extension import check_build
+from sbf_dist.ops import expand, expand_reference
 
 GPU = pytest.param(
     "cuda",
@@ -39,11 +40,13 @@ def arguments(
     *,
     per_channel=1,
     size=3,
-    dtype=torch.float32,
-    layout=torch.contiguous_format,
-    device="cpu",
     seed=0,
+    **form,
 ):
+    """Draw arguments of expand; `form` has dtype, layout and device."""
+    dtype, device = form.get("dtype", torch.float32), form.get("device", "cpu")
+    layout = form.get("layout", torch.contiguous_format)
+    assert form.keys() <= {"dtype", "device", "layout"}
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(batch, basis, height, width, generator=generator)
     transforms = torch.randn(rebuilt, per_channel, size, size, generator=generator)
@@ -309,7 +312,7 @@ def test_cuda_tensors_without_a_cuda_build_are_refused_with_the_remedy(name):
         getattr(torch.ops.sbf, name).default.redispatch(keys, *args)
 
 
-def test_build_information_tells_what_was_built():
+def test_build_information_says_what_was_built():
     info = _C.build_info()
     assert set(info) == {"cuda", "cuda_archs", "compiler", "torch", "cpu_lanes"}
     assert bool(info["cuda_archs"]) == info["cuda"]
@@ -328,14 +331,14 @@ def test_missing_extension_is_reported_with_the_remedy():
         "try:\n    import sbf_dist.ops\n"
         "except ImportError as error:\n    print(error)\n"
     )
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
         text=True,
         check=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
-    assert "build it with pip install --no-build-isolation" in told.stdout
+    assert "build it with pip install --no-build-isolation" in done.stdout
 
 
 @pytest.mark.gpu

@@ -1,6 +1,7 @@
 """The fused inference operator on the CPU against float64: every layout, dtype, epilogue, path."""
 
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 
 import pytest
 import torch
@@ -21,42 +22,46 @@ TOLERANCES = {
 }
 
 
-def problem(
-    channels,
-    basis,
-    rebuilt,
-    height,
-    width,
-    *,
-    batch=2,
-    kernel=(1, 1),
-    per_channel=1,
-    size=3,
-    dtype=torch.float32,
-    layout=torch.contiguous_format,
-    groups=1,
-    seed=0,
-    with_bias=True,
-    with_residual=False,
-    **settings,
-):
-    """Draw positional arguments and settings of sbf_conv2d; the basis features have variance 1."""
-    generator = torch.Generator().manual_seed(seed)
+@dataclass
+class Drawn:
+    """What a problem is beside its channels and its map."""
+
+    batch: int = 2
+    kernel: tuple[int, int] = (1, 1)
+    per_channel: int = 1
+    size: int = 3
+    dtype: torch.dtype = torch.float32
+    layout: torch.memory_format = torch.contiguous_format
+    seed: int = 0
+    with_bias: bool = True
+    with_residual: bool = False
+
+
+def problem(channels, basis, rebuilt, height, width, *, groups=1, **other):
+    """Draw positional arguments and settings of sbf_conv2d; the basis features have variance 1.
+
+    `other` are the fields of Drawn, and settings.
+    """
+    names = {field.name for field in fields(Drawn)}
+    drawn = Drawn(**{key: value for key, value in other.items() if key in names})
+    settings = {key: value for key, value in other.items() if key not in names}
+    dtype, layout, kernel = drawn.dtype, drawn.layout, drawn.kernel
+    generator = torch.Generator().manual_seed(drawn.seed)
 
     def draw(*shape):
         return torch.randn(shape, generator=generator)
 
     depth = channels // groups * kernel[0] * kernel[1]
-    x = draw(batch, channels, height, width)
+    x = draw(drawn.batch, channels, height, width)
     weight = draw(basis, channels // groups, *kernel) / depth**0.5
-    transforms = draw(rebuilt, per_channel, size, size)
-    sources = torch.randint(0, basis, (rebuilt, per_channel), generator=generator)
+    transforms = draw(rebuilt, drawn.per_channel, drawn.size, drawn.size)
+    sources = torch.randint(0, basis, (rebuilt, drawn.per_channel), generator=generator)
     order = torch.randperm(basis + rebuilt, generator=generator)
-    bias = draw(basis + rebuilt).to(dtype) if with_bias else None
+    bias = draw(basis + rebuilt).to(dtype) if drawn.with_bias else None
     x = x.to(dtype).contiguous(memory_format=layout)
     settings["groups"] = groups
     args = [x, weight.to(dtype), transforms.to(dtype), sources, order, bias, None]
-    if with_residual:
+    if drawn.with_residual:
         shape = sbf_conv2d_reference(*args, **settings).shape
         args[6] = draw(*shape).to(dtype).contiguous(memory_format=layout)
     return args, settings
@@ -331,7 +336,7 @@ def test_what_is_not_finite_stays_where_it_belongs(kernel, layout, size, value):
     )
     x, order = args[0], args[4]
     spoilt = torch.zeros(1, 1, 22, 21)
-    # At the ends of rows and of the image, where a neighbour in memory is none in the image.
+    # At the ends of rows and of the image, where neighbours in memory are no neighbours.
     for h, w in [(0, 0), (6, 20), (13, 0), (21, 20)]:
         x[..., h, w] = value
         spoilt[..., h, w] = 1
@@ -467,11 +472,11 @@ def replaced(**changes):
         ),
         (
             replaced(packed=lambda _: pack_filters(torch.randn(4, 2, 3, 3))),
-            r"packed must be what pack_filters makes of weight",
+            r"packed must be pack_filters\(weight\) of this CPU",
         ),
         (
             replaced(packed=lambda _: torch.zeros(1, 27, _C.build_info()["cpu_lanes"]).double()),
-            r"packed must be what pack_filters makes of weight",
+            r"packed must be pack_filters\(weight\) of this CPU",
         ),
     ],
 )

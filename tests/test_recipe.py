@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import re
 import typing
@@ -7,7 +6,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines.augmentation import Augmentation
 from sbf_dist import recipe, settings
 from sbf_dist.compression.planning.criteria import CRITERIA
 from sbf_dist.errors import UserError
@@ -34,9 +32,9 @@ def path(tmp_path: Path) -> Path:
 
 
 def refusal(path: Path, *overrides: str) -> str:
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as refused:
         recipe.load(path, overrides)
-    message = str(told.value)
+    message = str(refused.value)
     assert "\n" not in message
     assert "pydantic" not in message
     assert "nput" not in message, "pydantic's words, not the user's"
@@ -70,8 +68,8 @@ def test_labels_are_chosen_by_number_by_share_or_by_a_list_but_once(path):
     assert recipe.load(path, ["data.labelled_per_class=10"]).data.labelled_per_class == 10
     assert recipe.load(path, ["data.labelled_per_class=0.1"]).data.labelled_per_class == 0.1
     assert recipe.load(path, ["data.split=ten.txt"]).data.split == Path("ten.txt")
-    told = refusal(path, "data.split=ten.txt", "data.labelled_per_class=10")
-    assert told.endswith(
+    refused = refusal(path, "data.split=ten.txt", "data.labelled_per_class=10")
+    assert refused.endswith(
         "data: split = 'ten.txt' and labelled_per_class = 10 both choose the labelled images; give "
         "one (null takes one away)"
     )
@@ -218,8 +216,8 @@ def test_an_override_that_leads_nowhere_is_refused(path, override, message):
 
 
 def test_an_override_inside_of_what_is_not_set_is_refused(path):
-    told = refusal(path, "baselines=null", "baselines.optimizer.lr=1")
-    assert told == (
+    refused = refusal(path, "baselines=null", "baselines.optimizer.lr=1")
+    assert refused == (
         "override 'baselines.optimizer.lr=1': baselines is not set; give the whole of it"
     )
 
@@ -275,7 +273,7 @@ def test_a_key_that_is_wrongly_written_comes_before_the_one_that_is_missing_for_
         ("compress.macs=half", "compress.macs = 'half' must be a valid number"),
         ("compress.transform_size=4", "compress: transform_size = 4 must be odd"),
         ("compress.macs=null",
-         "compress: give exactly one of macs, params, latency and latency_ms; none is given"),
+         "compress: give exactly one of macs, params, latency and latency_ms; nothing is given"),
         ("compress.latency=0.6", "compress: give exactly one of macs, params, latency and "
          "latency_ms, not macs = 0.5 and latency = 0.6 (null takes one away)"),
         ("compress={teacher: one, latency: 1.5}",
@@ -336,9 +334,9 @@ def test_a_key_that_is_wrongly_written_comes_before_the_one_that_is_missing_for_
         ("distill.labelled_share=1.01", "distill.labelled_share = 1.01 must be less than or eq"),
     ],
 )  # fmt: skip
-def test_a_wrong_value_is_told_with_its_key_and_what_would_be_right(path, override, message):
-    told = refusal(path, override)
-    assert told.startswith(f"recipe {path}: {message}"), told
+def test_a_wrong_value_is_reported_with_its_key_and_what_would_be_right(path, override, message):
+    refused = refusal(path, override)
+    assert refused.startswith(f"recipe {path}: {message}"), refused
 
 
 @pytest.mark.parametrize("validation", ["5", "0.2", "null"])
@@ -407,12 +405,8 @@ def test_images_are_mixed_in_pairs(path):
     odd = ("workers.count=2", "distill.training.batch_size=36", "distill.training.accumulation=2")
     assert recipe.load(path, odd).data.augmentation.mixes is False
     for name in ("mixup", "cutmix"):
-        told = refusal(path, *odd, f"data.augmentation.{name}=0.2")
-        assert told.endswith(
+        refused = refusal(path, *odd, f"data.augmentation.{name}=0.2")
+        assert refused.endswith(
             "distill.training.batch_size = 36 is 9 images for a worker at once; mixup and cutmix "
             "mix pairs, it must be even"
         )
-
-
-def test_the_recipe_has_the_fields_of_the_pipeline_and_their_defaults():
-    assert recipe.Augmentation().model_dump() == dataclasses.asdict(Augmentation())

@@ -8,7 +8,7 @@ from sbf_dist.export.fold import fold_batchnorm
 from sbf_dist.export.optimize import optimize
 from sbf_dist.export.standard_operators import with_standard_operators
 from sbf_dist.layers import SBFConv2d
-from sbf_dist.surgery import become
+from sbf_dist.surgery import become, to_convolution, with_convolutions
 
 
 def sbf():
@@ -84,3 +84,19 @@ def test_layers_are_folded_and_fused_wherever_they_are_held(traceable):
             torch.testing.assert_close(changed(x), expected, rtol=1e-4, atol=1e-5)
     folded = fold_batchnorm(network)
     assert (type(folded.listed[1]) is nn.Identity) == traceable
+
+
+def test_a_convolution_that_stands_for_an_sbf_layer_has_the_filters_that_are_left():
+    conv = nn.Conv2d(4, 8, 3, stride=2, padding=1)
+    sbf = SBFConv2d.from_conv(conv, [1, 4, 6], [[1, 4]] * 5).eval()
+    plain = to_convolution(sbf)
+    assert type(plain) is nn.Conv2d
+    assert torch.equal(plain.weight[[1, 4, 6]], conv.weight[[1, 4, 6]])
+    assert int(plain.weight.flatten(1).any(1).sum()) == 3
+    assert torch.equal(plain.bias, conv.bias)
+    assert (plain.stride, plain.padding, plain.training) == ((2, 2), (1, 1), False)
+    network = nn.Sequential(sbf, nn.ReLU())
+    stand_in = with_convolutions(network)
+    assert type(stand_in[0]) is nn.Conv2d
+    assert network[0] is sbf, "the network stays as it is"
+    assert stand_in.state_dict().keys() == nn.Sequential(conv).state_dict().keys()

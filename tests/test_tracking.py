@@ -14,7 +14,7 @@ from torch import nn
 
 from sbf_dist import tracking
 from sbf_dist.errors import UserError
-from sbf_dist.export.onnx import to_onnx
+from sbf_dist.export.onnx import export_onnx
 from sbf_dist.export.saved import Card
 from sbf_dist.export.sbf_student import Student
 
@@ -284,7 +284,7 @@ def onnx_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         plan_digest="0" * 64,
     )
     path = tmp_path_factory.mktemp("onnx") / "student.onnx"
-    to_onnx(model, path, card)
+    export_onnx(model, path, card)
     return path
 
 

@@ -27,9 +27,9 @@ from sbf_dist.errors import UserError
 # title, done, of, unit
 Progress = Callable[[str, int, int, str], None]
 
-LARGEST_IMAGE = 64 * 2**20  # the largest of ILSVRC-2012 has 15 MB
-_LARGEST_READ = 64 * 2**20  # of a tar's headers and metadata at once
-_BLOCK = 2**20
+MAX_IMAGE_BYTES = 64 * 2**20  # the largest of ILSVRC-2012 has 15 MB
+_MAX_READ_BYTES = 64 * 2**20  # of a tar's headers and metadata at once
+_BLOCK_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def locate(folder: Path, alternatives: Sequence[Archive]) -> tuple[Archive, Path
     """
     folder = Path(folder).expanduser().absolute()
     if not folder.is_dir():
-        raise UserError(f"archives {folder}: is no folder; put {alternatives[0].name} into it")
+        raise UserError(f"archives {folder}: is not a folder; put {alternatives[0].name} into it")
     for archive in alternatives:
         if (folder / archive.name).is_file():
             return archive, folder / archive.name
@@ -73,7 +73,7 @@ def md5_of(path: Path, progress: Progress | None = None) -> str:
     digest = hashlib.md5(usedforsecurity=False)
     size, done = path.stat().st_size, 0
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
+        while block := file.read(_BLOCK_BYTES):
             digest.update(block)
             done += len(block)
             if progress is not None and (done == size or done % 10**8 < len(block)):
@@ -100,8 +100,8 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except damage as error:
-        told = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"archive {path}: cannot be read ({told}); download it again") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"archive {path}: cannot be read ({reason}); download it again") from error
 
 
 class TarFile:
@@ -167,7 +167,7 @@ class _Window:
 
     def read(self, count: int = -1) -> bytes:
         # A header may claim any length for the metadata behind it.
-        if not 0 <= count <= _LARGEST_READ:
+        if not 0 <= count <= _MAX_READ_BYTES:
             raise tarfile.ReadError(f"a header claims {count} bytes of metadata")
         data = os.pread(
             self._handle, max(0, min(count, self._size - self._at)), self._start + self._at
@@ -194,7 +194,7 @@ def compressed_members(path: Path, largest: int) -> Iterator[tuple[str, Callable
             tar.members = []
             if _is_file(path, info):
                 file = tar.extractfile(info)
-                assert file is not None, f"{info.name} is no file"
+                assert file is not None, f"{info.name} is not a file"
                 yield info.name, file.read
 
 
@@ -240,7 +240,7 @@ class ZipFile:
     """A zip file, read by name from any number of threads.
 
     UserError for members that are not files or folders with harmless paths, and if they would
-    fill more than `largest` bytes together or one more than LARGEST_IMAGE.
+    fill more than `largest` bytes together or one more than MAX_IMAGE_BYTES.
     """
 
     def __init__(self, path: Path, largest: int) -> None:
@@ -279,7 +279,7 @@ class ZipFile:
                     f"archive {self.path}: {info.filename!a} is a link, a device or another "
                     "special file, which does not belong there"
                 )
-            if info.file_size > LARGEST_IMAGE:
+            if info.file_size > MAX_IMAGE_BYTES:
                 raise UserError(
                     f"archive {self.path}: {info.filename!a} would have {info.file_size:,} bytes"
                 )

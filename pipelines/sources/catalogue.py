@@ -32,7 +32,7 @@ class Catalogue:
 
 @dataclass
 class Entries:
-    """Files of a catalogue that is being made."""
+    """Files of a catalogue that is being collected."""
 
     files: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)

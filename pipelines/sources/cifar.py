@@ -17,9 +17,9 @@ from pipelines.sources.archives import Archive, compressed_members
 from pipelines.sources.catalogue import Catalogue, Entries
 from sbf_dist.errors import UserError
 
-_SIDE = 32
-_PIXELS = 3 * _SIDE * _SIDE
-_LARGEST = 2**30  # the published ones hold 186 MB
+_SIDE_PIXELS = 32
+_IMAGE_BYTES = 3 * _SIDE_PIXELS * _SIDE_PIXELS
+_MAX_ARCHIVE_BYTES = 2**30  # the published ones hold 186 MB
 _ORIGIN = "https://www.cs.toronto.edu/~kriz/cifar.html"
 _CLASS = re.compile(r"[a-z][a-z0-9_]*")
 
@@ -47,14 +47,14 @@ ARCHIVES = {
         Archive("cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8", _ORIGIN),
     ),
 }
-_FIVE = tuple(f"data_batch_{number}" for number in range(1, 6))
+_TRAIN_FILES = tuple(f"data_batch_{number}" for number in range(1, 6))
 LAYOUTS = {
     "cifar-10-python.tar.gz": Layout(
-        "cifar-10-batches-py", _FIVE, "test_batch", "batches.meta", b"labels", b"label_names"
+        "cifar-10-batches-py", _TRAIN_FILES, "test_batch", "batches.meta", b"labels", b"label_names"
     ),
     "cifar-10-binary.tar.gz": Layout(
         "cifar-10-batches-bin",
-        tuple(f"{name}.bin" for name in _FIVE),
+        tuple(f"{name}.bin" for name in _TRAIN_FILES),
         "test_batch.bin",
         "batches.meta.txt",
         b"",
@@ -95,7 +95,7 @@ def catalogue(path: Path) -> Catalogue:
                 raise UserError(f"archive {path}: {file} has a label beyond its {len(names)} names")
             batches.append(images)
             for label in labels.tolist():
-                entries.add(part, names[label], f"{number:05}.png", _PIXELS)
+                entries.add(part, names[label], f"{number:05}.png", _IMAGE_BYTES)
                 number += 1
     # Not one array: that would hold everything twice for a moment.
     ends = list(accumulate(map(len, batches)))
@@ -110,16 +110,16 @@ def catalogue(path: Path) -> Catalogue:
 def png(image: NDArray[np.uint8]) -> bytes:
     """An image of 3,072 bytes (red, green, blue planes of 32 rows) as a PNG file."""
     file = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(image.reshape(3, _SIDE, _SIDE).transpose(1, 2, 0))).save(
-        file, "PNG"
-    )
+    Image.fromarray(
+        np.ascontiguousarray(image.reshape(3, _SIDE_PIXELS, _SIDE_PIXELS).transpose(1, 2, 0))
+    ).save(file, "PNG")
     return file.getvalue()
 
 
 def _read(path: Path, layout: Layout) -> dict[str, bytes]:
     wanted = {layout.names, layout.test, *layout.train}
     found = {}
-    for name, read in compressed_members(path, _LARGEST):
+    for name, read in compressed_members(path, _MAX_ARCHIVE_BYTES):
         folder, file = PurePosixPath(name).parent, PurePosixPath(name).name
         if str(folder) == layout.folder and file in wanted:
             found[file] = read()
@@ -150,7 +150,7 @@ def _batch(
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """The images uint8 (n, 3072) and labels of one file."""
     if layout.label_bytes:
-        row = layout.label_bytes + _PIXELS
+        row = layout.label_bytes + _IMAGE_BYTES
         if not data or len(data) % row:
             raise UserError(f"archive {path}: {file} has {len(data)} bytes, no multiple of {row}")
         rows = np.frombuffer(data, np.uint8).reshape(-1, row)
@@ -160,9 +160,13 @@ def _batch(
     images, listed = batch.get(b"data"), batch.get(layout.key)
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 2:
         raise UserError(f"archive {path}: {file} has no images in b'data'")
-    if images.shape[1] != _PIXELS or not isinstance(listed, list) or len(listed) != len(images):
+    if (
+        images.shape[1] != _IMAGE_BYTES
+        or not isinstance(listed, list)
+        or len(listed) != len(images)
+    ):
         raise UserError(
-            f"archive {path}: {file} must have as many rows of {_PIXELS} bytes in b'data' as "
+            f"archive {path}: {file} must have as many rows of {_IMAGE_BYTES} bytes in b'data' as "
             f"labels in {layout.key!r}"
         )
     if not all(type(label) is int and 0 <= label < 2**31 for label in listed):

@@ -11,11 +11,11 @@ from PIL import Image
 from pipelines.splits import share_out
 from sbf_dist.errors import UserError
 
-CLASSES = 10
-TRAIN = 1297
-VALIDATION = 500
-_SIDE = 32
-_LEVELS = 16  # the digits' grey values are 0..16
+NUM_CLASSES = 10
+NUM_TRAIN = 1297
+NUM_VALIDATION = 500
+_SIDE_PIXELS = 32
+_MAX_LEVEL = 16  # the digits' grey values are 0..16
 _QUALITY = 95
 _KEY = 20211012  # of the split: the same for everyone
 _OURS = re.compile(r"(train|val)/\d/\d{4}\.jpg")
@@ -32,7 +32,7 @@ def write(root: Path) -> None:
     """
     root = Path(root)
     present = _present(root)
-    if len(present) == TRAIN + VALIDATION and all(map(_OURS.fullmatch, present)):
+    if len(present) == NUM_TRAIN + NUM_VALIDATION and all(map(_OURS.fullmatch, present)):
         return
     from sklearn.datasets import load_digits
 
@@ -62,10 +62,10 @@ def write(root: Path) -> None:
 
 def _names(target: np.ndarray) -> list[str]:
     """The relative file name of each digit; the split is drawn class by class."""
-    counts = np.bincount(target, minlength=CLASSES)
+    counts = np.bincount(target, minlength=NUM_CLASSES)
     generator = np.random.Generator(np.random.Philox(key=_KEY))
     held_out: set[int] = set()
-    for digit, share in enumerate(share_out(counts, VALIDATION, counts)):
+    for digit, share in enumerate(share_out(counts, NUM_VALIDATION, counts)):
         held_out.update(generator.permutation(np.flatnonzero(target == digit))[:share].tolist())
     return [
         f"{'val' if number in held_out else 'train'}/{digit}/{number:04}.jpg"
@@ -82,5 +82,5 @@ def _present(root: Path) -> set[str]:
 
 
 def _picture(image: np.ndarray) -> Image.Image:
-    grey = Image.fromarray(np.round(image * (255 / _LEVELS)).astype(np.uint8))
-    return grey.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC).convert("RGB")
+    grey = Image.fromarray(np.round(image * (255 / _MAX_LEVEL)).astype(np.uint8))
+    return grey.resize((_SIDE_PIXELS, _SIDE_PIXELS), Image.Resampling.BICUBIC).convert("RGB")

@@ -18,8 +18,8 @@ _log = logging.getLogger(__name__)
 Ids = NDArray[np.int64]
 Parts = dict[str, Ids]
 
-_TOLERATED = 0.01  # the share of unusable files that is skipped rather than refused
-_NAMED = 3  # so many files are named in an error
+_MAX_UNUSABLE_SHARE = 0.01  # the share of unusable files that is skipped rather than refused
+_MAX_NAMED = 3  # so many files are named in an error
 
 
 def index_folder(
@@ -39,7 +39,7 @@ def index_folder(
         root/<class>/**            images in any depth below the class
         root/train/<class>/**      with optional root/val/<class>/** and, without classes,
                                    root/unlabelled/**; also Train, training, valid, validation
-        root/manifest.json         a set that sbf data prepare made, as files or in shards
+        root/manifest.json         a set that sbf data prepare wrote, as files or in shards
     Images are known by their suffix (jpg jpeg jpe jfif png bmp webp tif tiff ppm pgm, in any case;
     of others, as gif and heic, the log has the number); names that begin with a dot are passed
     over, links to folders are followed only for classes.
@@ -52,7 +52,7 @@ def index_folder(
 
     Every file is read once, except those of prepared sets: they were read then. Files that cannot
     be decoded are skipped, logged and listed in `skipped`; more than 1 % of them is an error.
-    UserError for every mistake of layout or number, telling the class and the count.
+    UserError for every mistake of layout or number, naming the class and the count.
     """
     root = Path(root).expanduser().absolute()
     selection = Selection(labelled_per_class, split, validation, seed)
@@ -161,10 +161,10 @@ def _check_unchanged(root: Path, name: str, prepared: Inspection) -> None:
     try:
         size = (root / name).stat().st_size
     except OSError:
-        raise UserError(f"data {root}: {name} is missing; sbf data check tells what else") from None
+        raise UserError(f"data {root}: {name} is missing; sbf data check shows what else") from None
     if prepared.fault is None and size != prepared.bytes:
         raise UserError(
-            f"data {root}: {name} has changed since it was prepared; sbf data check tells what else"
+            f"data {root}: {name} has changed since it was prepared; sbf data check shows what else"
         )
 
 
@@ -182,10 +182,10 @@ def _usable(
             good.append(row)
         else:
             skipped.append(f"{ascii(name)[1:-1] if not name.isprintable() else name}: {fault}")
-    if len(skipped) > _TOLERATED * len(files):
+    if len(skipped) > _MAX_UNUSABLE_SHARE * len(files):
         raise UserError(
             f"data {root}: {len(skipped)} of {len(files)} images cannot be used, more than "
-            f"{_TOLERATED:.0%}; the first: {'; '.join(skipped[:_NAMED])}"
+            f"{_MAX_UNUSABLE_SHARE:.0%}; the first: {'; '.join(skipped[:_MAX_NAMED])}"
         )
     for line in skipped:
         _log.warning("skipped %s", line)

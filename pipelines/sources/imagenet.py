@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.sources.archives import (
-    LARGEST_IMAGE,
+    MAX_IMAGE_BYTES,
     Archive,
     Member,
     Progress,
@@ -27,8 +27,8 @@ TRAIN = Archive("ILSVRC2012_img_train.tar", "1d675b47d978889d74fa0da5fadfb00e", 
 VALIDATION = Archive("ILSVRC2012_img_val.tar", "29b22e2961454d5413ddabcf34fc5622", _ORIGIN)
 DEVKIT = Archive("ILSVRC2012_devkit_t12.tar.gz", "fa75699e90414af021442c21a62c3abf", _ORIGIN)
 
-_LARGEST_DEVKIT = 64 * 2**20
-_LARGEST_META = 4 * 2**20  # zlib's factor is 1,032 at most
+_MAX_DEVKIT_BYTES = 64 * 2**20
+_MAX_META_BYTES = 4 * 2**20  # zlib's factor is 1,032 at most
 _META = "ILSVRC2012_devkit_t12/data/meta.mat"
 _TRUTH = "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"
 _CLASS_TAR = re.compile(r"(n\d{8})\.tar")
@@ -86,11 +86,11 @@ def _train_images(
             )
         class_tars.append((match[1], member))
     missing = sorted(classes - {wnid for wnid, _ in class_tars})
-    told = f"; {missing[0]}.tar is missing" if missing else ""
+    hint = f"; {missing[0]}.tar is missing" if missing else ""
     if missing or len(class_tars) > len(classes):
         raise UserError(
             f"archive {tar.path}: has {len(class_tars)} tar files of classes, the devkit's "
-            f"meta.mat has {len(classes)} classes{told}"
+            f"meta.mat has {len(classes)} classes{hint}"
         )
     # Two threads a processor: most of the time goes into waiting for the disk.
     with ThreadPoolExecutor(2 * len(sched_getaffinity(0))) as pool:
@@ -130,7 +130,7 @@ def _validation_images(tar: TarFile, count: int) -> Iterator[tuple[int, Member]]
 
 def _check_image(tar: TarFile, image: Member, pattern: re.Pattern[str]) -> re.Match[str]:
     match = pattern.fullmatch(image.name)
-    if match is None or image.size > LARGEST_IMAGE:
+    if match is None or image.size > MAX_IMAGE_BYTES:
         raise UserError(
             f"archive {tar.path}: {image.name} of {image.size:,} bytes is no image of ILSVRC-2012"
         )
@@ -140,7 +140,7 @@ def _check_image(tar: TarFile, image: Member, pattern: re.Pattern[str]) -> re.Ma
 def _devkit(path: Path) -> tuple[dict[int, str], dict[str, str], NDArray[np.int64]]:
     """ILSVRC2012_ID → WordNet id; WordNet id → words; the ID of each validation image."""
     found = {}
-    for name, read in compressed_members(path, _LARGEST_DEVKIT):
+    for name, read in compressed_members(path, _MAX_DEVKIT_BYTES):
         if name in (_META, _TRUTH):
             found[name] = read()
     for name in (_META, _TRUTH):
@@ -162,7 +162,7 @@ def _synsets(path: Path, meta: bytes) -> tuple[dict[int, str], dict[str, str]]:
     # loadmat builds arrays and nothing else: MATLAB's functions and objects stay opaque bytes.
     from scipy.io import loadmat
 
-    if len(meta) > _LARGEST_META:
+    if len(meta) > _MAX_META_BYTES:
         raise UserError(
             f"archive {path}: meta.mat has {len(meta):,} bytes, far more than it should"
         )

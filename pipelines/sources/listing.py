@@ -40,7 +40,7 @@ class Listing:
     files    relative to the root of the index, as it has them
     roles    "train", "val" or "unlabelled"
     labels   int64 (n,): positions in `classes`, −1 for an unlabelled image
-    seen     what is known of each image's content; None where nobody has looked yet
+    seen     what is known of each image's content; None where it was not read yet
     shards   tar files relative to the root of the index
     shard    int64 (n,): position in `shards`, −1 for a file of its own; offset: as in DataIndex
     """
@@ -58,7 +58,7 @@ class Listing:
     def of_files(
         cls, classes: list[str], files: list[str], roles: list[str], labels: Sequence[int]
     ) -> "Listing":
-        """Files that nobody has looked into."""
+        """Files whose content was not read yet."""
         return cls(
             classes=classes,
             files=files,
@@ -90,7 +90,7 @@ def list_images(root: Path, expected: str | None = None) -> Listing:
     by the number of its classes. No image is read. UserError for mistakes of layout.
     """
     if not root.is_dir():
-        raise UserError(f"data {root}: is no folder")
+        raise UserError(f"data {root}: is not a folder")
     if is_prepared(root):
         name = read_manifest(root).set
         if expected is not None and name != expected:
@@ -110,10 +110,10 @@ def list_unlabelled(folder: Path, root: Path) -> Listing:
     """All images below `folder`, or the training images of a prepared set, without classes.
 
     Their names are relative to `root`, so "../" stands in front where they lie elsewhere. UserError
-    if there is none.
+    if there is no image.
     """
     if not folder.is_dir():
-        raise UserError(f"data.unlabelled {folder}: is no folder")
+        raise UserError(f"data.unlabelled {folder}: is not a folder")
     # Links are resolved: "../" leads up from where a folder really is.
     there = Path(os.path.relpath(folder.resolve(), root.resolve()))
     if is_prepared(folder):
@@ -152,7 +152,7 @@ def joined(listing: Listing, others: Listing, root: Path) -> Listing:
 
 
 def _prepared(root: Path) -> Listing:
-    """The images that a manifest tells of."""
+    """The images that a manifest lists."""
     manifest = read_manifest(root)
     table = read_samples(root, manifest)
     columns = {name: table[name].to_pylist() for name in ("height", "width", "bytes", "fault")}
@@ -160,7 +160,7 @@ def _prepared(root: Path) -> Listing:
     shards = [shard["file"] for shard in manifest.shards]
     for name in shards:
         if not (root / name).is_file():
-            raise UserError(f"data {root}: {name} is missing; sbf data check tells what else is")
+            raise UserError(f"data {root}: {name} is missing; sbf data check shows what else is")
     return Listing(
         classes=[entry["folder"] for entry in manifest.classes],
         files=files,

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sbf_dist.errors import UserError
+from sbf_dist.files import write_bytes, write_json
 
 MANIFEST = "manifest.json"
 SAMPLES = "samples.parquet"
@@ -64,8 +64,7 @@ class Manifest:
 
     def write(self, root: Path) -> None:
         """Put manifest.json into `root` in one step."""
-        text = json.dumps({"format": _FORMAT, **asdict(self)}, indent=1, ensure_ascii=False)
-        write_file(root / MANIFEST, text.encode() + b"\n")
+        write_json(root / MANIFEST, {"format": _FORMAT, **asdict(self)})
 
 
 def is_prepared(root: Path) -> bool:
@@ -88,8 +87,8 @@ def read_manifest(root: Path) -> Manifest:
             if Path(shard["file"]).name != shard["file"]:
                 raise ValueError(f"shard {shard['file']!r}")
     except FileNotFoundError:
-        told = "; its preparation is not finished" if (root / WORK).exists() else ""
-        raise UserError(f"data {root}: has no {MANIFEST}{told}; see sbf data prepare") from None
+        hint = "; its preparation is not finished" if (root / WORK).exists() else ""
+        raise UserError(f"data {root}: has no {MANIFEST}{hint}; see sbf data prepare") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"data {path}: cannot be read ({error}); prepare the set again") from error
     return manifest
@@ -131,15 +130,5 @@ def write_samples(root: Path, table: pa.Table) -> str:
     """Write samples.parquet; return its SHA-256."""
     file = io.BytesIO()
     pq.write_table(table, file, compression="zstd")
-    write_file(root / SAMPLES, file.getvalue())
+    write_bytes(root / SAMPLES, file.getvalue())
     return hashlib.sha256(file.getvalue()).hexdigest()
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a whole file in one step: a kill leaves the old one or none, never a half."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

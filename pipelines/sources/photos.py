@@ -14,11 +14,11 @@ from PIL import Image
 
 from sbf_dist.errors import UserError
 
-SIDE = 32
-TRAIN = 160  # patches of each photograph
-VALIDATION = 60
-BLOCK = 80  # a photograph is cut into squares of so many pixels …
-GAP = 8  # … with so many unused between any two: more than a block of JPEG's
+SIDE_PIXELS = 32
+NUM_TRAIN = 160  # patches of each photograph
+NUM_VALIDATION = 60
+BLOCK_PIXELS = 80  # a photograph is cut into squares of so many pixels …
+GAP_PIXELS = 8  # … with so many unused between any two: more than a block of JPEG's
 # Where the wheels of scikit-image and scikit-learn keep them.
 PHOTOGRAPHS = {
     "astronaut": ("skimage.data", "astronaut.png"),
@@ -32,8 +32,8 @@ PHOTOGRAPHS = {
     "rocket": ("skimage.data", "rocket.jpg"),
     "tissue": ("skimage.data", "ihc.png"),
 }
-_LARGEST = BLOCK - GAP  # side of a window
-_LEAST_CONTRAST = 16.0  # standard deviation of the grey values of a window that shows something
+_MAX_WINDOW_PIXELS = BLOCK_PIXELS - GAP_PIXELS  # side of a window
+_MIN_CONTRAST = 16.0  # standard deviation of the grey values of a window that shows something
 _BRIGHTNESS = (100.0, 150.0)  # mean grey value of a patch
 _CONTRAST = (30.0, 50.0)  # standard deviation of its grey values
 _SATURATION = (0.5, 1.0)  # of its colours, as a share of the photograph's
@@ -44,7 +44,7 @@ _OURS = re.compile(rf"(train|val)/({'|'.join(PHOTOGRAPHS)})/\d{{3}}\.jpg")
 
 @dataclass(frozen=True)
 class Window:
-    """The square of a photograph that a patch is made of, in its pixels."""
+    """The square of a photograph that becomes a patch, in its pixels."""
 
     top: int
     left: int
@@ -60,8 +60,8 @@ def write(root: Path) -> None:
 
     A patch is a square of 32 to 72 pixels of its photograph (the class), resized to 32 × 32, turned
     by a multiple of 90° and mirrored; its brightness and contrast are drawn anew, its colours are
-    faded by a random share, so that texture and shape must tell the class. Squares of train
-    and val come from different blocks of the photograph, GAP pixels apart: no pixel is in both.
+    faded by a random share, so that texture and shape alone give the class. Squares of train
+    and val come from different blocks of the photograph, GAP_PIXELS apart: no pixel is in both.
     All files come in one rename: a kill leaves nothing half written. Nothing is done if all files
     are there; missing ones are put back. UserError if root holds anything else.
     """
@@ -108,31 +108,33 @@ def read(photograph: str) -> NDArray[np.uint8]:
 
 
 def windows(photograph: str, pixels: NDArray[np.uint8]) -> dict[str, list[Window]]:
-    """Draw the windows of the parts "train" and "val", but none that shows next to nothing.
+    """Draw the windows of the parts "train" and "val", without those that show next to nothing.
 
     A window lies in one block. Every third block, along the diagonals, is for val.
     """
     generator = _generator(photograph, "windows")
-    rows, columns = (length // BLOCK for length in pixels.shape[:2])
+    rows, columns = (length // BLOCK_PIXELS for length in pixels.shape[:2])
     blocks: dict[str, list[tuple[int, int]]] = {"train": [], "val": []}
     for row in range(rows):
         for column in range(columns):
             part = "val" if (row + column) % 3 == 0 else "train"
-            blocks[part].append((row * BLOCK + GAP // 2, column * BLOCK + GAP // 2))
+            blocks[part].append(
+                (row * BLOCK_PIXELS + GAP_PIXELS // 2, column * BLOCK_PIXELS + GAP_PIXELS // 2)
+            )
     found: dict[str, list[Window]] = {"train": [], "val": []}
-    for part, wanted in (("train", TRAIN), ("val", VALIDATION)):
+    for part, wanted in (("train", NUM_TRAIN), ("val", NUM_VALIDATION)):
         while len(found[part]) < wanted:
             top, left = blocks[part][generator.integers(len(blocks[part]))]
-            side = int(generator.integers(SIDE, _LARGEST + 1))
-            down, right = generator.integers(0, _LARGEST - side + 1, size=2)
+            side = int(generator.integers(SIDE_PIXELS, _MAX_WINDOW_PIXELS + 1))
+            down, right = generator.integers(0, _MAX_WINDOW_PIXELS - side + 1, size=2)
             window = Window(top + int(down), left + int(right), side)
-            if _grey(window.of(pixels).astype(float)).std() >= _LEAST_CONTRAST:
+            if _grey(window.of(pixels).astype(float)).std() >= _MIN_CONTRAST:
                 found[part].append(window)
     return found
 
 
 def _names() -> list[str]:
-    counts = {"train": TRAIN, "val": VALIDATION}
+    counts = {"train": NUM_TRAIN, "val": NUM_VALIDATION}
     return [
         f"{part}/{photograph}/{number:03}.jpg"
         for part, count in counts.items()
@@ -162,7 +164,7 @@ def _patches(photograph: str) -> dict[str, Image.Image]:
 
 def _patch(pixels: NDArray[np.uint8], generator: np.random.Generator) -> Image.Image:
     """Resize, turn, mirror, and draw brightness, contrast and saturation."""
-    small = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    small = Image.fromarray(pixels).resize((SIDE_PIXELS, SIDE_PIXELS), Image.Resampling.LANCZOS)
     patch = np.rot90(np.asarray(small).astype(float), int(generator.integers(4)))
     if generator.integers(2):
         patch = patch[:, ::-1]
@@ -182,5 +184,7 @@ def _grey(pixels: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _generator(photograph: str, purpose: str) -> np.random.Generator:
     """Random numbers of a photograph and purpose: another photograph changes nothing."""
-    word = int.from_bytes(hashlib.sha256(f"{purpose} {photograph}".encode()).digest()[:8], "little")
-    return np.random.Generator(np.random.Philox(key=np.array([_KEY, word], dtype=np.uint64)))
+    subkey = int.from_bytes(
+        hashlib.sha256(f"{purpose} {photograph}".encode()).digest()[:8], "little"
+    )
+    return np.random.Generator(np.random.Philox(key=np.array([_KEY, subkey], dtype=np.uint64)))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from sbf_dist.errors import UserError
 
-# What a dictionary of strings, numbers, lists and arrays is made of. The rest (persistent and
+# What a dictionary of strings, numbers, lists and arrays consists of. The rest (persistent and
 # extension objects, instances of classes, buffers from elsewhere) is refused before unpickling.
 _OPCODES = {
     "PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "DUP", "MEMOIZE",
@@ -33,16 +33,18 @@ def load(data: bytes, name: str) -> dict[bytes, Any]:
 
     The names that numpy's pickles refer to stand for small classes of this file, which only take
     down shape, type and bytes; every other name is refused. No foreign code runs, numpy's included.
-    UserError, telling `name`, for anything but such a dictionary.
+    UserError, naming `name`, for anything but such a dictionary.
     """
     try:
         _check_opcodes(data)
         content = _Unpickler(io.BytesIO(data), encoding="bytes").load()
     except _RefusedError as error:
-        raise UserError(f"{name}: is no pickle of CIFAR's, {error}; it was not unpickled") from None
+        raise UserError(
+            f"{name}: is not a pickle of CIFAR's, {error}; it was not unpickled"
+        ) from None
     except Exception as error:  # the unpickler raises whatever nonsense leads it to
-        told = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{name}: is no pickle of CIFAR's ({told})") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{name}: is not a pickle of CIFAR's ({reason})") from error
     if not isinstance(content, dict):
         raise UserError(f"{name}: holds a {type(content).__name__} where a dictionary belongs")
     result: dict[bytes, Any] = {}

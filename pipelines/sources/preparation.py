@@ -26,11 +26,11 @@ from pipelines.sources.manifest import (
     Manifest,
     is_prepared,
     read_manifest,
-    write_file,
     write_samples,
 )
 from pipelines.sources.units import Work, units
 from sbf_dist.errors import UserError
+from sbf_dist.files import write_text
 
 
 def prepare(
@@ -50,7 +50,7 @@ def prepare(
     checksum   whether the archives must have their published MD5 sums
     progress   called with (title, done, of, unit)
 
-    Work is done in out/.preparing, unit by unit, and what a unit made is noted when it is whole:
+    Work is done in out/.preparing, unit by unit, and a unit's files are noted when they are whole:
     after a kill the same call goes on, and the result is the same. The last step is manifest.json.
     A set that is there already is left as it is. UserError for archives that are missing, damaged
     or others than the published ones, for a folder that holds anything else, for settings other
@@ -136,7 +136,7 @@ def _checked(
     md5 = kept["md5"] if kept.get("seen") == seen else md5_of(path, progress)
     if checksum:
         verify(archive, path, md5)
-    write_file(note, json.dumps({"seen": seen, "md5": md5}).encode())
+    write_text(note, json.dumps({"seen": seen, "md5": md5}))
     return {
         "file": archive.name,
         "bytes": facts.st_size,
@@ -148,14 +148,14 @@ def _checked(
 def _check_settings(out: Path, settings: dict[str, Any]) -> None:
     path = out / WORK / "settings.json"
     if not path.exists():
-        write_file(path, json.dumps(settings).encode())
+        write_text(path, json.dumps(settings))
         return
     begun = json.loads(path.read_text())
     for key, value in settings.items():
         if begun[key] != value:
-            told = "" if key == "archives" else f" {begun[key]}, not {value}"
+            values = "" if key == "archives" else f" {begun[key]}, not {value}"
             raise UserError(
-                f"data {out}: was begun with other {key}{told}; choose another folder, or remove "
+                f"data {out}: was begun with other {key}{values}; choose another folder, or remove "
                 f"{out / WORK} to begin anew"
             )
 
@@ -175,7 +175,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _writing(out: Path) -> Iterator[None]:
-    """Tell in one line what kept files from being written."""
+    """Turn what keeps files from being written into the user's error."""
     try:
         yield
     except OSError as error:
@@ -212,6 +212,8 @@ def _finish(work: Work, settings: dict[str, Any]) -> Manifest:
         shards=work.shards(),
     )
     manifest.write(work.out)
+    for left in work.out.glob(".*.partial"):  # by a kill
+        left.unlink()
     shutil.rmtree(work.out / WORK)
     return manifest
 

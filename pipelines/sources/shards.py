@@ -11,10 +11,10 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-MOST_SAMPLES = 5000
-MOST_BYTES = 256 * 10**6
-_BLOCK = 512
-_LABEL = 2 * _BLOCK  # a header and a block for the label
+MAX_SHARD_SAMPLES = 5000
+MAX_SHARD_BYTES = 256 * 10**6
+_BLOCK_BYTES = 512
+_LABEL_BYTES = 2 * _BLOCK_BYTES  # a header and a block for the label
 
 
 def shuffled_runs(
@@ -22,8 +22,8 @@ def shuffled_runs(
     rows: NDArray[np.int64],
     *,
     seed: int,
-    most_samples: int = MOST_SAMPLES,
-    most_bytes: int = MOST_BYTES,
+    most_samples: int = MAX_SHARD_SAMPLES,
+    most_bytes: int = MAX_SHARD_BYTES,
 ) -> list[NDArray[np.int64]]:
     """`rows` in an order that `seed` decides, cut where a shard is full.
 
@@ -31,7 +31,9 @@ def shuffled_runs(
     file, whichever comes first, and holds one image at least.
     """
     order = np.random.Generator(np.random.Philox(key=seed)).permutation(rows)
-    taken = 2 * _BLOCK + _LABEL + sizes[order]  # header, image, up to a block of padding, label
+    taken = (
+        2 * _BLOCK_BYTES + _LABEL_BYTES + sizes[order]
+    )  # header, image, up to a block of padding, label
     runs, start, filled = [], 0, 0
     for at, size in enumerate(taken.tolist()):
         if at > start and (at - start == most_samples or filled + size > most_bytes):
@@ -67,10 +69,10 @@ def write_shard(path: Path, samples: Iterable[tuple[str, int, bytes]]) -> Shard:
             stem, _, suffix = name.rpartition(".")
             assert "." not in stem.rpartition("/")[2], f"{name}: WebDataset cuts at the first dot"
             offsets.append(_add(tar, name, image))
-            word = str(label).encode()
-            at = _add(tar, f"{stem}.cls", word)
+            text = str(label).encode()
+            at = _add(tar, f"{stem}.cls", text)
             lines.append(
-                f"{suffix} {offsets[-1]} {len(image)} {name} cls {at} {len(word)} {stem}.cls"
+                f"{suffix} {offsets[-1]} {len(image)} {name} cls {at} {len(text)} {stem}.cls"
             )
         tar.close()  # not in case of an error: it would write an end to what has none
     index = "\n".join([f"v1.2 {len(lines)}", *lines]) + "\n"
@@ -96,6 +98,6 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
     """Add a file; return the offset of its first byte."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
-    offset = tar.offset + _BLOCK
+    offset = tar.offset + _BLOCK_BYTES
     tar.addfile(info, io.BytesIO(data))
     return offset

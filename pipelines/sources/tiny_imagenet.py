@@ -15,10 +15,10 @@ ARCHIVE = Archive(
     "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
 )
 _ROOT = "tiny-imagenet-200"
-_LARGEST = 4 * 2**30  # the published one holds 0.3 GB
+_MAX_ARCHIVE_BYTES = 4 * 2**30  # the published one holds 0.3 GB
 _TRAIN = re.compile(rf"{_ROOT}/train/(n\d{{8}})/images/(n\d{{8}}_\d+\.JPEG)")
 _VAL = re.compile(rf"{_ROOT}/val/images/(val_\d+\.JPEG)")
-_COLUMNS = 6  # file, class, and the four sides of a box
+_NUM_COLUMNS = 6  # file, class, and the four sides of a box
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def catalogue(path: Path) -> Iterator[Catalogue]:
 
     UserError for an archive of another layout.
     """
-    with ZipFile(path, _LARGEST) as archive:
+    with ZipFile(path, _MAX_ARCHIVE_BYTES) as archive:
         names = _class_names(archive)
         class_of = _validation_classes(archive, names)
         entries = Entries()
@@ -57,20 +57,20 @@ def _class_names(archive: ZipFile) -> dict[str, str]:
     listed = _text(archive, "wnids.txt").split()
     if not listed or not all(re.fullmatch(r"n\d{8}", wnid) for wnid in listed):
         raise UserError(f"archive {archive.path}: wnids.txt does not name the classes")
-    words = dict(
+    names = dict(
         line.split("\t", 1) for line in _text(archive, "words.txt").splitlines() if "\t" in line
     )
-    return {wnid: words.get(wnid, wnid).strip() for wnid in listed}
+    return {wnid: names.get(wnid, wnid).strip() for wnid in listed}
 
 
 def _validation_classes(archive: ZipFile, classes: dict[str, str]) -> dict[str, str]:
     found = {}
     for number, line in enumerate(_text(archive, "val/val_annotations.txt").splitlines(), 1):
         columns = line.split("\t")
-        if len(columns) != _COLUMNS or columns[1] not in classes:
+        if len(columns) != _NUM_COLUMNS or columns[1] not in classes:
             raise UserError(
                 f"archive {archive.path}: line {number} of val_annotations.txt must have "
-                f"{_COLUMNS} columns, the second a class of wnids.txt"
+                f"{_NUM_COLUMNS} columns, the second a class of wnids.txt"
             )
         found[columns[0]] = columns[1]
     return found

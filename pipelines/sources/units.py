@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from pipelines.inspection import inspect_bytes
 from pipelines.sources.archives import Progress
 from pipelines.sources.catalogue import Catalogue
-from pipelines.sources.manifest import SCHEMA, WORK, write_file
+from pipelines.sources.manifest import SCHEMA, WORK
 from pipelines.sources.shards import shuffled_runs, write_shard
 from sbf_dist.errors import UserError
+from sbf_dist.files import replacing, write_text
 
-UNIT = 500  # images of a unit of work in the layout "folder"
-REPORT = 50  # images between two reports
+IMAGES_PER_UNIT = 500  # images of a unit of work in the layout "folder"
+IMAGES_PER_REPORT = 50  # images between two reports
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ def units(layout: str, catalogue: Catalogue, seed: int) -> list[Unit]:
     rows = np.arange(len(catalogue))
     if layout == "folder":
         return [
-            Unit(f"{start:08}", rows[start : start + UNIT])
-            for start in range(0, len(catalogue), UNIT)
+            Unit(f"{start:08}", rows[start : start + IMAGES_PER_UNIT])
+            for start in range(0, len(catalogue), IMAGES_PER_UNIT)
         ]
     in_train = np.array([file.startswith("train/") for file in catalogue.files])
     return [
@@ -68,19 +69,19 @@ class Work:
         self.out, self.catalogue = out, catalogue
         self._layout, self._units = layout, units
         self._progress = progress
-        self._made = out / WORK / "made"
+        self._written = out / WORK / "made"
         self._done = 0
         self._stopped = False
 
     def perform(self) -> None:
         """Do the units that are not done."""
         (self.out / WORK / "notes").mkdir(exist_ok=True)
-        self._made.mkdir(exist_ok=True)
+        self._written.mkdir(exist_ok=True)
         open_units = [unit for unit in self._units if not self._is_done(unit)]
         self._check_space(open_units)
         for folder in {Path(file).parent for file in self.catalogue.files}:
             if self._layout == "folder" and open_units:
-                (self._made / folder).mkdir(parents=True, exist_ok=True)
+                (self._written / folder).mkdir(parents=True, exist_ok=True)
         self._done = len(self.catalogue) - sum(len(unit.rows) for unit in open_units)
         # Two threads a processor: reading, hashing and writing all let go of the interpreter.
         with ThreadPoolExecutor(2 * len(os.sched_getaffinity(0))) as pool:
@@ -109,7 +110,7 @@ class Work:
 
     def _size(self, name: str) -> int | None:
         # The last step moves files out of the work folder; it too may have been cut.
-        for folder in (self._made, self.out):
+        for folder in (self._written, self.out):
             try:
                 return (folder / name).stat().st_size
             except FileNotFoundError:
@@ -131,15 +132,14 @@ class Work:
         record = None
         if unit.shard is None:
             for name, _, data in self._samples(unit, images):
-                (self._made / name).write_bytes(data)
+                (self._written / name).write_bytes(data)
         else:
-            path = self._made / unit.shard
-            partial = path.with_name(f".{path.name}")
-            shard = write_shard(partial, self._samples(unit, images))
+            path = self._written / unit.shard
+            with replacing(path) as partial:
+                shard = write_shard(partial, self._samples(unit, images))
             for image, offset in zip(images, shard.offsets, strict=True):
                 image.append(offset)
-            write_file(path.with_suffix(".idx"), shard.index.encode())
-            partial.replace(path)
+            write_text(path.with_suffix(".idx"), shard.index)
             record = {
                 "file": path.name,
                 "bytes": shard.bytes,
@@ -148,7 +148,7 @@ class Work:
                 "samples": len(unit.rows),
             }
         note = {"images": images, "shard": record}
-        write_file(self._note(unit), json.dumps(note).encode())
+        write_text(self._note(unit), json.dumps(note))
 
     def _samples(self, unit: Unit, images: list[list[Any]]) -> Iterator[tuple[str, int, bytes]]:
         """Name, label and bytes of a unit's images; what is noted of them goes to `images`."""
@@ -162,7 +162,7 @@ class Work:
             yield self.catalogue.files[row], int(self.catalogue.labels[row]), data
             self._done += 1  # two threads may lose a count: it is for the eye
             if self._progress is not None and (
-                self._done % REPORT == 0 or self._done == len(self.catalogue)
+                self._done % IMAGES_PER_REPORT == 0 or self._done == len(self.catalogue)
             ):
                 self._progress("images", self._done, len(self.catalogue), "images")
 
@@ -175,8 +175,10 @@ class Work:
         return note
 
     def move(self) -> None:
-        """Move what was made to its place; what was moved before is left there."""
-        for path in sorted(self._made.iterdir()):
+        """Move what was written to its place; what was moved before is left there."""
+        for left in self._written.glob(".*.partial"):  # by a kill
+            left.unlink()
+        for path in sorted(self._written.iterdir()):
             path.replace(self.out / path.name)
 
     def shards(self) -> list[dict[str, Any]]:

@@ -1,6 +1,5 @@
 """Whether a prepared set is still what its manifest says."""
 
-import hashlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from pipelines.sources.manifest import (
     read_samples,
 )
 from sbf_dist.errors import UserError
+from sbf_dist.files import sha256
 
 
 @dataclass
@@ -79,11 +79,11 @@ def _expected(root: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
     for file, label in zip(files, labels, strict=True):
         counts[file.partition("/")[0]][label] += 1
     for part, numbers in counts.items():
-        told = [entry[part] for entry in manifest.classes]
-        if told != numbers or manifest.counts[part] != sum(numbers):
+        promised = [entry[part] for entry in manifest.classes]
+        if promised != numbers or manifest.counts[part] != sum(numbers):
             raise UserError(
-                f"data {root}: {MANIFEST} tells of {manifest.counts[part]} images in {part}, "
-                f"{SAMPLES} of {sum(numbers)}, or of other classes; prepare the set again"
+                f"data {root}: {MANIFEST} has {manifest.counts[part]} images in {part}, "
+                f"{SAMPLES} has {sum(numbers)}, or other classes; prepare the set again"
             )
     if manifest.layout == "folder":
         yield from zip(files, table["sha256"].to_pylist(), strict=True)
@@ -103,7 +103,6 @@ def _files(root: Path) -> Iterator[str]:
 
 def _digest(path: Path) -> str | OSError:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
     except OSError as error:
         return error

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from sbf_dist.errors import UserError
+from sbf_dist.hooks import registered
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.surgery import sharing_modules
 
@@ -95,17 +96,13 @@ def uses(model: nn.Module, images: Tensor) -> dict[str, Use]:
 
         return hook
 
-    handles = [conv.register_forward_pre_hook(begin(name)) for name, conv in names.items()]
-    handles += [conv.register_forward_hook(observe(name)) for name, conv in names.items()]
-    try:
-        with torch.enable_grad(), readers:
-            logits = _logits(model, images[:2].detach().requires_grad_())
-    finally:
-        for handle in handles:
-            handle.remove()
+    before = (conv.register_forward_pre_hook(begin(name)) for name, conv in names.items())
+    after = (conv.register_forward_hook(observe(name)) for name, conv in names.items())
+    with registered(before), registered(after), torch.enable_grad(), readers:
+        logits = logits_of(model, images[:2].detach().requires_grad_())
     for name in readers.read & found.keys():
         found[name].is_read = True
-    # Where nothing at all has a gradient the network detaches its output: none of it matters.
+    # Where nothing at all has a gradient the network detaches its output: nothing in it matters.
     reached = [name for name in found if outputs[name].requires_grad]
     if reached and logits.requires_grad:
         gradients = torch.autograd.grad(
@@ -129,7 +126,11 @@ def _check_images(images: Tensor) -> None:
         raise UserError(f"calibration images are {images.dtype}: wanted floats, normalised")
 
 
-def _logits(model: nn.Module, images: Tensor) -> Tensor:
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the logits (N, classes) of `images` (N, C, H, W).
+
+    Raises UserError if the network cannot take the images, or gives anything else.
+    """
     kind = type(model).__name__
     size = " x ".join(map(str, images.shape[1:]))
     try:
@@ -174,7 +175,7 @@ def find_candidates(
         reason = (
             kept.get(name)
             or (name in shared and _by_sharing(shared[name]))
-            or _by_itself(conv)
+            or _as_a_module(conv)
             or _by_its_use(use, tuple(images.shape[1:]))
             or _by_its_cost(conv, use, total, transform_size)
         )
@@ -188,7 +189,7 @@ def find_candidates(
 def kept_dense(model: nn.Module, keep: Sequence[str]) -> dict[str, str]:
     """Map the convolutions that match a pattern of `keep` to the reason to leave them dense.
 
-    Raises UserError for a pattern that matches none, with the nearest name.
+    Raises UserError for a pattern without a match, with the nearest name.
     """
     names = [n for n, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     kept: dict[str, str] = {}
@@ -222,7 +223,7 @@ def _by_sharing(others: Sequence[str]) -> str:
     return f"its weight is also that of {', '.join(others)}: all of them stay as they are"
 
 
-def _by_itself(conv: nn.Conv2d) -> str | None:
+def _as_a_module(conv: nn.Conv2d) -> str | None:
     if conv._forward_hooks or conv._forward_pre_hooks:
         return "it has forward hooks (weight norm, pruning masks, your own), which would be lost"
     if not is_plain(conv):
@@ -232,7 +233,7 @@ def _by_itself(conv: nn.Conv2d) -> str | None:
     if conv.groups > 1:
         return f"grouped convolution ({conv.groups} groups)"
     if conv.out_channels == 1:
-        return "it has one channel: there is none to rebuild it from"
+        return "it has one channel only: no other could rebuild it"
     return None
 
 
@@ -242,8 +243,8 @@ def _by_its_use(use: Use, image_shape: tuple[int, ...]) -> str | None:
     if use.is_read:
         return "its weight is read elsewhere in the network, which an SBF layer does not have"
     if not use.matters:
-        return "no gradient leads from the network's output to it: its weight cannot be told"
-    # The channels alone would not do: squeeze-and-excitation may have as few.
+        return "no gradient leads from the network's output to it: what it matters is unknown"
+    # The channels alone would not do: squeeze-and-excitation may have the same number.
     if use.input_shape == image_shape:
         return "the stem: it reads the image itself"
     return None

@@ -1,12 +1,12 @@
 """Model surgery: apply a plan to a network."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sbf_dist.compression.candidates import is_plain
-from sbf_dist.compression.fitting.between import make_between
+from sbf_dist.compression.narrow import check_fits, narrow
 from sbf_dist.compression.plan import Plan, SBFLayer
-from sbf_dist.compression.removal.narrow import check_fits, narrow
+from sbf_dist.compression.remembered import remember
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.surgery import become, deep_copy
@@ -16,7 +16,7 @@ def convert(model: nn.Module, plan: Plan) -> nn.Module:
     """Return a copy of `model` without removed channels, planned convolutions as SBF layers.
 
     Kept filters and biases are copied; transformations have their initial values until they are
-    fitted (`compress.reconstruct`) or loaded. `model` itself is not changed. Raises UserError,
+    fitted (`reconstruct`) or loaded. `model` itself is not changed. Raises UserError,
     naming the first layer that differs, if the plan was made for another network.
     """
     student = deep_copy(model)
@@ -35,7 +35,7 @@ def convert(model: nn.Module, plan: Plan) -> nn.Module:
             )
         if isinstance(layer, SBFLayer):
             replace(student, name, layer)
-    return student
+    return remember(student, plan)
 
 
 def replace(model: nn.Module, name: str, layer: SBFLayer) -> SBFConv2d:
@@ -65,3 +65,15 @@ def replace(model: nn.Module, name: str, layer: SBFLayer) -> SBFConv2d:
     become(conv, sbf)
     assert isinstance(conv, SBFConv2d)
     return conv
+
+
+def make_between(kind: str | None, channels: int, like: Tensor) -> nn.Module | None:
+    """Build what stands between basis and transformations of a layer, as a plan names it.
+
+    `channels` is the number of basis features. Device and dtype are those of `like`.
+    """
+    if kind is None:
+        return None
+    assert kind == "bn_relu", kind
+    norm = nn.BatchNorm2d(channels, device=like.device, dtype=like.dtype)
+    return nn.Sequential(norm, nn.ReLU())

@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from sbf_dist.errors import UserError
+from sbf_dist.files import write_text
 
 ALL = "all"
 
@@ -62,7 +63,7 @@ class SBFLayer(BaseModel):
         return content
 
     @field_serializer("sources")
-    def _all_in_one_word(self, sources: list[list[int]]) -> list[list[int]] | str:
+    def _abbreviate(self, sources: list[list[int]]) -> list[list[int]] | str:
         return ALL if len(sources) > 0 and all(row == self.kept for row in sources) else sources
 
     @model_validator(mode="after")
@@ -142,8 +143,11 @@ class Plan(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     format: Literal[1, 2] = Field(2, description="1: from before channels could be removed")
-    model: str = Field(description="name of the dense network, as sbf_dist.models.build takes it")
-    classes: int
+    model: str = Field(
+        description="name of the dense network, as sbf_dist.models.build takes it, or the class "
+        "'package.module:Class' of a network that it does not know"
+    )
+    classes: int = Field(description="number of outputs")
     input_shape: tuple[int, int, int] = Field(description="channels, height, width")
     budget: dict[str, float] = Field(description="what was asked for, e.g. {'macs': 0.5}")
     macs_before: int
@@ -178,24 +182,24 @@ class Plan(BaseModel):
         return {key for key in NEW_IN_2 if not getattr(self, key)}
 
     def summary(self) -> str:
-        """Tell in one line what is converted and what it saves."""
+        """Say in one line what is converted and what it saves."""
         converted = sum(isinstance(layer, SBFLayer) for layer in self.layers.values())
-        told = (
+        summary = (
             f"{converted} of {len(self.layers)} convolutions converted, "
             f"{self.macs_before / 1e6:.2f} → {self.macs_after / 1e6:.2f} M multiply-adds"
         )
         if self.removed:
-            told = f"{told}, {self._removed_channels()} channels removed"
+            summary = f"{summary}, {self._removed_channels()} channels removed"
         if self.latency is not None:
-            told += f", {self.latency.ms_before:.2f} → {self.latency.ms_after:.2f} ms"
-        return told
+            summary += f", {self.latency.ms_before:.2f} → {self.latency.ms_after:.2f} ms"
+        return summary
 
     def _removed_channels(self) -> int:
         return sum(len(self.removed[name].out) for name in self.layers if name in self.removed)
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON, one line for each short list."""
-        path.write_text(_readable_json(self))
+        write_text(path, _readable_json(self))
 
     @classmethod
     def load(cls, path: Path) -> "Plan":

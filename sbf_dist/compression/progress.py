@@ -1,4 +1,4 @@
-"""Telling a caller how far a long work is."""
+"""Reporting to a caller how far a long work is."""
 
 from collections.abc import Callable, Iterator
 
@@ -9,18 +9,20 @@ from sbf_dist.compression.calibration import Calibration
 Progress = Callable[[str, int, int], None]  # what, done, of
 
 
-def tell(progress: Progress | None, what: str, done: int, of: int) -> None:
-    """Tell `progress`, if there is one."""
+def report(progress: Progress | None, what: str, done: int, of: int) -> None:
+    """Call `progress`, if there is one."""
     if progress is not None:
         progress(what, done, of)
 
 
-def told(progress: Progress | None, what: str, images: Calibration, first: int) -> Iterator[Tensor]:
-    """Give the first images for passes with gradients, and tell how far that is."""
+def reported(
+    progress: Progress | None, what: str, images: Calibration, first: int
+) -> Iterator[Tensor]:
+    """Give the first images for passes with gradients, and report how far that is."""
     done, of = 0, min(first, images.count)
     # A graph of gradients is about as large again as the features.
     for part in images.parts(images.part // 2, first):
-        tell(progress, what, min(done, of), of)
+        report(progress, what, min(done, of), of)
         yield part
         done += len(part)
-    tell(progress, what, of, of)
+    report(progress, what, of, of)

@@ -1,197 +1,166 @@
-"""From a dense network to a fitted SBF network: plan by budget, then fit layer by layer.
+"""From a network to a fitted SBF network: plan within the budget, then fit layer by layer.
 
 The layers are fitted in forward order, each on the inputs that the layers converted before it
 produce, towards the dense network's outputs, so that later layers mend what earlier ones spoil.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from itertools import chain
-from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sbf_dist.budget import Budget
-from sbf_dist.compression.calibration import Calibration, calibration_for, dtype_of
-from sbf_dist.compression.candidates import convolution, find_candidates, forward_order
+from sbf_dist import models
+from sbf_dist.compression.calibration import Calibration, Images, calibration_for, dtype_of
+from sbf_dist.compression.candidates import find_candidates, forward_order, logits_of
 from sbf_dist.compression.cost import Cost, count
 from sbf_dist.compression.fitting.between import insert_between
+from sbf_dist.compression.fitting.layerwise import layer_of
 from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.fitting.refit import is_mended, refit_heads
 from sbf_dist.compression.fitting.sequential import SequentialFit
 from sbf_dist.compression.fitting.statistics import measure_batch_norm
 from sbf_dist.compression.plan import DenseLayer, Latency, Layer, Plan, SBFLayer
-from sbf_dist.compression.planning.allocation import share_out
-from sbf_dist.compression.planning.criteria import Criterion
+from sbf_dist.compression.planning.allocation import Allocation, share_out
 from sbf_dist.compression.planning.explanation import Spending
 from sbf_dist.compression.planning.knapsack import Option
 from sbf_dist.compression.planning.latency import latencies
 from sbf_dist.compression.planning.latency_budget import TimedChoice
-from sbf_dist.compression.planning.latency_table import LatencyTable, environment
+from sbf_dist.compression.planning.latency_table import Timing, environment
 from sbf_dist.compression.planning.option_table import OptionTable, measure_options
 from sbf_dist.compression.planning.options import Search, Shape
 from sbf_dist.compression.precision import check_timed, working_copy, working_reference
-from sbf_dist.compression.progress import Progress, tell
+from sbf_dist.compression.progress import Progress, report
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
-from sbf_dist.surgery import deep_copy
+from sbf_dist.settings import Compression
+from sbf_dist.surgery import become, deep_copy, with_convolutions
 
 NEVER_REACHED = "no forward pass in evaluation mode reaches it"
 LISTED = 5  # reasons in a refusal
 
 
 @torch.no_grad()
-def compress(
+def rebuild(
     model: nn.Module,
-    images: Tensor | Calibration,
+    images: Images,
+    settings: Compression,
     *,
-    model_name: str,
-    classes: int,
-    budget: Budget,
-    sources: int = 4,
-    transform_size: int = 3,
-    floor: float = 0.125,
-    round_to: int = 1,
-    keep: Sequence[str] = (),
-    criterion: Criterion = "reconstruction",
+    name: str | None = None,
     seed: int = 0,
     progress: Progress | None = None,
-    table: LatencyTable | None = None,
-    for_inference: Callable[[nn.Module], nn.Module] | None = None,
+    timing: Timing | None = None,
     reference: Reference | None = None,
-    refit: bool = True,
-    between: Literal["bn_relu"] | None = None,
-    mixtures: bool = True,
 ) -> tuple[nn.Module, Plan]:
-    """Convert `model` to a fitted SBF network within `budget`.
+    """Convert `model` to a fitted SBF network within the budget, without removing channels.
 
-    `images` (N, C, H, W), or a Calibration of them, are normalised; labels are not needed. Layers
-    are fitted to the outputs of `reference`, the network that `model` was narrowed from (`model`
-    itself, if that is None). `sources` is the largest S, `transform_size` the largest m, beside
-    which 1 is tried (only 1 in layers of more than LARGEST_GRAM / m² channels, whose Gram matrices
-    would be too large); with `mixtures`, rebuilt channels may also read the whole basis with m = 1,
-    beyond `sources` (see `mixture`; only with `refit`, and with the criterion 'reconstruction', as
-    any basis will do); `floor` is the least share of a layer's channels that is kept, in multiples
-    of `round_to`; `keep` are patterns of layers' names to leave alone; `criterion` decides which
-    channels are kept (see `criteria`); `refit` solves filters and linear layers anew on what the
-    converted layers before them give; `between` is put between basis and transformations, to be
-    trained; `progress` is told (what, done, of). With a budget of time, layers and networks are
-    measured on the model's device at the images' size: `table` keeps the layers' latencies and says
-    how many images are in a forward pass, and a network is measured as `for_inference` makes it (as
-    it is, if that is None). Returns the network in eval mode and its plan. Raises UserError if the
-    budget cannot be met, a weight is not finite, nothing can be converted, or the network has SBF
-    layers already.
+    Layers are fitted to the outputs of `reference`, the network that `model` was narrowed from
+    (`model` itself, if that is None). The other arguments, and what is returned and raised, are
+    those of `one_shot.compress`.
     """
-    _check_finite(model, model_name)
-    _check_dense(model, model_name)
-    check_timed(model, budget)
+    kind = name or type(model).__name__
+    _check_finite(model, kind)
+    _check_dense(model, kind)
+    check_timed(model, settings.budget)
     dense = working_copy(model)
     calibration = calibration_for(dense, images)
-    reference = Reference(dense) if reference is None else working_reference(reference)
-    input_shape, few = calibration.shape, calibration.first(2)
-    # The least that rebuilding a channel takes is one tap.
-    reasons, candidates = find_candidates(dense, few, 1, keep)
-    cost = count(dense, input_shape, few)
-    if not candidates:
-        raise _nothing_to_convert(dense, model_name, reasons)
-
-    search = Search(
-        sources=sources,
-        transform_size=transform_size,
-        floor=floor,
-        round_to=round_to,
-        between=between is not None,
-        mixtures=mixtures and refit,
-        timed=budget.unit == "ms",
-    )
-    shapes = {n: Shape.of(convolution(dense, n), cost.layers[n]) for n in candidates}
-    found = measure_options(
+    plan = dense_plan(dense, calibration, name)
+    student, new = rebuild_more(
         dense,
-        shapes,
-        {name: shape.as_it_is() for name, shape in shapes.items()},
+        plan,
         calibration,
-        search=search,
-        criterion=criterion,
+        settings,
         seed=seed,
         progress=progress,
+        timing=timing,
+        reference=None if reference is None else working_reference(reference),
     )
-    table = table or LatencyTable()
-    for_inference = for_inference or _as_it_is
-    shared = share_out(
-        dense,
-        found.rows,
+    return student.to(dtype_of(model)), new
+
+
+@torch.no_grad()
+def rebuild_more(
+    network: nn.Module,
+    plan: Plan,
+    images: Calibration,
+    settings: Compression,
+    *,
+    seed: int,
+    progress: Progress | None,
+    timing: Timing | None,
+    reference: Reference | None,
+) -> tuple[nn.Module, Plan]:
+    """Bring `network`, in eval mode and as `plan` has it, within the budget.
+
+    The basis of its SBF layers may become smaller, and its dense layers SBF layers: only 1 is tried
+    for m in layers of more than LARGEST_GRAM / m² channels, whose Gram matrices would be too large.
+    Returns a new network in eval mode, and its plan, which makes it of the dense network.
+    """
+    dense = with_convolutions(network)
+    examples = images.first(2)
+    # The least that rebuilding a channel takes is one tap.
+    reasons, candidates = find_candidates(dense, examples, 1, settings.keep)
+    if not candidates:
+        raise _nothing_to_convert(dense, plan.model, reasons)
+    cost = count(network, images.shape, examples)
+    search, timing = Search(settings), timing or Timing()
+    shapes = {name: _shape(network, plan, name, cost.layers[name]) for name in candidates}
+    sbf = {n: layer for n in candidates if isinstance(layer := layer_of(network, n), SBFConv2d)}
+    found = measure_options(
+        network,
         shapes,
-        cost,
-        budget,
-        few[:1],
-        table,
-        for_inference,
-        lambda done, of: tell(progress, "measure latency", done, of),
-        between=between is not None,
-    )
-    student = deep_copy(dense)
-    order = forward_order(dense, few)
-    made = fit_layers(
-        student,
-        reference,
-        order,
-        {name: option for name, option in shared.chosen.items() if option.sources},
-        found,
-        {name: shape.macs for name, shape in shapes.items()},
-        calibration,
-        refit=refit,
+        {name: _as_it_is(network, name, shape) for name, shape in shapes.items()},
+        images,
+        search,
+        seed=seed,
+        among={name: layer.kept for name, layer in sbf.items()},
         progress=progress,
     )
-    if between is not None:
-        made = insert_between(student, made, calibration, between)
+    shared = share_out(
+        network,
+        found,
+        cost,
+        Cost(plan.macs_before, plan.params_before, {}),
+        search,
+        examples[:1],
+        timing,
+        partial(report, progress, "measure latency"),
+    )
+    rows = shared.options
+    changed = {name: o for name, o in shared.chosen.items() if o != rows[name][0]}
+    student = deep_copy(network)
+    for name in changed.keys() & sbf.keys():
+        become(student.get_submodule(name), deep_copy(dense.get_submodule(name)))
+    in_order = forward_order(dense, examples)
+    order = [name for name in in_order if isinstance(layer_of(student, name), nn.Conv2d)]
+    reference = reference or Reference(network)
+    fitted = fit_layers(student, reference, order, changed, found, images, settings, progress)
+    if settings.between is not None:
+        fitted = insert_between(student, fitted, images, settings.between)
     # The rebuilt channels vary less than the dense ones (least squares shrinks): measured again.
-    measure_batch_norm(student, calibration, calibration.part)
-    if refit:
-        refit_heads(student, reference, calibration)
-    after = count(student, input_shape, few)
+    measure_batch_norm(student, images, images.part)
+    if settings.refit:
+        refit_heads(student, reference, images)
+    after = count(student, images.shape, examples)
     latency = None
-    costs: list[float] = [cost.macs, after.macs]
-    if budget.kind == "params":
-        costs = [cost.params, after.params]
-    elif shared.timed is not None:
-        ready = [for_inference(dense), for_inference(student)]
-        costs = latencies(ready, input_shape, batch=table.batch)
-        latency = Latency(
-            machine=environment(convolution(dense, candidates[0]).weight),
-            batch=table.batch,
-            ms_before=round(costs[0], 4),
-            ms_after=round(costs[1], 4),
-        )
-    if budget.unit != "ms":
-        budget.check(costs[1], costs[0])
-    spending = Spending(
-        budget=budget,
-        search=search,
-        options=shared.options,
-        chosen=shared.chosen,
-        channels={name: shape.channels for name, shape in shapes.items()},
-        criteria={name: ranking.told for name, ranking in found.rankings.items()},
-        dense=costs[0],
-        before=costs[0],
-        after=costs[1],
-    )
-    plan = Plan(
-        model=model_name,
-        classes=classes,
-        input_shape=input_shape,
-        budget=budget.given(),
-        macs_before=cost.macs,
-        macs_after=after.macs,
-        params_before=cost.params,
-        params_after=after.params,
-        latency=latency,
-        criterion=criterion,
-        explanation=spending.explain(reasons),
-        layers=_told_layers(dense, order, made, reasons, cost, spending, shared.timed),
-    )
-    return student.to(dtype_of(model)), plan
+    if shared.timed is not None:
+        latency = _latency(network, student, images, timing)
+    spending = _spending(search, found, shared, plan, (cost, after), latency)
+    if settings.budget.unit != "ms":
+        settings.budget.check(spending.after, spending.dense)
+    update = {
+        "format": 2,
+        "budget": settings.budget.given(),
+        "macs_after": after.macs,
+        "params_after": after.params,
+        "latency": latency,
+        "criterion": settings.criterion,
+        "explanation": spending.explain(reasons),
+        "layers": _layers(plan, fitted, reasons, spending, shared.timed),
+    }
+    return student, plan.model_copy(update=update)
 
 
 def fit_layers(
@@ -200,76 +169,157 @@ def fit_layers(
     order: list[str],
     chosen: Mapping[str, Option],
     found: OptionTable,
-    macs: Mapping[str, int],
     images: Calibration,
-    *,
-    refit: bool,
+    settings: Compression,
     progress: Progress | None,
 ) -> dict[str, SBFLayer]:
     """Convert the convolutions of `student` that are `chosen`, in place, each as its option says.
 
-    `order` are all of its convolutions in forward order, `macs` the multiply-adds of those that
-    are converted; with `refit`, others that had options are mended (`SequentialFit`).
+    `order` are all of its convolutions in forward order; with refit, others that had options are
+    mended (`SequentialFit`).
     """
-    few = images.first(2)
+    refit, examples = settings.refit, images.first(2)
     sizes = {
         name: chosen[name].size if name in chosen else 1
         for name in order
-        if name in chosen or (refit and name in found.rows and is_mended(student, name, few))
+        if name in chosen or (refit and name in found.rows and is_mended(student, name, examples))
     }
     fit = SequentialFit(student, reference, sizes, images, refit=refit)
-    made: dict[str, SBFLayer] = {}
+    fitted: dict[str, SBFLayer] = {}
     for index, name in enumerate(order, 1):
-        tell(progress, "fit layers", index, len(order))
+        report(progress, "fit layers", index, len(order))
         if name in chosen:
-            option, rank = chosen[name], partial(found.order, name)
-            if option.mixed:
+            option, macs = chosen[name], found.shapes[name].macs
+            if option.whole_basis:
                 weights, among = found.sensitivity[name], found.rankings[name].among
-                made[name] = fit.mix(name, option.kept, weights, among, macs[name])
+                fitted[name] = fit.convert_whole_basis(name, option.kept, weights, among, macs)
             else:
-                made[name] = fit.convert(name, rank, option.kept, option.sources, macs[name])
+                rank = partial(found.order, name)
+                fitted[name] = fit.convert(name, rank, option.kept, option.sources, macs)
         elif name in sizes:
             fit.mend(name)
-    return made
+    return fitted
 
 
-def _told_layers(
-    dense: nn.Module,
-    order: list[str],
-    made: dict[str, SBFLayer],
-    reasons: dict[str, str],
-    cost: Cost,
+def dense_plan(model: nn.Module, images: Calibration, name: str | None) -> Plan:
+    """Return the plan of a network, in eval mode, of which nothing is converted or removed.
+
+    `name` is the network's; None finds it out (`models.name_of`). Raises UserError if the network
+    cannot take the images, or gives no logits.
+    """
+    examples = images.first(2)
+    order = forward_order(model, examples)
+    classes = logits_of(model, examples[:1]).shape[1]
+    cost = count(model, images.shape, examples)
+    layers: dict[str, Layer] = {
+        layer: DenseLayer(reason="", macs=cost.layers[layer], convertible=True) for layer in order
+    }
+    for layer, module in model.named_modules():
+        if isinstance(module, nn.Conv2d) and layer not in layers:
+            layers[layer] = DenseLayer(reason=NEVER_REACHED, macs=0, convertible=False)
+    return Plan(
+        model=name or models.name_of(model, classes),
+        classes=classes,
+        input_shape=images.shape,
+        budget={},
+        macs_before=cost.macs,
+        macs_after=cost.macs,
+        params_before=cost.params,
+        params_after=cost.params,
+        layers=layers,
+    )
+
+
+def _shape(network: nn.Module, plan: Plan, name: str, macs: int) -> Shape:
+    """Describe the dense convolution that a layer of `network`, of `macs` multiply-adds, was."""
+    layer, planned = layer_of(network, name), plan.layers.get(name)
+    if isinstance(layer, nn.Conv2d):
+        return Shape.of(layer, macs)
+    if not isinstance(planned, SBFLayer):
+        raise UserError(f"plan does not make {name} an SBF layer: it is another network's")
+    weights = layer.basis.weight[0].numel()
+    params = layer.out_channels * weights + (0 if layer.bias is None else layer.out_channels)
+    return Shape(layer.out_channels, weights, planned.macs_before, params)
+
+
+def _as_it_is(network: nn.Module, name: str, shape: Shape) -> Option:
+    layer = layer_of(network, name)
+    if isinstance(layer, nn.Conv2d):
+        return shape.as_it_is()
+    kept, used, size = len(layer.kept), layer.sources.shape[1], layer.transform_size
+    cost = shape.option_macs(kept, used, size)
+    return Option(kept, used, size, cost, loss=0.0, whole_basis=size == 1 and used == kept)
+
+
+def _latency(
+    network: nn.Module, student: nn.Module, images: Calibration, timing: Timing
+) -> Latency:
+    """Measure both networks side by side."""
+    ready = [timing.for_inference(network), timing.for_inference(student)]
+    before, after = latencies(ready, images.shape, batch=timing.table.batch)
+    return Latency(
+        machine=environment(next(network.parameters())),
+        batch=timing.table.batch,
+        ms_before=round(before, 4),
+        ms_after=round(after, 4),
+    )
+
+
+def _spending(
+    search: Search,
+    found: OptionTable,
+    shared: Allocation,
+    plan: Plan,
+    costs: tuple[Cost, Cost],
+    latency: Latency | None,
+) -> Spending:
+    """Put together how the budget was spent; `costs` are the network's before and after."""
+    now, after = costs
+    spent: tuple[float, float, float] = (plan.macs_before, now.macs, after.macs)
+    if latency is not None:
+        spent = (latency.ms_before, latency.ms_before, latency.ms_after)
+    elif search.settings.budget.kind == "params":
+        spent = (plan.params_before, now.params, after.params)
+    return Spending(
+        search=search,
+        options=shared.options,
+        chosen=shared.chosen,
+        channels={name: shape.channels for name, shape in found.shapes.items()},
+        criteria={name: ranking.criterion for name, ranking in found.rankings.items()},
+        dense=spent[0],
+        before=spent[1],
+        after=spent[2],
+    )
+
+
+def _layers(
+    plan: Plan,
+    fitted: Mapping[str, SBFLayer],
+    reasons: Mapping[str, str],
     spending: Spending,
     timed: TimedChoice | None,
 ) -> dict[str, Layer]:
     """Return the plans of all layers, with their reasons, and their times where these decided."""
-    layers: dict[str, Layer] = {}
-    for name in order:
-        ms = None if timed is None else timed.dense_ms.get(name)
-        if name in made:
+    layers = dict(plan.layers)
+    for name, layer in plan.layers.items():
+        if name in spending.chosen:
+            planned = fitted.get(name, layer)
             update: dict[str, object] = {"reason": spending.reason(name)}
-            if ms is not None:
+            if isinstance(planned, DenseLayer):
+                update["convertible"] = True
+            if timed is not None:
+                before = round(timed.dense_ms[name], 4)
                 after = round(spending.chosen[name].cost, 4)
-                update |= {"ms_before": round(ms, 4), "ms_after": after}
-            layers[name] = made[name].model_copy(update=update)
-        else:
-            layers[name] = DenseLayer(
-                reason=reasons[name] if name in reasons else spending.reason(name),
-                macs=cost.layers[name],
-                ms=None if ms is None else round(ms, 4),
-                convertible=name not in reasons,
-            )
-    for name, module in dense.named_modules():
-        if isinstance(module, nn.Conv2d) and name not in layers:
-            layers[name] = DenseLayer(reason=NEVER_REACHED, macs=0, convertible=False)
+                times = {"ms_before": before, "ms_after": after}
+                update |= times if isinstance(planned, SBFLayer) else {"ms": before}
+            layers[name] = planned.model_copy(update=update)
+        elif name in reasons and isinstance(layer, DenseLayer):
+            update = {"reason": reasons[name], "convertible": False}
+            layers[name] = layer.model_copy(update=update)
     return layers
 
 
-def _as_it_is(model: nn.Module) -> nn.Module:
-    return model
-
-
-def _nothing_to_convert(model: nn.Module, name: str, reasons: dict[str, str]) -> UserError:
+def _nothing_to_convert(model: nn.Module, name: str, reasons: Mapping[str, str]) -> UserError:
     """Return the error that lists, with counts, why no convolution can be converted."""
     found = Counter(reasons.values())
     unreached = sum(isinstance(module, nn.Conv2d) for module in model.modules()) - len(reasons)
@@ -292,8 +342,8 @@ def _check_dense(model: nn.Module, name: str) -> None:
             )
         if isinstance(module, SBFConv2d):
             raise UserError(
-                f"model {name!r} has an SBF layer already ({layer}): "
-                "sbf_dist.compression.progressive.shrink makes it smaller"
+                f"model {name!r} has an SBF layer already ({layer}): sbf_dist.shrink makes it "
+                "smaller"
             )
 
 

@@ -1,7 +1,7 @@
-"""Pseudo-labels on disk: what the teachers said of each image, written once, read by every worker.
+"""Pseudo-labels on disk: the teachers' probabilities, written once, read by every worker.
 
 A store is a folder of Parquet files, one per chunk of sample ids, and a manifest that says what
-they were made from. Chunks do not depend on the number of writers: a job that was stopped goes on
+they come from. Chunks do not depend on the number of writers: a job that was stopped goes on
 with the chunks that are missing, on any number of workers.
 """
 
@@ -19,16 +19,18 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sbf_dist.errors import UserError
+from sbf_dist.files import replacing, write_json
 from sbf_dist.recipe import Recipe
+from sbf_dist.settings import PseudoLabels
 
 FORMAT = 1
-CHUNK = 1024  # images per file
+CHUNK_IMAGES = 1024  # images per file
 MANIFEST = "manifest.json"
-AGAIN = "make them again (--again pseudo-labels)"
+REPEAT = "write them again (--again pseudo-labels)"
 
 
 @dataclass(frozen=True)
-class PseudoLabels:
+class StoredLabels:
     """The content of a store, by ascending sample id.
 
     ids: (n,) int64; classes: (n, k) int64 and probabilities: (n, k) float32, the k most probable
@@ -54,7 +56,7 @@ def origin(recipe: Recipe, data_digest: str) -> dict[str, Any]:
 
 def chunks(ids: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     """Cut ascending sample ids into the store's chunks."""
-    return np.split(ids, range(CHUNK, len(ids), CHUNK)) if len(ids) else []
+    return np.split(ids, range(CHUNK_IMAGES, len(ids), CHUNK_IMAGES)) if len(ids) else []
 
 
 def chunk_path(folder: Path, number: int) -> Path:
@@ -63,10 +65,14 @@ def chunk_path(folder: Path, number: int) -> Path:
 
 
 def write_chunk(
-    folder: Path, number: int, ids: NDArray[np.int64], probabilities: NDArray[np.float32], k: int
+    folder: Path,
+    number: int,
+    ids: NDArray[np.int64],
+    probabilities: NDArray[np.float32],
+    settings: PseudoLabels,
 ) -> None:
     """Write the distributions (n, classes) of one chunk, in one step."""
-    k = min(k, probabilities.shape[1])
+    k = min(settings.top_k, probabilities.shape[1])
     order = np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
     top = np.take_along_axis(probabilities, order, axis=1)
     safe = np.clip(probabilities, 1e-12, None)
@@ -79,22 +85,18 @@ def write_chunk(
             "entropy": (-(probabilities * np.log(safe)).sum(1))[by_id].astype(np.float32),
         }
     )
-    path = chunk_path(folder, number)
-    partial = path.with_name(f".{path.name}.partial")
-    pq.write_table(table, partial)
-    partial.replace(path)
+    with replacing(chunk_path(folder, number)) as partial:
+        pq.write_table(table, partial)
 
 
 def begin(folder: Path, origin: Mapping[str, object]) -> None:
-    """Open a store made from `origin` (digests, temperature); chunks of another are removed."""
+    """Open a store of `origin` (digests, temperature); chunks of another are removed."""
     folder.mkdir(parents=True, exist_ok=True)
     origin_file = folder / "origin.json"
     if _read_json(origin_file) != dict(origin):
         for path in (*folder.glob("chunk-*.parquet"), folder / MANIFEST):
             path.unlink(missing_ok=True)
-        partial = folder / ".origin.json.partial"
-        partial.write_text(json.dumps(dict(origin), indent=1) + "\n")
-        partial.replace(origin_file)
+        write_json(origin_file, origin)
 
 
 def finish(folder: Path, ids: NDArray[np.int64]) -> None:
@@ -108,13 +110,11 @@ def finish(folder: Path, ids: NDArray[np.int64]) -> None:
         "images": len(ids),
         "chunks": len(parts),
     }
-    partial = folder / f".{MANIFEST}.partial"
-    partial.write_text(json.dumps(manifest, indent=1) + "\n")
-    partial.replace(folder / MANIFEST)
+    write_json(folder / MANIFEST, manifest)
 
 
-def load(folder: Path, origin: Mapping[str, object]) -> PseudoLabels:
-    """Read a complete store that was made from `origin`.
+def load(folder: Path, origin: Mapping[str, object]) -> StoredLabels:
+    """Read a complete store that was written from `origin`.
 
     Raises UserError if it is partial, damaged, or stale, naming what differs.
     """
@@ -124,26 +124,26 @@ def load(folder: Path, origin: Mapping[str, object]) -> PseudoLabels:
         )
     manifest = _read_json(folder / MANIFEST)
     if manifest is None or not {"format", "origin", "images", "chunks"} <= manifest.keys():
-        raise UserError(f"pseudo-labels {folder}: {MANIFEST} is damaged; {AGAIN}")
+        raise UserError(f"pseudo-labels {folder}: {MANIFEST} is damaged; {REPEAT}")
     if manifest["format"] != FORMAT:
         raise UserError(
             f"pseudo-labels {folder}: format {manifest['format']}, this version reads {FORMAT}; "
-            f"{AGAIN}"
+            f"{REPEAT}"
         )
     for key, value in origin.items():
         if manifest["origin"].get(key) != value:
             raise UserError(
-                f"pseudo-labels {folder} are stale: they were made with {key} = "
+                f"pseudo-labels {folder} are stale: they were written with {key} = "
                 f"{manifest['origin'].get(key)!r}, this run has {value!r}; "
-                f"{AGAIN}"
+                f"{REPEAT}"
             )
     tables = [_read_chunk(chunk_path(folder, n)) for n in range(manifest["chunks"])]
     table = pa.concat_tables(tables)
     if len(table) != manifest["images"]:
         raise UserError(
-            f"pseudo-labels {folder}: {len(table)} images instead of {manifest['images']}; {AGAIN}"
+            f"pseudo-labels {folder}: {len(table)} images instead of {manifest['images']}; {REPEAT}"
         )
-    return PseudoLabels(
+    return StoredLabels(
         ids=table["id"].to_numpy(),
         classes=_matrix(table["classes"]).astype(np.int64),
         probabilities=_matrix(table["probabilities"]),
@@ -159,14 +159,14 @@ def _read_chunk(path: Path) -> pa.Table:
     try:
         return pq.read_table(pa.BufferReader(path.read_bytes()))
     except FileNotFoundError:
-        raise UserError(f"pseudo-labels: {path} is missing; {AGAIN}") from None
+        raise UserError(f"pseudo-labels: {path} is missing; {REPEAT}") from None
     except pa.ArrowException as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"pseudo-labels: {path} is damaged ({reason}); {AGAIN}") from None
+        raise UserError(f"pseudo-labels: {path} is damaged ({reason}); {REPEAT}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """Return the mapping in a file, or None where there is none."""
+    """Return the mapping in a file, or None without a readable one."""
     try:
         content = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):

@@ -1,4 +1,4 @@
-"""What a student is trained on: labels, and the word of the teachers."""
+"""What a student is trained on: labels, and the teachers' probabilities."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ class DistillationTask(nn.Module):
     forward takes a batch with "image" (N, 3, H, W), "label" (N,), -1 where unknown, and, where
     there are teachers, "teacher" (N, classes), their probabilities. It returns "loss" and its
     parts: "cross_entropy" on the labelled images and "divergence", KL(teacher || student), on all
-    images. Both are means over the images that they are about. Of a mixed batch (mixing.mix), the
+    images. Both are means over the images that they are about. Of a batch after mixup, the
     cross-entropy is that with the label, times "share", plus that with the partner's, times the
     rest.
     """
@@ -59,29 +59,29 @@ def _cross_entropy(scores: Tensor, batch: Batch) -> Tensor:
 
 
 def stored_targets(
-    ids: Tensor, classes: Tensor, probabilities: Tensor, *, count: int
+    ids: Tensor, classes: Tensor, probabilities: Tensor, *, num_classes: int
 ) -> Callable[[Batch], Batch]:
-    """Return a function that adds "teacher" (N, count) to a batch by sample id.
+    """Return a function that adds "teacher" (N, num_classes) to a batch by sample id.
 
-    ids: (n,) ascending; classes, probabilities: (n, k), as pseudo_labels.PseudoLabels has them. A
+    ids: (n,) ascending; classes, probabilities: (n, k), as pseudo_labels.StoredLabels has them. A
     batch with a sample that has no pseudo-label is our own bug.
     """
 
     def annotate(batch: Batch) -> Batch:
         place = torch.searchsorted(ids, batch["id"]).clamp(max=len(ids) - 1)
         assert bool((ids[place] == batch["id"]).all()), "an image has no pseudo-label"
-        # Made full batch by batch: those of all of ImageNet would take 5 GB.
-        full = full_distributions(classes[place], probabilities[place], count)
+        # Batch by batch: the full distributions of all of ImageNet would take 5 GB.
+        full = full_distributions(classes[place], probabilities[place], num_classes)
         return batch | {"teacher": full}
 
     return annotate
 
 
-def full_distributions(classes: Tensor, probabilities: Tensor, count: int) -> Tensor:
-    """Return distributions over `count` classes, (N, count), of the k most probable, (N, k) each.
+def full_distributions(classes: Tensor, probabilities: Tensor, num_classes: int) -> Tensor:
+    """Return distributions over all classes, (N, num_classes), of the k most probable, (N, k) each.
 
     What is not stored is shared out evenly.
     """
     images, stored = probabilities.shape
-    rest = (1 - probabilities.sum(1, keepdim=True)).clamp(min=0) / max(1, count - stored)
-    return rest.expand(images, count).scatter(1, classes, probabilities)
+    rest = (1 - probabilities.sum(1, keepdim=True)).clamp(min=0) / max(1, num_classes - stored)
+    return rest.expand(images, num_classes).scatter(1, classes, probabilities)

@@ -1,26 +1,18 @@
-"""The teacher ensemble: the mean of what several frozen networks say."""
+"""The teacher ensemble: the mean of the probabilities of several frozen networks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-@dataclass(frozen=True)
-class View:
-    """How a network sees an image: side of the square, mean and deviation of [0, 1] pixels."""
-
-    size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+from sbf_dist.settings import View
 
 
 class TeacherEnsemble:
     """Frozen teachers with their weights and views.
 
-    It is no nn.Module: an engine that wraps a task must never find it, and its networks never
+    It is not an nn.Module: an engine that wraps a task must never find it, and its networks never
     leave evaluation mode.
     """
 
@@ -43,9 +35,9 @@ class TeacherEnsemble:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, view: View) -> Tensor:
-        """Return the ensemble's probabilities (N, classes) on images that were made for `view`.
+        """Return the ensemble's probabilities (N, classes) on images of the view `view`.
 
-        Each teacher gets the images resized and normalised as it wants them.
+        Each teacher gets the images resized and normalised to its own view.
         """
         return self.average(
             [
@@ -56,7 +48,7 @@ class TeacherEnsemble:
 
     @torch.no_grad()
     def probabilities(self, index: int, images: Tensor) -> Tensor:
-        """Return one teacher's softened probabilities on images that were made for its view."""
+        """Return one teacher's softened probabilities on images of its own view."""
         with torch.autocast(images.device.type, dtype=self.dtype, enabled=self.dtype is not None):
             logits = self.networks[index](images)
         return (logits.float() / self.temperature).softmax(1)
@@ -69,9 +61,10 @@ class TeacherEnsemble:
 
 def translate(images: Tensor, view: View, to: View) -> Tensor:
     """Turn normalised images (N, 3, H, W) of one view into those of another."""
-    if to.size != view.size:
+    if to.image_size != view.image_size:
+        size = (to.image_size, to.image_size)
         images = F.interpolate(
-            images, size=(to.size, to.size), mode="bilinear", antialias=True, align_corners=False
+            images, size=size, mode="bilinear", antialias=True, align_corners=False
         )
     if (to.mean, to.std) != (view.mean, view.std):
         old_mean, old_std, new_mean, new_std = (

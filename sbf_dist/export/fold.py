@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 # A basis filter is rescaled by its own channel's factor a_c, and the transformations that read it
 # are divided by a_c. Where that would magnify one by more than this, the basis filter keeps its
 # scale: float16 has a range of about 2^±15 and weights need a part of it.
-LARGEST_GAIN = 1024.0
+MAX_GAIN = 1024.0
 
 Norm = nn.BatchNorm2d | nn.SyncBatchNorm
 
@@ -24,7 +24,7 @@ Norm = nn.BatchNorm2d | nn.SyncBatchNorm
 class UnscaledSBFConv2d(nn.Module):
     """An SBF layer with some basis features that are no outputs themselves (inference only).
 
-    Made by `fold_batchnorm` where a kept channel's batch-norm factor is zero or tiny: its basis
+    `fold_batchnorm` gives it where a kept channel's batch-norm factor is zero or tiny: its basis
     feature stays as it is for the channels that are rebuilt from it, and the kept channel is
     itself rebuilt (a centre tap). `expand` then yields out_channels + hidden channels, of which
     the last are the hidden basis features and are cut off, as a view.
@@ -118,7 +118,7 @@ class LayerTracer(fx.Tracer):
     """torch.fx's tracer, to which an SBF layer and a batch norm are one node each."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        """Tell whether `module` is not traced into."""
+        """Whether `module` is not traced into."""
         leaves = SBFConv2d | UnscaledSBFConv2d | Norm
         return isinstance(module, leaves) or super().is_leaf_module(module, name)
 
@@ -265,4 +265,4 @@ def _needed_unscaled(
     demand = rebuilt_scale.abs()[:, None].expand_as(sources) * used
     most = torch.zeros_like(basis_scale)
     most.scatter_reduce_(0, sources.flatten(), demand.flatten(), "amax")
-    return most > LARGEST_GAIN * basis_scale.abs()
+    return most > MAX_GAIN * basis_scale.abs()

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from sbf_dist import _C
 from sbf_dist.export.fold import UnscaledSBFConv2d
-from sbf_dist.export.mixture import mixing_weight
+from sbf_dist.export.whole_basis import basis_weights
 from sbf_dist.layers import SBFConv2d, is_recorded
 from sbf_dist.ops import Activation, Pair, pack_filters, sbf_conv2d
 
@@ -26,9 +26,10 @@ ONEDNN_UNARY: dict[Activation, tuple[str, list[float]]] = {
 class FusedSBFConv2d(nn.Module):
     """activation(SBF layer + bias + residual) by `sbf_dist.ops.sbf_conv2d`; no gradients.
 
-    Made from a folded layer, whose parameters it shares; the filters of a float32 layer on the CPU
-    are packed once, so they count as constant until `pack` or load_state_dict. A residual that has
-    not exactly the output's shape and dtype is added by broadcasting, after the operator.
+    It shares the parameters of the folded layer that it comes from; the filters of a float32 layer
+    on the CPU are packed once, so they count as constant until `pack` or load_state_dict. A
+    residual that has not exactly the output's shape and dtype is added by broadcasting, after the
+    operator.
     """
 
     sources: Tensor
@@ -96,7 +97,7 @@ class FusedSBFConv2d(nn.Module):
         return residual.dtype == x.dtype and tuple(residual.shape) == shape
 
     def extra_repr(self) -> str:
-        """Tell the shape, and what is fused."""
+        """Return the shape, and what is fused."""
         basis, inputs, *size = self.weight.shape
         return (
             f"{inputs * self.groups}, {self.out_channels}, kept={basis}, "
@@ -115,11 +116,11 @@ class FusedConv2d(nn.Module):
 
     oneDNN wants its weights in blocks, and nn.Conv2d reorders them into blocks in every call. Here
     the first call does it once, for the shape of its input (another shape gives the right result,
-    but may be slower); the weights count as constant from then on, until load_state_dict. Under
-    torch.compile, on other devices and for other dtypes than float32 the module runs as the plain
-    operators, which compilers fuse themselves.
+    but may be slower); the weights count as constant from then on, until load_state_dict. In graphs
+    (torch.compile, export, jit.trace), on other devices and for other dtypes than float32 it runs
+    as the plain operators, which compilers fuse themselves.
 
-    overwrites_residual: whether nobody needs the residual afterwards, so that the output may take
+    overwrites_residual: whether nothing reads the residual afterwards, so that the output may take
     its memory. Writing elsewhere costs a widening 1 x 1 layer up to a third of its time.
     keeps_layout: whether the output is contiguous where the input is, as nn.Conv2d's; else it is
     in channels_last.
@@ -205,7 +206,7 @@ class FusedConv2d(nn.Module):
         return self.__dict__ | {"_blocked": None}  # oneDNN's blocks cannot be pickled
 
     def extra_repr(self) -> str:
-        """Tell the shape, and what is fused."""
+        """Return the shape, and what is fused."""
         outputs, inputs, *size = self.weight.shape
         return (
             f"{inputs * self.groups}, {outputs}, kernel_size={tuple(size)}, "
@@ -213,35 +214,37 @@ class FusedConv2d(nn.Module):
         )
 
 
-class FusedMixture(nn.Module):
-    """activation(SBF layer + bias + residual) of a mixture of its basis, in the faster of two ways.
+class FusedWholeBasis(nn.Module):
+    """activation(SBF layer + bias + residual) of channels from the whole basis, the faster way.
 
-    Where mixing takes little, on a CPU, one operator (`tiles`, a FusedSBFConv2d); else two
-    convolutions, the basis and, 1 x 1, the mixing matrix, each by oneDNN with weights that are put
-    into blocks once.
+    Where the product with the basis features is small, on a CPU, one operator (`tiles`, a
+    FusedSBFConv2d); else two convolutions, `basis` and the 1 x 1 `product`, each by oneDNN with
+    weights that are put into blocks once.
     """
 
     def __init__(self, layer: SBFConv2d | UnscaledSBFConv2d, activation: Activation) -> None:
         super().__init__()
         self.tiles = FusedSBFConv2d(layer, activation)
         self.basis = FusedConv2d(layer.basis, "none")
-        weight = mixing_weight(layer)
-        mix = nn.utils.skip_init(
+        weight = basis_weights(layer)
+        product = nn.utils.skip_init(
             nn.Conv2d, weight.shape[1], weight.shape[0], 1, bias=layer.bias is not None
         )
-        mix.weight = nn.Parameter(weight, requires_grad=False)
+        product.weight = nn.Parameter(weight, requires_grad=False)
         if layer.bias is not None:
             bias = layer.bias.detach()[: layer.out_channels].clone()
-            mix.bias = nn.Parameter(bias, requires_grad=False)
-        self.mix = FusedConv2d(mix, activation)
+            product.bias = nn.Parameter(bias, requires_grad=False)
+        self.product = FusedConv2d(product, activation)
         # Of the input, so that a call costs one product: borders do not matter here.
-        self.most_pixels = _C.MIXED_IN_TILES * math.prod(self.basis.stride) // weight.numel()
+        self.most_pixels = (
+            _C.MAX_TILE_MULTIPLY_ADDS * math.prod(self.basis.stride) // weight.numel()
+        )
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Map (N, C_in, H, W), and a residual that broadcasts to the output, to the output."""
         if self._takes_tiles(x):
             return self.tiles(x, residual)
-        return self.mix(self.basis(x), residual)
+        return self.product(self.basis(x), residual)
 
     def _takes_tiles(self, x: Tensor) -> bool:
         if is_recorded() or self.tiles.packed is None or x.dtype != torch.float32:
@@ -256,7 +259,7 @@ def _forget_blocks(layer: nn.Module, _: object) -> None:
 
 
 def activate(y: Tensor, activation: Activation) -> Tensor:
-    """Apply an activation to a tensor that nobody else reads: it may be overwritten."""
+    """Apply an activation to a tensor that nothing else reads: it may be overwritten."""
     match activation:
         case "none":
             return y
@@ -271,9 +274,9 @@ def activate(y: Tensor, activation: Activation) -> Tensor:
 
 
 def numeric_padding(conv: nn.Conv2d) -> Pair | None:
-    """Return the zeros that `conv` adds on either side of each axis; None if it is not so simple.
+    """Return the zeros that `conv` adds on either side of each axis.
 
-    It is not for other padding modes, nor for "same" where the two sides differ.
+    None for other padding modes, and for "same" where the two sides differ.
     """
     if conv.padding_mode != "zeros":
         return None

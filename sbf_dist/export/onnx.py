@@ -1,37 +1,61 @@
 """Export as ONNX: standard operators only, checked, with what a user of the file must know."""
 
 import json
-import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sbf_dist.compression.remembered import plan_of
 from sbf_dist.errors import UserError
 from sbf_dist.export.fold import fold_batchnorm
 from sbf_dist.export.saved import Card
 from sbf_dist.export.standard_operators import with_standard_operators
+from sbf_dist.files import write_bytes
 from sbf_dist.surgery import deep_copy
 
 OPSET = 18  # ONNX 1.13 (2022), which the runtimes in use read
 
 
-def to_onnx(model: nn.Module, path: Path, card: Card, *, dynamic_batch: bool = True) -> None:
+def export_onnx(
+    model: nn.Module,
+    path: str | Path,
+    card: Card | None = None,
+    *,
+    input_shape: tuple[int, int, int] | None = None,
+    classes: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    dynamic_batch: bool = True,
+) -> None:
     """Write `model`, folded and in eval mode, as an ONNX file of standard operators.
 
-    Input "images": float32 (N, *card.input_shape), normalised with the card's mean and std; N is
-    free, or 1 if not `dynamic_batch`. Output "logits": float32 (N, classes). The card stands in
-    the file's metadata under the keys sbf.FIELD, as JSON. The file is checked, and replaced in
-    one step. Raises UserError if the network cannot be exported.
+    model: a student as `compress`, `shrink`, `convert` or `load` returned it, or any network with a
+        card or an `input_shape`. classes, mean, std: what the file's metadata says of a student's
+        classes and normalisation, see `Card.of`.
+
+    Input "images": float32 (N, *input_shape), (channels, height, width); N is free, or 1 if not
+    `dynamic_batch`. Output "logits": float32 (N, classes). A card gives the shape, and the mean and
+    std that the images are to be normalised with; it stands in the file's metadata under the keys
+    sbf.FIELD, as JSON. The file is checked, and replaced in one step. Raises UserError if the
+    network cannot be exported, if both `card` and `input_shape` are given, and if neither is given
+    for a network that is no student.
     """
     import onnx
 
+    if card is not None and input_shape is not None:
+        raise UserError("export_onnx: give either a card or input_shape=(channels, height, width)")
+    if card is None and input_shape is None:
+        card = Card.of(plan_of(model), classes=classes, mean=mean, std=std)
+    name, shape = type(model).__name__, input_shape
+    if card is not None:
+        name, shape = card.model, card.input_shape
+    assert shape is not None
     portable = with_standard_operators(fold_batchnorm(model)).cpu().float()
-    batch = 2 if dynamic_batch else 1
-    example = torch.zeros(batch, *card.input_shape)
+    example = torch.zeros(2 if dynamic_batch else 1, *shape)
     try:
         program = torch.onnx.export(
             portable,
@@ -44,24 +68,18 @@ def to_onnx(model: nn.Module, path: Path, card: Card, *, dynamic_batch: bool = T
             verbose=False,
         )
     except torch.onnx.errors.OnnxExporterError as error:
-        raise UserError(
-            f"model {card.model!r} cannot be exported as ONNX: {_reason(error)}"
-        ) from error
+        raise UserError(f"model {name!r} cannot be exported as ONNX: {_reason(error)}") from error
     assert program is not None
     proto = program.model_proto
     foreign = {entry.domain for entry in proto.opset_import} - {""}
     if foreign or proto.functions:
-        raise UserError(
-            f"model {card.model!r} needs operators outside standard ONNX: {sorted(foreign)}"
-        )
-    _forget_where_it_was_made(proto)
+        raise UserError(f"model {name!r} needs operators outside standard ONNX: {sorted(foreign)}")
+    _remove_traces(proto)
     del proto.metadata_props[:]
-    onnx.helper.set_model_props(proto, dict(_metadata(card)))
+    if card is not None:
+        onnx.helper.set_model_props(proto, dict(_metadata(card)))
     onnx.checker.check_model(proto, full_check=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(proto.SerializeToString())
-    partial.replace(path)
+    write_bytes(Path(path), proto.SerializeToString())
 
 
 def _reason(error: Exception) -> str:
@@ -79,7 +97,7 @@ def _metadata(card: Card) -> Iterator[tuple[str, str]]:
         yield f"sbf.{field}", json.dumps(value, ensure_ascii=False)
 
 
-def _forget_where_it_was_made(proto: Any) -> None:
+def _remove_traces(proto: Any) -> None:
     """Remove stack traces and source paths, which the exporter writes beside every node."""
     graph = proto.graph
     for item in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info):

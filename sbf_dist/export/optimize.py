@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from sbf_dist.export.fold import LayerTracer, UnscaledSBFConv2d, fold_batchnorm
 from sbf_dist.export.fused import (
     FusedConv2d,
-    FusedMixture,
     FusedSBFConv2d,
+    FusedWholeBasis,
     numeric_padding,
 )
-from sbf_dist.export.mixture import is_mixture
+from sbf_dist.export.whole_basis import reads_most_of_basis
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.ops import Activation
 from sbf_dist.surgery import become
@@ -176,13 +176,13 @@ def _reuse_residuals(graph: fx.Graph, model: nn.Module) -> None:
 
     def fused(node: fx.Node) -> nn.Module | None:
         module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
-        kinds = FusedConv2d | FusedMixture | FusedSBFConv2d
+        kinds = FusedConv2d | FusedWholeBasis | FusedSBFConv2d
         return module if isinstance(module, kinds) else None
 
     for node in graph.nodes:
         layer = fused(node)
-        if isinstance(layer, FusedMixture):
-            layer = layer.mix
+        if isinstance(layer, FusedWholeBasis):
+            layer = layer.product
         if not isinstance(layer, FusedConv2d) or len(node.args) != 2:
             continue
         image, residual = node.args
@@ -216,8 +216,8 @@ def _fused(module: nn.Module, activation: Activation) -> nn.Module:
     if isinstance(module, nn.Conv2d):
         return FusedConv2d(module, activation).eval()
     assert isinstance(module, SBF)
-    if is_mixture(module):
-        return FusedMixture(module, activation).eval()
+    if reads_most_of_basis(module):
+        return FusedWholeBasis(module, activation).eval()
     return FusedSBFConv2d(module, activation).eval()
 
 
@@ -250,7 +250,7 @@ def _activation(node: fx.Node, model: nn.Module) -> Activation | None:
 
 
 def _addend(node: fx.Node, last: fx.Node) -> fx.Node | None:
-    """Return what `node` adds to `last`; None if it is no plain addition of another tensor."""
+    """Return what `node` adds to `last`; None if it is not a plain addition of another tensor."""
     if node.op not in ("call_function", "call_method") or node.target not in ADDITIONS:
         return None
     if len(node.args) != 2 or node.kwargs:  # alpha, out
@@ -265,7 +265,7 @@ def _addend(node: fx.Node, last: fx.Node) -> fx.Node | None:
 
 
 def _is_written_between(conv: fx.Node, end: fx.Node, model: nn.Module) -> bool:
-    """Tell whether something between the two nodes may change what `conv` reads."""
+    """Whether something between the two nodes may change what `conv` reads."""
     node = conv.next
     while node is not end:
         if _writes(node, model):
@@ -275,7 +275,7 @@ def _is_written_between(conv: fx.Node, end: fx.Node, model: nn.Module) -> bool:
 
 
 def _writes(node: fx.Node, model: nn.Module | None) -> bool:
-    """Tell whether `node` changes one of its arguments."""
+    """Whether `node` changes one of its arguments."""
     if node.op == "call_module":
         assert model is not None
         return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))

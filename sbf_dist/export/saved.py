@@ -1,8 +1,8 @@
 """A student as a folder of safetensors and JSON: read without pickle, and checked when read."""
 
-import hashlib
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -13,8 +13,11 @@ from torch import nn
 
 from sbf_dist import models
 from sbf_dist.compression.convert import convert
-from sbf_dist.compression.plan import Plan
+from sbf_dist.compression.plan import Plan, SBFLayer
+from sbf_dist.compression.remembered import plan_of
 from sbf_dist.errors import UserError
+from sbf_dist.files import sha256
+from sbf_dist.layers import SBFConv2d
 from sbf_dist.weights import load_state
 
 WEIGHTS = "weights.safetensors"
@@ -29,11 +32,11 @@ class Card(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal[1] = 1
-    model: str  # as sbf_dist.models.build takes it
+    model: str  # as sbf_dist.models.build takes it, or 'package.module:Class'
     classes: list[str]  # names, in the order of the logits
     input_shape: tuple[int, int, int]  # channels, height, width
-    mean: list[float]  # per channel, of values in [0, 1]
-    std: list[float]
+    mean: list[float] | None = None  # per channel, of values in [0, 1]; None if not known
+    std: list[float] | None = None
     top1: float | None = None  # validation accuracy in [0, 1], None if not measured
     plan_digest: str
     weights_digest: str | None = None  # SHA-256 of the weights file; save_student fills it in
@@ -43,20 +46,30 @@ class Card(BaseModel):
         cls,
         plan: Plan,
         *,
-        classes: list[str],
-        mean: list[float],
-        std: list[float],
+        classes: Sequence[str] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         top1: float | None = None,
     ) -> "Card":
-        """Make the card of a student of `plan`; ValueError if there are too many or few classes."""
-        if len(classes) != plan.classes:
-            raise ValueError(f"{len(classes)} class names for a plan of {plan.classes} classes")
+        """Describe a student of `plan`.
+
+        classes: names in the order of the logits; None numbers them from 0. mean, std: by which
+        images are normalised, of each channel; None if that is not to be recorded. Raises UserError
+        for another number of names than the plan has classes, or of channels.
+        """
+        names = [str(i) for i in range(plan.classes)] if classes is None else list(classes)
+        if len(names) != plan.classes:
+            raise UserError(f"{len(names)} class names for a plan of {plan.classes} classes")
+        channels = plan.input_shape[0]
+        for key, values in (("mean", mean), ("std", std)):
+            if values is not None and len(values) != channels:
+                raise UserError(f"{key} has {len(values)} values for {channels} channels")
         return cls(
             model=plan.model,
-            classes=classes,
+            classes=names,
             input_shape=plan.input_shape,
-            mean=mean,
-            std=std,
+            mean=None if mean is None else list(mean),
+            std=None if std is None else list(std),
             top1=top1,
             plan_digest=plan.digest(),
         )
@@ -65,21 +78,19 @@ class Card(BaseModel):
 def save_student(folder: Path, model: nn.Module, plan: Plan, card: Card) -> None:
     """Write weights.safetensors, plan.json and card.json into `folder`, in one step.
 
-    `model` is what `convert` made of `plan`, trained, not folded. An older student in `folder` is
-    replaced (with its student.onnx, which belongs to it); UserError if the folder holds other
+    `model` is what `convert` returned for `plan`, trained, not folded. An older student in `folder`
+    is replaced (with its student.onnx, which belongs to it); UserError if the folder holds other
     things. Raises ValueError if model, plan and card do not belong together.
     """
     if card.plan_digest != plan.digest():
-        raise ValueError("the card was made for another plan")
+        raise ValueError("the card belongs to another plan")
+    difference = _difference(model, plan)
+    if difference is not None:
+        raise ValueError(difference)
     state = {
         name: tensor.detach().cpu().contiguous().clone()
         for name, tensor in model.state_dict().items()
     }
-    expected = convert(models.build(plan.model, plan.classes), plan).state_dict()
-    for name in expected.keys() | state.keys():
-        shapes = [tuple(d[name].shape) if name in d else None for d in (state, expected)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"{name} is {shapes[0]} in the model, {shapes[1]} by the plan")
     check_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
@@ -87,9 +98,64 @@ def save_student(folder: Path, model: nn.Module, plan: Plan, card: Card) -> None
     partial.mkdir()
     save_file(state, partial / WEIGHTS)
     plan.save(partial / PLAN)
-    card = card.model_copy(update={"weights_digest": _sha256(partial / WEIGHTS)})
+    card = card.model_copy(update={"weights_digest": sha256(partial / WEIGHTS)})
     (partial / CARD).write_text(card.model_dump_json(indent=2) + "\n")
     _replace_folder(partial, folder)
+
+
+def save(
+    student: nn.Module,
+    folder: Path | str,
+    *,
+    classes: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    top1: float | None = None,
+) -> None:
+    """Write a student into `folder`, so that `sbf_dist.load` builds it again.
+
+    student: as `compress`, `shrink`, `convert` or `load` returned it, trained or not. classes,
+    mean, std: names and normalisation, for those who use the student; see `Card.of`. top1:
+    accuracy in [0, 1], if it was measured.
+
+    An older student in `folder` is replaced. Raises UserError if the folder holds other things, or
+    the student is not as its plan has it.
+    """
+    plan = plan_of(student)
+    card = Card.of(plan, classes=classes, mean=mean, std=std, top1=top1)
+    difference = _difference(student, plan)
+    if difference is not None:
+        raise UserError(
+            f"the student is not as its plan has it ({difference}): save it before it is folded, "
+            "optimized or changed"
+        )
+    save_student(Path(folder), student, plan, card)
+
+
+def _difference(student: nn.Module, plan: Plan) -> str | None:
+    """Say in what `student` is not what `plan` makes of the dense network, if it is not.
+
+    Of a network that only its user can build, the layers of the plan are compared.
+    """
+    if models.is_buildable(plan.model):
+        expected = convert(models.build(plan.model, plan.classes), plan).state_dict()
+        state = student.state_dict()
+        for name in [*expected, *(key for key in state if key not in expected)]:
+            shapes = [tuple(d[name].shape) if name in d else None for d in (state, expected)]
+            if shapes[0] != shapes[1]:
+                return f"{name} is {shapes[0]} in the model, {shapes[1]} by the plan"
+        return None
+    modules = dict(student.named_modules())
+    for name, layer in plan.layers.items():
+        wanted = SBFConv2d if isinstance(layer, SBFLayer) else nn.Conv2d
+        module = modules.get(name)
+        if not isinstance(module, wanted):
+            return f"{name} is a {type(module).__name__}, a {wanted.__name__} by the plan"
+        if isinstance(layer, SBFLayer) and isinstance(module, SBFConv2d):
+            wiring = [list(row) for row in module.rebuilt_from]
+            if list(module.kept) != layer.kept or wiring != layer.sources:
+                return f"{name} keeps or reads other channels than by the plan"
+    return None
 
 
 def check_folder(folder: Path) -> None:
@@ -118,22 +184,26 @@ def load_card(folder: Path) -> Card:
         raise UserError(f"file {path} is damaged: {_first_line(error)}") from None
 
 
-def load_student(folder: Path) -> nn.Module:
-    """Build the student that `save_student` wrote, on the CPU, in eval mode.
+def load_student(folder: Path | str, build: Callable[[], nn.Module] | None = None) -> nn.Module:
+    """Build the student that was saved in `folder`, on the CPU, in eval mode.
+
+    build: makes the dense network, with any weights, for instance its class. It is not needed for
+    the networks of `sbf_dist.models.build`: timm's, torchvision's and ours.
 
     Nothing is unpickled. Raises UserError naming the file that is missing, damaged, or does not
-    belong to the others.
+    belong to the others, and where `build` is needed.
     """
+    folder = Path(folder)
     card = load_card(folder)
     plan = Plan.load(folder / PLAN)
     if plan.digest() != card.plan_digest:
-        raise UserError(f"file {folder / PLAN} is not the plan that {CARD} beside it was made for")
+        raise UserError(f"file {folder / PLAN} is not the plan that {CARD} beside it belongs to")
     path = folder / WEIGHTS
     if not path.is_file():
         raise UserError(f"file {path} does not exist: {folder} is not a complete student")
-    if _sha256(path) != card.weights_digest:
+    if sha256(path) != card.weights_digest:
         raise UserError(f"file {path} is damaged: its SHA-256 is not the one in {CARD}")
-    model = convert(models.build(plan.model, plan.classes), plan)
+    model = convert(_dense(folder, plan, build), plan)
     try:
         load_state(model, load_file(path))
     except (SafetensorError, RuntimeError) as error:
@@ -152,9 +222,21 @@ def _replace_folder(new: Path, folder: Path) -> None:
     shutil.rmtree(old)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _dense(folder: Path, plan: Plan, build: Callable[[], nn.Module] | None) -> nn.Module:
+    """Build the dense network of a plan."""
+    if build is None:
+        if not models.is_buildable(plan.model):
+            raise UserError(
+                f"folder {folder} holds a student of {plan.model!r}, which sbf_dist cannot build: "
+                "give the function that makes the dense network, as load(folder, build=MyNet)"
+            )
+        return models.build(plan.model, plan.classes)
+    dense = build()
+    if not isinstance(dense, nn.Module):
+        raise UserError(
+            f"build returns a {type(dense).__name__}: it must return the dense network, a module"
+        )
+    return dense
 
 
 def _first_line(error: Exception) -> str:

@@ -16,7 +16,7 @@ ROUNDING = 1e-3  # by which floats may lie outside of [0, 1]
 class Student:
     """A classifier of RGB images.
 
-    path: an ONNX file that sbf_dist.export.onnx.to_onnx wrote; class names, normalisation and
+    path: an ONNX file that sbf_dist.export.onnx.export_onnx wrote; class names, normalisation and
     image size are read from its metadata. One thread per core unless `threads` says otherwise.
     """
 
@@ -31,8 +31,11 @@ class Student:
         metadata = self.session.get_modelmeta().custom_metadata_map
         self.classes = np.array(json.loads(metadata["sbf.classes"]))
         self.input_shape = tuple(json.loads(metadata["sbf.input_shape"]))
-        self.mean = np.array(json.loads(metadata["sbf.mean"]), dtype=np.float32)
-        self.std = np.array(json.loads(metadata["sbf.std"]), dtype=np.float32)
+        mean, std = (json.loads(metadata[key]) for key in ("sbf.mean", "sbf.std"))
+        if mean is None or std is None:
+            raise ValueError(f"{path} does not say how images are normalised: export it with that")
+        self.mean = np.array(mean, dtype=np.float32)
+        self.std = np.array(std, dtype=np.float32)
         batch = self.session.get_inputs()[0].shape[0]
         if isinstance(batch, int):
             self.batch_size = batch

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from sbf_dist.export.fold import LayerTracer, UnscaledSBFConv2d
-from sbf_dist.export.mixture import is_mixture, mixing_weight
+from sbf_dist.export.whole_basis import basis_weights, reads_most_of_basis
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.surgery import become, deep_copy
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 SBF = SBFConv2d | UnscaledSBFConv2d
 
-# They treat every channel by itself and alike: the order of channels passes through them.
+# They treat each channel alone, and all alike: the order of channels passes through them.
 CHANNELWISE_MODULES = (
     nn.ReLU,
     nn.ReLU6,
@@ -109,15 +109,15 @@ class ConcatExpand(nn.Module):
 class ProductExpand(nn.Module):
     """An SBF layer of m = 1 as its basis and a 1 x 1 convolution of the basis features.
 
-    For mixtures of most of the basis, of which the other forms would make as many operators as
-    there are sources. Kept channels are a one in their row: C_out B instead of P S multiply-adds
+    For layers that read most of the basis, for which the other forms would need as many operators
+    as there are sources. Kept channels are a one in their row: C_out B instead of P S multiply-adds
     per pixel, in the operator that runtimes are fastest at.
     """
 
     def __init__(self, layer: SBF) -> None:
         super().__init__()
         self.basis = layer.basis
-        self.weight = _constant(mixing_weight(layer))
+        self.weight = _constant(basis_weights(layer))
         self.bias = None if layer.bias is None else _constant(layer.bias[: layer.out_channels])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ def with_standard_operators(model: nn.Module) -> nn.Module:
     channels, S times, are no more than all. The others, and those with something between basis and
     transformations (which keep their order), become a `ConcatExpand`, which leaves the
     order of channels free where all that reads it are convolutions, and these are permuted instead.
-    Mixtures of most of the basis become a `ProductExpand`.
+    Layers that read most of the basis become a `ProductExpand`.
     """
     portable = deep_copy(model)
     layers = {name: layer for name, layer in portable.named_modules() if isinstance(layer, SBF)}
@@ -142,12 +142,12 @@ def with_standard_operators(model: nn.Module) -> nn.Module:
         if layer.sources.numel()
         and layer.sources.shape[1] > 1
         and _between(layer) is None
-        and not is_mixture(layer)
+        and not reads_most_of_basis(layer)
     }
     free = _absorb_orders(portable, several) if several else set()
     for name, layer in layers.items():
         form: nn.Module
-        if is_mixture(layer):
+        if reads_most_of_basis(layer):
             form = ProductExpand(layer)
         elif name in free:
             form = ConcatExpand(layer, in_order=False)
@@ -160,7 +160,7 @@ def with_standard_operators(model: nn.Module) -> nn.Module:
 
 
 def _is_wide(layer: SBF) -> bool:
-    """Tell whether the kept channels, S times, are more than all."""
+    """Whether the kept channels, S times, are more than all."""
     return layer.sources.shape[1] * layer.basis.out_channels > len(layer.order)
 
 

@@ -1,4 +1,4 @@
-"""Ghost modules: few filters, and one cheap 3 × 3 transformation for each of the other channels."""
+"""Ghost modules: some filters, and a cheap 3 × 3 transformation for each of the other channels."""
 
 from collections.abc import Sequence
 

@@ -136,7 +136,7 @@ def reduced_regression(
 
 
 def _padded(reduce: Tensor, expand: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Fill up with zeros: filters of few weights have fewer singular values than channels."""
+    """Fill up with zeros: small filters have fewer singular values than channels."""
     lacking = rank - len(reduce)
     if lacking <= 0:
         return reduce, expand

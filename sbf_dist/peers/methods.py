@@ -5,12 +5,12 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from sbf_dist.budget import Budget
 from sbf_dist.compare_recipe import Method
-from sbf_dist.compression.reconstruct import compress
+from sbf_dist.compression.one_shot import compress
 from sbf_dist.peers.ghost import ghost
 from sbf_dist.peers.low_rank import low_rank
 from sbf_dist.peers.pruned import prune
+from sbf_dist.settings import Compression
 
 TITLES: dict[Method, str] = {
     "magnitude": "magnitude pruning",
@@ -30,8 +30,6 @@ def compressed(
     macs_share: float,
     images: Tensor,
     *,
-    model_name: str,
-    classes: int,
     seed: int,
 ) -> nn.Module:
     """Bring `model` to `macs_share` of its multiply-adds; untrained, in eval mode.
@@ -48,22 +46,14 @@ def compressed(
         "ghost": partial(ghost, model, macs_share, images, seed=seed),
         "low-rank": partial(low_rank, model, macs_share, images, basis="responses"),
         "low-rank-filters": partial(low_rank, model, macs_share, images, basis="filters"),
-        "sbf": partial(_sbf, model, macs_share, images, model_name, classes, seed),
+        "sbf": partial(_sbf, model, macs_share, images, seed),
     }
     return ways[method]()
 
 
-def _sbf(
-    model: nn.Module, macs_share: float, images: Tensor, model_name: str, classes: int, seed: int
-) -> nn.Module:
-    """What the library does by itself: the one place that says how SBF enters comparisons."""
-    student, _ = compress(
-        model,
-        images,
-        model_name=model_name,
-        classes=classes,
-        budget=Budget(macs=macs_share),
-        sources=8,
-        seed=seed,
-    )
+def _sbf(model: nn.Module, macs_share: float, images: Tensor, seed: int) -> nn.Module:
+    """Compress with the library's defaults but for S: how SBF enters comparisons."""
+    settings = Compression(macs=macs_share, sources=8)
+    # The network is not saved, so that its name need not be found out.
+    student, _ = compress(model, images, settings, name=type(model).__name__, seed=seed)
     return student

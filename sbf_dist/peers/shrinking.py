@@ -17,7 +17,7 @@ def longest_within(
 
     The cost must not grow with more steps. The last step may have gone further than needed: of the
     steps that were taken, from the last on, those are taken back whose return fits the limit, so
-    that what `limit` allows is used. Raises UserError, naming `what`, if all steps are too few.
+    that what `limit` allows is used. Raises UserError, naming `what`, if all steps do not suffice.
     """
     low, high = 0, len(steps)
     if cost(steps) > limit:

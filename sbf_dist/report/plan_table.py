@@ -9,13 +9,13 @@ from rich.text import Text
 
 from sbf_dist.compression.plan import Layer, Plan, SBFLayer
 
-WIDE = 110  # columns from which on there is room for reasons
-NONE = "-"
+MIN_COLUMNS_FOR_REASONS = 110  # columns from which on there is room for reasons
+DASH = "-"
 
 
 def show_plan(plan: Plan, console: Console) -> None:
     """Print a plan and its explanation as wide as `console` is, with reasons if there is room."""
-    console.print(_page(plan, reasons=console.width >= WIDE))
+    console.print(_page(plan, reasons=console.width >= MIN_COLUMNS_FOR_REASONS))
 
 
 def plan_text(plan: Plan, width: int = 120) -> str:
@@ -75,11 +75,21 @@ def _cells(layer: Layer, removed: int) -> list[str]:
     cut = str(removed) if removed else ""
     if not isinstance(layer, SBFLayer):
         macs = f"{layer.macs / 1e6:.2f}"
-        return [NONE, NONE, NONE, NONE, cut, macs, macs, _percent(layer.macs, layer.macs), NONE]
+        return [
+            DASH,
+            DASH,
+            DASH,
+            DASH,
+            cut,
+            macs,
+            macs,
+            _percent(layer.macs, layer.macs),
+            DASH,
+        ]
     return [
         str(layer.channels),
         str(len(layer.kept)),
-        str(len(layer.sources[0])) if layer.sources else NONE,
+        str(len(layer.sources[0])) if layer.sources else DASH,
         str(layer.transform_size),
         cut,
         f"{layer.macs_before / 1e6:.2f}",
@@ -90,7 +100,7 @@ def _cells(layer: Layer, removed: int) -> list[str]:
 
 
 def _short(layer: Layer) -> str:
-    """Choose the clause of a layer's reason that the other columns do not tell."""
+    """Choose the clause of a layer's reason that the other columns do not show."""
     clauses = layer.reason.split("; ")
     losses = [clause for clause in clauses if clause.startswith("adds about")]
     return losses[0] if losses and isinstance(layer, SBFLayer) else clauses[0]
@@ -105,4 +115,4 @@ def _removed(plan: Plan, name: str) -> int:
 
 
 def _percent(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.0f} %" if whole else NONE
+    return f"{100 * part / whole:.0f} %" if whole else DASH

@@ -12,7 +12,6 @@ file with it before anything is read. Our own files are JSON and safetensors; De
 are read with weights_only, so that a checkpoint from a stranger cannot run code.
 """
 
-import hashlib
 import json
 import logging
 import random
@@ -28,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_file, save_file
 
 from sbf_dist.errors import UserError
+from sbf_dist.files import sha256, write_text
 from sbf_dist.train.engine import load_shards, save_shards
 
 FORMAT = 1
@@ -48,7 +48,7 @@ class FileEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What manifest.json says. `digests` name what the run was made from: plan, recipe, data."""
+    """What manifest.json says. `digests`: of what the run depends on, plan, recipe, data."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -82,8 +82,8 @@ def save(
     synchronise_batchnorm first.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=f".rank-{_rank()}-") as made:
-        own = Path(made)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f".rank-{_rank()}-") as temporary:
+        own = Path(temporary)
         save_shards(engine, own / _SHARDS, _TAG)
         _write_rank_state(own / "ranks", loader_state)
         files = {
@@ -107,18 +107,18 @@ def save(
             digests=dict(digests),
             files={name: entry for rank_files in per_rank for name, entry in rank_files.items()},
         )
-        partial = folder / (_MANIFEST + ".partial")
-        partial.write_text(manifest.model_dump_json(indent=1))
-        partial.replace(folder / _MANIFEST)
+        write_text(folder / _MANIFEST, manifest.model_dump_json(indent=1))
     if dist.is_initialized():
         dist.barrier()
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the checkpoint in `folder`. UserError if there is none that we can read."""
+    """The manifest of the checkpoint in `folder`. UserError if it is missing or damaged."""
     path = folder / _MANIFEST
     if not path.is_file():
-        raise UserError(f"checkpoint {folder}: has no {_MANIFEST}, so it is none, or was cut short")
+        raise UserError(
+            f"checkpoint {folder}: has no {_MANIFEST}: not a checkpoint, or one that was cut short"
+        )
     try:
         manifest = Manifest.model_validate_json(path.read_bytes())
     except ValidationError as error:
@@ -146,7 +146,7 @@ def verify(folder: Path) -> Manifest:
                 f"checkpoint {folder}: {name} is damaged: {size} bytes instead of {entry.size}; "
                 "use an earlier checkpoint"
             )
-        if _sha256(path) != entry.sha256:
+        if sha256(path) != entry.sha256:
             raise UserError(
                 f"checkpoint {folder}: {name} is damaged: its SHA-256 is not the one written; "
                 "use an earlier checkpoint"
@@ -159,7 +159,7 @@ def load(engine: Any, folder: Path, *, digests: Mapping[str, str]) -> Restored:
 
     Every file is verified before it is opened. On as many ranks as before everything is restored;
     on another number of ranks all but the random states, and at ZeRO stage 3 the optimizer's state,
-    which is logged as a warning and told by `Restored.optimizer`.
+    which is logged as a warning and is in `Restored.optimizer`.
 
     UserError: `folder` is no checkpoint or is damaged, or `digests` are not those it was saved
     with.
@@ -169,14 +169,14 @@ def load(engine: Any, folder: Path, *, digests: Mapping[str, str]) -> Restored:
         saved = manifest.digests.get(name)
         if saved != digest:
             raise UserError(
-                f"checkpoint {folder}: was made with {name} {saved}, this run has {digest}; give "
-                f"the same {name}, or start under another name"
+                f"checkpoint {folder}: was written with {name} {saved}, this run has {digest}; "
+                f"give the same {name}, or start under another name"
             )
     same_ranks = manifest.world_size == _world_size()
     optimizer = load_shards(engine, folder / _SHARDS, _TAG, ranks=manifest.world_size)
     if not optimizer:
         _log.warning(
-            "checkpoint %s: was made by %d workers and goes on with %d: at ZeRO stage 3 the "
+            "checkpoint %s: was written by %d workers and goes on with %d: at ZeRO stage 3 the "
             "weights are restored and the optimizer's state starts anew",
             folder,
             manifest.world_size,
@@ -190,11 +190,11 @@ def load(engine: Any, folder: Path, *, digests: Mapping[str, str]) -> Restored:
 
 def _write_rank_state(folder: Path, loader_state: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True)
-    version, words, gauss = random.getstate()
+    version, integers, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state = {
         "loader": dict(loader_state),
-        "python_random": [version, list(words), gauss],
+        "python_random": [version, list(integers), gauss],
         "numpy_random": [name, position, has_gauss, cached],
     }
     (folder / f"{_rank():05d}.json").write_text(json.dumps(state))
@@ -211,8 +211,8 @@ def _read_rank_state(folder: Path, rank: int, *, restore_random: bool) -> dict[s
     state = json.loads((folder / f"{rank:05d}.json").read_text())
     if restore_random:
         tensors = load_file(folder / f"{rank:05d}.safetensors")
-        version, words, gauss = state["python_random"]
-        random.setstate((version, tuple(words), gauss))
+        version, integers, gauss = state["python_random"]
+        random.setstate((version, tuple(integers), gauss))
         name, position, has_gauss, cached = state["numpy_random"]
         keys = tensors["numpy"].numpy().astype(np.uint32)
         np.random.set_state((name, keys, position, has_gauss, cached))
@@ -223,12 +223,7 @@ def _read_rank_state(folder: Path, rank: int, *, restore_random: bool) -> dict[s
 
 
 def _entry(path: Path) -> FileEntry:
-    return FileEntry(size=path.stat().st_size, sha256=_sha256(path))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return FileEntry(size=path.stat().st_size, sha256=sha256(path))
 
 
 def _rank() -> int:

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine around a task. The only file that knows DeepSpeed."""
+"""The DeepSpeed engine around a task. With lean_deepspeed the only file that knows it."""
 
 import importlib
 import logging
@@ -6,34 +6,19 @@ import os
 import pickle
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
-from unittest import mock
 
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from sbf_dist.errors import UserError
+from sbf_dist.settings import Optimizer
+from sbf_dist.train.lean_deepspeed import load_deepspeed
 
 Precision = Literal["fp32", "bf16", "fp16"]
-
-
-class OptimizerConfig(BaseModel):
-    """How the student's parameters are stepped."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: Literal["sgd", "adamw"] = Field("sgd", description="The optimizer.")
-    lr: float = Field(0.05, gt=0, description="Peak learning rate; the schedule scales it.")
-    weight_decay: float = Field(5e-4, ge=0, description="See parameter_groups for what decays.")
-    momentum: float = Field(0.9, ge=0, lt=1, description="Nesterov momentum; sgd only.")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="Moment decay; adamw only.")
-    clip: float | None = Field(None, gt=0, description="Largest norm of the whole gradient.")
 
 
 def parameter_groups(task: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -56,7 +41,7 @@ def parameter_groups(task: nn.Module, weight_decay: float) -> list[dict[str, Any
 
 def build_engine(
     task: nn.Module,
-    optimizer: OptimizerConfig,
+    optimizer: Optimizer,
     *,
     micro_batch: int,
     accumulation: int = 1,
@@ -67,8 +52,9 @@ def build_engine(
 
     `micro_batch` is images per rank and backward pass, `accumulation` backward passes per step.
     The parameters and buffers of rank 0 are given to all ranks. A process group that is there
-    (Ray Train's, say) is used; otherwise one is made from torchrun's variables, or of this process
-    alone. bf16 and fp16 are torch.autocast: weights, batch norm and the optimizer stay fp32.
+    (Ray Train's, say) is used; otherwise one is set up from torchrun's variables, or of this
+    process alone. bf16 and fp16 are torch.autocast: weights, batch norm and the optimizer stay
+    fp32.
 
     UserError: nothing to train; fp16 on the CPU; a ZeRO stage that does not exist.
     """
@@ -84,7 +70,7 @@ def build_engine(
 
     join_process_group(device)
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed insists on it
-    deepspeed = _load_deepspeed(device)
+    deepspeed = _silenced(device)
     for buffer in task.buffers():  # DeepSpeed broadcasts the parameters, but no buffers
         dist.broadcast(buffer, src=0)
     with torch.device(device):
@@ -109,18 +95,18 @@ def join_process_group(device: torch.device) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def torch_optimizer(task: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+def torch_optimizer(task: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
     """PyTorch's optimizer of the trainable parameters of `task`."""
-    groups = parameter_groups(task, config.weight_decay)
-    if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+    groups = parameter_groups(task, settings.weight_decay)
+    if settings.name == "adamw":
+        return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
     return torch.optim.SGD(
-        groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0
+        groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0
     )
 
 
 def _config(
-    optimizer: OptimizerConfig,
+    optimizer: Optimizer,
     micro_batch: int,
     accumulation: int,
     zero_stage: int,
@@ -143,49 +129,18 @@ def _config(
     return config
 
 
-def _load_deepspeed(device: torch.device) -> ModuleType:
-    """Import DeepSpeed for `device`, without what it does on the side.
-
-    Its autotuner imports MLflow if it can, which costs each worker two seconds: here it finds none.
-    Its Muon optimizer, which it imports at the first step whatever the optimizer is, compiles its
-    functions, which costs another two seconds for torch's compiler: here it leaves them as they
-    are. On the CPU it builds a shared-memory operator at the first start, with ninja and a C++
-    compiler; gloo does the same work, so none of its operators is declared usable.
-    """
+def _silenced(device: torch.device) -> ModuleType:
+    """Import DeepSpeed, and silence its messages that do not concern the user."""
     os.environ["DS_ACCELERATOR"] = device.type
     log = logging.getLogger("DeepSpeed")
     log.setLevel(logging.WARNING)
-    log.addFilter(_worth_telling)
+    log.addFilter(_concerns_the_user)
     # One for every collective of ZeRO 3: DeepSpeed calls functions by their old names.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
-    with _hidden("mlflow"), mock.patch.object(torch, "compile", _uncompiled):
-        deepspeed = importlib.import_module("deepspeed")
-        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-    if device.type == "cpu":
-        all_ops = importlib.import_module("deepspeed.ops.op_builder.all_ops").ALL_OPS
-        deepspeed.ops.__compatible_ops__ = dict.fromkeys(all_ops, False)
-    return deepspeed
+    return load_deepspeed(device.type)
 
 
-@contextmanager
-def _hidden(name: str) -> Iterator[None]:
-    """Let `import name` fail for a while, unless the module is loaded already."""
-    if name in sys.modules:
-        yield
-        return
-    sys.modules[name] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules[name]
-
-
-def _uncompiled(function: Callable[..., Any] | None = None, **_: Any) -> Any:
-    """In place of torch.compile, as @torch.compile and as @torch.compile(…)."""
-    return function if function is not None else lambda decorated: decorated
-
-
-def _worth_telling(record: logging.LogRecord) -> bool:
+def _concerns_the_user(record: logging.LogRecord) -> bool:
     return "untested optimizer" not in record.getMessage()  # ZeRO with SGD: our tests train with it
 
 

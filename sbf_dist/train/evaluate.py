@@ -18,7 +18,7 @@ class Accuracy:
     """Shares of `count` images in [0, 1], and the mean cross-entropy in nats."""
 
     top1: float
-    top5: float | None  # None for five classes and fewer
+    top5: float | None  # None for at most five classes
     loss: float
     count: int
 

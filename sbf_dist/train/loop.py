@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from torch import Tensor
 from sbf_dist.errors import UserError
 
 Batch = dict[str, Tensor]
+Argument = TypeVar("Argument")
 
 
 class Engine(Protocol):
@@ -38,17 +39,30 @@ class LogRecord:
     seconds_left: float  # at the speed since the record before
 
 
+@dataclass(frozen=True)
+class Every(Generic[Argument]):
+    """What is called every so many steps and after the last one; None: after the last one alone."""
+
+    steps: int | None
+    call: Callable[[Argument], None]
+
+    def __post_init__(self) -> None:
+        assert self.steps is None or self.steps > 0, f"every {self.steps} steps"
+
+    def is_due(self, done: int) -> bool:
+        """Whether it is called after `done` steps, which are not the last."""
+        return self.steps is not None and done % self.steps == 0
+
+
 def fit(
     engine: Engine,
     batches: Iterable[Batch],
     *,
     steps: int,
     lr_at: Callable[[int], float],
-    on_log: Callable[[LogRecord], None],
+    log: Every[LogRecord],
     start_step: int = 0,
-    log_every: int = 10,
-    on_checkpoint: Callable[[int], None] | None = None,
-    checkpoint_every: int | None = None,
+    checkpoint: Every[int] | None = None,
     annotate: Callable[[Batch], Batch] | None = None,
 ) -> LogRecord | None:
     """Train from `start_step` to `steps` optimizer steps; the last record, None if none was left.
@@ -56,15 +70,12 @@ def fit(
     A batch is a dict of tensors with "image" (b, …); its tensors are moved to the engine's device,
     `annotate` (the teachers) may add to it, and engine(batch) answers with "loss" and other named
     scalars. Step k, counted from 0, runs with the learning rate lr_at(k) and takes as many batches
-    as the engine accumulates. `on_log` gets a record every `log_every` steps and after the last
-    one; `on_checkpoint` gets the number of steps done every `checkpoint_every` steps and after the
-    last one. Both are called on all ranks at the same step.
+    as the engine accumulates. `log` gets a record of the steps since the one before, `checkpoint`
+    the number of steps done. Both are called on all ranks at the same step.
 
     UserError: the loss is not finite (noticed at the next record, before the next checkpoint, and
     raised on all ranks alike), or `batches` ends too early.
     """
-    assert log_every > 0, f"log_every = {log_every}"
-    assert checkpoint_every is None or checkpoint_every > 0, f"{checkpoint_every=}"
     stream = iter(batches)
     meter = _Meter(engine.device)
     record = None
@@ -79,12 +90,12 @@ def fit(
             engine.step()  # counts; it steps once all gradients are there
             meter.add(parts, images=len(batch["image"]), step=step, lr=lr)
         done = step + 1
-        saving = done == steps or (checkpoint_every is not None and done % checkpoint_every == 0)
-        if done % log_every == 0 or saving:
+        saving = checkpoint is not None and (done == steps or checkpoint.is_due(done))
+        if done == steps or log.is_due(done) or saving:
             record = meter.record(done, steps, lr)
-            on_log(record)
-        if saving and on_checkpoint is not None:
-            on_checkpoint(done)
+            log.call(record)
+        if checkpoint is not None and saving:
+            checkpoint.call(done)
             meter.restart_clock()
     return record
 

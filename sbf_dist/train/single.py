@@ -2,7 +2,8 @@
 
 from torch import Tensor, nn
 
-from sbf_dist.train.engine import OptimizerConfig, torch_optimizer
+from sbf_dist.settings import Optimizer
+from sbf_dist.train.engine import torch_optimizer
 
 Batch = dict[str, Tensor]
 
@@ -14,7 +15,7 @@ class SingleEngine:
     optimizer and clipping.
     """
 
-    def __init__(self, task: nn.Module, optimizer: OptimizerConfig) -> None:
+    def __init__(self, task: nn.Module, optimizer: Optimizer) -> None:
         self.device = next(task.parameters()).device
         self.optimizer = torch_optimizer(task, optimizer)
         self._task = task.train()

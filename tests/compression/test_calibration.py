@@ -172,8 +172,8 @@ def test_images_come_in_the_type_that_is_asked_for():
     ("images", "told"),
     [
         (iter([pictures(2)]), "can be gone through only once"),
-        ([], "there are none"),
-        (pictures(2)[:0], "there are none"),
+        ([], "no image is given"),
+        (pictures(2)[:0], "no image is given"),
         ([pictures(2), pictures(2, 8)], "a batch of (2, 3, 8, 8) came where the first images"),
         ([pictures(2)[0]], "a batch is (3, 10, 10), it must be a tensor (N, C, H, W)"),
         ([{"image": pictures(2)}], "a batch is dict, it must be a tensor"),
@@ -183,3 +183,33 @@ def test_what_is_no_stream_of_images_is_refused_in_one_line(images, told):
     with pytest.raises(UserError, match=re.escape(told)) as error:
         Calibration.of(images)
     assert "\n" not in str(error.value)
+
+
+def test_labels_behind_the_images_are_left_out():
+    images = pictures(6)
+    pairs = [(images[:4], torch.zeros(4)), [images[4:], torch.zeros(2)]]
+    assert torch.equal(torch.cat(list(Calibration.of(pairs))), images)
+
+
+class Changing:
+    """Batches of which one is another each time."""
+
+    def __init__(self, change):
+        self.images, self.change = pictures(6), change
+
+    def __iter__(self):
+        self.images = self.images.clone()
+        self.images[3:] = self.change(self.images[3:])
+        return iter(self.images.split(3))
+
+
+@pytest.mark.parametrize("change", [lambda x: x.flip(3), lambda x: x.roll(1, 0), lambda x: 2 * x])
+def test_an_iteration_that_gives_other_images_is_refused(change):
+    calibration = Calibration.of(Changing(change))
+    with pytest.raises(UserError, match=r"came in another order|is not the same in each iteration"):
+        calibration.first(6)
+
+
+def test_images_that_are_decoded_with_a_little_noise_are_the_same():
+    noisy = Changing(lambda x: x + 1e-3 * torch.rand(x.shape))
+    assert len(torch.cat(list(Calibration.of(noisy)))) == 6

@@ -6,11 +6,11 @@ from small_networks import pictures, small
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from sbf_dist.budget import Budget
 from sbf_dist.compression.candidates import find_candidates, forward_order
 from sbf_dist.compression.convert import convert
-from sbf_dist.compression.reconstruct import compress
+from sbf_dist.compression.reconstruct import rebuild
 from sbf_dist.errors import UserError
+from sbf_dist.settings import Compression
 
 
 class Chain(nn.Module):
@@ -265,7 +265,7 @@ def test_a_network_that_gives_no_logits_is_refused(kind):
     [
         (nn.Sequential(nn.Flatten(), nn.Linear(300, 5)), pictures(2), "has no convolution"),
         (small(), torch.zeros(2, 4, 10, 10), "cannot take images of 4 x 10 x 10: RuntimeError"),
-        (small(), torch.zeros(0, 3, 10, 10), "calibration images: there are none"),
+        (small(), torch.zeros(0, 3, 10, 10), "calibration images: no image is given"),
         (
             Chain(plain(groups=4), plain(groups=4), plain(groups=16)),
             pictures(2),
@@ -277,15 +277,14 @@ def test_a_network_that_gives_no_logits_is_refused(kind):
 )
 def test_compress_tells_in_one_line_what_it_cannot_do(model, images, message):
     with pytest.raises(UserError) as told:
-        compress(model, images, model_name="mine", classes=5, budget=Budget(macs=0.5))
+        rebuild(model, images, Compression(macs=0.5), name="mine")
     assert message in str(told.value)
     assert "\n" not in str(told.value)
 
 
 def test_a_plan_of_another_network_is_refused_and_the_layer_is_named():
-    plan = compress(
-        small(), pictures(8), model_name="small", classes=5, budget=Budget(macs=0.5), sources=1
-    )[1]
+    settings = Compression(macs=0.5, sources=1)
+    plan = rebuild(small(), pictures(8), settings, name="small")[1]
     assert plan.layers["conv1"].kind == plan.layers["conv2"].kind == "sbf"
     with pytest.raises(UserError, match=r"gives layer conv1 16 channels, this network 12: .*other"):
         convert(small(width=6), plan)

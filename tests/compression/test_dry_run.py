@@ -6,10 +6,9 @@ import torch
 from small_networks import pictures, small
 from torch import nn
 
-from sbf_dist.budget import Budget
 from sbf_dist.compression.cost import count
 from sbf_dist.compression.dry_run import dry_run
-from sbf_dist.compression.reconstruct import compress
+from sbf_dist.compression.one_shot import compress
 
 
 def computing(before):
@@ -49,9 +48,8 @@ def test_networks_that_need_values_are_compressed(what):
     student, plan = compress(
         computing(NEED_VALUES[what]),
         pictures(64),
-        model_name="computing",
-        classes=5,
-        budget=Budget(macs=0.6),
+        name="computing",
+        macs=0.6,
     )
     assert count(student, (3, 10, 10)).macs == plan.macs_after <= 0.6 * plan.macs_before
 

@@ -5,28 +5,28 @@ import torch
 from small_networks import Small, pictures, small
 from torch import nn
 
-from sbf_dist.budget import Budget
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.convert import convert
 from sbf_dist.compression.cost import count
-from sbf_dist.compression.joint import JointPlanner, RemovalSettings, plan_jointly
+from sbf_dist.compression.joint import SHARES, JointPlanner, plan_jointly
 from sbf_dist.compression.plan import Plan, SBFLayer
-from sbf_dist.compression.reconstruct import compress
+from sbf_dist.compression.reconstruct import rebuild
 from sbf_dist.compression.removal.probe import Probe, divergence, train_briefly
+from sbf_dist.compression.removal.pruning import find_removable
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
+from sbf_dist.settings import Compression
 
-NAMES = {"model_name": "small", "classes": 5}
+
+def jointly(model, images=None, macs=0.5, shares=(0,), keep_training=False, **settings):
+    chosen = planner(model, images, macs, **settings)
+    return chosen.best(shares, keep_training=keep_training)
 
 
-def jointly(model, images=None, macs=0.5, **settings):
+def planner(model, images=None, macs=0.5, probe=None, held_out=0.25, **settings):
     images = pictures(80) if images is None else images
-    return plan_jointly(model, images, budget=Budget(macs=macs), **NAMES, **settings)
-
-
-def planner(model, images=None, macs=0.5, **settings):
-    images = pictures(80) if images is None else images
-    return JointPlanner(model, images, budget=Budget(macs=macs), **NAMES, **settings)
+    wanted = Compression(macs=macs, **settings)
+    return JointPlanner(model, images, wanted, probe=probe, held_out=held_out, name="small")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
@@ -51,7 +51,7 @@ def test_rebuilding_alone_is_what_compress_makes_of_the_images_that_are_not_held
     student, plan = jointly(model, images, shares=(0,))
     rest = planner(model, images).images
     assert torch.equal(torch.cat(list(rest)), images[20:])
-    alone, same = compress(model, rest, budget=Budget(macs=0.5), **NAMES)
+    alone, same = rebuild(model, rest, Compression(macs=0.5), name="small")
     assert plan.layers == same.layers
     assert torch.equal(student(images), alone(images))
 
@@ -101,17 +101,24 @@ def test_a_probe_gives_the_same_twice_and_brings_a_student_nearer_to_its_teacher
     assert all(torch.equal(value, student.state_dict()[name]) for name, value in before.items())
 
 
-def test_a_share_that_floors_forbid_is_told_in_the_table_and_another_is_taken():
-    removal = RemovalSettings(floor=0.9)
-    _, plan = jointly(small(), shares=(0, 1), removal=removal)
+def removing_but(keep):
+    """A planner that may not remove channels of these layers, though it may rebuild them."""
+    model = small()
+    each = planner(model)
+    each.__dict__["_removable"] = find_removable(model, each.images, keep=tuple(keep))
+    return each
+
+
+def test_a_share_that_cannot_be_reached_is_told_in_the_table_and_another_is_taken():
+    _, plan = removing_but(["stem", "conv1"]).best((0, 1))
     assert plan.removed == {}
     assert "share 1 by removal: impossible, removal: 0.5 of the macs" in plan.explanation[2]
     with pytest.raises(UserError, match=r"removal: 0\.5 of the macs cannot be reached"):
-        jointly(small(), shares=(1,), removal=removal)
+        removing_but(["stem", "conv1"]).best((1,))
 
 
 def test_a_network_of_which_nothing_can_be_removed_is_rebuilt():
-    _, plan = jointly(small(), macs=0.7, shares=(0, 0.5), removal=RemovalSettings(keep=("*",)))
+    _, plan = removing_but(["*"]).best((0, 0.5))
     assert plan.removed == {}
     assert "share 0.5 by removal: impossible, removal: no channel can be" in plan.explanation[2]
 
@@ -128,7 +135,7 @@ def test_without_refit_what_removal_leaves_are_the_networks_own_filters():
 
 
 def test_layers_to_be_kept_are_not_narrowed():
-    _, plan = jointly(small(), macs=0.7, shares=(1,), removal=RemovalSettings(keep=("conv1",)))
+    _, plan = jointly(small(), macs=0.7, shares=(1,), keep=["conv1"])
     assert "conv1" not in plan.removed or not plan.removed["conv1"].out
 
 
@@ -137,8 +144,8 @@ def test_layers_to_be_kept_are_not_narrowed():
     [
         ({"shares": ()}, r"removal: shares = \[\] must be numbers in \[0, 1\]"),
         ({"shares": (0, 1.5)}, r"removal: shares = \[0, 1\.5\] must be numbers"),
-        ({"held_out": 0.0}, "held_out = 0 of 80 calibration images leaves none to compare"),
-        ({"held_out": 1.0}, "held_out = 1 of 80 calibration images leaves none to fit"),
+        ({"held_out": 0.0}, "held_out = 0 of 80 calibration images leaves no image to compare"),
+        ({"held_out": 1.0}, "held_out = 1 of 80 calibration images leaves no image to fit"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):
@@ -146,9 +153,21 @@ def test_settings_that_make_no_sense_are_refused(settings, message):
         jointly(small(), **settings)
 
 
+def test_the_settings_say_which_shares_are_tried_and_how_long_the_probe_is():
+    model, images = small(), pictures(80)
+    _, plan = plan_jointly(model, images, Compression(macs=0.5, removal=1))
+    assert plan.explanation[0].startswith("share 1 of the saving comes from removing channels")
+    assert plan.explanation[1].endswith(" as fitted")
+    settings = Compression(macs=0.5, removal="auto", probe_steps=3)
+    _, plan = plan_jointly(model, images, settings)
+    tried = [row for row in plan.explanation if " by removal: " in row]
+    assert len(tried) == len(SHARES)
+    assert all(row.endswith(" after 3 steps") for row in tried)
+
+
 def test_a_budget_of_time_is_refused():
     with pytest.raises(UserError, match=r"budget latency = 0\.5: channels can be removed to"):
-        plan_jointly(small(), pictures(16), budget=Budget(latency=0.5), **NAMES)
+        plan_jointly(small(), pictures(16), Compression(latency=0.5))
 
 
 def test_sbf_layers_are_fitted_to_the_dense_networks_channels_that_are_left():
@@ -194,8 +213,6 @@ class Classifier(nn.Module):
 def test_linear_layers_are_narrowed_too_and_a_budget_of_parameters_is_met(share):
     torch.manual_seed(0)
     model = Classifier().eval()
-    _, plan = plan_jointly(
-        model, pictures(80, 8), budget=Budget(params=0.8), shares=(share,), **NAMES
-    )
+    _, plan = plan_jointly(model, pictures(80, 8), Compression(params=0.8, removal=share))
     assert plan.removed["hidden"].out
     assert plan.params_after <= 0.8 * plan.params_before

@@ -15,10 +15,10 @@ from sbf_dist.compression.cost import count
 from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.plan import Plan, SBFLayer
 from sbf_dist.compression.planning.criteria import CRITERIA
-from sbf_dist.compression.progressive import round_budgets, shrink, unfolded
-from sbf_dist.compression.reconstruct import compress
+from sbf_dist.compression.progressive import round_budgets, shrink
+from sbf_dist.compression.reconstruct import rebuild
 from sbf_dist.errors import UserError
-from sbf_dist.layers import SBFConv2d
+from sbf_dist.settings import Compression
 
 SHAPE = (3, 10, 10)
 
@@ -28,14 +28,7 @@ def converted(plan):
 
 
 def first_round(model, macs=0.7, **settings):
-    return compress(
-        model,
-        pictures(48),
-        model_name="small",
-        classes=5,
-        budget=Budget(macs=macs),
-        **settings,
-    )
+    return rebuild(model, pictures(48), Compression(macs=macs, **settings), name="small")
 
 
 def trained(student, images, steps=5):
@@ -98,7 +91,7 @@ def test_a_trained_student_is_shrunk_to_a_smaller_budget_of_the_dense_network(bu
     model, images = small(norm=norm), pictures(48)
     student, plan = first_round(model)
     student = trained(student, images)
-    smaller, new = shrink(student, plan, images, budget)
+    smaller, new = shrink(student, plan, images, Compression(**budget.given()))
     cost = count(smaller, SHAPE)
     assert (new.macs_after, new.params_after) == (cost.macs, cost.params)
     assert getattr(new, f"{budget.kind}_after") <= 0.4 * getattr(plan, f"{budget.kind}_before")
@@ -116,7 +109,7 @@ def test_a_trained_student_is_shrunk_to_a_smaller_budget_of_the_dense_network(bu
 def test_the_new_plan_makes_the_smaller_network_of_the_dense_one():
     model = small()
     student, plan = first_round(model)
-    smaller, new = shrink(student, plan, pictures(48), Budget(macs=0.4))
+    smaller, new = shrink(student, plan, pictures(48), Compression(macs=0.4))
     again = convert(Small(), Plan.model_validate_json(new.model_dump_json())).eval()
     again.load_state_dict(smaller.state_dict())
     x = pictures(4)
@@ -128,7 +121,7 @@ def test_the_student_is_left_as_it_was():
     student.train()
     before = copy.deepcopy(student.state_dict())
     digest = plan.digest()
-    shrink(student, plan, pictures(48), Budget(macs=0.4))
+    shrink(student, plan, pictures(48), Compression(macs=0.4))
     assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
     assert student.training
     assert plan.digest() == digest
@@ -136,7 +129,7 @@ def test_the_student_is_left_as_it_was():
 
 def test_a_budget_that_is_met_already_changes_nothing_but_the_reasons():
     student, plan = first_round(small())
-    again, new = shrink(student, plan, pictures(48), Budget(macs=0.8), refit=False)
+    again, new = shrink(student, plan, pictures(48), Compression(macs=0.8, refit=False))
     x = pictures(5)
     torch.testing.assert_close(again(x), student(x), rtol=1e-3, atol=1e-3)
     for name, layer in converted(plan).items():
@@ -149,7 +142,7 @@ def test_the_shrunk_network_follows_the_trained_one_and_not_the_dense():
     model, images = small(), pictures(64)
     student, plan = first_round(model)
     student = trained(student, images, steps=40)
-    smaller, _ = shrink(student, plan, images, Budget(macs=0.6))
+    smaller, _ = shrink(student, plan, images, Compression(macs=0.6))
     assert divergence(student, smaller, images) < divergence(model, smaller, images)
 
 
@@ -157,15 +150,15 @@ def test_it_may_be_fitted_to_the_dense_network_instead():
     model, images = small(), pictures(64)
     student, plan = first_round(model)
     student = trained(student, images)
-    own, _ = shrink(student, plan, images, Budget(macs=0.6))
-    towards, _ = shrink(student, plan, images, Budget(macs=0.6), reference=Reference(model))
+    own, _ = shrink(student, plan, images, Compression(macs=0.6))
+    towards, _ = shrink(student, plan, images, Compression(macs=0.6), reference=Reference(model))
     assert divergence(model, towards, images) < divergence(model, own, images)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_every_criterion_shrinks(criterion):
     student, plan = first_round(small())
-    smaller, new = shrink(student, plan, pictures(48), Budget(macs=0.4), criterion=criterion)
+    smaller, new = shrink(student, plan, pictures(48), Compression(macs=0.4, criterion=criterion))
     assert new.criterion == criterion
     assert all(parameter.isfinite().all() for parameter in smaller.parameters())
     for name, layer in converted(plan).items():
@@ -176,8 +169,8 @@ def test_without_mixtures_no_dense_layer_becomes_one():
     student, plan = first_round(small(), 0.85, keep=["conv2"])
 
     def sources(mixtures):
-        budget = Budget(macs=0.5)
-        _, new = shrink(student, plan, pictures(48), budget, sources=1, mixtures=mixtures)
+        settings = Compression(macs=0.5, sources=1, mixtures=mixtures)
+        _, new = shrink(student, plan, pictures(48), settings)
         return len(converted(new)["conv2"].sources[0])
 
     assert sources(mixtures=True) > 1  # which only a mixture has here
@@ -187,7 +180,7 @@ def test_without_mixtures_no_dense_layer_becomes_one():
 def test_layers_that_are_kept_stay_as_they_are():
     student, plan = first_round(small(), macs=0.6)
     name = next(iter(converted(plan)))
-    smaller, new = shrink(student, plan, pictures(48), Budget(macs=0.55), keep=[name])
+    smaller, new = shrink(student, plan, pictures(48), Compression(macs=0.55, keep=[name]))
     assert new.layers[name].kept == plan.layers[name].kept
     x = smaller.get_submodule(name)
     assert torch.equal(x.basis.weight, student.get_submodule(name).basis.weight)
@@ -195,10 +188,8 @@ def test_layers_that_are_kept_stay_as_they_are():
 
 def test_dense_layers_may_be_converted_in_a_later_round():
     model = models.build("cifar_resnet8", 5).eval()
-    student, plan = compress(
-        model, pictures(), model_name="cifar_resnet8", classes=5, budget=Budget(macs=0.9)
-    )
-    smaller, new = shrink(student, plan, pictures(), Budget(macs=0.4))
+    student, plan = rebuild(model, pictures(), Compression(macs=0.9), name="cifar_resnet8")
+    smaller, new = shrink(student, plan, pictures(), Compression(macs=0.4))
     assert set(converted(plan)) < set(converted(new))
     assert list(new.layers) == list(plan.layers)
     assert count(smaller, SHAPE).macs == new.macs_after <= 0.4 * plan.macs_before
@@ -207,9 +198,16 @@ def test_dense_layers_may_be_converted_in_a_later_round():
 def test_a_time_is_refused_and_a_budget_too_small_names_the_smallest():
     student, plan = first_round(small())
     with pytest.raises(UserError, match=r"cannot be shrunk to latency = 0\.4: give macs or params"):
-        shrink(student, plan, pictures(48), Budget(latency=0.4))
+        shrink(student, plan, pictures(48), Compression(latency=0.4))
     with pytest.raises(UserError, match=r"smallest that works is 0\.\d+$"):
-        shrink(student, plan, pictures(48), Budget(macs=0.01))
+        shrink(student, plan, pictures(48), Compression(macs=0.01))
+
+
+def test_something_between_is_refused_where_layers_are_shrunk_again():
+    student, plan = first_round(small())
+    wanted = Compression(macs=0.4, between="bn_relu")
+    with pytest.raises(UserError, match=r"between = 'bn_relu': .*it must be None"):
+        shrink(student, plan, pictures(48), wanted)
 
 
 def test_another_networks_plan_is_refused():
@@ -217,18 +215,6 @@ def test_another_networks_plan_is_refused():
     name = next(iter(converted(plan)))
     layers = {n: layer for n, layer in plan.layers.items() if n != name}
     with pytest.raises(UserError, match=f"plan does not make {name} an SBF layer"):
-        shrink(student, plan.model_copy(update={"layers": layers}), pictures(), Budget(macs=0.4))
-
-
-def test_unfolded_layers_have_the_filters_that_are_left():
-    student, plan = first_round(small())
-    dense = unfolded(student)
-    for name, layer in converted(plan).items():
-        conv, sbf = dense.get_submodule(name), student.get_submodule(name)
-        assert type(conv) is torch.nn.Conv2d
-        assert isinstance(sbf, SBFConv2d)
-        assert torch.equal(conv.weight[layer.kept], sbf.basis.weight)
-        assert int(conv.weight.flatten(1).any(1).sum()) == len(layer.kept)
-    assert set(dense.state_dict()) - set(small().state_dict()) == {
-        f"{name}.bias" for name in converted(plan)
-    }
+        shrink(
+            student, plan.model_copy(update={"layers": layers}), pictures(), Compression(macs=0.4)
+        )

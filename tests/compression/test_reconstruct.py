@@ -18,19 +18,21 @@ from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.fitting.statistics import measure_batch_norm, run_until
 from sbf_dist.compression.plan import DenseLayer, Plan, SBFLayer
 from sbf_dist.compression.planning import latency, latency_budget, latency_table
-from sbf_dist.compression.planning.latency_table import LatencyTable
-from sbf_dist.compression.reconstruct import compress
+from sbf_dist.compression.planning.latency_table import LatencyTable, Timing
+from sbf_dist.compression.reconstruct import rebuild
 from sbf_dist.compression.removal.zeroed import zero_channels
 from sbf_dist.errors import UserError
 from sbf_dist.export.fold import fold_batchnorm
 from sbf_dist.layers import SBFConv2d
+from sbf_dist.settings import Compression
+
+CALL = ("seed", "progress", "reference")  # what is no setting
 
 
 def shrink(model, images=None, *, macs=0.5, **settings):
     images = pictures() if images is None else images
-    return compress(
-        model, images, model_name="small", classes=5, budget=Budget(macs=macs), **settings
-    )
+    call = {key: settings.pop(key) for key in CALL if key in settings}
+    return rebuild(model, images, Compression(macs=macs, **settings), name="small", **call)
 
 
 def divergence(model, student, images):
@@ -402,10 +404,10 @@ def test_a_network_is_fitted_to_its_reference():
 # --- budgets of time -----------------------------------------------------------------------------
 
 
-def shrink_to(budget, model, table, **settings):
-    return compress(
-        model, pictures(), model_name="small", classes=5, budget=budget, table=table, **settings
-    )
+def shrink_to(budget, model, table, *, progress=None, for_inference=None, sources=4):
+    settings = Compression(**budget.given(), sources=sources)
+    timing = Timing(table) if for_inference is None else Timing(table, for_inference)
+    return rebuild(model, pictures(), settings, name="small", progress=progress, timing=timing)
 
 
 @pytest.fixture

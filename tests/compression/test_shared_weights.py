@@ -9,11 +9,12 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from sbf_dist.budget import Budget
 from sbf_dist.compression.cost import count
 from sbf_dist.compression.joint import plan_jointly
-from sbf_dist.compression.reconstruct import compress
+from sbf_dist.compression.one_shot import compress
 from sbf_dist.errors import UserError
 from sbf_dist.export.optimize import optimize
+from sbf_dist.settings import Compression
 
-NAMES = {"model_name": "small", "classes": 5}
+NAME = "small"
 
 
 class Tied(nn.Module):
@@ -44,7 +45,7 @@ def parameters(model):
 
 def test_both_users_of_a_weight_stay_dense_and_it_counts_once():
     network = tied()
-    student, plan = compress(network, pictures(64), budget=Budget(params=0.8), **NAMES)
+    student, plan = compress(network, pictures(64), params=0.8, name=NAME)
     assert "also that of conv2" in plan.layers["conv1"].reason
     assert "also that of conv1" in plan.layers["conv2"].reason
     assert plan.layers["conv3"].kind == "sbf"
@@ -56,14 +57,14 @@ def test_both_users_of_a_weight_stay_dense_and_it_counts_once():
 
 def test_what_sharing_puts_out_of_reach_is_refused():
     with pytest.raises(UserError, match=r"params = 0.5 .* the smallest that works is 0.61"):
-        compress(tied(), pictures(64), budget=Budget(params=0.5), **NAMES)
+        compress(tied(), pictures(64), params=0.5, name=NAME)
 
 
 @pytest.mark.parametrize("budget", [{"params": 0.8}, {"macs": 0.8}])
 def test_channels_of_a_shared_weight_are_not_removed(budget):
     network = tied()
     student, plan = plan_jointly(
-        network, pictures(64), budget=Budget(**budget), shares=[1.0], **NAMES
+        network, pictures(64), Compression(**budget, removal=1.0), name=NAME
     )
     assert student.conv1.weight is student.conv2.weight
     assert parameters(student) == plan.params_after < parameters(network)
@@ -98,12 +99,12 @@ def test_a_trained_layer_whose_weight_is_computed_stays_dense_with_the_reason(co
     compute(network.conv1)
     network(pictures(8)).sum().backward()  # which leaves it a weight with a history
     network.eval()
-    student, plan = compress(network, pictures(64), budget=Budget(macs=0.8), **NAMES)
+    student, plan = compress(network, pictures(64), macs=0.8, name=NAME)
     assert told in plan.layers["conv1"].reason
     assert plan.layers["conv2"].kind == "sbf"
     assert count(student, (3, 10, 10)).macs == plan.macs_after
     images = pictures(4)
     for model in (network, student):
         torch.testing.assert_close(optimize(model)(images), model(images), rtol=1e-4, atol=1e-5)
-    _, plan = plan_jointly(network, pictures(64), budget=Budget(macs=0.9), shares=[0.5], **NAMES)
+    _, plan = plan_jointly(network, pictures(64), Compression(macs=0.9, removal=0.5), name=NAME)
     assert plan.macs_after <= 0.9 * plan.macs_before

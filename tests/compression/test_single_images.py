@@ -5,10 +5,10 @@ import torch
 from small_networks import pictures
 from torch import nn
 
-from sbf_dist.budget import Budget
-from sbf_dist.compression.joint import plan_jointly
-from sbf_dist.compression.reconstruct import compress
+from sbf_dist.compression.joint import JointPlanner
+from sbf_dist.compression.one_shot import compress
 from sbf_dist.compression.removal.probe import Probe
+from sbf_dist.settings import Compression
 
 
 class BehindPooling(nn.Module):
@@ -37,7 +37,7 @@ def behind_pooling():
     return BehindPooling().eval()
 
 
-NAMES = {"model_name": "behind", "classes": 5}
+NAME = "behind"
 
 
 @pytest.mark.parametrize(
@@ -50,26 +50,25 @@ NAMES = {"model_name": "behind", "classes": 5}
     ],
 )
 def test_networks_with_batch_norm_behind_pooling_are_compressed(images):
-    student, plan = compress(behind_pooling(), images, budget=Budget(macs=0.7), **NAMES)
+    student, plan = compress(behind_pooling(), images, macs=0.7, name=NAME)
     assert plan.macs_after <= 0.7 * plan.macs_before
     assert student(pictures(2)).isfinite().all()
 
 
 def test_images_so_large_that_one_is_a_part_come_in_pairs(monkeypatch):
     monkeypatch.setattr("sbf_dist.compression.calibration.PIXELS", 10)
-    student, _ = compress(behind_pooling(), pictures(5), budget=Budget(macs=0.7), **NAMES)
+    student, _ = compress(behind_pooling(), pictures(5), macs=0.7, name=NAME)
     assert student(pictures(2)).isfinite().all()
 
 
 def test_channels_are_removed_with_one_image_held_out():
-    images = pictures(65)
-    _, plan = plan_jointly(
+    planner = JointPlanner(
         behind_pooling(),
-        images,
-        budget=Budget(macs=0.7),
-        shares=[0.5],
+        pictures(65),
+        Compression(macs=0.7, removal=0.5),
         probe=Probe(steps=3, batch=16),
         held_out=1 / 65,
-        **NAMES,
+        name=NAME,
     )
+    _, plan = planner.best([0.5])
     assert plan.removed

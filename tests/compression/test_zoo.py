@@ -13,17 +13,17 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from models import NETWORKS, pictures, settle
 
-from sbf_dist.budget import Budget
 from sbf_dist.compression.candidates import find_candidates
 from sbf_dist.compression.convert import convert
 from sbf_dist.compression.cost import count
+from sbf_dist.compression.one_shot import compress
 from sbf_dist.compression.plan import DenseLayer, Layer, Plan, SBFLayer
-from sbf_dist.compression.reconstruct import compress
-from sbf_dist.export.onnx import to_onnx, verify_onnx
+from sbf_dist.export.onnx import export_onnx, verify_onnx
 from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import Card, load_student, save_student
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.models import build
+from sbf_dist.settings import Compression
 from sbf_dist.weights import load_state
 
 CLASSES = 5
@@ -120,9 +120,8 @@ def test_what_is_evaluated_is_what_is_planned_saved_optimized_and_exported(name,
     torch.manual_seed(0)
     images = pictures(16, 32)
     model = settle(build(name, CLASSES), images)
-    student, plan = compress(
-        model, images, model_name=name, classes=CLASSES, budget=Budget(macs=0.7), sources=2
-    )
+    student, plan = compress(model, images, Compression(macs=0.7, sources=2))
+    assert plan.model == name, "found out"
     # It costs what the plan says, and that is within the budget: nothing is merely masked.
     assert count(student, plan.input_shape).macs == plan.macs_after
     assert plan.macs_after <= 0.7 * count(model, plan.input_shape).macs
@@ -140,5 +139,5 @@ def test_what_is_evaluated_is_what_is_planned_saved_optimized_and_exported(name,
         found = optimize(loaded)(images.contiguous(memory_format=torch.channels_last))
     largest = float(expected.abs().max())
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * largest)
-    to_onnx(loaded, tmp_path / "student.onnx", card)
+    export_onnx(loaded, tmp_path / "student.onnx", card)
     assert verify_onnx(tmp_path / "student.onnx", student, images) < 1e-4 * largest

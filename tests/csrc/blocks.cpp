@@ -16,9 +16,9 @@
 #include <string>
 #include <vector>
 
-#include "mix_block.h"
-#include "product_block.h"
+#include "expand_block.h"
 #include "tile_choice.h"
+#include "transforms_block.h"
 
 namespace {
 
@@ -40,9 +40,9 @@ class Array {
     memory_.reset(static_cast<char*>(::operator new[](bytes, std::align_val_t(32))));
     data_ = reinterpret_cast<scalar_t*>(memory_.get() + shift);
     for (int64_t i = 0; i < size; ++i) {
-      data_[i] = static_cast<scalar_t>(
-          poisoned ? std::numeric_limits<float>::quiet_NaN()
-                   : std::uniform_real_distribution<float>(-1, 1)(generator));
+      data_[i] =
+          static_cast<scalar_t>(poisoned ? std::numeric_limits<float>::quiet_NaN()
+                                         : std::uniform_real_distribution<float>(-1, 1)(generator));
     }
   }
   scalar_t* data() const { return data_; }
@@ -131,9 +131,9 @@ Case draw_case(int element_size) {
       "%s: element %ld is %.9g, not %.9g\n"
       "  N %ld B %ld P %ld S %ld H %ld W %ld m %d %s alignment %d %d\n"
       "  tile %d x %d, chunk %d, splits %d, access %d %d, shared %d\n",
-      what, index, got, wanted, c.batch, c.basis, c.rebuilt, c.sources_each, c.height, c.width,
-      c.m, c.channels_last ? "channels_last" : "contiguous", c.align_in, c.align_out, t.rows,
-      t.columns, t.chunk, t.splits, t.vector_in, t.vector_out, t.bytes);
+      what, index, got, wanted, c.batch, c.basis, c.rebuilt, c.sources_each, c.height, c.width, c.m,
+      c.channels_last ? "channels_last" : "contiguous", c.align_in, c.align_out, t.rows, t.columns,
+      t.chunk, t.splits, t.vector_in, t.vector_out, t.bytes);
   std::exit(1);
 }
 
@@ -171,8 +171,9 @@ struct Sum {
 
 // Adds the cross-correlation of a plane with taps (or with taps turned around), at one pixel.
 template <typename scalar_t>
-void add_term_at(Sum& sum, const Case& c, const Array<scalar_t>& input, int64_t all, int64_t n, int64_t channel,
-               int64_t h, int64_t w, const Array<scalar_t>& taps, int64_t term, bool flip) {
+void add_term_at(Sum& sum, const Case& c, const Array<scalar_t>& input, int64_t all, int64_t n,
+                 int64_t channel, int64_t h, int64_t w, const Array<scalar_t>& taps, int64_t term,
+                 bool flip) {
   for (int a = 0; a < c.m; ++a) {
     for (int b = 0; b < c.m; ++b) {
       const int64_t y = h + a - (c.m - 1) / 2, x = w + b - (c.m - 1) / 2;
@@ -191,7 +192,7 @@ std::unique_ptr<Array<acc_t>> poisoned_shared(const Tiling& tiling) {
 }
 
 template <typename scalar_t, typename acc_t, typename Wiring>
-bool run_mix(const char* name, const Case& c, const Wiring& wiring, bool flip, double rounding) {
+bool run_expand(const char* name, const Case& c, const Wiring& wiring, bool flip, double rounding) {
   const int64_t inputs = flip ? c.channels() : c.basis, outputs = flip ? c.basis : c.channels();
   const int64_t pixels = c.batch * c.height * c.width;
   const Array<scalar_t> input(pixels * inputs, c.align_in, false);
@@ -203,18 +204,16 @@ bool run_mix(const char* name, const Case& c, const Wiring& wiring, bool flip, d
 
   const int64_t chunk = chunk_of(sizeof(scalar_t));
   // As the launchers have it, or so few that most taps are read where they lie.
-  const int64_t links =
-      flip ? 2 * ceil_div(c.rebuilt * c.sources_each, c.basis) : c.sources_each;
+  const int64_t links = flip ? 2 * ceil_div(c.rebuilt * c.sources_each, c.basis) : c.sources_each;
   const int64_t slots = slots_within<acc_t>(draw(0, 2) == 0 ? draw(0, 10) : chunk * links, c.m);
-  const auto tiling =
-      tile_for({c.batch, inputs, outputs, c.height, c.width, c.m,
-                static_cast<int>(sizeof(scalar_t)), c.channels_last, c.align_in, c.align_out,
-                Table<acc_t>::bytes(chunk, slots, c.m)},
-               c.device);
+  const auto tiling = tile_for(
+      {c.batch, inputs, outputs, c.height, c.width, c.m, static_cast<int>(sizeof(scalar_t)),
+       c.channels_last, c.align_in, c.align_out, Table<acc_t>::bytes(chunk, slots, c.m)},
+      c.device);
   if (!tiling.has_value()) return false;
   for (const bool backwards : {false, true}) {
     const Array<scalar_t> output(pixels * outputs, c.align_out, true);
-    const MixArguments<scalar_t, Wiring> arguments{
+    const ExpandArguments<scalar_t, Wiring> arguments{
         output.data(),
         input.data(),
         with_residual ? residual.data() : nullptr,
@@ -228,20 +227,20 @@ bool run_mix(const char* name, const Case& c, const Wiring& wiring, bool flip, d
     for (int64_t block = 0; block < blocks; ++block) {
       for (int split = 0; split < tiling->splits; ++split) {
         const auto shared = poisoned_shared<acc_t>(*tiling);
-        const auto run = c.m == 3 ? mix_tiles<3, scalar_t, acc_t, Wiring>
-                                  : mix_tiles<1, scalar_t, acc_t, Wiring>;
+        const auto run = c.m == 3 ? expand_tiles<3, scalar_t, acc_t, Wiring>
+                                  : expand_tiles<1, scalar_t, acc_t, Wiring>;
         run(Team{backwards}, arguments, reinterpret_cast<char*>(shared->data()), block, blocks,
             split);
       }
     }
     for (int64_t n = 0; n < c.batch; ++n) {
       for (int64_t channel = 0; channel < outputs; ++channel) {
-        const Mix mix = wiring.mix(channel);
+        const ChannelLinks links = wiring.links_of(channel);
         for (int64_t h = 0; h < c.height; ++h) {
           for (int64_t w = 0; w < c.width; ++w) {
             Sum sum;
-            if (mix.copied >= 0) sum.add(input[c.at(inputs, n, mix.copied, h, w)]);
-            for (int64_t link = mix.first; link < mix.last; ++link) {
+            if (links.copied >= 0) sum.add(input[c.at(inputs, n, links.copied, h, w)]);
+            for (int64_t link = links.first; link < links.last; ++link) {
               add_term_at(sum, c, input, inputs, n, wiring.input(link), h, w, taps,
                           wiring.term(link), flip);
             }
@@ -260,28 +259,28 @@ bool run_mix(const char* name, const Case& c, const Wiring& wiring, bool flip, d
 }
 
 template <typename scalar_t, typename acc_t>
-bool run_product(const Case& c) {
+bool run_transforms(const Case& c) {
   const int64_t pixels = c.batch * c.height * c.width, terms = c.rebuilt * c.sources_each;
   if (terms == 0) return false;
   const Array<scalar_t> z(pixels * c.basis, c.align_in, false);
   const Array<scalar_t> grad(pixels * c.channels(), c.align_out, false);
-  const auto tiling = tile_for(
-      {c.batch, c.basis, c.channels(), c.height, c.width, c.m, static_cast<int>(sizeof(scalar_t)),
-       c.channels_last, c.align_in, c.align_out,
-       c.m == 3 ? ProductBlock<3, scalar_t, acc_t>::kSumBytes
-                : ProductBlock<1, scalar_t, acc_t>::kSumBytes},
-      c.device);
+  const auto tiling =
+      tile_for({c.batch, c.basis, c.channels(), c.height, c.width, c.m,
+                static_cast<int>(sizeof(scalar_t)), c.channels_last, c.align_in, c.align_out,
+                c.m == 3 ? TransformsBlock<3, scalar_t, acc_t>::kSumBytes
+                         : TransformsBlock<1, scalar_t, acc_t>::kSumBytes},
+               c.device);
   if (!tiling.has_value()) return false;
   for (const bool backwards : {false, true}) {
     const int64_t slabs = std::min<int64_t>(tiling->tiles(), draw(1, 5)), taps = c.m * c.m;
     const Array<acc_t> sums(slabs * terms * taps, 16, true);
-    const ProductArguments<scalar_t, acc_t> arguments{sums.data(), grad.data(), z.data(),
-                                                      c.forward(), terms,       *tiling};
+    const TransformsArguments<scalar_t, acc_t> arguments{sums.data(), grad.data(), z.data(),
+                                                         c.forward(), terms,       *tiling};
     for (int64_t slab = 0; slab < slabs; ++slab) {
       for (int split = 0; split < tiling->splits; ++split) {
         const auto shared = poisoned_shared<acc_t>(*tiling);
-        const auto run = c.m == 3 ? product_tiles<3, scalar_t, acc_t>
-                                  : product_tiles<1, scalar_t, acc_t>;
+        const auto run =
+            c.m == 3 ? transforms_tiles<3, scalar_t, acc_t> : transforms_tiles<1, scalar_t, acc_t>;
         run(Team{backwards}, arguments, reinterpret_cast<char*>(shared->data()), slab, slabs,
             split);
       }
@@ -304,7 +303,7 @@ bool run_product(const Case& c) {
         for (int64_t slab = 0; slab < slabs; ++slab) {
           got += sums[(slab * terms + term) * taps + tap];
         }
-        compare("product", c, *tiling, term * taps + tap, got, sum.value,
+        compare("transforms", c, *tiling, term * taps + tap, got, sum.value,
                 kAccumulation<acc_t> * (1 + sum.magnitude));
       }
     }
@@ -319,12 +318,12 @@ void run_case(const char* dtype, double rounding) {
   const Case c = draw_case(sizeof(scalar_t));
   const std::string layout = c.channels_last ? "channels_last" : "contiguous";
   const bool forward =
-      run_mix<scalar_t, acc_t>("forward", c, c.forward(), /*flip=*/false, rounding);
+      run_expand<scalar_t, acc_t>("forward", c, c.forward(), /*flip=*/false, rounding);
   const bool backward =
-      run_mix<scalar_t, acc_t>("backward", c, c.backward(), /*flip=*/true, rounding);
-  const bool product = run_product<scalar_t, acc_t>(c);
+      run_expand<scalar_t, acc_t>("backward", c, c.backward(), /*flip=*/true, rounding);
+  const bool transforms = run_transforms<scalar_t, acc_t>(c);
   for (const auto& [kind, run] : {std::pair("forward", forward), std::pair("backward", backward),
-                                  std::pair("product", product)}) {
+                                  std::pair("transforms", transforms)}) {
     if (run) ++counts[std::string(kind) + "/" + layout + "/" + dtype];
     if (!run) ++counts["no-tile"];
   }

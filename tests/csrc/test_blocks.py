@@ -51,7 +51,7 @@ def test_blocks_of_threads_compute_what_plain_loops_do(program, seed):
     # Every kernel in every layout and dtype was run, and most problems had a tile.
     kernels = {
         f"{kernel}/{layout}/{dtype}"
-        for kernel in ("forward", "backward", "product")
+        for kernel in ("forward", "backward", "transforms")
         for layout in ("contiguous", "channels_last")
         for dtype in ("float", "half", "bfloat16", "double")
     }

@@ -58,7 +58,9 @@ def test_tiles_hold_what_plain_loops_compute(program, seed):
         for instructions in SETS[_C.build_info()["cpu_lanes"]]:
             assert {
                 f"{kernel}/{layout}/{instructions}/{dtype}"
-                for kernel in ("mix", "dot")
+                for kernel in ("expand", "transforms")
                 for dtype in ("float", "half", "bfloat16")
             } <= run
-            assert {f"{kernel}/{layout}/{instructions}" for kernel in ("product", "shared")} <= run
+            assert {
+                f"{kernel}/{layout}/{instructions}" for kernel in ("convolution", "shared")
+            } <= run

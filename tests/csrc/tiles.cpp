@@ -1,6 +1,6 @@
 // Runs the CPU's tile kernels of every instruction set that this CPU has on random problems, and
-// compares them with plain loops. Each buffer is as long as it must be, and what is to be written is
-// poisoned, so that the sanitizers see an access beside it, and the comparison a value left out.
+// compares them with plain loops. Each buffer is as long as it must be, and what is to be written
+// is poisoned, so that the sanitizers see an access beside it, and the comparison a value left out.
 //
 //     tiles SEED COUNT    prints one line with how many cases of each kind were run
 #include <c10/util/BFloat16.h>
@@ -116,27 +116,30 @@ Case draw_case() {
 
 [[noreturn]] void fail(const std::string& what, const Case& c, int64_t index, double got,
                        double wanted) {
-  std::printf("%s: element %ld is %.9g, not %.9g\n"
-              "  N %ld inputs %ld outputs %ld H %ld W %ld rows %ld m %d\n",
-              what.c_str(), index, got, wanted, c.batch, c.inputs, c.outputs, c.height, c.width,
-              c.rows, c.m);
+  std::printf(
+      "%s: element %ld is %.9g, not %.9g\n"
+      "  N %ld inputs %ld outputs %ld H %ld W %ld rows %ld m %d\n",
+      what.c_str(), index, got, wanted, c.batch, c.inputs, c.outputs, c.height, c.width, c.rows,
+      c.m);
   std::exit(1);
 }
 
 void compare(const std::string& what, const Case& c, int64_t index, double got, const Sum& wanted,
              double rounding) {
-  const double tolerance = rounding * (1 + std::abs(wanted.value)) + kAccumulation * wanted.magnitude;
+  const double tolerance =
+      rounding * (1 + std::abs(wanted.value)) + kAccumulation * wanted.magnitude;
   if (!(std::abs(got - wanted.value) <= tolerance)) {  // also true of NaN
     fail(what, c, index, got, wanted.value);
   }
 }
 
-// As long as mask_stride says: rows of the tile and 256 more, which the operators add as well.
+// As long as mask_stride says.
 struct Masks {
   int64_t stride;
   Array<int32_t> bits;
 
-  explicit Masks(const Case& c) : stride(c.rows * c.width + 256), bits(c.m * stride, false) {
+  explicit Masks(const Case& c)
+      : stride(c.rows * c.width + kMaskPadding), bits(c.m * stride, false) {
     for (int64_t b = 0; b < c.m; ++b) {
       for (int64_t i = 0; i < stride; ++i) {
         const int64_t neighbour = i % c.width + b - (c.m - 1) / 2;
@@ -147,21 +150,24 @@ struct Masks {
   }
 };
 
-// A random wiring, bias, residual and activation, and what they make of planes.
+// A random wiring, bias, residual and activation, and what they give for planes.
 template <typename scalar_t>
-struct Mixture {
+struct RandomExpand {
   const Case c;
   std::vector<int32_t> copied, begin{0}, source;
   std::vector<int64_t> tap;
   Array<float> taps, bias;
   Array<scalar_t> residual, output;
   Masks masks;
-  MixTask task;
+  ExpandTask task;
 
-  Mixture(const Case& drawn, int lanes)
-      : c(drawn), taps(5 * c.m * c.m, false), bias(ceil_div(c.outputs, lanes) * lanes, false),
+  RandomExpand(const Case& drawn, int lanes)
+      : c(drawn),
+        taps(5 * c.m * c.m, false),
+        bias(ceil_div(c.outputs, lanes) * lanes, false),
         residual(c.batch * c.outputs * c.area(), false),
-        output(c.batch * c.outputs * c.area(), true), masks(c) {
+        output(c.batch * c.outputs * c.area(), true),
+        masks(c) {
     for (int64_t channel = 0; channel < c.outputs; ++channel) {
       copied.push_back(static_cast<int32_t>(draw(-1, c.inputs - 1)));
       for (int64_t l = draw(0, c.links_each); l > 0; --l) {
@@ -200,8 +206,10 @@ struct Mixture {
     if (copied[channel] >= 0) sum.add(1, plane(copied[channel], h, w));
     const int64_t border = (c.m - 1) / 2;
     for (int32_t l = begin[channel]; l < begin[channel + 1]; ++l) {
-      for (int64_t y = std::max<int64_t>(0, h - border); y <= std::min(c.height - 1, h + border); ++y) {
-        for (int64_t x = std::max<int64_t>(0, w - border); x <= std::min(c.width - 1, w + border); ++x) {
+      for (int64_t y = std::max<int64_t>(0, h - border); y <= std::min(c.height - 1, h + border);
+           ++y) {
+        for (int64_t x = std::max<int64_t>(0, w - border); x <= std::min(c.width - 1, w + border);
+             ++x) {
           sum.add(taps[tap[l] + (y - h + border) * c.m + x - w + border], plane(source[l], y, x));
         }
       }
@@ -227,13 +235,13 @@ struct Mixture {
 };
 
 // Runs all tiles, cut into runs as threads would have them.
-void run_tiles(const TileKernels& kernels, const MixTask& task, const Product* product,
-               Element element, int64_t batch) {
+void run_tiles(const TileKernels& kernels, const ExpandTask& task,
+               const ConvolutionTask* convolution, Element element, int64_t batch) {
   const int64_t tiles = batch * task.blocks;
   for (int64_t first = 0; first < tiles;) {
     const int64_t last = draw(first + 1, tiles);
-    const Array<float> memory = workspace(kernels.mix_workspace(task, product));
-    kernels.mix(task, product, element, first, last, memory.data());
+    const Array<float> memory = workspace(kernels.expand_workspace(task, convolution));
+    kernels.expand(task, convolution, element, first, last, memory.data());
     first = last;
   }
 }
@@ -241,10 +249,10 @@ void run_tiles(const TileKernels& kernels, const MixTask& task, const Product* p
 template <typename scalar_t>
 void run_mix(const TileKernels& kernels, const std::string& name, const Case& c, Element element,
              double rounding) {
-  Mixture<scalar_t> mixture(c, kernels.lanes);
+  RandomExpand<scalar_t> random(c, kernels.lanes);
   const Array<scalar_t> input(c.batch * c.inputs * c.area(), false);
-  mixture.task.input = input.data();
-  run_tiles(kernels, mixture.task, nullptr, element, c.batch);
+  random.task.input = input.data();
+  run_tiles(kernels, random.task, nullptr, element, c.batch);
   Sums planes;
   for (int64_t n = 0; n < c.batch; ++n) {
     for (int64_t channel = 0; channel < c.inputs; ++channel) {
@@ -255,29 +263,33 @@ void run_mix(const TileKernels& kernels, const std::string& name, const Case& c,
       }
     }
   }
-  mixture.check("mix/" + name, planes, rounding);
+  random.check("expand/" + name, planes, rounding);
 }
 
-// `product`'s kernel, stride, padding and dilation are given; its image is made to fit.
-void run_product(const TileKernels& kernels, const std::string& name, Case c, Product product,
-                 bool shared) {
+// `convolution`'s kernel, stride, padding and dilation are given; its image gets a size that fits.
+void run_convolution(const TileKernels& kernels, const std::string& name, Case c,
+                     ConvolutionTask convolution, bool shared) {
   if (shared) c.rows = c.height;
   // What the filters' reach leaves unread at the bottom and right is there all the same.
   const auto size = [](int64_t out, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
-    const int64_t least = (out - 1) * stride + (kernel - 1) * dilation + 1 - 2 * pad;
-    return std::max<int64_t>(1, least + draw(0, stride - 1));
+    const int64_t smallest = (out - 1) * stride + (kernel - 1) * dilation + 1 - 2 * pad;
+    return std::max<int64_t>(1, smallest + draw(0, stride - 1));
   };
-  product.height = size(c.height, product.kernel_h, product.stride_h, product.pad_h,
-                        product.dilation_h);
-  product.width = size(c.width, product.kernel_w, product.stride_w, product.pad_w,
-                       product.dilation_w);
-  c.height = (product.height + 2 * product.pad_h - (product.kernel_h - 1) * product.dilation_h - 1) /
-                 product.stride_h + 1;
-  c.width = (product.width + 2 * product.pad_w - (product.kernel_w - 1) * product.dilation_w - 1) /
-                product.stride_w + 1;
+  convolution.height = size(c.height, convolution.kernel_h, convolution.stride_h, convolution.pad_h,
+                            convolution.dilation_h);
+  convolution.width = size(c.width, convolution.kernel_w, convolution.stride_w, convolution.pad_w,
+                           convolution.dilation_w);
+  c.height = (convolution.height + 2 * convolution.pad_h -
+              (convolution.kernel_h - 1) * convolution.dilation_h - 1) /
+                 convolution.stride_h +
+             1;
+  c.width = (convolution.width + 2 * convolution.pad_w -
+             (convolution.kernel_w - 1) * convolution.dilation_w - 1) /
+                convolution.stride_w +
+            1;
   c.rows = shared ? c.height : std::min(c.rows, c.height);
 
-  const int64_t depth = product.kernel_h * product.kernel_w * product.channels;
+  const int64_t depth = convolution.kernel_h * convolution.kernel_w * convolution.channels;
   const int64_t panels = ceil_div(c.inputs, kernels.lanes);
   const Array<float> weight(c.inputs * depth, false);
   const Array<float> packed(panels * depth * kernels.lanes, true);
@@ -290,12 +302,12 @@ void run_product(const TileKernels& kernels, const std::string& name, Case c, Pr
     const double wanted = filter < c.inputs ? weight[filter * depth + k] : 0;
     if (packed[i] != wanted) fail("pack_weight/" + name, c, i, packed[i], wanted);
   }
-  product.weight = packed.data();
+  convolution.weight = packed.data();
 
-  Mixture<float> mixture(c, kernels.lanes);
-  const int64_t image = product.channels * product.height * product.width;
+  RandomExpand<float> random(c, kernels.lanes);
+  const int64_t image = convolution.channels * convolution.height * convolution.width;
   const Array<float> input(c.batch * image, false);
-  mixture.task.input = input.data();
+  random.task.input = input.data();
   if (shared) {
     const int64_t threads = draw(1, panels);
     const auto part = [&](int64_t t, int64_t channels) {
@@ -306,21 +318,22 @@ void run_product(const TileKernels& kernels, const std::string& name, Case c, Pr
       return Range{bound(t), bound(t + 1)};
     };
     for (int64_t n = 0; n < c.batch; ++n) {
-      const Array<float> planes = workspace(kernels.planes_floats(mixture.task));
+      const Array<float> planes = workspace(kernels.planes_floats(random.task));
       for (const bool multiplies : {true, false}) {
         for (int64_t t = threads - 1; t >= 0; --t) {
-          const Array<float> memory = workspace(kernels.mix_workspace(mixture.task, &product));
+          const Array<float> memory =
+              workspace(kernels.expand_workspace(random.task, &convolution));
           if (multiplies) {
-            kernels.multiply(mixture.task, product, n, part(t, c.inputs), part(t, c.outputs),
+            kernels.convolve(random.task, convolution, n, part(t, c.inputs), part(t, c.outputs),
                              planes.data(), memory.data());
           } else {
-            kernels.store(mixture.task, n, part(t, c.outputs), planes.data(), memory.data());
+            kernels.expand_planes(random.task, n, part(t, c.outputs), planes.data(), memory.data());
           }
         }
       }
     }
   } else {
-    run_tiles(kernels, mixture.task, &product, Element::kFloat, c.batch);
+    run_tiles(kernels, random.task, &convolution, Element::kFloat, c.batch);
   }
 
   Sums planes;
@@ -329,16 +342,18 @@ void run_product(const TileKernels& kernels, const std::string& name, Case c, Pr
       for (int64_t h = 0; h < c.height; ++h) {
         for (int64_t w = 0; w < c.width; ++w) {
           Sum& sum = planes.emplace_back();
-          for (int64_t a = 0; a < product.kernel_h; ++a) {
-            for (int64_t b = 0; b < product.kernel_w; ++b) {
-              const int64_t y = h * product.stride_h + a * product.dilation_h - product.pad_h;
-              const int64_t x = w * product.stride_w + b * product.dilation_w - product.pad_w;
-              if (y < 0 || y >= product.height || x < 0 || x >= product.width) continue;
-              const int64_t k = (a * product.kernel_w + b) * product.channels;
-              for (int64_t channel = 0; channel < product.channels; ++channel) {
+          for (int64_t a = 0; a < convolution.kernel_h; ++a) {
+            for (int64_t b = 0; b < convolution.kernel_w; ++b) {
+              const int64_t y =
+                  h * convolution.stride_h + a * convolution.dilation_h - convolution.pad_h;
+              const int64_t x =
+                  w * convolution.stride_w + b * convolution.dilation_w - convolution.pad_w;
+              if (y < 0 || y >= convolution.height || x < 0 || x >= convolution.width) continue;
+              const int64_t k = (a * convolution.kernel_w + b) * convolution.channels;
+              for (int64_t channel = 0; channel < convolution.channels; ++channel) {
                 sum.add(weight[filter * depth + k + channel] *
-                        input[c.at(product.channels, n, channel, y, x, product.height,
-                                   product.width)]);
+                        input[c.at(convolution.channels, n, channel, y, x, convolution.height,
+                                   convolution.width)]);
               }
             }
           }
@@ -346,24 +361,24 @@ void run_product(const TileKernels& kernels, const std::string& name, Case c, Pr
       }
     }
   }
-  mixture.check((shared ? "shared/" : "product/") + name, planes, 1e-6);
+  random.check((shared ? "shared/" : "convolution/") + name, planes, 1e-6);
 }
 
-Product draw_product(bool channels_last) {
-  Product product{};
-  product.channels = draw(0, 1) == 0 ? 8 * draw(1, 5) : draw(1, 37);
-  product.kernel_h = product.kernel_w = product.dilation_h = product.dilation_w = 1;
-  product.stride_h = draw(0, 2) == 0 ? draw(2, 3) : 1;
-  product.stride_w = draw(0, 2) == 0 ? draw(2, 3) : 1;
+ConvolutionTask draw_convolution(bool channels_last) {
+  ConvolutionTask convolution{};
+  convolution.channels = draw(0, 1) == 0 ? 8 * draw(1, 5) : draw(1, 37);
+  convolution.kernel_h = convolution.kernel_w = convolution.dilation_h = convolution.dilation_w = 1;
+  convolution.stride_h = draw(0, 2) == 0 ? draw(2, 3) : 1;
+  convolution.stride_w = draw(0, 2) == 0 ? draw(2, 3) : 1;
   if (channels_last && draw(0, 3) > 0) {
-    product.kernel_h = draw(1, 4);
-    product.kernel_w = draw(1, 4);
-    product.dilation_h = draw(1, 3);
-    product.dilation_w = draw(1, 3);
-    product.pad_h = draw(0, 5);
-    product.pad_w = draw(0, 5);
+    convolution.kernel_h = draw(1, 4);
+    convolution.kernel_w = draw(1, 4);
+    convolution.dilation_h = draw(1, 3);
+    convolution.dilation_w = draw(1, 3);
+    convolution.pad_h = draw(0, 5);
+    convolution.pad_w = draw(0, 5);
   }
-  return product;
+  return convolution;
 }
 
 template <typename scalar_t>
@@ -377,28 +392,28 @@ void run_dot(const TileKernels& kernels, const std::string& name, const Case& c,
     channel.push_back(static_cast<int32_t>(draw(0, c.outputs - 1)));
     source.push_back(static_cast<int32_t>(draw(0, c.inputs - 1)));
   }
-  const DotTask task{.grad = grad.data(),
-                     .input = input.data(),
-                     .channels_last = c.channels_last,
-                     .height = c.height,
-                     .width = c.width,
-                     .inputs = c.inputs,
-                     .outputs = c.outputs,
-                     .rows = c.rows,
-                     .blocks = c.blocks(),
-                     .links = links,
-                     .m = c.m,
-                     .channel = channel.data(),
-                     .source = source.data(),
-                     .mask = masks.bits.data(),
-                     .mask_stride = masks.stride};
+  const TransformsTask task{.grad = grad.data(),
+                            .input = input.data(),
+                            .channels_last = c.channels_last,
+                            .height = c.height,
+                            .width = c.width,
+                            .inputs = c.inputs,
+                            .outputs = c.outputs,
+                            .rows = c.rows,
+                            .blocks = c.blocks(),
+                            .links = links,
+                            .m = c.m,
+                            .channel = channel.data(),
+                            .source = source.data(),
+                            .mask = masks.bits.data(),
+                            .mask_stride = masks.stride};
   const int64_t tiles = c.batch * c.blocks(), slices = draw(1, tiles);
   std::vector<double> got(links * taps);
   for (int64_t slice = 0; slice < slices; ++slice) {
-    const Array<float> memory = workspace(kernels.dot_workspace(task));
+    const Array<float> memory = workspace(kernels.transforms_workspace(task));
     const Array<float> sums(links * taps, false);
     std::fill_n(sums.data(), sums.size(), 0.0F);
-    kernels.dot(task, element, slice, tiles, slices, sums.data(), memory.data());
+    kernels.grad_transforms(task, element, slice, tiles, slices, sums.data(), memory.data());
     for (int64_t i = 0; i < sums.size(); ++i) got[i] += sums[i];
   }
   for (int64_t i = 0; i < links * taps; ++i) {
@@ -416,7 +431,7 @@ void run_dot(const TileKernels& kernels, const std::string& name, const Case& c,
         }
       }
     }
-    compare("dot/" + name, c, i, got[i], sum, 1e-6);
+    compare("transforms/" + name, c, i, got[i], sum, 1e-6);
   }
 }
 
@@ -424,11 +439,12 @@ void run_cases(const TileKernels& kernels, const std::string& set, int64_t count
   const auto run_element = [&]<typename scalar_t>(scalar_t, Element element, const char* dtype,
                                                   double rounding) {
     const Case c = draw_case();
-    const std::string name = (c.channels_last ? "channels_last/" : "contiguous/") + set + "/" + dtype;
+    const std::string name =
+        (c.channels_last ? "channels_last/" : "contiguous/") + set + "/" + dtype;
     run_mix<scalar_t>(kernels, name, c, element, rounding);
     run_dot<scalar_t>(kernels, name, c, element);
-    ++counts["mix/" + name];
-    ++counts["dot/" + name];
+    ++counts["expand/" + name];
+    ++counts["transforms/" + name];
   };
   for (int64_t i = 0; i < count; ++i) {
     run_element(float(), Element::kFloat, "float", 1e-6);
@@ -437,8 +453,8 @@ void run_cases(const TileKernels& kernels, const std::string& set, int64_t count
     for (const bool shared : {false, true}) {
       const Case c = draw_case();
       const std::string name = (c.channels_last ? "channels_last/" : "contiguous/") + set;
-      run_product(kernels, name, c, draw_product(c.channels_last), shared);
-      ++counts[(shared ? "shared/" : "product/") + name];
+      run_convolution(kernels, name, c, draw_convolution(c.channels_last), shared);
+      ++counts[(shared ? "shared/" : "convolution/") + name];
     }
   }
   // What small random problems do not reach: transforms beyond the image, pixels that lie so far
@@ -449,8 +465,10 @@ void run_cases(const TileKernels& kernels, const std::string& set, int64_t count
     run_dot<float>(kernels, set + "/largest transforms", wide, Element::kFloat);
   }
   const auto run_deep = [&](int64_t kernel, int64_t filters, int64_t width, bool shared) {
-    const Product deep{nullptr, 512, 0, 0, kernel, kernel, 1, 1, kernel / 2, kernel / 2, 1, 1};
-    run_product(kernels, set + "/deep", {1, filters, 40, 5, width, 5, 1, 3, true}, deep, shared);
+    const ConvolutionTask deep{nullptr, 512, 0,          0,          kernel, kernel,
+                               1,       1,   kernel / 2, kernel / 2, 1,      1};
+    run_convolution(kernels, set + "/deep", {1, filters, 40, 5, width, 5, 1, 3, true}, deep,
+                    shared);
   };
   run_deep(1, 24, 7, /*shared=*/true);
   run_deep(1, 520, 13, /*shared=*/false);

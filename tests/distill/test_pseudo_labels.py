@@ -13,6 +13,7 @@ from sbf_dist import recipe
 from sbf_dist.distill import pseudo_labels as store
 from sbf_dist.distill.task import full_distributions
 from sbf_dist.errors import UserError
+from sbf_dist.settings import PseudoLabels
 
 ORIGIN = {"teachers": "t" * 64, "data": "d" * 64, "temperature": 1.5, "top_k": 3}
 
@@ -23,14 +24,14 @@ def distributions(images, classes, seed=0):
     return (raw / raw.sum(1, keepdims=True)).astype(np.float32)
 
 
-def full(read: store.PseudoLabels, classes: int) -> np.ndarray:
+def full(read: store.StoredLabels, classes: int) -> np.ndarray:
     stored = torch.tensor(read.classes), torch.tensor(read.probabilities)
     return full_distributions(*stored, classes).numpy()
 
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(store, "CHUNK", 4)
+    monkeypatch.setattr(store, "CHUNK_IMAGES", 4)
 
 
 def write(folder: Path, ids, said, k=3, origin=ORIGIN):
@@ -39,7 +40,7 @@ def write(folder: Path, ids, said, k=3, origin=ORIGIN):
     order = np.argsort(ids)
     for number, part in enumerate(store.chunks(ids[order])):
         rows = [int(np.flatnonzero(ids == i)[0]) for i in part]
-        store.write_chunk(folder, number, part, said[rows], k)
+        store.write_chunk(folder, number, part, said[rows], PseudoLabels(top_k=k))
     store.finish(folder, np.sort(ids))
 
 
@@ -51,13 +52,13 @@ def complete(tmp_path: Path, small_chunks):
     return tmp_path / "store"
 
 
-def refused(folder: Path, *words: str, origin=ORIGIN):
-    with pytest.raises(UserError) as told:
+def refused(folder: Path, *parts: str, origin=ORIGIN):
+    with pytest.raises(UserError) as raised:
         store.load(folder, origin)
-    message = str(told.value)
+    message = str(raised.value)
     assert "\n" not in message
-    for word in (str(folder), "pseudo-labels", *words):
-        assert word in message, message
+    for part in (str(folder), "pseudo-labels", *parts):
+        assert part in message, message
 
 
 def test_what_was_written_is_read_by_ascending_id(tmp_path, small_chunks):
@@ -77,7 +78,7 @@ def test_what_was_written_is_read_by_ascending_id(tmp_path, small_chunks):
 def test_images_of_a_chunk_may_come_in_any_order(tmp_path):
     store.begin(tmp_path, ORIGIN)
     said = distributions(3, 4)
-    store.write_chunk(tmp_path, 0, np.array([9, 2, 5]), said, 4)
+    store.write_chunk(tmp_path, 0, np.array([9, 2, 5]), said, PseudoLabels(top_k=4))
     store.finish(tmp_path, np.array([2, 5, 9]))
     read = store.load(tmp_path, ORIGIN)
     assert read.ids.tolist() == [2, 5, 9]
@@ -88,7 +89,7 @@ def test_images_of_a_chunk_may_come_in_any_order(tmp_path):
 def test_certainty_has_no_entropy_and_uniform_has_the_most(tmp_path):
     store.begin(tmp_path, ORIGIN)
     said = np.array([[0, 1, 0, 0], [0.25] * 4], np.float32)
-    store.write_chunk(tmp_path, 0, np.array([0, 1]), said, 2)
+    store.write_chunk(tmp_path, 0, np.array([0, 1]), said, PseudoLabels(top_k=2))
     store.finish(tmp_path, np.arange(2))
     entropy = store.load(tmp_path, ORIGIN).entropy
     np.testing.assert_allclose(entropy, [0, np.log(4)], atol=1e-6)
@@ -107,7 +108,7 @@ def test_full_distributions_keep_what_is_stored_and_share_the_rest_out(
     folder = tmp_path_factory.mktemp("store")
     said = distributions(images, classes, seed)
     store.begin(folder, ORIGIN)
-    store.write_chunk(folder, 0, np.arange(images), said, k)
+    store.write_chunk(folder, 0, np.arange(images), said, PseudoLabels(top_k=k))
     store.finish(folder, np.arange(images))
     read = store.load(folder, ORIGIN)
     found = full(read, classes)
@@ -128,7 +129,7 @@ def test_full_distributions_keep_what_is_stored_and_share_the_rest_out(
 def test_chunks_cut_the_ids_whoever_writes_them(images, chunk):
     ids = np.arange(images) * 2
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "CHUNK", chunk)
+        patch.setattr(store, "CHUNK_IMAGES", chunk)
         parts = store.chunks(ids)
     assert [i for part in parts for i in part.tolist()] == ids.tolist()
     assert all(len(part) == chunk for part in parts[:-1])
@@ -139,7 +140,7 @@ def test_a_stopped_job_goes_on_with_the_chunks_that_are_missing(tmp_path, small_
     ids = np.arange(10)
     said = distributions(10, 5)
     store.begin(tmp_path, ORIGIN)
-    store.write_chunk(tmp_path, 1, ids[4:8], said[4:8], 3)
+    store.write_chunk(tmp_path, 1, ids[4:8], said[4:8], PseudoLabels(top_k=3))
     refused(tmp_path, "not complete")
     before = store.chunk_path(tmp_path, 1).stat()
     store.begin(tmp_path, ORIGIN)
@@ -149,7 +150,9 @@ def test_a_stopped_job_goes_on_with_the_chunks_that_are_missing(tmp_path, small_
         store.finish(tmp_path, ids)
     refused(tmp_path, "not complete")
     for number in (0, 2):
-        store.write_chunk(tmp_path, number, ids[4 * number :][:4], said[4 * number :][:4], 3)
+        store.write_chunk(
+            tmp_path, number, ids[4 * number :][:4], said[4 * number :][:4], PseudoLabels(top_k=3)
+        )
     store.finish(tmp_path, ids)
     assert store.load(tmp_path, ORIGIN).ids.tolist() == list(range(10))
 

@@ -17,13 +17,13 @@ class Logits(nn.Module):
 
 
 def batch(logits, labels, teacher=None):
-    made = {
+    given_batch = {
         "image": torch.tensor(logits, dtype=torch.float32, requires_grad=True),
         "label": torch.tensor(labels),
     }
     if teacher is not None:
-        made["teacher"] = torch.tensor(teacher, dtype=torch.float32)
-    return made
+        given_batch["teacher"] = torch.tensor(teacher, dtype=torch.float32)
+    return given_batch
 
 
 def test_without_teachers_the_loss_is_the_cross_entropy_by_hand():
@@ -34,8 +34,8 @@ def test_without_teachers_the_loss_is_the_cross_entropy_by_hand():
 
 
 def test_divergence_is_kl_of_teacher_from_student_by_hand():
-    made = batch([[0.0, math.log(3)], [0.0, 0.0]], [-1, -1], [[0.5, 0.5], [1.0, 0.0]])
-    parts = DistillationTask(Logits())(made)
+    given_batch = batch([[0.0, math.log(3)], [0.0, 0.0]], [-1, -1], [[0.5, 0.5], [1.0, 0.0]])
+    parts = DistillationTask(Logits())(given_batch)
     first = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
     second = math.log(1 / 0.5)  # and 0 · log 0 = 0
     assert parts["divergence"].item() == pytest.approx((first + second) / 2)
@@ -43,8 +43,8 @@ def test_divergence_is_kl_of_teacher_from_student_by_hand():
 
 
 def test_both_parts_are_means_over_the_images_they_are_about():
-    made = batch([[0.0, 1.0], [2.0, 0.0], [0.0, 3.0]], [1, -1, -1], [[0.5, 0.5]] * 3)
-    parts = DistillationTask(Logits(), label_weight=0.25)(made)
+    given_batch = batch([[0.0, 1.0], [2.0, 0.0], [0.0, 3.0]], [1, -1, -1], [[0.5, 0.5]] * 3)
+    parts = DistillationTask(Logits(), label_weight=0.25)(given_batch)
     assert parts["cross_entropy"].item() == pytest.approx(math.log(1 + math.exp(-1)))
     each = [
         math.log(0.5) - 0.5 * (torch.tensor(row).log_softmax(0).sum().item())
@@ -61,34 +61,36 @@ def test_both_parts_are_means_over_the_images_they_are_about():
 def test_an_image_without_label_never_contributes_to_the_cross_entropy(labels, teachers):
     logits = torch.randn(len(labels), 3, generator=torch.Generator().manual_seed(1)).tolist()
     teacher = [[0.2, 0.3, 0.5]] * len(labels) if teachers else None
-    made = batch(logits, labels, teacher)
-    parts = DistillationTask(Logits())(made)
+    given_batch = batch(logits, labels, teacher)
+    parts = DistillationTask(Logits())(given_batch)
     cross_entropy = parts["cross_entropy" if teachers else "loss"]
     cross_entropy.backward()
-    gradient = made["image"].grad.abs().sum(1)
+    gradient = given_batch["image"].grad.abs().sum(1)
     labelled = torch.tensor(labels) >= 0
     assert (gradient[~labelled] == 0).all()
     assert (gradient[labelled] > 0).all()
     if not labelled.any():
         assert cross_entropy == 0
         return
-    expected = nn.functional.cross_entropy(made["image"][labelled], torch.tensor(labels)[labelled])
+    expected = nn.functional.cross_entropy(
+        given_batch["image"][labelled], torch.tensor(labels)[labelled]
+    )
     torch.testing.assert_close(cross_entropy, expected)
 
 
 def test_an_agreeing_student_has_no_divergence_and_no_gradient():
     probabilities = [[0.7, 0.2, 0.1]]
-    made = batch(torch.tensor(probabilities).log().tolist(), [-1], probabilities)
-    parts = DistillationTask(Logits())(made)
+    given_batch = batch(torch.tensor(probabilities).log().tolist(), [-1], probabilities)
+    parts = DistillationTask(Logits())(given_batch)
     parts["loss"].backward()
     assert parts["loss"].item() == pytest.approx(0, abs=1e-6)
-    assert made["image"].grad.abs().max() < 1e-6
+    assert given_batch["image"].grad.abs().max() < 1e-6
 
 
 def test_loss_is_full_precision_also_for_half_precision_logits():
-    made = batch([[0.0, 1.0]], [1], [[0.5, 0.5]])
-    made["image"] = made["image"].detach().bfloat16()
-    assert DistillationTask(Logits())(made)["loss"].dtype == torch.float32
+    given_batch = batch([[0.0, 1.0]], [1], [[0.5, 0.5]])
+    given_batch["image"] = given_batch["image"].detach().bfloat16()
+    assert DistillationTask(Logits())(given_batch)["loss"].dtype == torch.float32
 
 
 @given(st.permutations([2, 3, 8, 20]), st.integers(1, 4))
@@ -97,10 +99,10 @@ def test_stored_targets_are_joined_by_sample_id(order, count):
     classes = torch.tensor([[0, 1], [1, 0], [2, 1], [0, 2]])
     probabilities = torch.tensor([[0.5, 0.25], [0.75, 0.25], [1.0, 0.0], [0.5, 0.125]])
     full = [[0.5, 0.25, 0.25], [0.25, 0.75, 0.0], [0.0, 0.0, 1.0], [0.5, 0.375, 0.125]]
-    made = {"id": torch.tensor(order[:count]), "image": torch.zeros(count)}
-    annotated = stored_targets(ids, classes, probabilities, count=3)(made)
-    assert "teacher" not in made
-    assert annotated["image"] is made["image"]
+    given_batch = {"id": torch.tensor(order[:count]), "image": torch.zeros(count)}
+    annotated = stored_targets(ids, classes, probabilities, num_classes=3)(given_batch)
+    assert "teacher" not in given_batch
+    assert annotated["image"] is given_batch["image"]
     rows = [[2, 3, 8, 20].index(i) for i in order[:count]]
     assert torch.equal(annotated["teacher"], torch.tensor(full)[rows])
 
@@ -108,6 +110,6 @@ def test_stored_targets_are_joined_by_sample_id(order, count):
 @pytest.mark.parametrize("stranger", [0, 5, 99])
 def test_an_image_without_pseudo_label_is_our_own_bug(stranger):
     classes = torch.zeros(2, 1, dtype=torch.int64)
-    annotate = stored_targets(torch.tensor([2, 8]), classes, torch.ones(2, 1), count=3)
+    annotate = stored_targets(torch.tensor([2, 8]), classes, torch.ones(2, 1), num_classes=3)
     with pytest.raises(AssertionError, match="no pseudo-label"):
         annotate({"id": torch.tensor([2, stranger])})

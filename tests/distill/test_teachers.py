@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sbf_dist.distill.teachers import TeacherEnsemble, View, translate
+from sbf_dist.distill.teachers import TeacherEnsemble, translate
+from sbf_dist.settings import View
 
-PHOTO = View(8, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-CENTRED = View(8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+PHOTO = View(image_size=8, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+CENTRED = View(image_size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
 class Says(nn.Module):
@@ -84,7 +85,7 @@ def test_probabilities_are_full_precision_also_under_autocast():
 
 def test_each_teacher_sees_the_images_in_its_own_view():
     one, other = Says(0, 1), Says(1, 0)
-    small = View(4, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    small = View(image_size=4, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
     teachers = ensemble(one, other, views=[PHOTO, small])
     images = torch.randn(2, 3, 8, 8)
     teachers(images, PHOTO)
@@ -114,15 +115,15 @@ values = st.floats(0.05, 0.95)
 @settings(max_examples=30, deadline=None)
 @given(st.tuples(*[values] * 3), st.tuples(*[values] * 3), st.integers(1, 3), st.integers(4, 12))
 def test_there_and_back_again_are_the_same_images(mean, std, images, size):
-    view = View(size, PHOTO.mean, PHOTO.std)
-    other = View(size, mean, std)
+    view = View(image_size=size, mean=PHOTO.mean, std=PHOTO.std)
+    other = View(image_size=size, mean=mean, std=std)
     x = torch.randn(images, 3, size, size)
     back = translate(translate(x, view, other), other, view)
     torch.testing.assert_close(back, x, rtol=1e-4, atol=1e-4)
 
 
 def test_a_resized_image_keeps_its_colour_and_its_place():
-    large = View(16, PHOTO.mean, PHOTO.std)
+    large = View(image_size=16, mean=PHOTO.mean, std=PHOTO.std)
     image = torch.zeros(1, 3, 16, 16)
     image[:, :, :8, :8] = 1.0
     small = translate(image, large, PHOTO)
@@ -134,7 +135,11 @@ def test_a_resized_image_keeps_its_colour_and_its_place():
 
 def test_a_smaller_view_is_not_aliased():
     stripes = torch.tensor([1.0, 0, 0, 0]).repeat(4).expand(1, 3, 16, 16)
-    small = translate(stripes, View(16, PHOTO.mean, PHOTO.std), View(4, PHOTO.mean, PHOTO.std))
+    small = translate(
+        stripes,
+        View(image_size=16, mean=PHOTO.mean, std=PHOTO.std),
+        View(image_size=4, mean=PHOTO.mean, std=PHOTO.std),
+    )
     assert small[..., 1:3].mean().item() == pytest.approx(0.25, abs=0.1)
 
 

@@ -9,7 +9,7 @@ from students import half_of_every_block, make_student
 
 from sbf_dist.compression.plan import Plan, SBFLayer
 from sbf_dist.export.fold import fold_batchnorm
-from sbf_dist.export.onnx import to_onnx, verify_onnx
+from sbf_dist.export.onnx import export_onnx, verify_onnx
 from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import Card, load_student, save_student
 from sbf_dist.export.standard_operators import with_standard_operators
@@ -43,7 +43,7 @@ def test_folded_optimized_and_portable_networks_give_the_same(
     kept = fold_batchnorm(student).get_submodule("stages.0.0.conv1")
     assert isinstance(kept, SBFConv2d)
     assert kept.between is not None
-    assert "norm1" in caplog.text, "what is not folded is told"
+    assert "norm1" in caplog.text, "what is not folded is logged"
     assert "between" not in caplog.text, "what is between is no candidate for folding"
 
 
@@ -64,5 +64,5 @@ def test_an_onnx_file_agrees(tmp_path: Path) -> None:
     plan = plan_with(2)
     student = make_student(plan)
     card = Card.of(plan, classes=list("0123456789"), mean=[0.5] * 3, std=[0.2] * 3)
-    to_onnx(student, tmp_path / "student.onnx", card)
+    export_onnx(student, tmp_path / "student.onnx", card)
     assert verify_onnx(tmp_path / "student.onnx", student, IMAGES) <= 1e-4

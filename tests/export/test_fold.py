@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sbf_dist import models
 from sbf_dist.export.fold import (
-    LARGEST_GAIN,
+    MAX_GAIN,
     UnscaledSBFConv2d,
     fold_batchnorm,
     fold_into_sbf,
@@ -22,7 +22,9 @@ def sbf_pair(
     torch.manual_seed(slots)
     kept = [0, 2, 5, 6, 9, 11]
     sources = [[kept[(2 * i + s) % 6] for s in range(slots)] for i in range(6)]
-    layer = SBFConv2d(4, 12, 3, kept, sources, m, stride, 1, groups=groups, bias=bias)
+    layer = SBFConv2d(
+        4, 12, 3, kept, sources, m, stride=stride, padding=1, groups=groups, bias=bias
+    )
     if bias:
         nn.init.normal_(layer.bias)
     return randomise(nn.Sequential(layer, nn.BatchNorm2d(12))).double().eval()
@@ -75,7 +77,7 @@ def test_source_with_tiny_scale_folds_exactly_and_magnifies_nothing(
     assert isinstance(folded[0], UnscaledSBFConv2d)
     check_equal(folded, model, images())
     scale = (model[1].weight / (model[1].running_var + model[1].eps).sqrt()).abs().max()
-    largest = LARGEST_GAIN * scale * model[0].transforms.abs().max()
+    largest = MAX_GAIN * scale * model[0].transforms.abs().max()
     assert folded[0].transforms.abs().max() <= largest
     assert folded[0].basis.weight.shape == model[0].basis.weight.shape
 

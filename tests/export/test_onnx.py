@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sbf_dist.compression.plan import Plan
 from sbf_dist.errors import UserError
 from sbf_dist.export.fold import UnscaledSBFConv2d, fold_batchnorm
-from sbf_dist.export.onnx import OPSET, to_onnx, verify_onnx
+from sbf_dist.export.onnx import OPSET, export_onnx, verify_onnx
 from sbf_dist.export.saved import Card
 from sbf_dist.layers import SBFConv2d
 
@@ -20,7 +20,7 @@ from sbf_dist.layers import SBFConv2d
 @pytest.fixture(scope="module")
 def exported(plan: Plan, card: Card, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("export") / "new folder" / "student.onnx"
-    to_onnx(make_student(plan), path, card)
+    export_onnx(make_student(plan), path, card)
     return path
 
 
@@ -57,7 +57,7 @@ def test_batch_size_is_fixed_on_request(tmp_path: Path) -> None:
     student = make_student(plan)
     card = Card.of(plan, classes=list("0123456789"), mean=[0.5] * 3, std=[0.2] * 3)
     path = tmp_path / "student.onnx"
-    to_onnx(student, path, card, dynamic_batch=False)
+    export_onnx(student, path, card, dynamic_batch=False)
     assert onnxruntime.InferenceSession(path).get_inputs()[0].shape == [1, 3, 16, 16]
     assert verify_onnx(path, student, torch.randn(3, 3, 16, 16)) <= 1e-4
 
@@ -78,8 +78,23 @@ def test_layer_with_hidden_basis_features_is_exported(card: Card, tmp_path: Path
         norm.weight[1] = 0
     model = nn.Sequential(layer, norm, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
     assert isinstance(fold_batchnorm(model)[0], UnscaledSBFConv2d)
-    to_onnx(model, tmp_path / "student.onnx", card)
+    export_onnx(model, tmp_path / "student.onnx", card)
     assert verify_onnx(tmp_path / "student.onnx", model, torch.randn(5, 3, 16, 16)) <= 1e-4
+
+
+def test_without_a_card_the_shape_is_enough(plan: Plan, tmp_path: Path) -> None:
+    student = make_student(plan)
+    path = tmp_path / "student.onnx"
+    export_onnx(student, str(path), input_shape=(3, 16, 16))
+    assert verify_onnx(path, student, torch.randn(5, 3, 16, 16)) <= 1e-4
+    assert onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map == {}
+
+
+def test_the_shape_is_given_once(student: nn.Module, card: Card, tmp_path: Path) -> None:
+    path = tmp_path / "student.onnx"
+    for arguments in ({}, {"card": card, "input_shape": (3, 16, 16)}):
+        with pytest.raises(UserError, match="give either a card or input_shape="):
+            export_onnx(student, path, **arguments)
 
 
 class BranchOnData(nn.Module):
@@ -89,9 +104,9 @@ class BranchOnData(nn.Module):
 
 def test_network_that_cannot_be_exported_is_refused_by_name(card: Card, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'cifar_resnet8' cannot be exported as ONNX"):
-        to_onnx(BranchOnData(), tmp_path / "student.onnx", card)
+        export_onnx(BranchOnData(), tmp_path / "student.onnx", card)
     with pytest.raises(UserError) as error:
-        to_onnx(BranchOnData(), tmp_path / "student.onnx", card)
+        export_onnx(BranchOnData(), tmp_path / "student.onnx", card)
     assert str(error.value).isprintable()  # one line, without escape sequences
     assert not re.search("Next steps|step 1", str(error.value))
     assert list(tmp_path.iterdir()) == []

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from sbf_dist import models
-from sbf_dist.budget import Budget
 from sbf_dist.compression.joint import plan_jointly
-from sbf_dist.export.onnx import to_onnx, verify_onnx
+from sbf_dist.export.onnx import export_onnx, verify_onnx
 from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import Card, load_student, save_student
+from sbf_dist.settings import Compression
 
 
 @pytest.fixture(scope="module")
@@ -21,14 +21,7 @@ def narrowed():
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.uniform_(module.bias, -0.2, 0.5)
     images = torch.randn(48, 3, 16, 16)
-    student, plan = plan_jointly(
-        model,
-        images,
-        model_name="cifar_resnet8",
-        classes=10,
-        budget=Budget(macs=0.4),
-        shares=(0.5,),
-    )
+    student, plan = plan_jointly(model, images, Compression(macs=0.4, removal=0.5))
     assert plan.removed
     assert any(layer.kind == "sbf" for layer in plan.layers.values())
     return student, plan
@@ -54,5 +47,5 @@ def test_a_narrowed_student_is_optimized(narrowed):
 
 def test_a_narrowed_student_is_exported_to_onnx(narrowed, tmp_path):
     student, plan = narrowed
-    to_onnx(student, tmp_path / "student.onnx", card_of(plan))
+    export_onnx(student, tmp_path / "student.onnx", card_of(plan))
     assert verify_onnx(tmp_path / "student.onnx", student, torch.randn(3, 3, 16, 16)) < 1e-3

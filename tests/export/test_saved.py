@@ -129,5 +129,5 @@ def test_card_of_another_plan_is_not_saved(student: nn.Module, card: Card, tmp_p
 
 
 def test_card_must_name_every_class(plan: Plan) -> None:
-    with pytest.raises(ValueError, match="3 class names for a plan of 10 classes"):
+    with pytest.raises(UserError, match="3 class names for a plan of 10 classes"):
         Card.of(plan, classes=["a", "b", "c"], mean=[0.5] * 3, std=[0.2] * 3)

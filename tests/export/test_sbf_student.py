@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from sbf_dist.export.onnx import to_onnx
+from sbf_dist.export.onnx import export_onnx
 from sbf_dist.export.saved import Card
 from sbf_dist.export.sbf_student import Student
 
@@ -27,7 +27,7 @@ def path(network: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
         plan_digest="0" * 64,
     )
     path = tmp_path_factory.mktemp("onnx") / "student.onnx"
-    to_onnx(network, path, card)
+    export_onnx(network, path, card)
     return path
 
 
@@ -56,7 +56,7 @@ def test_floats_mean_the_same_as_bytes(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "told"),
+    ("images", "message"),
     [
         (np.zeros((2, 3, 8, 6), np.uint8), r"\(2, 3, 8, 6\); wanted \(N, 8, 6, 3\)"),
         (np.zeros((8, 6, 3), np.uint8), r"\(8, 6, 3\); wanted"),
@@ -68,6 +68,6 @@ def test_floats_mean_the_same_as_bytes(path: Path) -> None:
         (np.full((2, 8, 6, 3), -1.5), r"floats in \[-1.5, -1.5\].* normalised, leave that"),
     ],
 )
-def test_other_shapes_and_types_are_refused(path: Path, images: np.ndarray, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_other_shapes_and_types_are_refused(path: Path, images: np.ndarray, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         Student(path).predict(images)

@@ -65,7 +65,7 @@ def test_all_forms_equal_the_layer(
 @pytest.mark.parametrize(
     ("slots", "form"), [(1, DepthwiseExpand), (2, DepthwiseExpand), (3, ProductExpand)]
 )
-def test_mixtures_of_most_of_the_basis_are_products(slots: int, form: type) -> None:
+def test_layers_that_read_most_of_the_basis_are_products(slots: int, form: type) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(random_layer(4, 8, kept=4, slots=slots, m=1))
     portable = with_standard_operators(model)

@@ -18,7 +18,9 @@ import pytest
 from PIL import Image
 
 from launchers import cli
-from launchers.layout import RunFolder
+from launchers.commands import run as run_command
+from launchers.run import execution
+from launchers.run.folder import RunFolder
 from sbf_dist.errors import UserError
 
 SBF = Path(sys.executable).with_name("sbf")
@@ -42,7 +44,7 @@ MANY_WORKERS = [
 
 
 @dataclass(frozen=True)
-class Told:
+class Answer:
     """What a process has said, and what it has changed in its folder."""
 
     code: int
@@ -70,7 +72,11 @@ def prepare(folder: Path) -> None:
     write_images(folder / "few", ant=9, bee=4)
     (folder / "runs" / "tiny").mkdir(parents=True)
     (folder / "runs" / "tiny" / ".lock").touch()
-    (folder / "runs" / "tiny" / "recipe.json").write_text('{"name": "tiny", "seed": 77}')
+    other = folder / "runs" / "other"
+    (other / "stages").mkdir(parents=True)
+    (other / ".lock").touch()
+    (other / "recipe.json").write_text('{"name": "other", "seed": 77}')
+    (other / "stages" / "prepare.json").write_text("{}")
 
 
 def folder_of(name: str) -> list[str]:
@@ -90,18 +96,18 @@ COMMANDS = {
     "empty data": folder_of("empty"),
     "class without image": folder_of("gap"),
     "class with too few labels": [*folder_of("few"), "data.labelled_per_class=5"],
-    "other recipe": ["run", "tiny.yaml"],
+    "other recipe": ["run", "tiny.yaml", "name=other"],
     # Also of a recipe that is meant for another machine.
     "dry run": [*folder_of("nowhere"), *MANY_WORKERS, "--dry-run"],
 }
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Told]]:
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Answer]]:
     template = tmp_path_factory.mktemp("template")
     prepare(template)
 
-    def ask(name: str) -> Told:
+    def ask(name: str) -> Answer:
         folder = tmp_path_factory.mktemp("user") / "work"
         shutil.copytree(template, folder)
         before = content(folder)
@@ -114,36 +120,36 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Told]]:
             timeout=120,
             check=False,
         )
-        return Told(done.returncode, done.stdout, done.stderr, content(folder) ^ before)
+        return Answer(done.returncode, done.stdout, done.stderr, content(folder) ^ before)
 
     with ThreadPoolExecutor(2) as pool:
         yield dict(zip(COMMANDS, pool.map(ask, COMMANDS), strict=True))
 
 
 @pytest.mark.parametrize("name", ["help", "help of run"])
-def test_help_is_plain_text_of_eighty_columns(told, name):
-    answer = told[name]
+def test_help_is_plain_text_of_eighty_columns(answers, name):
+    answer = answers[name]
     assert (answer.code, answer.stderr, answer.changed) == (0, "", set())
     assert answer.stdout.isascii()
     assert max(map(len, answer.stdout.splitlines())) <= 80
     assert "..." not in answer.stdout.replace("[KEY=VALUE]...", "").replace("[ARGS]...", "")
 
 
-def test_help_tells_what_this_is_and_how_to_begin(told):
-    text = " ".join(told["help"].stdout.split())
+def test_help_says_what_this_is_and_how_to_begin(answers):
+    text = " ".join(answers["help"].stdout.split())
     assert "Usage: sbf" in text
     assert "CNNs at half the cost" in text
     assert "sbf run recipes/digits.yaml" in text
     assert re.search(r"run\s+Run a recipe: from images to an exported student\.", text)
 
 
-def test_help_of_run_explains_every_argument_and_stage(told):
-    text = told["help of run"].stdout
+def test_help_of_run_explains_every_argument_and_stage(answers):
+    text = answers["help of run"].stdout
     assert re.search(r"Usage: sbf run \[OPTIONS\] \S*RECIPE\S* \[KEY=VALUE\]\.\.\.", text)
     for option in ("--runs", "--until", "--again", "--dry-run", "--help"):
         line = text[text.index(f"  {option}") :].removeprefix(f"  {option}")
         assert re.match(r"( <[^>]+>)?\s+[A-Z][a-z ,;]+", line), option
-    for stage in cli.StageName:
+    for stage in run_command.StageName:
         assert stage.value in text
     assert "goes on from the last checkpoint" in " ".join(text.split())
     assert "distill.training.steps=200" in text
@@ -161,15 +167,15 @@ def test_help_of_run_explains_every_argument_and_stage(told):
         ("budget", "recipe tiny.yaml: compress.macs = 1.5 must be a share in (0, 1]"),
         ("unknown model", "model 'timm:resnet5O' is unknown; did you mean 'resnet50'?"),
         ("too many workers", "workers.count = 1024 with workers.cpus = 1: needs 1024 CPUs, this"),
-        ("missing data", "/work/nowhere: is no folder"),
+        ("missing data", "/work/nowhere: is not a folder"),
         ("empty data", "/work/empty: is empty; it should hold one folder a class"),
         ("class without image", "/work/gap: the class 'bee' has no image"),
         ("class with too few labels", "labelled_per_class 5: the class 'bee' of "),
-        ("other recipe", "/runs/tiny was made with "),
+        ("other recipe", "/runs/other: prepare was done with "),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2_and_nothing_is_written(told, name, message):
-    answer = told[name]
+def test_a_mistake_is_one_line_and_exit_code_2_and_nothing_is_written(answers, name, message):
+    answer = answers[name]
     assert answer.code == 2
     assert answer.stdout == ""
     assert answer.stderr.startswith("sbf: ")
@@ -180,12 +186,15 @@ def test_a_mistake_is_one_line_and_exit_code_2_and_nothing_is_written(told, name
     assert all("/.lock " in change for change in answer.changed), answer.changed
 
 
-def test_a_run_of_another_recipe_tells_the_first_difference_and_the_way_out(told):
-    assert re.search(r"made with \S+ = .*, the recipe says .*name=", told["other recipe"].stderr)
+def test_a_run_of_another_recipe_names_the_first_difference_and_the_ways_out(answers):
+    assert re.search(
+        r"done with seed = 77, the recipe says 0; give --again prepare or .*name=",
+        answers["other recipe"].stderr,
+    )
 
 
-def test_a_dry_run_tells_what_would_be_done_and_does_nothing(told):
-    answer = told["dry run"]
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(answers):
+    answer = answers["dry run"]
     assert (answer.code, answer.stderr, answer.changed) == (0, "", set())
     assert re.search(r"recipe tiny is valid \([0-9a-f]{12}\)", answer.stdout)
     assert "one: cifar_resnet8, 10 steps of 1024 images towards labels" in answer.stdout
@@ -267,7 +276,7 @@ def test_what_is_no_mistake_of_the_users_keeps_its_traceback(sbf, monkeypatch):
     def bug(*_, **__):
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr(cli, "check_models", bug)
+    monkeypatch.setattr(run_command, "check_models", bug)
     monkeypatch.setattr(sys, "argv", ["sbf", "run", "tiny.yaml"])
     with pytest.raises(ZeroDivisionError, match="ours"):
         cli.main()
@@ -277,13 +286,13 @@ def test_a_run_that_is_interrupted_ends_with_130(sbf, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "execute", interrupted)
+    monkeypatch.setattr(execution, "execute", interrupted)
     assert sbf("run", "tiny.yaml")[0] == 130
 
 
 def test_stages_are_passed_on_and_runs_become_absolute(sbf, monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr(cli, "execute", lambda *given: seen.append(given))
+    monkeypatch.setattr(execution, "execute", lambda *given: seen.append(given))
     assert sbf("run", "tiny.yaml", "seed=3", "--runs", "here", "--until", "compress",
                "--again", "teachers")[0] == 0  # fmt: skip
     recipe, folder, until, again = seen[0]
@@ -294,7 +303,7 @@ def test_stages_are_passed_on_and_runs_become_absolute(sbf, monkeypatch, tmp_pat
 
 
 def test_images_that_are_indexed_already_need_not_be_there(sbf, monkeypatch):
-    monkeypatch.setattr(cli, "execute", lambda *_: None)
+    monkeypatch.setattr(execution, "execute", lambda *_: None)
     done = Path("runs/tiny/stages/prepare.json")
     done.parent.mkdir()
     done.write_text("{}")
@@ -307,16 +316,16 @@ def test_a_lock_is_held_once_and_given_back(tmp_path):
     folder = RunFolder(tmp_path, "tiny")
     folder.root.mkdir()
     with (
-        cli.locked(folder),
+        execution.locked(folder),
         pytest.raises(UserError, match="in use by another sbf run"),
-        cli.locked(folder),
+        execution.locked(folder),
     ):
         pass
-    with cli.locked(folder):
+    with execution.locked(folder):
         pass
 
 
 def test_the_stages_of_the_command_line_are_those_that_are_done():
-    from launchers.stages import STAGES
+    from launchers.run.stages import STAGES
 
-    assert [stage.value for stage in cli.StageName] == list(STAGES)
+    assert [stage.value for stage in run_command.StageName] == [stage.name for stage in STAGES]

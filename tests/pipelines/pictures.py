@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def colour_of(number: int) -> tuple[int, int, int]:
-    """One colour a file, far enough apart to be told from each other after resizing."""
+    """One colour a file, far enough apart to be distinguished after resizing."""
     return (10 * (number % 25), 100 * (number // 25), 255 - 10 * (number % 25))
 
 

@@ -46,7 +46,7 @@ def two_workers(tmp_path: Path, *folders: Path) -> list[str]:
     return [worker.communicate()[0].strip() for worker in workers]
 
 
-def test_a_class_folder_that_differs_is_told_by_every_worker(plain_root, plain_index, tmp_path):
+def test_a_class_folder_that_differs_is_reported_by_every_worker(plain_root, plain_index, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(plain_root, copy)
     (copy / "cow").rename(copy / "dog")

@@ -13,15 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from grouped_settings import grouped
 from pictures import smooth_picture
 from PIL import Image
 
-from pipelines.augmentation import Augmentation
 from pipelines.index import DataIndex
 from pipelines.inspection import MAX_PIXELS, inspect_image
 from pipelines.loader import EvalLoader, TrainLoader
 from pipelines.sources.folder import index_folder
 from sbf_dist.errors import UserError
+from sbf_dist.settings import Augmentation
 
 COMMON = {
     "image_size": 16,
@@ -40,7 +41,7 @@ def encoded(image: Image.Image, kind: str, **arguments) -> bytes:
 
 
 def huge_png(side: int) -> bytes:
-    """A white picture of side × side pixels in a few kilobytes."""
+    """A white picture of side × side pixels in some kilobytes."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(
@@ -120,11 +121,11 @@ def test_a_folder_with_bad_files_is_read_and_they_are_named(odd_root):
     for name, (_, reason) in bad.items():
         assert reason in reasons[f"class0/{name}"], reasons[f"class0/{name}"]
     loader = TrainLoader(
-        index, ["labelled"], batch_size=64, augmentation=Augmentation(), seed=0, **COMMON
+        index, ["labelled"], batch_size=64, augmentation=Augmentation(), seed=0, **grouped(**COMMON)
     )
     seen = np.concatenate([next(loader)["id"].numpy() for _ in range(1 + len(index) // 64)])
     assert set(seen) == set(index.parts["labelled"])
-    evaluated = EvalLoader(index, "validation", batch_size=64, **COMMON)
+    evaluated = EvalLoader(index, "validation", batch_size=64, **grouped(**COMMON))
     assert sum(len(batch["id"]) for batch in evaluated) == 100
 
 
@@ -180,7 +181,9 @@ def files_below(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_a_full_disk_is_told_in_one_line_and_the_old_index_stays(plain_root, plain_index, tmp_path):
+def test_a_full_disk_is_reported_in_one_line_and_the_old_index_stays(
+    plain_root, plain_index, tmp_path
+):
     plain_index.save(tmp_path)
     before = files_below(tmp_path)
     other = index_folder(plain_root, labelled_per_class=1, validation=5, seed=4)
@@ -191,7 +194,7 @@ def test_a_full_disk_is_told_in_one_line_and_the_old_index_stays(plain_root, pla
     assert DataIndex.load(tmp_path).digest == plain_index.digest
 
 
-def test_a_read_only_folder_is_told_in_one_line(plain_index, tmp_path):
+def test_a_read_only_folder_is_reported_in_one_line(plain_index, tmp_path):
     folder = tmp_path / "closed"
     folder.mkdir()
     folder.chmod(0o555)
@@ -207,7 +210,7 @@ def test_a_read_only_folder_is_told_in_one_line(plain_index, tmp_path):
             os.seteuid(0)
 
 
-def test_a_file_where_the_folder_should_be_is_told(plain_index, tmp_path):
+def test_a_file_where_the_folder_should_be_is_reported(plain_index, tmp_path):
     (tmp_path / "index").write_text("")
     with pytest.raises(UserError, match=r"cannot be written \(File exists\)"):
         plain_index.save(tmp_path / "index")

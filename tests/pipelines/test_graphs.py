@@ -6,9 +6,9 @@ from nvidia.dali.pipeline import Pipeline
 from pictures import smooth_picture
 from PIL import Image, ImageOps
 
-from pipelines.augmentation import Augmentation
 from pipelines.graphs import Form, evaluate_graph, train_graph
 from pipelines.inspection import inspect_image
+from sbf_dist.settings import Augmentation
 
 # Output values are then the levels 0..255 themselves.
 AS_LEVELS = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}

@@ -19,7 +19,7 @@ def inspected(tmp_path: Path, data: bytes, name: str = "it.jpg"):
     return inspect_image(tmp_path / name)
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow's word on the cut TIFF
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # of Pillow, about the cut TIFF
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM"])
 def test_a_whole_image_has_its_size_and_a_truncated_one_a_fault(tmp_path, kind):
     data = encoded(smooth_picture(64, 48), kind)

@@ -23,14 +23,16 @@ FIRST_BATCH = f"""
 import json, sys
 from pathlib import Path
 from tests.peak_memory import peak_resident
-from pipelines.augmentation import Augmentation
 from pipelines.index import DataIndex
 from pipelines.loader import TrainLoader
+from pipelines.reader import Reader
+from sbf_dist.settings import Augmentation, View
 
 index = DataIndex.load(Path(sys.argv[1]))
 loader = TrainLoader(
-    index, ["labelled"], batch_size={BATCH}, image_size=224, mean=(0.5,) * 3, std=(0.2,) * 3,
-    augmentation=Augmentation(), seed={SEED}, rank=0, world_size=1, threads=2,
+    index, ["labelled"], Reader(threads=2), batch_size={BATCH},
+    view=View(image_size=224, mean=(0.5,) * 3, std=(0.2,) * 3), augmentation=Augmentation(),
+    seed={SEED},
 )
 batches = [next(loader) for _ in range(2)]
 print(json.dumps({{

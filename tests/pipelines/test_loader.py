@@ -4,13 +4,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from grouped_settings import grouped
 from pictures import colour_of, smooth_picture, write_plain
 
-from pipelines.augmentation import Augmentation
 from pipelines.index import DataIndex
 from pipelines.loader import EvalLoader, TrainLoader
 from pipelines.sources.folder import index_folder
 from sbf_dist.errors import UserError
+from sbf_dist.settings import Augmentation
 
 ALL = ("labelled", "unlabelled")
 LIVELY = Augmentation(rotate=15, shift=0.1, color=0.2)
@@ -27,12 +28,14 @@ COMMON = {
 
 def training(index: DataIndex, parts=ALL, **arguments) -> TrainLoader:
     return TrainLoader(
-        index, parts, **(COMMON | {"augmentation": Augmentation(), "seed": 1} | arguments)
+        index,
+        parts,
+        **grouped(**(COMMON | {"augmentation": Augmentation(), "seed": 1} | arguments)),
     )
 
 
 def evaluation(index: DataIndex, part: str = "validation", **arguments) -> EvalLoader:
-    return EvalLoader(index, part, **(COMMON | arguments))
+    return EvalLoader(index, part, **grouped(**(COMMON | arguments)))
 
 
 def take(loader: TrainLoader, batches: int) -> list[dict[str, torch.Tensor]]:
@@ -255,22 +258,22 @@ def test_a_file_that_was_damaged_after_indexing_is_named(movable_index, damage):
         ({"parts": []}, r"parts \[\]: .* has no such image"),
         ({"batch_size": 0}, "batch_size 0: must be at least 1"),
         ({"threads": 0}, "threads 0: must be at least 1"),
-        ({"std": (1, 0, 1)}, r"std \[1, 0, 1\]: must be three numbers"),
+        ({"prefetch": 0}, "prefetch 0: must be at least 1"),
         ({"seed": -1}, "seed -1: must be 0 <= seed"),
     ],
 )
-def test_settings_out_of_range_are_told(plain_index, arguments, message):
+def test_settings_out_of_range_are_named(plain_index, arguments, message):
     with pytest.raises(UserError, match=message):
         training(plain_index, **arguments)
 
 
-def test_an_evaluation_crop_out_of_range_is_told(plain_index):
+def test_an_evaluation_crop_out_of_range_is_named(plain_index):
     with pytest.raises(UserError, match=r"crop 1.5: must be in \(0, 1\]"):
         evaluation(plain_index, crop=1.5)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for what a GPU would give")
-def test_a_device_that_is_not_there_is_told(plain_index):
+def test_a_device_that_is_not_there_is_named(plain_index):
     with pytest.raises(UserError, match="device cuda: must be cpu, or cuda where"):
         next(training(plain_index, device="cuda"))
 

@@ -4,12 +4,13 @@ import torch
 from pictures import smooth_picture
 from PIL import Image
 
-from pipelines.augmentation import Augmentation
 from pipelines.graphs import Form, train_graph
 from pipelines.index import DataIndex
 from pipelines.loader import TrainLoader
+from pipelines.reader import Reader
 from pipelines.resizing import resized_batch
 from pipelines.sources.folder import index_folder
+from sbf_dist.settings import Augmentation, View
 
 SIDE = 24
 
@@ -60,15 +61,11 @@ def test_batches_are_those_that_the_whole_graph_makes(photographs, monkeypatch):
         loader = TrainLoader(
             photographs,
             ["labelled"],
+            Reader(),
             batch_size=4,
-            image_size=SIDE,
-            mean=(0.0, 0.0, 0.0),
-            std=(1 / 255, 1 / 255, 1 / 255),
+            view=View(image_size=SIDE, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255)),
             augmentation=Augmentation(min_scale=0.1),
             seed=5,
-            rank=0,
-            world_size=1,
-            threads=1,
         )
         return [next(loader) for _ in range(4)]
 

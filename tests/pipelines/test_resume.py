@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.augmentation import Augmentation
 from pipelines.index import DataIndex
+from pipelines.joined import JoinedLoader
 from pipelines.loader import TrainLoader
-from pipelines.mixture import MixedLoader
+from pipelines.reader import Reader
 from sbf_dist.errors import UserError
+from sbf_dist.settings import Augmentation, View
 
 RANKS = [(1, 1), (2, 2), (2, 1), (1, 3), (3, 2)]
 LIVELY = Augmentation(rotate=10, color=0.2)
@@ -23,16 +24,11 @@ def ranks(
         TrainLoader(
             index,
             parts,
+            Reader(rank, count, cache=arguments.get("cache", "none")),
             batch_size=batch_size,
-            image_size=8,
-            mean=(0.0, 0.0, 0.0),
-            std=(1.0, 1.0, 1.0),
+            view=View(image_size=8, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
             augmentation=arguments.get("augmentation", LIVELY),
             seed=4,
-            rank=rank,
-            world_size=count,
-            threads=1,
-            cache=arguments.get("cache", "none"),
         )
         for rank in range(count)
     ]
@@ -80,18 +76,20 @@ def test_a_batch_larger_than_the_epoch_gives_each_sample_as_often(plain_index):
 
 
 @pytest.mark.parametrize(("before", "after"), RANKS)
-def test_an_interrupted_mixture_gives_the_samples_of_both_streams_once(plain_index, before, after):
+def test_interrupted_joined_streams_give_the_samples_of_both_streams_once(
+    plain_index, before, after
+):
     sizes = {"labelled": 1, "unlabelled": 3}
 
-    def mixtures(count: int) -> list[MixedLoader]:
+    def joined(count: int) -> list[JoinedLoader]:
         streams = {part: ranks(plain_index, [part], size, count) for part, size in sizes.items()}
-        return [MixedLoader([streams[part][rank] for part in sizes]) for rank in range(count)]
+        return [JoinedLoader([streams[part][rank] for part in sizes]) for rank in range(count)]
 
-    old = mixtures(before)
+    old = joined(before)
     batches = steps(old, 2)
     states = [loader.state_dict() for loader in old]
     assert all(state == states[0] for state in states)
-    new = mixtures(after)
+    new = joined(after)
     for loader in new:
         loader.load_state_dict(states[0])
     batches += steps(new, 9)
@@ -107,7 +105,7 @@ def test_an_interrupted_mixture_gives_the_samples_of_both_streams_once(plain_ind
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 1), (1, 3)])
-def test_mixed_pairs_are_those_of_the_stream_whatever_the_ranks_and_batches(
+def test_mixup_pairs_are_those_of_the_stream_whatever_the_ranks_and_batches(
     plain_index, before, after
 ):
     augmentation = Augmentation(mixup=0.8, cutmix=1.0)
@@ -125,8 +123,8 @@ def test_mixed_pairs_are_those_of_the_stream_whatever_the_ranks_and_batches(
 
     def pairs(batches) -> list[tuple]:
         return [
-            (int(b["id"][k]), int(b["id"][b["mix_partner"][k]]), float(b["mix_share"][k]),
-             *b["mix_box"][k].tolist())
+            (int(b["id"][k]), int(b["id"][b["mixup_partner"][k]]), float(b["mixup_share"][k]),
+             *b["mixup_box"][k].tolist())
             for b in batches for k in range(len(b["id"]))
         ]  # fmt: skip
 
@@ -139,17 +137,17 @@ def test_a_pair_needs_a_batch_of_even_size(plain_index):
         ranks(plain_index, ["labelled"], 3, 1, augmentation=Augmentation(mixup=0.2))
 
 
-def test_the_partners_of_a_mixture_are_images_of_the_same_stream(plain_index):
+def test_the_partners_in_joined_batches_are_images_of_the_same_stream(plain_index):
     parts = {"labelled": 2, "unlabelled": 4}
-    mixture = MixedLoader(
+    joined = JoinedLoader(
         [
             ranks(plain_index, [part], size, 1, augmentation=Augmentation(mixup=0.2))[0]
             for part, size in parts.items()
         ]
     )
-    for batch in steps([mixture], 3):
-        assert batch["mix_partner"].tolist() == [1, 0, 3, 2, 5, 4]
-        assert torch.equal(batch["label"] >= 0, batch["label"][batch["mix_partner"]] >= 0)
+    for batch in steps([joined], 3):
+        assert batch["mixup_partner"].tolist() == [1, 0, 3, 2, 5, 4]
+        assert torch.equal(batch["label"] >= 0, batch["label"][batch["mixup_partner"]] >= 0)
 
 
 def test_the_order_is_a_permutation_drawn_by_the_seed(plain_index):

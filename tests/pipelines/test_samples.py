@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from grouped_settings import grouped
 from pictures import smooth_picture
 
 from pipelines import memory
-from pipelines.augmentation import Augmentation
 from pipelines.index import DataIndex
 from pipelines.loader import EvalLoader, TrainLoader
 from pipelines.sources.folder import index_folder
 from sbf_dist.errors import UserError
+from sbf_dist.settings import Augmentation
 
 COMMON = {
     "batch_size": 4,
@@ -59,7 +60,7 @@ def training(index: DataIndex, **arguments) -> list[dict[str, torch.Tensor]]:
     loader = TrainLoader(
         index,
         ["labelled"],
-        **(COMMON | {"augmentation": Augmentation(), "seed": 1} | arguments),
+        **grouped(**(COMMON | {"augmentation": Augmentation(), "seed": 1} | arguments)),
     )
     return [next(loader) for _ in range(6)]
 
@@ -73,10 +74,10 @@ def difference(one, other) -> float:
 
 @pytest.mark.parametrize("shards", [1, 3])
 def test_images_in_shards_are_those_of_the_files(pictures, tmp_path, shards, monkeypatch):
-    monkeypatch.setattr("pipelines.samples._OPEN_SHARDS", 2)
+    monkeypatch.setattr("pipelines.samples._MAX_OPEN_SHARDS", 2)
     index = sharded(pictures, tmp_path / "shards", shards)
     assert difference(training(index), training(pictures)) == 0
-    loaders = [EvalLoader(one, "validation", **COMMON) for one in (index, pictures)]
+    loaders = [EvalLoader(one, "validation", **grouped(**COMMON)) for one in (index, pictures)]
     assert difference(*map(list, loaders)) == 0
 
 
@@ -104,7 +105,7 @@ def test_an_index_of_shards_comes_back_as_it_was_saved(pictures, tmp_path):
     assert moved.digest != index.digest
 
 
-def test_what_is_wrong_with_a_shard_is_told_with_the_name_of_the_image(pictures, tmp_path):
+def test_what_is_wrong_with_a_shard_is_reported_with_the_name_of_the_image(pictures, tmp_path):
     index = sharded(pictures, tmp_path / "shards", 1)
     shard = tmp_path / "shards" / "000.tar"
     whole = shard.read_bytes()
@@ -136,7 +137,7 @@ def test_images_in_memory_outlive_their_files(pictures, tmp_path):
     loader = TrainLoader(
         dataclasses.replace(pictures, root=copy),
         ["labelled"],
-        **(COMMON | {"augmentation": Augmentation(), "seed": 1, "cache": "memory"}),
+        **grouped(**COMMON, augmentation=Augmentation(), seed=1, cache="memory"),
     )
     state = loader.state_dict()
     first = [next(loader) for _ in range(3)]
@@ -173,7 +174,7 @@ def test_half_precision_is_the_rounded_single_precision(pictures):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"cache": "disk"}, "cache 'disk': must be none or memory"),
+        ({"cache": "disk"}, "cache 'disk': must be one of none, memory"),
         ({"dtype": "int8"}, "dtype 'int8': must be one of float32, float16"),
     ],
 )

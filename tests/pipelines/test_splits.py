@@ -64,7 +64,7 @@ def test_a_split_that_does_not_fit_is_refused(tmp_path, text, message):
 
 def test_a_split_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "split.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="it is no text"):
+    with pytest.raises(UserError, match="it is not UTF-8 text"):
         divided(split=tmp_path / "split.txt")
 
 

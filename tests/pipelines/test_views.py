@@ -4,16 +4,18 @@ position decides it."""
 import numpy as np
 import pytest
 import torch
+from grouped_settings import grouped
 from pictures import smooth_picture
 from PIL import Image
 
-from pipelines.augmentation import OPERATIONS, Augmentation, draw_views
+from pipelines.augmentation import OPERATIONS, draw_views
 from pipelines.graphs import Form, train_graph
 from pipelines.index import DataIndex
+from pipelines.joined import JoinedLoader
 from pipelines.loader import TrainLoader
-from pipelines.mixing import draw_mixing
-from pipelines.mixture import MixedLoader
+from pipelines.mixup import draw_mixup
 from pipelines.sources.folder import index_folder
+from sbf_dist.settings import Augmentation
 
 SIDE = 24
 PADDED = Augmentation(crop="padded", padding=3)
@@ -43,7 +45,7 @@ def loader(index: DataIndex, **arguments) -> TrainLoader:
         "world_size": 1,
         "threads": 1,
     }
-    return TrainLoader(index, ["labelled"], **(settings | arguments))
+    return TrainLoader(index, ["labelled"], **grouped(**(settings | arguments)))
 
 
 def stream(batches, key: str = "image") -> torch.Tensor:
@@ -175,50 +177,50 @@ def test_a_strong_view_leaves_the_weak_one_as_it_is_and_shows_the_same_picture(p
             assert np.array_equal(image.permute(1, 2, 0).numpy(), picture_of(pictures, sample))
 
 
-def test_a_mixture_joins_the_strong_views(pictures):
+def test_strong_views_are_joined_too(pictures):
     loaders = [loader(pictures, strong=STRONG, seed=seed, batch_size=2) for seed in (1, 2)]
     alone = [next(loader(pictures, strong=STRONG, seed=seed, batch_size=2)) for seed in (1, 2)]
-    assert torch.equal(next(MixedLoader(loaders))["strong"], stream(alone, "strong"))
+    assert torch.equal(next(JoinedLoader(loaders))["strong"], stream(alone, "strong"))
 
 
-# --- mixing --------------------------------------------------------------------------------------
+# --- mixup ---------------------------------------------------------------------------------------
 
 
-def mixing(count: int = 4000, position: int = 0, **arguments):
-    return draw_mixing(
+def mixup(count: int = 4000, position: int = 0, **arguments):
+    return draw_mixup(
         Augmentation(**arguments), batch_size=count, image_size=32, seed=1, position=position
     )
 
 
 def test_shares_of_mixup_are_drawn_from_beta():
     for alpha in (0.2, 1.0, 5.0):
-        mixed = mixing(mixup=alpha)
-        assert set(mixed) == {"mix_partner", "mix_share"}
-        assert abs(mixed["mix_share"].mean() - 0.5) < 0.02
-        assert abs(mixed["mix_share"].var() - 1 / (4 * (2 * alpha + 1))) < 0.01
-    assert np.array_equal(mixed["mix_partner"][:4], [1, 0, 3, 2])
+        combined = mixup(mixup=alpha)
+        assert set(combined) == {"mixup_partner", "mixup_share"}
+        assert abs(combined["mixup_share"].mean() - 0.5) < 0.02
+        assert abs(combined["mixup_share"].var() - 1 / (4 * (2 * alpha + 1))) < 0.01
+    assert np.array_equal(combined["mixup_partner"][:4], [1, 0, 3, 2])
 
 
 def test_shares_of_cutmix_are_what_the_boxes_leave():
-    mixed = mixing(cutmix=1.0)
-    box = mixed["mix_box"]
+    combined = mixup(cutmix=1.0)
+    box = combined["mixup_box"]
     assert box.min() >= 0
     assert box.max() <= 32
     area = (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1])
-    assert np.allclose(mixed["mix_share"], 1 - area / 1024)
+    assert np.allclose(combined["mixup_share"], 1 - area / 1024)
     assert (area == 0).mean() < 0.05
     assert area.max() > 900
 
 
 def test_mixup_and_cutmix_take_turns():
-    mixed = mixing(mixup=1.0, cutmix=1.0)
-    cut = (mixed["mix_box"] != 0).any(axis=1)
+    combined = mixup(mixup=1.0, cutmix=1.0)
+    cut = (combined["mixup_box"] != 0).any(axis=1)
     assert 0.44 < cut.mean() < 0.53
-    area = np.where(cut, 1 - mixed["mix_share"], 0) * 1024
+    area = np.where(cut, 1 - combined["mixup_share"], 0) * 1024
     assert np.allclose(area, np.round(area), atol=1e-3)
 
 
-def test_how_a_pair_is_mixed_depends_on_its_place_alone():
-    whole, part = mixing(64, cutmix=1.0, mixup=0.3), mixing(8, 24, cutmix=1.0, mixup=0.3)
-    for key in ("mix_share", "mix_box"):
+def test_how_a_pair_is_combined_depends_on_its_place_alone():
+    whole, part = mixup(64, cutmix=1.0, mixup=0.3), mixup(8, 24, cutmix=1.0, mixup=0.3)
+    for key in ("mixup_share", "mixup_box"):
         assert np.array_equal(whole[key][24:32], part[key])

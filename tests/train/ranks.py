@@ -17,15 +17,17 @@ from tiny import CLASSES, TinyLoader, TinyTask, images
 from torch import Tensor
 
 from sbf_dist.errors import UserError
+from sbf_dist.files import sha256
+from sbf_dist.settings import Optimizer
 from sbf_dist.train import checkpoint
-from sbf_dist.train.engine import OptimizerConfig, build_engine
+from sbf_dist.train.engine import build_engine
 from sbf_dist.train.evaluate import accuracy, predict, synchronise_batchnorm
-from sbf_dist.train.loop import fit
+from sbf_dist.train.loop import Every, fit
 
 DIGESTS = {"recipe": "r1"}
 OPTIMIZERS = {
-    "sgd": OptimizerConfig(lr=0.05, weight_decay=1e-3, clip=5.0),
-    "adamw": OptimizerConfig(name="adamw", lr=0.05, weight_decay=1e-3),
+    "sgd": Optimizer(lr=0.05, weight_decay=1e-3, clip=5.0),
+    "adamw": Optimizer(name="adamw", lr=0.05, weight_decay=1e-3),
 }
 
 
@@ -80,8 +82,7 @@ def _train(engine: Any, loader: Any, start: int, steps: int, **options: Any) -> 
         steps=steps,
         start_step=start,
         lr_at=lambda step: 0.05,
-        log_every=1,
-        on_log=lambda record: losses.append(record.parts["loss"]),
+        log=Every(1, lambda record: losses.append(record.parts["loss"])),
         **options,
     )
     return losses
@@ -192,8 +193,7 @@ def loss_turns_nan_on_one_rank(_: Path) -> dict[str, Any]:
             _NanOnRank1(dist.get_rank(), 2),
             0,
             20,
-            checkpoint_every=2,
-            on_checkpoint=saved.append,
+            checkpoint=Every(2, saved.append),
         )
     except UserError as error:
         return {"error": str(error), "saved": saved}
@@ -241,7 +241,7 @@ def _load_with_code_inside(engine: Any, folder: Path) -> str:
     torch.save({"module": _RunsCode(folder / "code-ran")}, shard)
     assert zipfile.is_zipfile(shard)
     manifest = json.loads((folder / "manifest.json").read_text())
-    entry = checkpoint.FileEntry(size=shard.stat().st_size, sha256=checkpoint._sha256(shard))
+    entry = checkpoint.FileEntry(size=shard.stat().st_size, sha256=sha256(shard))
     manifest["files"][shard.relative_to(folder).as_posix()] = entry.model_dump()
     (folder / "manifest.json").write_text(json.dumps(manifest))
     try:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sbf_dist.errors import UserError
-from sbf_dist.train.loop import Batch, LogRecord, fit
+from sbf_dist.train.loop import Batch, Every, LogRecord, fit
 
 
 class DiaryEngine:
@@ -45,8 +45,9 @@ def numbered(values: Any = range(1000)) -> Iterator[Batch]:
 
 def run(engine: DiaryEngine, batches: Any = None, **options: Any) -> list[LogRecord]:
     records: list[LogRecord] = []
-    options = {"steps": 10, "lr_at": lambda step: 0.5, "log_every": 4} | options
-    fit(engine, batches or numbered(), on_log=records.append, **options)
+    log = Every(options.pop("log_every", 4), records.append)
+    options = {"steps": 10, "lr_at": lambda step: 0.5} | options
+    fit(engine, batches or numbered(), log=log, **options)
     return records
 
 
@@ -83,7 +84,8 @@ def test_a_resumed_run_does_the_remaining_steps_only() -> None:
 
 def test_a_finished_run_does_nothing() -> None:
     engine = DiaryEngine()
-    assert fit(engine, numbered(), steps=5, start_step=5, lr_at=lambda _: 1, on_log=print) is None
+    log = Every(10, print)
+    assert fit(engine, numbered(), steps=5, start_step=5, lr_at=lambda _: 1, log=log) is None
     assert engine.steps == 0
 
 
@@ -94,12 +96,16 @@ def test_checkpoints_come_at_their_interval_and_at_the_end_after_the_record() ->
         numbered(),
         steps=5,
         lr_at=lambda step: 0.1,
-        log_every=100,
-        on_log=lambda record: order.append(f"log {record.step}"),
-        checkpoint_every=2,
-        on_checkpoint=lambda step: order.append(f"save {step}"),
+        log=Every(100, lambda record: order.append(f"log {record.step}")),
+        checkpoint=Every(2, lambda step: order.append(f"save {step}")),
     )
     assert order == ["log 2", "save 2", "log 4", "save 4", "log 5", "save 5"]
+
+
+def test_without_an_interval_records_and_checkpoints_come_at_the_end_alone() -> None:
+    done: list[int] = []
+    records = run(DiaryEngine(), steps=5, log_every=None, checkpoint=Every(None, done.append))
+    assert [record.step for record in records] == done == [5]
 
 
 def test_a_step_takes_as_many_batches_as_the_engine_accumulates() -> None:
@@ -122,6 +128,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step_and_rate(bad: flo
         run(DiaryEngine(), numbered(values), steps=6, lr_at=lambda step: step / 10)
 
 
-def test_data_that_ends_too_early_is_told() -> None:
+def test_data_that_ends_too_early_is_reported() -> None:
     with pytest.raises(UserError, match="training data: ended at step 3"):
         run(DiaryEngine(), numbered(range(3)))

@@ -1,8 +1,8 @@
 import torch
 from torch import nn
 
-from sbf_dist.train.engine import OptimizerConfig
-from sbf_dist.train.loop import fit
+from sbf_dist.settings import Optimizer
+from sbf_dist.train.loop import Every, fit
 from sbf_dist.train.single import SingleEngine
 
 
@@ -22,14 +22,14 @@ def batches(count: int, scale: float = 1.0):
     return [{"image": scale * torch.randn(8, 3, generator=generator)} for _ in range(count)]
 
 
-def trained(optimizer: OptimizerConfig, steps: int, scale: float = 1.0) -> Squares:
+def trained(optimizer: Optimizer, steps: int, scale: float = 1.0) -> Squares:
     task = Squares()
     fit(
         SingleEngine(task, optimizer),
         batches(steps, scale),
         steps=steps,
         lr_at=lambda step: 0.1 / (step + 1),
-        on_log=lambda record: None,
+        log=Every(10, lambda record: None),
     )
     return task
 
@@ -42,13 +42,13 @@ def test_it_steps_as_torchs_optimizer_does_with_the_loops_learning_rates():
         optimizer.zero_grad()
         expected(batch)["loss"].backward()
         optimizer.step()
-    task = trained(OptimizerConfig(momentum=0.9, weight_decay=0.0), 6)
+    task = trained(Optimizer(momentum=0.9, weight_decay=0.0), 6)
     torch.testing.assert_close(task.place, expected.place)
 
 
 def test_the_gradient_is_clipped():
-    free = trained(OptimizerConfig(momentum=0.0, weight_decay=0.0), 1, scale=100.0)
-    clipped = trained(OptimizerConfig(momentum=0.0, weight_decay=0.0, clip=0.5), 1, scale=100.0)
+    free = trained(Optimizer(momentum=0.0, weight_decay=0.0), 1, scale=100.0)
+    clipped = trained(Optimizer(momentum=0.0, weight_decay=0.0, clip=0.5), 1, scale=100.0)
     assert free.place.norm() > 1
     torch.testing.assert_close(clipped.place.norm(), torch.tensor(0.05))
     torch.testing.assert_close(clipped.place / clipped.place.norm(), free.place / free.place.norm())
@@ -56,5 +56,5 @@ def test_the_gradient_is_clipped():
 
 def test_the_task_is_in_training_mode():
     task = Squares().eval()
-    SingleEngine(task, OptimizerConfig())
+    SingleEngine(task, Optimizer())
     assert task.training

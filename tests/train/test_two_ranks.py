@@ -179,7 +179,7 @@ def test_a_checkpoint_of_a_later_format_is_refused(saved: Path) -> None:
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(saved: Path) -> None:
-    with pytest.raises(UserError, match="was made with recipe r1, this run has r2"):
+    with pytest.raises(UserError, match="was written with recipe r1, this run has r2"):
         checkpoint.load(None, saved, digests={"recipe": "r2"})
 
 

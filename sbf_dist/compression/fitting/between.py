@@ -6,22 +6,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from sbf_dist.compression.convert import make_between
 from sbf_dist.compression.plan import SBFLayer
+from sbf_dist.hooks import registered
 from sbf_dist.layers import SBFConv2d
 
 REACH = 3.0  # standard deviations below the mean at which the ReLU begins to cut
-
-
-def make_between(kind: str | None, channels: int, like: Tensor) -> nn.Module | None:
-    """Build what stands between in a layer with so many basis features, as a plan names it.
-
-    Its device and dtype are those of `like`.
-    """
-    if kind is None:
-        return None
-    assert kind == "bn_relu", kind
-    norm = nn.BatchNorm2d(channels, device=like.device, dtype=like.dtype)
-    return nn.Sequential(norm, nn.ReLU())
 
 
 @torch.no_grad()
@@ -80,13 +70,9 @@ def _moments(
 
         return hook
 
-    handles = [student.get_submodule(n).register_forward_hook(hook_of(n)) for n in names]
-    try:
+    with registered(student.get_submodule(n).register_forward_hook(hook_of(n)) for n in names):
         for images in batches:
             student(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     moments = {}
     for name, (first, second) in sums.items():
         mean = first / counts[name]

@@ -1,4 +1,4 @@
-"""Moments of many layers from few forward passes.
+"""Moments of many layers from a small number of forward passes.
 
 A pass costs as much as the network, a layer's Gram matrix as much memory as its width squared. So
 the layers of a network are taken in groups whose matrices fit a budget, and of each layer no more
@@ -7,6 +7,7 @@ positions are looked at than its fit needs.
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.fitting.statistics import Moments, MomentSums, neighbourhoods
+from sbf_dist.hooks import registered
 from sbf_dist.layers import SBFConv2d
 
 SUMS = 768 * 2**20  # bytes of Gram matrices that are gathered in one pass
 TARGETS = 640 * 2**20  # bytes of a reference's outputs that are held at a time
-# Neighbours in a large feature map tell little more than the work that they cost. But an image less
+# Neighbours in a large feature map add little for the work that they cost. But an image less
 # is a forward pass less, and those are dear where maps are large: there, IMAGES will do.
 PER_IMAGE, PER_MAP = 128, 1 / 6  # positions of an image, and their share, that are worth taking
 IMAGES = 128
@@ -84,14 +86,9 @@ def visit(
 
         return hook
 
-    handles = [model.get_submodule(n).register_forward_hook(hook_of(n)) for n in layers]
-    try:
+    hooks = (model.get_submodule(n).register_forward_hook(hook_of(n)) for n in layers)
+    with registered(hooks), suppress(Reached):
         model(images)
-    except Reached:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
     assert not missing, f"{sorted(missing)} are not reached by a forward pass"
 
 

@@ -15,6 +15,7 @@ from sbf_dist.compression.candidates import LARGEST_GRAM, convolution
 from sbf_dist.compression.fitting.layerwise import Draw
 from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.fitting.statistics import Moments, MomentSums, patches, run_until
+from sbf_dist.hooks import registered
 from sbf_dist.surgery import sharing_modules
 
 RIDGE = 1e-2  # towards the old filters, relative to the mean variance of the inputs
@@ -136,16 +137,15 @@ def _heads(model: nn.Module, images: Tensor) -> list[str]:
     """Names of the linear layers, in forward order, that can be solved anew: see `refit_heads`."""
     shared = sharing_modules(model)
     inputs: list[tuple[str, int]] = []
-    handles = [
+    hooks = (
         module.register_forward_hook(
             lambda _, given, __, name=name: inputs.append((name, given[0].ndim))
         )
         for name, module in model.named_modules()
         if type(module) is nn.Linear and name not in shared and module.in_features <= LARGEST_GRAM
-    ]
-    model(images)
-    for handle in handles:
-        handle.remove()
+    )
+    with registered(hooks):
+        model(images)
     names = [name for name, _ in inputs]
     return [name for name, axes in inputs if axes == 2 and names.count(name) == 1]
 

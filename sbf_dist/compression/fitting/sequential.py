@@ -14,7 +14,7 @@ from sbf_dist.compression.fitting.statistics import Moments, MomentSums, run_unt
 from sbf_dist.compression.fitting.transforms import install
 from sbf_dist.compression.plan import SBFLayer
 
-ENOUGH = 3  # samples for each weight of a filter that is solved anew
+SAMPLES_PER_WEIGHT = 3  # of a filter, at least, for it to be solved anew
 INPUTS = 512 * 2**20  # bytes of a layer's inputs up to which a second use costs no second pass
 
 
@@ -62,10 +62,10 @@ class SequentialFit:
         moments = self._moments(name)
         return install(self._student, name, moments, sorted(rank(moments)[:kept]), sources, macs)
 
-    def mix(
+    def convert_whole_basis(
         self, name: str, kept: int, weights: Tensor, among: Collection[int] | None, macs: int
     ) -> SBFLayer:
-        """Make a convolution an SBF layer whose rebuilt channels mix the whole basis of `kept`.
+        """Make a convolution an SBF layer whose rebuilt channels read the whole basis of `kept`.
 
         Errors of channels count by `weights` (C,); `among` are those that may be kept, None all.
         """
@@ -91,7 +91,7 @@ class SequentialFit:
         # Behind global pooling an image is one sample: filters would be fitted to chance.
         conv, draw = convolution(self._student, name), self._draws[name]
         samples = draw.images * draw.per_image
-        return obstacle(conv) is None and samples >= ENOUGH * conv.weight[0].numel()
+        return obstacle(conv) is None and samples >= SAMPLES_PER_WEIGHT * conv.weight[0].numel()
 
     def _batches(self, name: str) -> "_Batches":
         return _Batches(

@@ -4,6 +4,7 @@ Nothing here grows with the number of images: each batch is reduced to Gram matr
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sbf_dist.compression.calibration import Calibration
+from sbf_dist.hooks import registered
 
 BLOCK = 1024  # rows of a Gram matrix at a time
 
@@ -28,13 +30,8 @@ def run_until(model: nn.Module, name: str, images: Tensor, *, output: bool) -> T
         found.append(result if output else inputs[0])
         raise _Reached
 
-    handle = model.get_submodule(name).register_forward_hook(hook)
-    try:
+    with registered([model.get_submodule(name).register_forward_hook(hook)]), suppress(_Reached):
         model(images)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
     assert found, f"{name} is not reached by a forward pass"
     return found[0]
 
@@ -221,9 +218,9 @@ def output_sensitivity(
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
     count = 0
-    try:
+    hooks = (model.get_submodule(name).register_forward_hook(keep(name)) for name in names)
+    with registered(hooks):
         for batch in batches():
             with torch.enable_grad():
                 images = batch.detach().requires_grad_()
@@ -232,9 +229,6 @@ def output_sensitivity(
                 loss = F.cross_entropy(logits, drawn[:, 0].to(logits.device), reduction="sum")
                 torch.autograd.grad(loss, images)
             count += len(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name: totals[name].cpu() / count for name in names}
 
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from sbf_dist.budget import Budget
 from sbf_dist.compression.cost import Cost
 from sbf_dist.compression.planning.knapsack import Option, allocate
 from sbf_dist.compression.planning.latency_budget import TimedChoice, allocate_time
-from sbf_dist.compression.planning.latency_table import LatencyTable
-from sbf_dist.compression.planning.options import Shape
+from sbf_dist.compression.planning.latency_table import Timing
+from sbf_dist.compression.planning.option_table import OptionTable
+from sbf_dist.compression.planning.options import Search
 
 
 @dataclass(frozen=True)
@@ -26,32 +26,31 @@ class Allocation:
 
 
 def share_out(
-    dense: nn.Module,
-    options: dict[str, list[Option]],
-    shapes: dict[str, Shape],
-    cost: Cost,
-    budget: Budget,
+    network: nn.Module,
+    found: OptionTable,
+    now: Cost,
+    dense: Cost,
+    search: Search,
     image: Tensor,
-    table: LatencyTable,
-    for_inference: Callable[[nn.Module], nn.Module],
-    tell: Callable[[int, int], None],
-    *,
-    between: bool = False,
+    timing: Timing,
+    report: Callable[[int, int], None],
 ) -> Allocation:
-    """Choose an option for each layer of `dense` so that the network costs what `budget` says.
+    """Choose an option for each layer of `network` so that the whole costs what the budget says.
 
-    The options come with multiply-adds as their costs; `shapes` are the layers', `cost` is that of
-    `dense`. Raises UserError, naming the smallest budget that works, if there is no such choice;
-    see `allocate_time` for the other arguments, which concern budgets of time.
+    `now` is the cost of `network`, `dense` that of the dense network, of which the budget is meant.
+    Raises UserError, naming the smallest budget that works, if there is no such choice; see
+    `allocate_time` for the other arguments, which concern budgets of time.
     """
+    options, budget = found.rows, search.settings.budget
     if budget.unit == "ms":
-        timed = allocate_time(dense, options, image, budget, table, for_inference, tell)
+        timed = allocate_time(network, options, image, budget, timing, report)
         return Allocation(timed.priced, timed.options, timed)
-    whole = cost.macs
+    cost, whole = now.macs, dense.macs
     if budget.kind == "params":
-        whole = cost.params
+        cost, whole = now.params, dense.params
         options = {
-            name: shapes[name].in_parameters(row, between=between) for name, row in options.items()
+            name: found.shapes[name].in_parameters(row, between=search.has_between)
+            for name, row in options.items()
         }
-    fixed = whole - sum(row[0].cost for row in options.values())
+    fixed = cost - sum(row[0].cost for row in options.values())
     return Allocation(options, allocate(options, fixed=fixed, dense=whole, budget=budget))

@@ -19,11 +19,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from sbf_dist.compression.fitting.layerwise import layer_of
 from sbf_dist.compression.fitting.statistics import Moments
 from sbf_dist.compression.fitting.transforms import rank_channels
 from sbf_dist.errors import UserError
+from sbf_dist.hooks import registered
 from sbf_dist.layers import SBFConv2d
 
 Criterion = Literal["reconstruction", "l1", "l2", "bn_scale", "taylor", "random"]
@@ -34,12 +36,12 @@ CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
 class Ranking:
     """How the channels of one layer are put in order.
 
-    told: the criterion that was used, as a plan's reason tells it; scores: (C,), the larger the
+    criterion: the one that was used, as a plan's reason names it; scores: (C,), the larger the
     more the channel matters, or None for 'reconstruction'; among: the channels that may be kept,
     None for all.
     """
 
-    told: str
+    criterion: str
     scores: Tensor | None = None
     among: Collection[int] | None = None
 
@@ -140,8 +142,8 @@ def _gradients(
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
-    try:
+    hooks = (model.get_submodule(name).register_forward_hook(keep(name)) for name in names)
+    with registered(hooks):
         for images in batches:
             with torch.enable_grad():
                 logits = model(images.detach().requires_grad_())
@@ -149,9 +151,6 @@ def _gradients(
                 loss = F.cross_entropy(logits, drawn[:, 0].to(logits.device), reduction="sum")
                 gradients = torch.autograd.grad(loss, [outputs[name] for name in names])
             yield outputs, gradients
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def following_norms(model: nn.Module, images: Tensor) -> dict[str, str]:
@@ -170,15 +169,13 @@ def following_norms(model: nn.Module, images: Tensor) -> dict[str, str]:
 
         return hook
 
-    handles = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | SBFConv2d):
-            handles.append(module.register_forward_hook(of_conv(name)))
-        elif isinstance(module, nn.BatchNorm2d):
-            handles.append(module.register_forward_pre_hook(of_norm(name)))
-    try:
+    def hooks() -> Iterator[RemovableHandle]:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Conv2d | SBFConv2d):
+                yield module.register_forward_hook(of_conv(name))
+            elif isinstance(module, nn.BatchNorm2d):
+                yield module.register_forward_pre_hook(of_norm(name))
+
+    with registered(hooks()):
         model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     return following

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from sbf_dist.compression.fitting.layerwise import layer_of
 from sbf_dist.compression.fitting.mixture import Mixture
 from sbf_dist.compression.fitting.transforms import Fit
+from sbf_dist.hooks import registered
 from sbf_dist.ops import expand
 
 
@@ -30,19 +31,19 @@ class Trial:
             basis = basis - bias[self.kept, None, None]
         count = len(self.kept)
         shift = torch.cat([torch.zeros(count), self.fit.bias.float()])
-        made = expand(
+        outputs_now = expand(
             basis.contiguous(),
             self.fit.transforms.to(basis),
             self.fit.sources.to(basis.device),
             torch.arange(count + len(rebuilt), device=basis.device),
             shift.to(basis),
         )
-        return made[:, count:] - outputs[:, rebuilt], rebuilt
+        return outputs_now[:, count:] - outputs[:, rebuilt], rebuilt
 
 
 @dataclass(frozen=True)
 class MixtureTrial:
-    """A way to make all of a layer's outputs of themselves, without bias: as `mixture` does.
+    """A way to compute all of a layer's outputs from themselves, without bias: as `mixture` does.
 
     matrix: (C, C); bias: (C,); single precision, as there are some of them for each layer.
     """
@@ -59,8 +60,8 @@ class MixtureTrial:
         """Return what the mixture differs by (N, C, H, W) from `outputs`, and all channels."""
         plain = outputs if bias is None else outputs - bias[:, None, None]
         matrix = self.matrix[:, :, None, None].to(plain)
-        made = F.conv2d(plain, matrix, self.bias.to(plain))
-        return made - outputs, list(range(outputs.shape[1]))
+        outputs_now = F.conv2d(plain, matrix, self.bias.to(plain))
+        return outputs_now - outputs, list(range(outputs.shape[1]))
 
 
 def divergences(
@@ -101,8 +102,8 @@ def divergences(
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(measure(name)) for name in trials]
-    try:
+    hooks = (model.get_submodule(name).register_forward_hook(measure(name)) for name in trials)
+    with registered(hooks):
         for batch in batches:
             with torch.enable_grad():
                 images = batch.detach().requires_grad_()
@@ -114,7 +115,4 @@ def divergences(
                     loss = F.nll_loss(predictions, drawn, reduction="sum")
                     torch.autograd.grad(loss, images, retain_graph=number < draws)
             count += len(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name: (total / (count * draws)).tolist() for name, total in totals.items()}

@@ -1,7 +1,7 @@
 """Why a plan is as it is: for each layer what it costs and loses, for all how it was shared out.
 
 Losses are estimates of the KL divergence (nats per image) from the predictions before, and a little
-more where a layer keeps few dimensions (`options.Estimated.scaled`).
+more where a layer keeps a small number of dimensions (`options.Estimated.scaled`).
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,7 @@ from sbf_dist.compression.planning.options import Search
 
 NAMED = 4  # layers that a sentence names
 LEFT_ALONE = "shrinking other layers costs less"
-# What costs are told in, by unit: the size of a step, and its name.
+# What costs are written in, by unit: the size of a step, and its name.
 STEPS = {"multiply-adds": (1e6, "M multiply-adds"), "parameters": (1e3, "k parameters")}
 
 
@@ -21,12 +21,12 @@ STEPS = {"multiply-adds": (1e6, "M multiply-adds"), "parameters": (1e3, "k param
 class Spending:
     """How a budget was shared out among layers; costs are in the budget's unit.
 
-    options: what each layer could have been, the layer as it is first; chosen: what it became;
-    channels: its output channels; criteria: the criterion that ranked them; before, after: the
-    whole network's cost; dense: that of the dense network, of which a share is meant.
+    search: what was tried, and within which budget; options: what each layer could have been, the
+    layer as it is first; chosen: what it became; channels: its output channels; criteria: the
+    criterion that ranked them; before, after: the whole network's cost; dense: that of the dense
+    network, of which a share is meant.
     """
 
-    budget: Budget
     search: Search
     options: Mapping[str, list[Option]]
     chosen: Mapping[str, Option]
@@ -36,49 +36,54 @@ class Spending:
     before: float
     after: float
 
+    @property
+    def budget(self) -> Budget:
+        """The budget that was shared out."""
+        return self.search.settings.budget
+
     def is_changed(self, name: str) -> bool:
-        """Tell whether a layer became something else than it was."""
+        """Whether a layer became something else than it was."""
         return self.chosen[name] != self.options[name][0]
 
     def reason(self, name: str) -> str:
-        """Tell what became of one layer and why: its share, its loss, and the next steps."""
+        """Say what became of one layer and why: its share, its loss, and the next steps."""
         option, row = self.chosen[name], self.options[name]
-        told = []
+        parts = []
         if self.is_changed(name):
-            told.append(
+            parts.append(
                 f"{option.kept} of {self.channels[name]} filters kept by {self.criteria[name]}, "
                 f"{_wiring(option)}"
             )
         elif len(row) == 1 and not self.search.kept(row[0].kept):
-            told.append(f"its {row[0].kept} filters are no more than floor and round_to keep")
+            parts.append(f"its {row[0].kept} filters are no more than floor and round_to keep")
         elif len(row) == 1:
             fewer = "was measured faster" if self.budget.unit == "ms" else "costs less"
-            told.append(f"no SBF form of it {fewer}")
+            parts.append(f"no SBF form of it {fewer}")
         else:
-            told.append(LEFT_ALONE)
+            parts.append(LEFT_ALONE)
         size, unit = self._scale()
-        told.append(
+        parts.append(
             f"{row[0].cost / size:.4g} -> {option.cost / size:.4g} {unit}, "
             f"{_share(row[0].cost, self.before)} of the network's before and "
             f"{_share(option.cost, self.after)} after"
         )
         if self.is_changed(name):
-            told.append(f"adds about {option.loss:.2g} to the loss")
+            parts.append(f"adds about {option.loss:.2g} to the loss")
         cheaper, dearer = neighbours(row, option)
         if cheaper is not None:
-            told.append(f"one step cheaper, {self._step(option, cheaper)}")
+            parts.append(f"one step cheaper, {self._step(option, cheaper)}")
         if dearer is not None:
-            told.append(f"one step dearer, {self._step(option, dearer)}")
-        return "; ".join(told)
+            parts.append(f"one step dearer, {self._step(option, dearer)}")
+        return "; ".join(parts)
 
     def explain(self, protected: Mapping[str, str]) -> list[str]:
-        """Tell in sentences how the budget was shared out.
+        """Say in sentences how the budget was shared out.
 
         `protected` gives the reason of each layer that had no options at all.
         """
         size, unit = self._scale()
         value = self.budget.value
-        told = [
+        sentences = [
             f"Budget: {self.budget.kind} = {value:.10g}, "
             f"{min(value, 1) * self.dense / size if self.budget.is_share() else value / size:.4g} "
             f"of the dense network's {self.dense / size:.4g} {unit}; "
@@ -89,20 +94,20 @@ class Spending:
         if changed:
             loss = sum(option.loss for option in changed.values())
             dear = sorted(changed, key=lambda name: -changed[name].loss)
-            told.append(
+            sentences.append(
                 f"Estimated to add {loss:.2g} to the loss before training, most in "
                 f"{_listed(f'{name} ({changed[name].loss:.2g})' for name in dear)}."
             )
             saved = {name: self.options[name][0].cost - o.cost for name, o in changed.items()}
             large = sorted(saved, key=lambda name: -saved[name])
-            told.append(
+            sentences.append(
                 f"Saved {(self.before - self.after) / size:.4g} {unit}, most in "
                 f"{_listed(f'{n} ({_share(saved[n], sum(saved.values()))})' for n in large)}."
             )
-        told += self._prices(size, unit)
+        sentences += self._prices(size, unit)
         floors = [name for name, option in changed.items() if self._is_at_floor(name, option)]
         if floors:
-            told.append(f"At the least that floor and round_to allow: {_listed(floors)}.")
+            sentences.append(f"At the least that floor and round_to allow: {_listed(floors)}.")
         reasons = dict(protected) | {
             name: self.reason(name).partition(";")[0]
             for name in self.chosen
@@ -110,11 +115,11 @@ class Spending:
         }
         for reason in dict.fromkeys(reasons.values()):
             names = [name for name, its_reason in reasons.items() if its_reason == reason]
-            told.append(f"Left as it was ({reason}): {_listed(names)}.")
-        return told
+            sentences.append(f"Left as it was ({reason}): {_listed(names)}.")
+        return sentences
 
     def _prices(self, size: float, unit: str) -> list[str]:
-        """Tell where a little more budget would do most, and where a little less costs least."""
+        """Say where a little more budget would do most, and where a little less costs least."""
         gains, costs = {}, {}
         for name, option in self.chosen.items():
             cheaper, dearer = neighbours(self.options[name], option)
@@ -123,14 +128,18 @@ class Spending:
                 costs[name] = (cheaper.loss - option.loss) / saved
             if dearer is not None:
                 gains[name] = (option.loss - dearer.loss) / ((dearer.cost - option.cost) / size)
-        told = []
+        sentences = []
         if gains:
             best = max(gains, key=gains.__getitem__)
-            told.append(f"More budget would do most in {best}: {gains[best]:.2g} less per {unit}.")
+            sentences.append(
+                f"More budget would do most in {best}: {gains[best]:.2g} less per {unit}."
+            )
         if costs:
             best = min(costs, key=costs.__getitem__)
-            told.append(f"Less budget would cost least in {best}: {costs[best]:.2g} per {unit}.")
-        return told
+            sentences.append(
+                f"Less budget would cost least in {best}: {costs[best]:.2g} per {unit}."
+            )
+        return sentences
 
     def _is_at_floor(self, name: str, option: Option) -> bool:
         return option.kept == min(o.kept for o in self.options[name])
@@ -140,7 +149,7 @@ class Spending:
         used = list(self.criteria.values())
         ranked = sorted(dict.fromkeys(used), key=lambda criterion: -used.count(criterion))
         if len(ranked) <= 1:
-            return ranked[0] if ranked else "none was needed"
+            return ranked[0] if ranked else "no layer needed one"
         counts = {criterion: used.count(criterion) for criterion in ranked}
         return ", ".join(f"{c} in {n} layer{'s' if n > 1 else ''}" for c, n in counts.items())
 
@@ -176,8 +185,8 @@ def _slope(cheap: Option, dear: Option) -> float:
 
 
 def _wiring(option: Option) -> str:
-    if option.mixed:
-        return "the others mixed of all of them (m = 1)"
+    if option.whole_basis:
+        return "the others rebuilt from all of them (m = 1)"
     sources = "1 source" if option.sources == 1 else f"{option.sources} sources"
     return f"{sources}, m = {option.size}"
 
@@ -185,8 +194,8 @@ def _wiring(option: Option) -> str:
 def _listed(names: Iterable[str]) -> str:
     every = list(names)
     more = len(every) - NAMED
-    told = ", ".join(every[:NAMED])
-    return f"{told} and {more} more" if more > 0 else told
+    named = ", ".join(every[:NAMED])
+    return f"{named} and {more} more" if more > 0 else named
 
 
 def _share(part: float, whole: float) -> str:

@@ -17,8 +17,8 @@ from sbf_dist.budget import ROUNDING, Budget
 class Option:
     """One way to build a layer: its basis size, sources and m; its cost, the loss it causes.
 
-    No sources: the layer as it is. mixed: rebuilt channels are mixtures of the whole basis (see
-    `mixture`).
+    No sources: the layer as it is. whole_basis: rebuilt channels read the whole basis, with m = 1
+    (see `mixture`).
     """
 
     kept: int
@@ -26,7 +26,7 @@ class Option:
     size: int
     cost: float
     loss: float
-    mixed: bool = False
+    whole_basis: bool = False
 
 
 def frontier(row: Sequence[Option]) -> list[Option]:

@@ -113,7 +113,7 @@ def _undisturbed(blocks: list[_Block]) -> int:
 
 
 def _median(blocks: list[_Block]) -> float:
-    """Median of the undisturbed blocks, or of the BLOCKS least disturbed if there is none."""
+    """Median of the undisturbed blocks, or, without any, of the BLOCKS least disturbed."""
     ranked = sorted(blocks, key=lambda block: block.waited)
     return statistics.median(b.seconds for b in ranked[: _undisturbed(blocks) or BLOCKS])
 
@@ -121,7 +121,7 @@ def _median(blocks: list[_Block]) -> float:
 def _seconds_waited() -> float:
     """Seconds that the threads of this process were ready to run but had no processor, ever.
 
-    From /proc (Linux, kernel documentation, scheduler/sched-stats); 0 where there is none, and
+    From /proc (Linux, kernel documentation, scheduler/sched-stats); 0 where it is missing, and
     then every block counts as undisturbed.
     """
     total = 0

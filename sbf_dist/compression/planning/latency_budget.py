@@ -10,7 +10,7 @@ from sbf_dist.budget import Budget
 from sbf_dist.compression.fitting.statistics import run_until
 from sbf_dist.compression.planning.knapsack import Option, allocate
 from sbf_dist.compression.planning.latency import Form, build_form, latencies
-from sbf_dist.compression.planning.latency_table import LatencyTable
+from sbf_dist.compression.planning.latency_table import LatencyTable, Timing
 from sbf_dist.surgery import become, deep_copy
 
 ROUNDS = 4  # of choosing and measuring
@@ -37,18 +37,19 @@ def price(
     options: dict[str, list[Option]],
     image: Tensor,
     table: LatencyTable,
-    tell: Callable[[int, int], None],
+    report: Callable[[int, int], None],
 ) -> dict[str, list[Option]]:
     """Give options their milliseconds as cost, and leave out those not faster than dense.
 
     The first option of a layer is the dense one, `image` is (1, C, H, W). Of the numbers of
-    sources only powers of two and the largest are timed, and so kept; `tell` is told (done, of).
+    sources only powers of two and the largest are timed, and so kept; `report` is called with
+    (done, of).
     """
     priced = {}
     for index, (name, row) in enumerate(options.items(), 1):
         conv = dense.get_submodule(name)
         assert isinstance(conv, nn.Conv2d)
-        most = max(option.sources for option in row if not option.mixed)
+        most = max(option.sources for option in row if not option.whole_basis)
         timed = [o for o in row if o.sources & (o.sources - 1) == 0 or o.sources == most]
         forms = [Form(o.kept, o.sources, o.size) if o.sources else Form(o.kept) for o in timed]
         height, width = run_until(dense, name, image, output=False).shape[2:]
@@ -58,7 +59,7 @@ def price(
             for option, ms in zip(timed, measured, strict=True)
             if option.sources == 0 or ms < measured[0]
         ]
-        tell(index, len(options))
+        report(index, len(options))
     return priced
 
 
@@ -67,9 +68,8 @@ def allocate_time(
     options: dict[str, list[Option]],
     image: Tensor,
     budget: Budget,
-    table: LatencyTable,
-    for_inference: Callable[[nn.Module], nn.Module],
-    tell: Callable[[int, int], None],
+    timing: Timing,
+    report: Callable[[int, int], None],
 ) -> TimedChoice:
     """Choose one option per layer so that the whole network, as measured, meets a latency budget.
 
@@ -77,17 +77,17 @@ def allocate_time(
     memory where a layer alone finds them in a cache). So the dense network and the cheapest one
     are measured, and what a layer saves is scaled to what the whole saves; then the network that
     was chosen is measured, and what it differs by corrects the next choice, until the budget is
-    met within TOLERANCE. `for_inference` makes of a network what is measured; the other arguments
-    are those of `price`. Raises UserError, naming the smallest budget that works, if no choice
-    meets the budget, or if the dense network meets it as it is.
+    met within TOLERANCE. The other arguments are those of `price`. Raises UserError, naming the
+    smallest budget that works, if no choice meets the budget, or if the dense network meets it as
+    it is.
     """
-    priced = price(dense, options, image, table, tell)
+    priced = price(dense, options, image, timing.table, report)
     shape = (image.shape[1], image.shape[2], image.shape[3])
-    ready = for_inference(dense)
+    ready = timing.for_inference(dense)
 
     def measure(chosen: dict[str, Option]) -> tuple[float, float]:
-        trial = for_inference(_build(dense, chosen))
-        before, after = latencies([ready, trial], shape, batch=table.batch)
+        trial = timing.for_inference(_build(dense, chosen))
+        before, after = latencies([ready, trial], shape, batch=timing.table.batch)
         return before, after
 
     cheapest = {name: min(row, key=lambda option: option.cost) for name, row in priced.items()}

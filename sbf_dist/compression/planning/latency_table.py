@@ -2,11 +2,10 @@
 
 import fcntl
 import functools
-import hashlib
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,6 +18,7 @@ from torch import nn
 from sbf_dist import _C
 from sbf_dist.compression.planning.latency import Form, layer_latencies
 from sbf_dist.errors import UserError
+from sbf_dist.files import replacing, sha256
 
 GRID = 4  # numbers of kept filters at which more sources are measured
 
@@ -46,7 +46,7 @@ def default_path() -> Path:
 class LatencyTable:
     """Milliseconds of layers in their possible forms on this machine, measured where unknown.
 
-    `path` is the JSON file that keeps them, `batch` the images of a forward pass. Entries are told
+    `path` is the JSON file that keeps them, `batch` the images of a forward pass. Entries are kept
     apart by all that they depend on: the processor, threads, PyTorch, the very build of the
     extension, dtype, layout, batch, the layer's shape and its form. Several processes may share
     the file.
@@ -102,14 +102,30 @@ class LatencyTable:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 content = self._read()
                 content.milliseconds.setdefault(machine, {}).setdefault(layer, {}).update(found)
-                partial = self.path.with_name(f".{self.path.name}.partial")
-                partial.write_text(json.dumps(content.model_dump(), indent=1) + "\n")
-                partial.replace(self.path)
+                with replacing(self.path) as partial:
+                    partial.write_text(json.dumps(content.model_dump(), indent=1) + "\n")
         except OSError as error:
             raise UserError(
                 f"latency table {self.path} cannot be written: {error.strerror}; choose another "
                 "place for it"
             ) from None
+
+
+def _as_it_is(model: nn.Module) -> nn.Module:
+    return model
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How layers and networks are timed, where the budget is a time.
+
+    table: keeps the layers' times, and says how many images are in a forward pass; for_inference:
+    makes of a network what is timed, for instance `sbf_dist.optimize`; by default it stays as it
+    is.
+    """
+
+    table: LatencyTable = field(default_factory=LatencyTable)
+    for_inference: Callable[[nn.Module], nn.Module] = _as_it_is
 
 
 @dataclass(frozen=True)
@@ -145,7 +161,7 @@ def _rows(forms: Sequence[Form]) -> dict[tuple[int, int], _Row]:
 
 
 def _describe(conv: nn.Conv2d, input_size: tuple[int, int], batch: int) -> str:
-    """Tell all of a layer's shape that its latency depends on."""
+    """Name all of a layer's shape that its latency depends on."""
     height, width = input_size
     return (
         f"{batch} x {conv.in_channels} x {height} x {width} -> {conv.out_channels}, "
@@ -155,7 +171,7 @@ def _describe(conv: nn.Conv2d, input_size: tuple[int, int], batch: int) -> str:
 
 
 def environment(weight: torch.Tensor) -> str:
-    """Tell all of the machine and the software that a layer with such a weight is timed on."""
+    """Name the machine and the software that a layer with such a weight is timed on."""
     if weight.is_cuda:
         processor = torch.cuda.get_device_name(weight.device)
     else:
@@ -180,6 +196,5 @@ def _cpu_name() -> str:
 
 @functools.cache
 def _extension_digest() -> str:
-    """First digits of the SHA-256 of the extension's file: what its version does not tell."""
-    with Path(_C.__file__).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    """First digits of the SHA-256 of the extension's file: its version does not change so often."""
+    return sha256(Path(_C.__file__))[:12]

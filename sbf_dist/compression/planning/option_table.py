@@ -12,7 +12,7 @@ from sbf_dist.compression.planning.criteria import Ranking, rankings
 from sbf_dist.compression.planning.divergence import divergences
 from sbf_dist.compression.planning.knapsack import Option
 from sbf_dist.compression.planning.options import PROBES, Estimated, Search, Shape, estimate_options
-from sbf_dist.compression.progress import Progress, tell, told
+from sbf_dist.compression.progress import Progress, report, reported
 
 FISHER = 256  # images on which sensitivities are measured
 
@@ -21,9 +21,11 @@ FISHER = 256  # images on which sensitivities are measured
 class OptionTable:
     """What each layer could become, and what decides which channels it then keeps.
 
-    rows: the options, the layer as it is first, with multiply-adds as costs.
+    shapes: what the layers' costs follow from; rows: the options, the layer as it is first, with
+    multiply-adds as costs; rankings: the orders of channels; sensitivity: (C,) of each layer.
     """
 
+    shapes: Mapping[str, Shape]
     rows: dict[str, list[Option]]
     rankings: dict[str, Ranking]
     sensitivity: dict[str, Tensor]
@@ -38,9 +40,8 @@ def measure_options(
     shapes: Mapping[str, Shape],
     now: Mapping[str, Option],
     images: Calibration,
-    *,
     search: Search,
-    criterion: str,
+    *,
     seed: int,
     among: Mapping[str, Collection[int]] | None = None,
     progress: Progress | None = None,
@@ -48,28 +49,28 @@ def measure_options(
     """Measure the options of the layers of `model` (in eval mode) that `shapes` names.
 
     `now` is what each of them is, convolution or SBF layer; `among` names the channels of a layer
-    that may be kept, where these are not all. Raises UserError for an unknown criterion.
+    that may be kept, where these are not all.
     """
     names = list(shapes)
 
     def batches() -> Iterator[Tensor]:
-        return told(progress, "measure sensitivities", images, FISHER)
+        return reported(progress, "measure sensitivities", images, FISHER)
 
-    ranked = rankings(model, names, batches, criterion, seed)
+    ranked = rankings(model, names, batches, search.settings.criterion, seed)
     for name, channels in (among or {}).items():
         ranked[name] = ranked[name].restrict(channels)
     sensitivity = output_sensitivity(model, names, batches, seed)
     sizes = {name: search.size(layer_of(model, name)) for name in names}
     estimated: dict[str, Estimated] = {}
     for index, (name, moments) in enumerate(gather_layers(model, sizes, images), 1):
-        tell(progress, "measure layers", index, len(sizes))
+        report(progress, "measure layers", index, len(sizes))
         estimated[name] = estimate_options(
             shapes[name], now[name], moments, sensitivity[name], ranked[name], search
         )
     trials = {name: row.trials for name, row in estimated.items() if row.trials}
-    probes = told(progress, "measure divergences", images, PROBES)
+    probes = reported(progress, "measure divergences", images, PROBES)
     measured = divergences(model, trials, probes, seed=seed)
     rows = {
         name: [now[name], *row.scaled(measured.get(name, []))] for name, row in estimated.items()
     }
-    return OptionTable(rows, ranked, sensitivity)
+    return OptionTable(shapes, rows, ranked, sensitivity)

@@ -18,48 +18,56 @@ from sbf_dist.compression.planning.criteria import Ranking
 from sbf_dist.compression.planning.divergence import MixtureTrial, Trial
 from sbf_dist.compression.planning.knapsack import Option, frontier
 from sbf_dist.layers import SBFConv2d
+from sbf_dist.settings import Compression
 
 PROBES = 128  # images on which the effect of an option is measured
 SHARES = (0.25, 0.5, 0.75)  # of a layer's cost, at which options are tried
 STEPS = 16  # numbers of kept channels that are tried in a layer
 TINY = 1e-30
 EVENNESS = 0.3  # nats; what keeps layers trainable, against what is least lost before training
-DEAR = 4  # weights of a filter, of those of a channel mixed from all others
+# Weights of a filter, of those of a channel that is rebuilt from the whole basis: from here on the
+# latter cost little beside the filters.
+LARGE_FILTER = 4
 MIXTURE_STEPS = 64  # the same of mixtures, which take one decomposition in all
 
 
 @dataclass(frozen=True)
 class Search:
-    """What the options of a layer range over.
+    """What the options of a layer range over, by the settings of a compression.
 
-    sources: the largest S; transform_size: the largest m, beside which 1 is tried; floor: the
-    least share of a layer's channels that is kept; round_to: kept channels come in multiples of
-    it, so that layers of no more channels than that stay as they are; between: whether layers
-    will have a batch norm between basis and transformations, which has parameters; mixtures:
-    whether rebuilt channels may be mixtures of the whole basis (see `mixture`), beyond `sources`;
-    timed: whether costs will be measured times, which few sources may keep low.
+    Beside the largest m, 1 is tried. Kept channels come in multiples of round_to, so that layers
+    of no more channels than that stay as they are.
     """
 
-    sources: int = 4
-    transform_size: int = 3
-    floor: float = 0.125
-    round_to: int = 1
-    between: bool = False
-    mixtures: bool = True
-    timed: bool = False
+    settings: Compression
+
+    @property
+    def has_between(self) -> bool:
+        """Whether layers get a batch norm before the transformations, which has parameters."""
+        return self.settings.between is not None
+
+    @property
+    def uses_whole_basis(self) -> bool:
+        """Whether channels may be rebuilt from the whole basis (`mixture`), beyond `sources`."""
+        return self.settings.mixtures and self.settings.refit
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether costs are measured times, which a small number of sources may keep low."""
+        return self.settings.budget.unit == "ms"
 
     def kept(self, channels: int, steps: int = STEPS) -> range:
         """Return the numbers of channels, less than all, that a layer may keep."""
-        least = max(1, round(self.floor * channels))
+        least = max(1, round(self.settings.floor * channels))
         step = max(1, channels // steps)
-        multiple = self.round_to
+        multiple = self.settings.round_to
         return range(
             multiple * math.ceil(least / multiple), channels, multiple * math.ceil(step / multiple)
         )
 
     def size(self, layer: nn.Conv2d | SBFConv2d) -> int:
         """Return the largest m that is tried in a layer."""
-        return size_for(layer, self.transform_size)
+        return size_for(layer, self.settings.transform_size)
 
 
 @dataclass(frozen=True)
@@ -123,8 +131,8 @@ class Estimated:
         """Return the options with losses scaled to the KL divergences that the trials cause.
 
         To these, EVENNESS x −log of the explained share is added (the logarithm: Zhang et al. 2015,
-        arXiv 1505.06798, section 3.2): few dimensions that hardly matter now are still hard to
-        train.
+        arXiv 1505.06798, section 3.2): a layer of a small number of
+        dimensions is hard to train, even where they hardly matter now.
         Errors of different m add up differently over positions, so that each family has scales of
         its own. They are interpolated between the costs of the trials: where a scale jumped, the
         allocation would choose the options on the lower side of the jump.
@@ -158,7 +166,7 @@ def estimate_options(
     Costs are multiply-adds; `moments` are those of the layer's own outputs at the largest m. The
     summed squared errors, weighted by sensitivity, rank the options of one layer well but not
     those of different layers (errors that add up coherently over positions count for more), so
-    they are to be scaled to the KL divergence that a few of the options cause.
+    they are to be scaled to the KL divergence that some of the options cause.
     """
     estimated: list[tuple[Option, float]] = []
     variance = max(float(moments.yy.sum()), TINY)
@@ -166,14 +174,14 @@ def estimate_options(
     space = _space(search, ranking, now, moments, sensitivity)
     numbers = _kept(search, shape, now)
     sizes = {1, moments.size}
-    if space is not None and not search.timed and shape.weights >= DEAR * shape.channels:
+    if space is not None and not search.is_timed and shape.weights >= LARGE_FILTER * shape.channels:
         sizes -= {1}  # a mixture is better, and its taps cost little beside the filters
     for size in sorted(sizes):
         own = moments.centre(size)
         order = orders[size] = ranking.order(own, sensitivity)
         for kept in numbers:
             rebuilt = sorted(set(range(shape.channels)) - set(order[:kept]))
-            fit = fit_transforms(own.restrict(order[:kept]), rebuilt, search.sources)
+            fit = fit_transforms(own.restrict(order[:kept]), rebuilt, search.settings.sources)
             losses = (sensitivity[rebuilt][:, None] * fit.error).sum(0).tolist()
             shares = (1 - fit.error.sum(0) / variance).tolist()
             for used, (loss, share) in enumerate(zip(losses, shares, strict=True), 1):
@@ -186,7 +194,7 @@ def estimate_options(
         shares = (1 - even.losses() / variance).tolist()
         for kept in _kept(search, shape, now, MIXTURE_STEPS):
             cost = shape.option_macs(kept, kept, 1)
-            option = Option(kept, kept, 1, cost, losses[kept], mixed=True)
+            option = Option(kept, kept, 1, cost, losses[kept], whole_basis=True)
             estimated.append((option, shares[kept]))
     estimated = [(option, share) for option, share in estimated if option.cost < now.cost]
     options = [option for option, _ in estimated]
@@ -197,7 +205,7 @@ def estimate_options(
         tried += [min(probed, key=lambda o: abs(o.cost - cost)) for cost in wanted]
     trials: list[Trial | MixtureTrial] = []
     for option in tried:
-        if option.mixed:
+        if option.whole_basis:
             assert space is not None
             trials.append(MixtureTrial.of(space.fit(option.kept, ranking.among)))
             continue
@@ -209,8 +217,8 @@ def estimate_options(
 
 
 def family_of(option: Option) -> tuple[int, bool]:
-    """Tell which options' errors are alike, so that they add up alike over positions."""
-    return option.size, option.mixed
+    """Return what options have in common whose errors add up alike over positions."""
+    return option.size, option.whole_basis
 
 
 def _space(
@@ -220,7 +228,7 @@ def _space(
 
     An SBF layer of another form has no filters for what it rebuilds, and scores would have no say.
     """
-    if search.mixtures and ranking.scores is None and (not now.sources or now.mixed):
+    if search.uses_whole_basis and ranking.scores is None and (not now.sources or now.whole_basis):
         return MixtureSpace(moments.centre(1), sensitivity)
     return None
 

@@ -11,12 +11,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from sbf_dist.compression.narrow import cannot_narrow, is_depthwise, narrow
 from sbf_dist.compression.plan import Removed
-from sbf_dist.compression.removal.narrow import cannot_narrow, is_depthwise, narrow
 from sbf_dist.errors import UserError
 from sbf_dist.surgery import deep_copy, sharing_modules
 
-TRIALS = 3  # of a group: a few channels may fit by chance
+TRIALS = 3  # of a group: with one, channels may fit by chance
 TOLERANCE = 1e-8  # of the largest output, in double precision
 
 
@@ -26,7 +26,7 @@ class Part:
 
     channels[i] are the numbers there of the group's channel i: several, for instance, in a linear
     layer that reads flattened feature maps. side is 'inp' where they are read, and 'out' where
-    they are made or passed on (normalisations, depthwise convolutions).
+    they are computed or passed on (normalisations, depthwise convolutions).
     """
 
     name: str
@@ -50,7 +50,7 @@ class Coupled:
 def find_coupled(model: nn.Module, images: Tensor) -> tuple[list[Coupled], dict[str, str]]:
     """Return all groups of channels that can be removed, and why each other layer's cannot.
 
-    `images` (N, C, H, W): a few, of the size that the network will see. A network that
+    `images` (N, C, H, W): two or more, of the size that the network will see. A network that
     torch-pruning fails on has no groups, and '' among the reasons says how it failed.
     """
     import torch_pruning as tp  # takes seconds, and a planned network is loaded without it
@@ -66,8 +66,8 @@ def find_coupled(model: nn.Module, images: Tensor) -> tuple[list[Coupled], dict[
             )
             found = list(graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear]))
     except Exception as error:  # whatever a foreign tracer meets in a foreign network
-        told = " ".join(str(error).split())[:200]
-        return [], {"": f"torch-pruning cannot follow it: {type(error).__name__}: {told}"}
+        message = " ".join(str(error).split())[:200]
+        return [], {"": f"torch-pruning cannot follow it: {type(error).__name__}: {message}"}
     shared = sharing_modules(shadow)
     groups: list[Coupled] = []
     reasons: dict[str, str] = {}
@@ -78,7 +78,7 @@ def find_coupled(model: nn.Module, images: Tensor) -> tuple[list[Coupled], dict[
         for item in group.items:
             node, module = item.dep.target, item.dep.target.module
             if node.type == tp.ops.OPTYPE.OUTPUT:
-                reason = reason or "it makes the network's output"
+                reason = reason or "it computes the network's output"
             elif isinstance(module, nn.Parameter):
                 reason = reason or "a parameter outside any layer has its channels"
             elif module in names and len(list(module.parameters())) > 0:
@@ -207,8 +207,8 @@ def _difference(shadow: nn.Module, removed: dict[str, Removed], images: Tensor) 
         narrow(narrowed, removed)
         output = narrowed(images)
     except (UserError, RuntimeError, ValueError) as error:
-        told = " ".join(str(error).split())[:200]
-        return f"torch-pruning's graph does not fit it: {told}"
+        message = " ".join(str(error).split())[:200]
+        return f"torch-pruning's graph does not fit it: {message}"
     silence(silenced, removed)
     wanted = silenced(images)
     if output.shape != wanted.shape:

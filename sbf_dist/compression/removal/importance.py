@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.removal.coupled import Coupled
+from sbf_dist.hooks import registered
 
 Criterion = Literal["fisher", "taylor", "l1", "l2", "bn_scale"]
 SAMPLES = 512  # images on which the criteria fisher and taylor are measured
@@ -73,13 +74,13 @@ def _products(
 
         return hook
 
-    handles = [dense.get_submodule(name).register_forward_pre_hook(read(name)) for name in readers]
     rows: list[list[Tensor]] = [[] for _ in groups]
-    try:
-        for few in images.parts(images.part // 2, SAMPLES):
+    hooks = (dense.get_submodule(name).register_forward_pre_hook(read(name)) for name in readers)
+    with registered(hooks):
+        for part_of_images in images.parts(images.part // 2, SAMPLES):
             sums.clear()
             with torch.enable_grad():
-                batch = few.detach().requires_grad_()
+                batch = part_of_images.detach().requires_grad_()
                 predictions = dense(batch).log_softmax(1)
                 drawn = torch.multinomial(predictions.exp().cpu(), 1, generator=generator)[:, 0]
                 loss = F.nll_loss(predictions, drawn.to(predictions.device), reduction="sum")
@@ -90,9 +91,6 @@ def _products(
                 for part in parts:
                     total += _gather(sums[part.name], part.channels, dim=1)
                 row.append(total)
-    finally:
-        for handle in handles:
-            handle.remove()
     return [torch.cat(row) for row in rows]
 
 

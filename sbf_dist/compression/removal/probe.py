@@ -55,8 +55,8 @@ def train_briefly(
         for _, x in zip(range(probe.steps), _augmented(images, probe, seed), strict=False):
             with torch.no_grad():
                 wanted = (dense(x) / temperature).log_softmax(1)
-            made = (trained(x) / temperature).log_softmax(1)
-            loss = F.kl_div(made, wanted, reduction="batchmean", log_target=True)
+            found = (trained(x) / temperature).log_softmax(1)
+            loss = F.kl_div(found, wanted, reduction="batchmean", log_target=True)
             optimizer.zero_grad()
             (loss * temperature**2).backward()
             torch.nn.utils.clip_grad_norm_(trained.parameters(), 5.0)

@@ -20,11 +20,13 @@ from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.fitting.refit import is_mended, refit_heads
 from sbf_dist.compression.fitting.sequential import SequentialFit
 from sbf_dist.compression.fitting.statistics import measure_batch_norm
+from sbf_dist.compression.narrow import is_depthwise, narrow
 from sbf_dist.compression.plan import Removed
 from sbf_dist.compression.removal.coupled import Coupled, find_coupled, removed_channels
 from sbf_dist.compression.removal.importance import Criterion, has_scales, measure_importance
-from sbf_dist.compression.removal.narrow import is_depthwise, narrow
 from sbf_dist.errors import UserError
+from sbf_dist.hooks import registered
+from sbf_dist.settings import Compression
 from sbf_dist.surgery import deep_copy
 
 Measure = Literal["macs", "params"]
@@ -32,9 +34,9 @@ Measure = Literal["macs", "params"]
 
 @dataclass(frozen=True)
 class Removal:
-    """A narrowed network, in eval mode, and how it was made.
+    """A narrowed network, in eval mode, and what was cut off.
 
-    removed: by module name, what was cut off; left: layers none of whose channels could be
+    removed: by module name, what was cut off; left: layers of which no channel could be
     removed, and why ('' is the network as a whole); cost: of the narrowed network.
     """
 
@@ -97,24 +99,17 @@ def find_removable(
 
 
 @torch.no_grad()
-def remove(
-    removable: Removable,
-    *,
-    share: float,
-    of: Measure = "macs",
-    floor: float = 0.125,
-    round_to: int = 1,
-    refit: bool = True,
-) -> Removal:
+def remove(removable: Removable, settings: Compression, share: float) -> Removal:
     """Narrow a copy of the network until it costs `share` of what it did.
 
-    Those channels go that matter least for what they cost, which is counted anew after each step.
-    Every group of coupled channels keeps at least `floor` of its channels, and a multiple of
-    `round_to`. What reads the rest has the removed channels' means added to its bias; with `refit`
-    the filters that are left are solved anew, in forward order, so that they give what they gave
-    in the dense network; batch norm is measured again. Raises UserError if the share cannot be
-    reached.
+    The cost is what the budget of `settings` counts: multiply-adds or parameters. Those channels go
+    that matter least for what they cost, which is counted anew after each step. Every group of
+    coupled channels keeps at least `floor` of its channels, and a multiple of `round_to`. What
+    reads the rest has the removed channels' means added to its bias; with `refit` the filters that
+    are left are solved anew, in forward order, so that they give what they gave in the dense
+    network; batch norm is measured again. Raises UserError if the share cannot be reached.
     """
+    of: Measure = "params" if settings.budget.kind == "params" else "macs"
     if not 0 < share <= 1:
         raise UserError(f"removal: share = {share:g} of {of} must lie in (0, 1]")
     dense, groups = removable.dense, removable.groups
@@ -125,7 +120,7 @@ def remove(
     # What no layer's widths say, such as products of features in attention, is counted at the end.
     excess = 0.0
     while True:
-        chosen = _choose(removable, of, limit - excess, floor, round_to)
+        chosen = _choose(removable, settings, of, limit - excess)
         removed = removed_channels(list(zip(groups, chosen, strict=True)))
         network = deep_copy(dense)
         narrow(network, removed)
@@ -136,23 +131,23 @@ def remove(
         excess += over
     _absorb_means(dense, network, removed, removable.images)
     removal = Removal(network, removed, removable.left, after)
-    if refit:
+    if settings.refit:
         _refit(removal, dense, removable.images)
     measure_batch_norm(network, removable.images, removable.images.part)
-    if refit:
+    if settings.refit:
         refit_heads(network, Reference(dense, removal.remaining(dense)), removable.images)
     return removal
 
 
 def _refit(removal: Removal, dense: nn.Module, images: Calibration) -> None:
     """Solve the filters of the narrowed network anew, on the inputs that it gives them."""
-    few = images.first(2)
+    examples = images.first(2)
     network = removal.network
     reference = Reference(dense, removal.remaining(dense))
     sizes = {
         name: 1
-        for name, use in uses(network, few).items()
-        if use.calls == 1 and is_mended(network, name, few)
+        for name, use in uses(network, examples).items()
+        if use.calls == 1 and is_mended(network, name, examples)
     }
     fit = SequentialFit(network, reference, sizes, images, refit=True)
     for name in sizes:
@@ -185,16 +180,13 @@ def _absorb_means(
 
         return hook
 
-    handles = [
+    hooks = (
         module.register_forward_pre_hook(read(name, isinstance(module, nn.Linear)))
         for name, module in readers.items()
-    ]
-    try:
+    )
+    with registered(hooks):
         for batch in images:
             dense(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     for name, total in sums.items():
         mean = total[removed[name].inp] / counts[name]
         weight = readers[name].get_parameter("weight")[:, removed[name].inp].double()
@@ -206,11 +198,11 @@ def _absorb_means(
 
 
 def _without(groups: list[Coupled], keep: tuple[str, ...]) -> tuple[list[Coupled], dict[str, str]]:
-    """Take the groups that make channels of a layer matching `keep` out, with the reason."""
+    """Take the groups that compute channels of a layer matching `keep` out, with the reason."""
     rest, reasons = [], {}
     for group in groups:
-        made = [part.name for part in group.parts if part.side == "out"]
-        matches = [p for p in keep if any(fnmatch.fnmatchcase(name, p) for name in made)]
+        computed_by = [part.name for part in group.parts if part.side == "out"]
+        matches = [p for p in keep if any(fnmatch.fnmatchcase(name, p) for name in computed_by)]
         if matches:
             reasons[group.name] = f"kept whole, as {matches[0]!r} asks"
         else:
@@ -263,8 +255,9 @@ class _Widths:
         saved = 0.0
         for name, (out, inp) in self.removed[group].items():
             paired, alone = self.price[name]
-            made, read = self.width[name]
-            lost = made * read - (made - channels * out) * (read - channels * inp)
+            out_width, in_width = self.width[name]
+            left = (out_width - channels * out) * (in_width - channels * inp)
+            lost = out_width * in_width - left
             saved += paired * lost + alone * channels * out
         return saved
 
@@ -286,11 +279,7 @@ class _Widths:
 
 
 def _choose(
-    removable: Removable,
-    of: Measure,
-    limit: float,
-    floor: float,
-    round_to: int,
+    removable: Removable, settings: Compression, of: Measure, limit: float
 ) -> list[list[int]]:
     """Return which channels of each group go, so that what is left costs at most `limit`.
 
@@ -302,9 +291,10 @@ def _choose(
     orders = [scores.argsort(stable=True).tolist() for scores in importance]
     sums = [scores[order].cumsum(0) for scores, order in zip(importance, orders, strict=True)]
     gone = [0] * len(groups)
+    floor, round_to = settings.floor, settings.round_to
 
     def step(index: int) -> int:
-        """How many channels of a group go next; none where that would leave too few."""
+        """How many channels of a group go next; 0 where that would leave less than the floor."""
         size = groups[index].size
         count = (size - gone[index]) % round_to or round_to
         least = max(1, math.ceil(floor * size - 1e-9))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sbf_dist.compression.calibration import BATCH
 from sbf_dist.compression.fitting.statistics import measure_batch_norm
 from sbf_dist.compression.planning.criteria import following_norms
+from sbf_dist.hooks import registered
 from sbf_dist.surgery import deep_copy
 
 
@@ -76,16 +77,13 @@ def effective_cost(model: nn.Module, images: Tensor) -> EffectiveCost:
         positions = output[0].numel() // len(weight)
         macs += filters * read[0].numel() * positions
 
-    handles = [
+    hooks = (
         module.register_forward_hook(hook)
         for module in model.modules()
         if isinstance(module, nn.Conv2d | nn.Linear)
-    ]
-    try:
+    )
+    with registered(hooks):
         model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     return EffectiveCost(macs, params)
 
 

@@ -4,25 +4,21 @@ from small_networks import Small, pictures, small
 from torch import nn
 
 from sbf_dist.budget import Budget
-from sbf_dist.compression.convert import convert
+from sbf_dist.compression.convert import convert, make_between
 from sbf_dist.compression.cost import count
-from sbf_dist.compression.fitting.between import insert_between, make_between
+from sbf_dist.compression.fitting.between import insert_between
 from sbf_dist.compression.fitting.statistics import run_until
 from sbf_dist.compression.plan import Plan, SBFLayer
 from sbf_dist.compression.progressive import shrink
-from sbf_dist.compression.reconstruct import compress
+from sbf_dist.compression.reconstruct import rebuild
 from sbf_dist.errors import UserError
+from sbf_dist.settings import Compression
 
 
 def shrunk(budget=None, **settings):
-    return compress(
-        small(norm=settings.pop("norm", True)),
-        pictures(),
-        model_name="small",
-        classes=5,
-        budget=budget or Budget(macs=0.5),
-        **settings,
-    )
+    model = small(norm=settings.pop("norm", True))
+    given = (budget or Budget(macs=0.5)).given()
+    return rebuild(model, pictures(), Compression(**given, **settings))
 
 
 def converted(plan):
@@ -73,7 +69,7 @@ def test_plans_without_it_do_not_mention_it():
 def test_layers_with_something_between_are_not_shrunk_again():
     student, plan = shrunk(between="bn_relu")
     with pytest.raises(UserError, match="has bn_relu between basis and transformations"):
-        shrink(student, plan, pictures(), Budget(macs=0.4))
+        shrink(student, plan, pictures(), Compression(macs=0.4))
 
 
 def test_it_has_the_dtype_that_is_asked_for():

@@ -9,12 +9,14 @@ from sbf_dist.budget import Budget
 from sbf_dist.compression.convert import convert
 from sbf_dist.compression.cost import count
 from sbf_dist.compression.plan import SBFLayer
-from sbf_dist.compression.reconstruct import compress
+from sbf_dist.compression.reconstruct import rebuild
 from sbf_dist.errors import UserError
+from sbf_dist.settings import Compression
 
 
 def shrunk(model, budget, **settings):
-    return compress(model, pictures(), model_name="small", classes=5, budget=budget, **settings)
+    wanted = Compression(**budget.given(), **settings)
+    return rebuild(model, pictures(), wanted, name="small")
 
 
 def converted(plan):
@@ -116,6 +118,5 @@ def test_a_network_that_has_sbf_layers_is_refused_in_one_line():
     with pytest.raises(UserError) as told:
         shrunk(student, Budget(macs=0.4))
     assert str(told.value) == (
-        f"model 'small' has an SBF layer already ({name}): "
-        "sbf_dist.compression.progressive.shrink makes it smaller"
+        f"model 'small' has an SBF layer already ({name}): sbf_dist.shrink makes it smaller"
     )

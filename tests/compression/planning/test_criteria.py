@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from small_networks import Small, pictures, small
 from torch import nn
 
-from sbf_dist.budget import Budget
 from sbf_dist.compression.fitting.statistics import MomentSums, neighbourhoods, run_until
 from sbf_dist.compression.fitting.transforms import rank_channels
 from sbf_dist.compression.planning.criteria import CRITERIA, Ranking, following_norms, rankings
-from sbf_dist.compression.reconstruct import compress
+from sbf_dist.compression.reconstruct import rebuild
 from sbf_dist.errors import UserError
+from sbf_dist.settings import Compression
 
 NAMES = ["conv1", "conv2"]
 
@@ -64,18 +64,11 @@ def test_without_a_scale_the_filters_decide_and_the_plan_says_so(change, why):
     model = small()
     change(model)
     ranking = rankings(model.eval(), NAMES, batches, "bn_scale", 0)
-    assert ranking["conv1"].told == "bn_scale"
-    assert ranking["conv2"].told.startswith("l2 (")
-    assert why in ranking["conv2"].told
+    assert ranking["conv1"].criterion == "bn_scale"
+    assert ranking["conv2"].criterion.startswith("l2 (")
+    assert why in ranking["conv2"].criterion
     assert torch.equal(ranking["conv2"].scores, scores("l2", model)["conv2"])
-    _, plan = compress(
-        model,
-        pictures(),
-        model_name="small",
-        classes=5,
-        budget=Budget(macs=0.4),
-        criterion="bn_scale",
-    )
+    _, plan = rebuild(model, pictures(), Compression(macs=0.4, criterion="bn_scale"))
     assert f"filters kept by l2 ({'' if why[0] == 'n' else 'its batch norm '}{why})" in (
         plan.layers["conv2"].reason
     )
@@ -149,15 +142,8 @@ def test_every_criterion_makes_a_student_within_the_budget_that_keeps_what_it_ra
 ):
     model = small()
     before = copy.deepcopy(model.state_dict())
-    student, plan = compress(
-        model,
-        pictures(),
-        model_name="small",
-        classes=5,
-        budget=Budget(macs=0.5),
-        criterion=criterion,
-        seed=3,
-    )
+    settings = Compression(macs=0.5, criterion=criterion)
+    student, plan = rebuild(model, pictures(), settings, seed=3)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert plan.criterion == criterion
     assert plan.macs_after <= 0.5 * plan.macs_before

@@ -10,7 +10,8 @@ from sbf_dist.budget import Budget
 from sbf_dist.compression.planning.explanation import Spending, neighbours
 from sbf_dist.compression.planning.knapsack import Option
 from sbf_dist.compression.planning.options import Search
-from sbf_dist.compression.reconstruct import compress
+from sbf_dist.compression.reconstruct import rebuild
+from sbf_dist.settings import Compression
 
 M = 1e6
 ROWS = {
@@ -28,8 +29,7 @@ ROWS = {
 def spending(**chosen):
     picked = {name: ROWS[name][chosen.get(name, 0)] for name in ROWS}
     return Spending(
-        budget=Budget(macs=0.8),
-        search=Search(round_to=8),
+        search=Search(Compression(macs=0.8, round_to=8)),
         options=ROWS,
         chosen=picked,
         channels={"a": 32, "b": 32, "c": 8},
@@ -98,7 +98,7 @@ def test_the_next_steps_are_on_the_hull_and_what_they_buy_falls_with_cost(points
 
 @pytest.mark.parametrize("budget", [Budget(macs=0.5), Budget(params=0.5)], ids=str)
 def test_a_plan_explains_itself_in_the_unit_of_its_budget(budget):
-    _, plan = compress(small(), pictures(), model_name="small", classes=5, budget=budget)
+    _, plan = rebuild(small(), pictures(), Compression(**budget.given()))
     before, after = plan.macs_before, plan.macs_after
     unit, size = ("M multiply-adds", 1e6)
     if budget.kind == "params":

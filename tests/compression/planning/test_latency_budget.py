@@ -12,6 +12,7 @@ from sbf_dist.budget import Budget
 from sbf_dist.compression.planning import latency_budget
 from sbf_dist.compression.planning.knapsack import Option
 from sbf_dist.compression.planning.latency_budget import TOLERANCE, allocate_time, price
+from sbf_dist.compression.planning.latency_table import Timing
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
 
@@ -91,8 +92,7 @@ def choose(model, budget, machine, table=None, for_inference=lambda model: model
             options_of(model),
             IMAGE,
             budget,
-            table or Table(),
-            for_inference,
+            Timing(table or Table(), for_inference),
             lambda done, of: None,
         )
 

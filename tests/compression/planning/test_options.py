@@ -20,8 +20,13 @@ from sbf_dist.compression.planning.options import (
     Shape,
     estimate_options,
 )
+from sbf_dist.settings import Compression
 
 SHAPE = (3, 10, 10)
+
+
+def search(**settings):
+    return Search(Compression(macs=0.5, **settings))
 
 
 @settings(deadline=None)
@@ -33,7 +38,7 @@ SHAPE = (3, 10, 10)
 def test_kept_channels_come_in_multiples_above_the_floor_and_are_few_numbers(
     channels, floor, round_to
 ):
-    kept = Search(floor=floor, round_to=round_to).kept(channels)
+    kept = search(floor=floor, round_to=round_to).kept(channels)
     assert all(k % round_to == 0 and round(floor * channels) <= k < channels for k in kept)
     assert len(kept) <= 32
     if channels <= round_to:
@@ -62,23 +67,23 @@ def test_moments_of_a_smaller_neighbourhood_are_in_those_of_a_larger(size, inner
     assert found.size == inner
 
 
-def options_of(model, name, search):
+def options_of(model, name, limits):
     """The options of one layer, all channels mattering alike; and the layer's shape."""
     conv = model.get_submodule(name)
     shape = Shape.of(conv, count(model, SHAPE).layers[name])
     found = estimate_options(
         shape,
         shape.as_it_is(),
-        moments_of(model, name, search.size(conv)),
+        moments_of(model, name, limits.size(conv)),
         torch.ones(conv.out_channels, dtype=torch.double),
         Ranking("reconstruction"),
-        search,
+        limits,
     )
     return shape, [shape.as_it_is(), *found.options]
 
 
 def test_options_range_over_kept_channels_sources_and_sizes_below_the_layers_cost():
-    _, row = options_of(small(norm=False), "conv2", Search(sources=3, round_to=2, mixtures=False))
+    _, row = options_of(small(norm=False), "conv2", search(sources=3, round_to=2, mixtures=False))
     assert (row[0].kept, row[0].sources, row[0].loss) == (16, 0, 0)
     assert {option.size for option in row[1:]} == {1, 3}
     assert {option.sources for option in row[1:]} == {1, 2, 3}
@@ -87,13 +92,13 @@ def test_options_range_over_kept_channels_sources_and_sizes_below_the_layers_cos
 
 
 def test_mixtures_of_the_whole_basis_take_the_place_of_few_sources_without_shifts():
-    _, row = options_of(small(norm=False), "conv2", Search(sources=3, round_to=2))
-    mixed = [option for option in row if option.mixed]
+    _, row = options_of(small(norm=False), "conv2", search(sources=3, round_to=2))
+    mixed = [option for option in row if option.whole_basis]
     assert [option.kept for option in mixed] == [2, 4, 6, 8, 10, 12, 14]
     assert all((option.sources, option.size) == (option.kept, 1) for option in mixed)
     losses = [option.loss for option in mixed]
     assert losses == sorted(losses, reverse=True)
-    assert {(option.sources, option.size) for option in row[1:] if not option.mixed} == {
+    assert {(option.sources, option.size) for option in row[1:] if not option.whole_basis} == {
         (1, 3),
         (2, 3),
         (3, 3),
@@ -101,9 +106,9 @@ def test_mixtures_of_the_whole_basis_take_the_place_of_few_sources_without_shift
 
 
 def test_a_mixture_estimates_less_loss_than_any_sources_of_its_basis_without_shifts():
-    _, mixed = options_of(small(norm=False), "conv2", Search(sources=8, transform_size=1))
+    _, mixed = options_of(small(norm=False), "conv2", search(sources=8, transform_size=1))
     _, few = options_of(
-        small(norm=False), "conv2", Search(sources=8, transform_size=1, mixtures=False)
+        small(norm=False), "conv2", search(sources=8, transform_size=1, mixtures=False)
     )
     least = {kept: min(o.loss for o in few if o.kept == kept) for kept in range(2, 16)}
     for option in mixed[1:]:
@@ -111,12 +116,12 @@ def test_a_mixture_estimates_less_loss_than_any_sources_of_its_basis_without_shi
 
 
 def test_where_time_is_the_budget_few_sources_are_tried_beside_mixtures():
-    _, row = options_of(small(norm=False), "conv2", Search(sources=2, timed=True))
-    assert {(o.size, o.mixed) for o in row[1:]} == {(1, False), (1, True), (3, False)}
+    _, row = options_of(small(norm=False), "conv2", Search(Compression(latency=0.5, sources=2)))
+    assert {(o.size, o.whole_basis) for o in row[1:]} == {(1, False), (1, True), (3, False)}
 
 
 def test_a_layer_narrower_than_the_multiple_has_no_options():
-    assert len(options_of(small(norm=False), "conv1", Search(round_to=16))[1]) == 1
+    assert len(options_of(small(norm=False), "conv1", search(round_to=16))[1]) == 1
 
 
 def test_what_is_tried_are_options_that_could_be_chosen():
@@ -128,10 +133,10 @@ def test_what_is_tried_are_options_that_could_be_chosen():
         moments_of(model, "conv2", 3),
         torch.ones(16, dtype=torch.double),
         Ranking("reconstruction"),
-        Search(),
+        search(),
     )
     assert [option.size for option in found.tried] == [3, 3, 3, 1, 1, 1], "each m has its scales"
-    assert [option.mixed for option in found.tried] == [False] * 3 + [True] * 3
+    assert [option.whole_basis for option in found.tried] == [False] * 3 + [True] * 3
     best = [o for m in (1, 3) for o in frontier([o for o in found.options if o.size == m])]
     for option, trial in zip(found.tried, found.trials, strict=True):
         assert option in best
@@ -151,7 +156,7 @@ def test_losses_are_scaled_to_the_divergences_of_the_trials_and_more_where_less_
         moments_of(model, "conv2", 3),
         torch.ones(16, dtype=torch.double),
         Ranking("reconstruction"),
-        Search(),
+        search(),
     )
     doubled = found.scaled([2 * option.loss for option in found.tried])
     total = float(moments_of(model, "conv2", 3).yy.sum())
@@ -162,7 +167,7 @@ def test_losses_are_scaled_to_the_divergences_of_the_trials_and_more_where_less_
 
 
 def test_scales_do_not_jump_between_the_trials():
-    options = [Option(k, k, 1, float(k), 10.0 - k, mixed=True) for k in range(1, 10)]
+    options = [Option(k, k, 1, float(k), 10.0 - k, whole_basis=True) for k in range(1, 10)]
     found = Estimated(options, [1.0] * 9, [options[1], options[6]], [])
     scaled = found.scaled([options[1].loss, 8 * options[6].loss])
     scales = [after.loss / before.loss for before, after in zip(options, scaled, strict=True)]
@@ -184,7 +189,7 @@ def built(model, name, option):
 def test_an_options_costs_are_those_of_the_network_that_has_it(norm):
     model = small(norm=norm)
     dense = count(model, SHAPE)
-    shape, row = options_of(model, "conv2", Search(sources=2, round_to=4, mixtures=False))
+    shape, row = options_of(model, "conv2", search(sources=2, round_to=4, mixtures=False))
     in_params = shape.in_parameters(row)
     assert in_params[0].cost == sum(p.numel() for p in model.conv2.parameters())
     priced = {(o.kept, o.sources, o.size): o.cost for o in in_params}

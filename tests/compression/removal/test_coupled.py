@@ -6,9 +6,9 @@ from small_networks import pictures, small
 from torch import nn
 
 from sbf_dist import models
+from sbf_dist.compression.narrow import narrow
 from sbf_dist.compression.plan import Removed
 from sbf_dist.compression.removal.coupled import find_coupled, removed_channels, silence
-from sbf_dist.compression.removal.narrow import narrow
 
 
 def built(name, seed=0):

@@ -17,8 +17,10 @@ from sbf_dist.compression.fitting.statistics import measure_batch_norm
 from sbf_dist.compression.removal.coupled import silence
 from sbf_dist.compression.removal.importance import measure_importance
 from sbf_dist.compression.removal.probe import divergence
-from sbf_dist.compression.removal.pruning import Removal, find_removable, remove
+from sbf_dist.compression.removal.pruning import Removal, find_removable
+from sbf_dist.compression.removal.pruning import remove as remove_by
 from sbf_dist.errors import UserError
+from sbf_dist.settings import Compression
 
 
 def resnet(seed=0):
@@ -29,6 +31,10 @@ def resnet(seed=0):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.uniform_(module.bias, -0.2, 0.5)
     return model
+
+
+def remove(removable, *, share, of="macs", **wanted):
+    return remove_by(removable, Compression(**{of: 1.0}, **wanted), share)
 
 
 @pytest.fixture(scope="module")

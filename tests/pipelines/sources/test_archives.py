@@ -32,14 +32,14 @@ def test_an_archive_or_its_alternative_is_found(tmp_path):
     assert locate(tmp_path, [ONE, OTHER]) == (ONE, tmp_path / "one.tar.gz")
 
 
-def test_a_missing_archive_is_told_with_its_name_its_place_and_its_origin(tmp_path):
-    with pytest.raises(UserError) as told:
+def test_a_missing_archive_is_reported_with_its_name_its_place_and_its_origin(tmp_path):
+    with pytest.raises(UserError) as raised:
         locate(tmp_path, [ONE, OTHER])
-    assert str(told.value) == (
+    assert str(raised.value) == (
         f"archive {tmp_path}/one.tar.gz: is missing; put one.tar.gz or other.tar.gz from "
         f"https://one.example into {tmp_path}"
     )
-    with pytest.raises(UserError, match=r"nowhere: is no folder; put one\.tar\.gz into it"):
+    with pytest.raises(UserError, match=r"nowhere: is not a folder; put one\.tar\.gz into it"):
         locate(tmp_path / "nowhere", [ONE])
 
 
@@ -83,13 +83,13 @@ def test_members_that_no_honest_archive_has_are_refused(tmp_path, kind):
         path = tmp_path / f"hostile{mode[1:].replace(':', '.')}"
         with tarfile.open(path, mode) as file:
             file.addfile(info)
-        with pytest.raises(UserError, match=message) as told:
+        with pytest.raises(UserError, match=message) as raised:
             if mode == "w":
                 with TarFile(path) as read:
                     list(read.members())
             else:
                 list(compressed_members(path, 2**20))
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(raised.value)
     assert {p.name for p in tmp_path.iterdir()} == {"hostile", "hostile.gz"}
 
 
@@ -125,7 +125,7 @@ def test_metadata_of_any_claimed_length_is_not_read(tmp_path):
         list(file.members())
 
 
-def test_a_truncated_tar_file_is_told(tmp_path):
+def test_a_truncated_tar_file_is_reported(tmp_path):
     path = tar(tmp_path / "x.tar", {"a": b"1" * 5000, "b": b"2" * 5000})
     os.truncate(path, 7000)
     with TarFile(path) as file, pytest.raises(UserError, match=r"ends within b|cannot be read"):
@@ -187,7 +187,7 @@ def test_a_zip_member_that_lies_about_its_size_is_not_read_beyond_it(tmp_path):
         file.read("x")
 
 
-def test_what_is_no_archive_is_told(tmp_path):
+def test_what_is_no_archive_is_reported(tmp_path):
     path = tmp_path / "x"
     path.write_bytes(b"<html>404</html>" * 100)
     with pytest.raises(UserError, match=r"cannot be read.*download it again"):

@@ -41,8 +41,8 @@ def test_few_labels_hide_the_others_but_not_from_the_index(plain_index):
 
 
 def test_fewer_labels_are_a_subset_of_more_and_another_seed_picks_others(plain_root):
-    few, more = (indexed(plain_root, labelled_per_class=n).parts["labelled"] for n in (1, 3))
-    assert set(few) < set(more)
+    fewer, more = (indexed(plain_root, labelled_per_class=n).parts["labelled"] for n in (1, 3))
+    assert set(fewer) < set(more)
     other = indexed(plain_root, labelled_per_class=3, seed=1).parts["labelled"]
     assert set(other) != set(more)
 
@@ -203,15 +203,15 @@ def layout(root: Path, **counts: int) -> Path:
         ({}, {}, "is empty"),
     ],
 )
-def test_mistakes_are_told_with_their_numbers(tmp_path, counts, arguments, message):
+def test_mistakes_are_reported_with_their_numbers(tmp_path, counts, arguments, message):
     root = layout(tmp_path, **counts)
-    with pytest.raises(UserError, match=message) as told:
+    with pytest.raises(UserError, match=message) as raised:
         indexed(root, **arguments)
     # They are found without reading an image as well.
     settings = {"labelled_per_class": None, "validation": 2, "seed": 0} | arguments
     with pytest.raises(UserError) as early:
         check_folder(root, **settings)
-    assert str(early.value) == str(told.value)
+    assert str(early.value) == str(raised.value)
 
 
 def test_a_check_reads_no_image(tmp_path):
@@ -223,6 +223,6 @@ def test_a_check_reads_no_image(tmp_path):
         indexed(tmp_path)
 
 
-def test_a_root_that_is_not_there_is_told(tmp_path):
-    with pytest.raises(UserError, match="nowhere: is no folder"):
+def test_a_root_that_is_not_there_is_reported(tmp_path):
+    with pytest.raises(UserError, match="nowhere: is not a folder"):
         indexed(tmp_path / "nowhere")

@@ -49,7 +49,7 @@ def test_the_order_of_the_ids_is_not_that_of_the_class_folders(tmp_path):
         assert next(iter(found.classes)) != "n02119789"
 
 
-def test_listing_the_archives_tells_its_progress(tmp_path):
+def test_listing_the_archives_reports_its_progress(tmp_path):
     imagenet(tmp_path)
     calls: list[tuple] = []
     with ilsvrc.catalogue(
@@ -152,6 +152,6 @@ def other_mat() -> bytes:
 def test_devkits_of_another_content_are_refused(tmp_path, truth, meta, message):
     imagenet(tmp_path)
     devkit(tmp_path, truth, meta)
-    with pytest.raises(UserError, match=message) as told, catalogue(tmp_path):
+    with pytest.raises(UserError, match=message) as raised, catalogue(tmp_path):
         pass
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)

@@ -7,15 +7,18 @@ import torch
 from archive_makers import cifar10_python, cifar100_python, imagenet
 from pictures import write_plain
 
-from pipelines.augmentation import Augmentation
 from pipelines.index import DataIndex
 from pipelines.loader import EvalLoader, TrainLoader
+from pipelines.reader import Reader
 from pipelines.sources.folder import check_folder, index_folder
 from pipelines.sources.listing import list_images
 from pipelines.sources.preparation import prepare
 from sbf_dist.errors import UserError
+from sbf_dist.settings import Augmentation, View
 
-VIEW = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "rank": 0, "world_size": 1, "threads": 1}
+
+def view(image_size: int) -> View:
+    return View(image_size=image_size, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +46,15 @@ def read(index: DataIndex) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     training = TrainLoader(
         index,
         ["labelled"],
+        Reader(),
         batch_size=8,
-        image_size=24,
+        view=view(24),
         augmentation=Augmentation(),
         seed=1,
-        **VIEW,
     )
     first = [next(training) for _ in range(2)]
     training.close()
-    held_out = list(EvalLoader(index, "validation", batch_size=4, image_size=24, **VIEW))
+    held_out = list(EvalLoader(index, "validation", Reader(), batch_size=4, view=view(24)))
     batches = [*first, *held_out]
     return [b["image"].clone() for b in batches], [b["label"].clone() for b in batches]
 
@@ -137,19 +140,19 @@ def test_unlabelled_images_may_lie_elsewhere_in_any_depth(sets, tmp_path):
         TrainLoader(
             index,
             ["unlabelled"],
+            Reader(),
             batch_size=2,
-            image_size=8,
+            view=view(8),
             augmentation=Augmentation(min_scale=1.0, flip=False),
             seed=0,
-            **VIEW,
         )
     )
     for image, row in zip(batch["image"], batch["id"].tolist(), strict=True):
         number = {"0.png": 3, "1.png": 4}[Path(index.files[row]).name]
         middle = (image[:, 4, 4] * 0.5 + 0.5) * 255
         assert middle.round().tolist() == [10 * number, 0, 255 - 10 * number]
-    few = indexed(root, unlabelled=others, labelled_per_class=1)
-    assert len(few.parts["unlabelled"]) == 2 + 12
+    some = indexed(root, unlabelled=others, labelled_per_class=1)
+    assert len(some.parts["unlabelled"]) == 2 + 12
 
 
 def test_unlabelled_images_are_found_through_a_linked_root(sets, tmp_path):
@@ -176,7 +179,7 @@ def test_another_set_gives_its_training_images_unlabelled(sets):
 
 def test_unlabelled_images_must_be_there_and_be_others(sets, tmp_path):
     root = sets / "cifar10-folder"
-    with pytest.raises(UserError, match=r"data\.unlabelled .*/nowhere: is no folder"):
+    with pytest.raises(UserError, match=r"data\.unlabelled .*/nowhere: is not a folder"):
         indexed(root, unlabelled=tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"data\.unlabelled .*: has no image"):
         indexed(root, unlabelled=tmp_path)
@@ -196,11 +199,11 @@ def test_files_and_shards_may_be_mixed(sets, tmp_path):
             TrainLoader(
                 index,
                 ["labelled", "unlabelled"],
+                Reader(),
                 batch_size=len(hidden) + 50,
-                image_size=8,
+                view=view(8),
                 augmentation=Augmentation(),
                 seed=0,
-                **VIEW,
             )
         )
         assert (batch["label"] == -1).sum() == len(hidden)

@@ -25,11 +25,11 @@ def contents(root: Path) -> dict[str, bytes]:
 def test_every_photograph_gives_as_many_patches_in_colour(root, contents):
     found = Counter(tuple(name.split("/")[:2]) for name in contents)
     assert set(found) == {(part, p) for part in ("train", "val") for p in photos.PHOTOGRAPHS}
-    assert {found["train", p] for p in photos.PHOTOGRAPHS} == {photos.TRAIN}
-    assert {found["val", p] for p in photos.PHOTOGRAPHS} == {photos.VALIDATION}
+    assert {found["train", p] for p in photos.PHOTOGRAPHS} == {photos.NUM_TRAIN}
+    assert {found["val", p] for p in photos.PHOTOGRAPHS} == {photos.NUM_VALIDATION}
     for name in list(contents)[::97]:
         with Image.open(root / name) as picture:
-            assert (picture.size, picture.mode) == ((photos.SIDE, photos.SIDE), "RGB")
+            assert (picture.size, picture.mode) == ((photos.SIDE_PIXELS, photos.SIDE_PIXELS), "RGB")
 
 
 @pytest.mark.parametrize("photograph", photos.PHOTOGRAPHS)
@@ -40,7 +40,7 @@ def test_no_pixel_is_in_training_and_in_validation_nor_next_to_both(photograph):
         for window in found:
             assert min(window.top, window.left) >= 0
             assert window.of(pixels).shape == (window.side, window.side, 3)
-            assert window.side >= photos.SIDE
+            assert window.side >= photos.SIDE_PIXELS
             used[part][window.top : window.top + window.side][
                 :, window.left : window.left + window.side
             ] = True
@@ -48,7 +48,7 @@ def test_no_pixel_is_in_training_and_in_validation_nor_next_to_both(photograph):
     # Nor within the gap: widen one part by it, in both directions.
     near = used["train"].copy()
     for axis in (0, 1):
-        for shift in range(1, photos.GAP):
+        for shift in range(1, photos.GAP_PIXELS):
             near |= np.roll(used["train"], shift, axis) | np.roll(used["train"], -shift, axis)
     assert not (near & used["val"]).any()
 

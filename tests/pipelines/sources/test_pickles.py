@@ -84,20 +84,20 @@ ARGUMENT = b"U\x04true"
         (b"\x80\x02\x82\x01.", "instruction EXT1"),
         (b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b".", r"BYTEARRAY8|bytearray8"),
         (b"\x80\x03}r" + struct.pack("<I", 2**31 - 1) + b".", "memo place 2147483647"),
-        (b"\x80\x03\x8e" + struct.pack("<Q", 2**40) + b"x.", "is no pickle"),
+        (b"\x80\x03\x8e" + struct.pack("<Q", 2**40) + b"x.", "is not a pickle"),
         (b"c_codecs\nencode\n}U\x01xK\x01sb.", "changes a function"),
         (b"cnumpy.core.multiarray\n_reconstruct\n}U\x01xK\x01sb.", "changes a function"),
         (b"c_codecs\nencode\n(X\x01\x00\x00\x00aU\x03hextR.", "asks for the encoding b'hex'"),
-        (b"", "is no pickle"),
-        (b"}", "is no pickle"),
+        (b"", "is not a pickle"),
+        (b"}", "is not a pickle"),
         (b"(lp0\n.", "holds a list where a dictionary"),
         (b"}K\x01K\x01s.", "has the key 1"),
     ],
 )
 def test_what_cifar_does_not_hold_is_refused(data, message):
-    with pytest.raises(UserError, match=message) as told:
+    with pytest.raises(UserError, match=message) as raised:
         pickles.load(data, "batch")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
 
 
 def array_pickle(shape: bytes, code: bytes = b"u1", data: bytes = b"1234") -> bytes:

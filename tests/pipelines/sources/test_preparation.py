@@ -79,7 +79,7 @@ def test_members_of_shards_are_the_files_of_the_folder(archives, tmp_path):
         assert hashlib.sha256(data).hexdigest() == sample["sha256"]
 
 
-def test_the_manifest_tells_what_the_set_was_made_of(archives, tmp_path):
+def test_the_manifest_has_what_the_set_comes_from(archives, tmp_path):
     manifest = prepare("imagenet", archives, tmp_path / "out", checksum=False)
     names = [archive["file"] for archive in manifest.archives]
     assert names == [
@@ -140,9 +140,9 @@ def test_a_folder_that_holds_anything_else_is_refused_and_left_alone(archives, t
 
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, archives: Path, out: Path, **arguments) -> None:
-    """Prepare, and break off after a few images of the second unit or so."""
-    monkeypatch.setattr(units, "UNIT", 7)
-    monkeypatch.setattr(units, "REPORT", 1)
+    """Prepare, and break off after some images of the second unit or so."""
+    monkeypatch.setattr(units, "IMAGES_PER_UNIT", 7)
+    monkeypatch.setattr(units, "IMAGES_PER_REPORT", 1)
 
     def progress(title: str, done: int, of: int, unit: str) -> None:
         if title == "images" and done > of // 2:
@@ -208,18 +208,18 @@ def test_a_kill_in_the_middle_changes_nothing_of_the_result(tmp_path, layout):
     out = tmp_path / "out"
     kill = None
     process = subprocess.Popen(command(tmp_path / "archives", out, layout))
-    made = out / WORK / "made"
+    written = out / WORK / "made"
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         # In the middle of a unit: some files, or a part of a tar file, are there.
-        if made.is_dir() and any(path.is_file() for path in made.rglob("*")):
+        if written.is_dir() and any(path.is_file() for path in written.rglob("*")):
             os.kill(process.pid, signal.SIGKILL)
             kill = process.wait()
             break
         time.sleep(0.001)
     assert kill == -signal.SIGKILL
     assert not is_prepared(out)
-    left = len(list(made.rglob("*")))
+    left = len(list(written.rglob("*")))
     assert left
     subprocess.run(command(tmp_path / "archives", out, layout), check=True, timeout=120)
     uncut = tmp_path / "uncut"
@@ -281,7 +281,7 @@ def test_sums_of_archives_are_kept_for_the_next_try(archives, tmp_path, monkeypa
     assert titles == {"images"}
 
 
-def test_a_disk_that_is_too_small_is_told_before_the_work(archives, tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_reported_before_the_work(archives, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"needs 0\.0 GB more, the disk has 0\.0 GB free; choose"):
@@ -309,9 +309,9 @@ def test_what_keeps_files_from_being_written_is_one_line(
 
     monkeypatch.setattr(Path, "write_bytes", refuses)
     out = tmp_path / "out"
-    with pytest.raises(UserError, match=message) as told:
+    with pytest.raises(UserError, match=message) as raised:
         prepare("cifar10", archives, out, checksum=False)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
     monkeypatch.undo()
     prepare("cifar10", archives, out, checksum=False)
     assert check(out).whole
@@ -320,7 +320,7 @@ def test_what_keeps_files_from_being_written_is_one_line(
 def test_a_real_limit_on_files_stops_the_command_with_one_line(archives, tmp_path):
     # As a full disk would, and without one: files may not grow beyond 20 kB.
     out = tmp_path / "out"
-    told = subprocess.run(
+    process = subprocess.run(
         command(archives, out, "webdataset"),
         check=False,
         capture_output=True,
@@ -328,15 +328,15 @@ def test_a_real_limit_on_files_stops_the_command_with_one_line(archives, tmp_pat
         timeout=120,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)),
     )
-    assert told.returncode == 2
-    assert told.stderr == (
+    assert process.returncode == 2
+    assert process.stderr == (
         f"sbf: data {out}: a file may not grow further (ulimit -f); the same command goes on\n"
     )
     subprocess.run(command(archives, out, "webdataset"), check=True, timeout=120)
     assert check(out).whole
 
 
-def test_a_place_where_no_folder_can_be_made_is_told(archives):
+def test_a_place_where_no_folder_can_be_made_is_reported(archives):
     with pytest.raises(UserError, match="/proc/nowhere/out: "):
         prepare("cifar10", archives, Path("/proc/nowhere/out"), checksum=False)
 

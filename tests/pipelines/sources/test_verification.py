@@ -69,7 +69,7 @@ def test_a_manifest_that_was_edited_is_refused(prepared):
     text = path.read_text()
     content = json.loads(text)
     for change, message in (
-        ({"counts": {"train": 17, "val": 8}}, r"manifest\.json tells of 17 images in train, .* 16"),
+        ({"counts": {"train": 17, "val": 8}}, r"manifest\.json has 17 images in train, .* 16"),
         ({"samples": "0" * 64}, r"samples\.parquet: does not belong to manifest\.json"),
         ({"format": 9}, "is of another version"),
         ({"layout": "zip"}, "cannot be read .layout 'zip'"),
@@ -77,9 +77,9 @@ def test_a_manifest_that_was_edited_is_refused(prepared):
         ({"more": 1}, "cannot be read"),
     ):
         path.write_text(json.dumps(content | change))
-        with pytest.raises(UserError, match=message) as told:
+        with pytest.raises(UserError, match=message) as raised:
             check(prepared)
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(raised.value)
     path.write_text(text[:100])
     with pytest.raises(UserError, match="cannot be read"):
         check(prepared)
@@ -116,7 +116,7 @@ def test_a_list_of_samples_that_is_no_parquet_is_refused(prepared):
         check(prepared)
 
 
-def test_a_folder_without_a_manifest_is_told(tmp_path):
+def test_a_folder_without_a_manifest_is_reported(tmp_path):
     with pytest.raises(UserError, match=r"has no manifest\.json; see sbf data prepare"):
         check(tmp_path)
     (tmp_path / ".preparing").mkdir()

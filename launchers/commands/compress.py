@@ -1,0 +1,84 @@
+"""`sbf compress`: a network, a folder of images and a budget; one shot, no training."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sbf_dist import compress_recipe
+from sbf_dist.budget import BUDGETS
+from sbf_dist.compress_recipe import OneShot
+from sbf_dist.errors import UserError
+
+HELD_OUT = 0.1  # of the images, where the folder has no val/: accuracy is measured on them
+
+
+def command(
+    model: Annotated[
+        str, typer.Option(help="The network: timm:NAME, torchvision:NAME, cifar_resnet20, …")
+    ],
+    weights: Annotated[
+        Path, typer.Option(help="Its weights: safetensors, or PyTorch's file of a state dict.")
+    ],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="Folder of images: CLASS/*, train/CLASS/* and val/CLASS/*, or without classes."
+        ),
+    ],
+    budget: Annotated[
+        str,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="What the student may cost: macs=0.5, params=0.5, latency=0.6, latency_ms=12.5.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder that the student is written to.")],
+    classes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Outputs of the network, if not one for each class folder."),
+    ] = None,
+    weights_key: Annotated[
+        str | None,
+        typer.Option(help="Where in the file of weights the state dict is, if several fit."),
+    ] = None,
+    weights_prefix: Annotated[
+        str | None,
+        typer.Option(help="What stands before the network's names there, if several prefixes fit."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="As in a recipe, e.g. data.image_size=160 compress.sources=8 seed=1.",
+        ),
+    ] = None,
+) -> None:
+    """Compress a network within a budget, without training, and export the student.
+
+    Writes safetensors and plan, card and ONNX to OUT. Where the images have labels, the accuracy
+    before and after is measured on val/, or on a tenth of the images that is not calibrated on.
+    """
+    settings = settings_of(model, weights, data, budget, overrides or [])
+    # It takes seconds to import: not before the command line is known to be right.
+    from launchers.one_shot import compress_once
+
+    compress_once(settings, out, classes, weights_key=weights_key, weights_prefix=weights_prefix)
+
+
+def settings_of(
+    model: str, weights: Path, data: Path, budget: str, overrides: list[str]
+) -> OneShot:
+    """Check the command line as a recipe is checked."""
+    key, equals, _ = budget.partition("=")
+    if key not in BUDGETS or not equals:
+        raise UserError(
+            f"budget {budget!r} must look like macs=0.5; known are {', '.join(BUDGETS)}"
+        )
+    content: dict[str, Any] = {
+        "model": model,
+        "weights": str(weights),
+        "data": {"root": str(data), "validation": HELD_OUT},
+        "compress": {},
+    }
+    return compress_recipe.validate(content, [f"compress.{budget}", *overrides], "command line")

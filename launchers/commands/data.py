@@ -1,0 +1,172 @@
+"""`sbf data`: sets of images from their archives, checked and divided."""
+
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launchers.display import Display
+from sbf_dist.errors import UserError
+
+app = typer.Typer(
+    help="Prepare CIFAR-10, CIFAR-100, Tiny-ImageNet and ILSVRC-2012 from their archives.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+_MAX_LISTED = 100  # files of a kind
+
+
+class SetName(StrEnum):
+    """The sets that can be prepared."""
+
+    CIFAR10 = "cifar10"
+    CIFAR100 = "cifar100"
+    TINY_IMAGENET = "tiny-imagenet"
+    IMAGENET = "imagenet"
+
+
+class Layout(StrEnum):
+    """How a prepared set lies on the disk."""
+
+    FOLDER = "folder"
+    WEBDATASET = "webdataset"
+
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A prepared set, or class folders.")]
+
+
+@app.command(short_help="Turn a set's archives into class folders or WebDataset shards.")
+def prepare(
+    name: Annotated[SetName, typer.Argument(metavar="SET", help="Which one.")],
+    archives: Annotated[Path, typer.Option(help="Folder that holds the archives as published.")],
+    out: Annotated[Path, typer.Option(help="Folder for the prepared set.")],
+    layout: Annotated[
+        Layout, typer.Option("--format", help="Class folders, or tar files for object storage.")
+    ] = Layout.FOLDER,
+    seed: Annotated[int, typer.Option(min=0, help="Of the samples' order in tar files.")] = 0,
+    no_checksum: Annotated[
+        bool, typer.Option("--no-checksum", help="Take archives of another MD5 sum as well.")
+    ] = False,
+) -> None:
+    """Prepare a set of images from its archives, which must be there: nothing is downloaded.
+
+    Stopped or killed, the same command goes on; a set that is done is left as it is.
+
+    \b
+    cifar10        cifar-10-python.tar.gz or cifar-10-binary.tar.gz
+    cifar100       cifar-100-python.tar.gz or cifar-100-binary.tar.gz
+    tiny-imagenet  tiny-imagenet-200.zip
+    imagenet       ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar
+                   and ILSVRC2012_devkit_t12.tar.gz
+
+    \b
+    For example:
+    sbf data prepare cifar10 --archives downloads --out data/cifar10
+    """
+    from pipelines.sources.manifest import is_prepared
+    from pipelines.sources.preparation import prepare as prepare_set
+
+    before = is_prepared(out)
+    with Display() as display:
+        manifest = prepare_set(
+            name.value,
+            archives,
+            out,
+            layout=layout.value,
+            seed=seed,
+            checksum=not no_checksum,
+            progress=_Progress(display),
+        )
+        counts = manifest.counts
+        display.say(
+            f"{out}: {manifest.set}, {len(manifest.classes)} classes, {counts['train']:,} images "
+            f"in train, {counts['val']:,} in val" + ("; prepared before" if before else "")
+        )
+
+
+@app.command(short_help="Compare a prepared set with its manifest.")
+def check(folder: Folder) -> None:
+    """Read every file of a prepared set and list what is missing, changed or superfluous."""
+    from pipelines.sources.verification import check as check_set
+
+    with Display() as display:
+        findings = check_set(folder, _Progress(display))
+        for kind, names in findings.kinds().items():
+            for file in names[:_MAX_LISTED]:
+                display.say(f"{kind}  {file}")
+            if len(names) > _MAX_LISTED:
+                display.say(f"{kind}  … and {len(names) - _MAX_LISTED:,} more")
+        if findings.whole:
+            display.say(f"{folder}: {findings.files:,} files are as they were prepared")
+    if not findings.whole:
+        by_kind = ", ".join(
+            f"{len(names):,} {kind}" for kind, names in findings.kinds().items() if names
+        )
+        raise UserError(
+            f"data {folder}: {by_kind} of {findings.files:,} files; remove the folder and "
+            "prepare the set again"
+        )
+
+
+@app.command(short_help="List the images that shall have a label.")
+def split(
+    folder: Folder,
+    labelled: Annotated[
+        str, typer.Option(metavar="N|SHARE", help="Images per class (10), or a share (0.1).")
+    ],
+    out: Annotated[Path, typer.Option(help="The list, for data.split in a recipe.")],
+    seed: Annotated[int, typer.Option(min=0, help="Of the choice.")] = 0,
+) -> None:
+    """Choose labelled training images, class by class; all others count as unlabelled.
+
+    With one seed, a smaller number picks a subset of what a larger one picks.
+    """
+    import numpy as np
+
+    from pipelines.sources.listing import list_images
+    from pipelines.splits import by_class, pick_labelled, write_split
+
+    folder = folder.expanduser().absolute()
+    listing = list_images(folder)
+    train = by_class(folder, listing.classes, listing.labels, np.array(listing.roles))
+    picked = np.sort(
+        np.concatenate(
+            pick_labelled(folder, listing.classes, train, _number_or_share(labelled), seed)
+        )
+    )
+    heading = f"labelled images: {labelled} per class, seed {seed}"
+    write_split(out, (listing.files[row] for row in picked), heading)
+    Display().say(
+        f"{out}: {len(picked):,} of {sum(map(len, train)):,} training images, "
+        f"{len(listing.classes)} classes"
+    )
+
+
+def _number_or_share(text: str) -> int | float:
+    try:
+        return int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        raise UserError(
+            f"labelled {text!r}: must be a number of images per class, or a share between 0 and 1"
+        ) from None
+
+
+class _Progress:
+    """Shows progress with its rate and the time that is left."""
+
+    def __init__(self, display: Display) -> None:
+        self._display = display
+        self._title, self._first, self._start = "", 0, 0.0
+
+    def __call__(self, title: str, done: int, of: int, unit: str) -> None:
+        now = time.monotonic()
+        if title != self._title:
+            self._title, self._first, self._start = title, done, now
+        record = {"title": title, "step": done, "steps": of}
+        if now > self._start and done > self._first:
+            rate = (done - self._first) / (now - self._start)
+            record |= {"rate": f"{rate:,.0f} {unit}/s", "seconds_left": (of - done) / rate}
+        self._display.show(record)

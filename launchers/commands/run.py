@@ -1,0 +1,120 @@
+"""`sbf run`: a recipe, from images to an exported student."""
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launchers.run.folder import RunFolder
+from launchers.run.stages import STAGES
+from sbf_dist import recipe as recipes
+from sbf_dist.errors import UserError
+from sbf_dist.recipe import Recipe
+
+StageName = StrEnum("StageName", [(s.name, s.name) for s in STAGES])  # type: ignore[misc]
+_LAST = StageName(STAGES[-1].name)
+HELP = f"""Run a recipe: {", ".join(stage.name for stage in STAGES)}.
+
+What is done is kept under RUNS/NAME and not done again; a run that was cut goes on from the last
+checkpoint of its stage. A stage that was done with another value of a setting that it reads is done
+anew with --again.
+
+\b
+{chr(10).join(f"{stage.name:<14} {stage.summary}" for stage in STAGES)}
+"""
+
+
+def command(
+    recipe_file: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Changes to the recipe, e.g. distill.training.steps=200 workers.count=1.",
+        ),
+    ] = None,
+    runs: Annotated[
+        Path, typer.Option(help="Folder that holds all runs; on a cluster, shared storage.")
+    ] = Path("runs"),
+    until: Annotated[StageName, typer.Option(help="Stop after this stage.")] = _LAST,
+    again: Annotated[
+        StageName | None,
+        typer.Option(
+            help="Do this stage and those after it anew; after a change of the recipe only what "
+            "the change concerns."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check the recipe, without machine and data, and stop."),
+    ] = False,
+) -> None:
+    """Run a recipe, as HELP says."""
+    recipe = recipes.load(recipe_file, overrides or ())
+    folder = RunFolder(runs.absolute(), recipe.name)
+    if dry_run:
+        check_models(recipe)
+        describe(recipe, folder)
+        return
+    prepare = STAGES[0].name
+    check_surroundings(recipe, indexed=folder.result(prepare).exists() and again != prepare)
+    check_models(recipe)
+    # These take seconds to import: not before the command line is known to be right.
+    from launchers.run.execution import execute
+
+    execute(recipe, folder, until.value, again.value if again else None)
+
+
+def check_surroundings(recipe: Recipe, *, indexed: bool) -> None:
+    """Refuse, before anything is started or written, a machine that is too small and images that
+    are not there (unless they are `indexed` already).
+    """
+    from launchers.machine import check_machine
+    from pipelines.sources.folder import check_folder
+
+    if not os.environ.get("RAY_ADDRESS"):
+        workers = recipe.workers
+        check_machine(workers.count, workers.cpus, workers.gpus)
+    images = recipe.data
+    if (images.source == "folder" or images.expected) and not indexed:
+        assert images.root is not None
+        check_folder(
+            images.root,
+            labelled_per_class=images.labelled_per_class,
+            validation=images.validation,
+            seed=recipe.seed,
+            split=images.split,
+            unlabelled=images.unlabelled,
+            expected=images.expected,
+        )
+
+
+def check_models(recipe: Recipe) -> None:
+    """Refuse unknown models, and names of teachers that the table of results uses itself."""
+    from launchers.run.networks import TITLES
+    from sbf_dist import models
+
+    for index, teacher in enumerate(recipe.teachers):
+        if teacher.name in TITLES:
+            raise UserError(
+                f"teachers.{index}.name = {teacher.name!r} must not be one of {', '.join(TITLES)}"
+            )
+        models.build(teacher.model, classes=2)
+
+
+def describe(recipe: Recipe, folder: RunFolder) -> None:
+    """Print what a recipe would do."""
+    from launchers.display import Display
+    from launchers.run.networks import Networks
+
+    display = Display()
+    display.say(f"recipe {recipe.name} is valid ({recipe.digest()[:12]})")
+    for network in Networks.of(recipe, folder):
+        job = network.job
+        if job is not None:
+            display.say(
+                f"  {network.name}: {network.model}, {job.training.steps} steps of "
+                f"{job.training.batch_size} images towards {job.targets}"
+            )

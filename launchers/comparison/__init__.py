@@ -1,0 +1,1 @@
+"""SBF beside other methods, at equal cost and with equal training."""

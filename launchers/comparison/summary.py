@@ -1,0 +1,77 @@
+"""SBF and its peers side by side: the same dense network, the same cost, the same training."""
+
+import json
+from pathlib import Path
+
+from launchers.comparison.statistics import summarise
+from launchers.comparison.trials import Bench, Result, Trial, trials
+from launchers.display import Display
+from launchers.images import index_images
+from sbf_dist import models
+from sbf_dist.compare_recipe import Comparison
+from sbf_dist.errors import UserError
+from sbf_dist.files import write_json
+from sbf_dist.report.chart import accuracy_over_macs
+from sbf_dist.tracking import origin
+
+
+def compare(recipe: Comparison, runs: Path, display: Display) -> Result:
+    """Do what is not done yet of a comparison, and write its table and its picture.
+
+    RUNS/NAME keeps every network's result as soon as it is there: a comparison that was cut goes
+    on, and one to which methods, shares or seeds are added does the new ones alone. It runs in
+    this process, on a CUDA device if there is one. Returns what it writes as comparison.json.
+    UserError for a folder that was done with other settings, and for images that are not there.
+    """
+    folder = runs / recipe.name
+    models.build(recipe.model, classes=2)  # an unknown one is refused before anything is written
+    _check_identity(recipe, folder)
+    todo = trials(recipe)
+    missing = [trial for trial in todo if not _path(folder, trial).exists()]
+    if missing:
+        # The seeds of a comparison share their images.
+        index = index_images(recipe.data, runs, 0, display)
+        for seed in recipe.seeds:
+            mine = [trial for trial in missing if trial.seed == seed]
+            if mine:
+                bench = Bench.of(recipe, index, folder, seed, display)
+                for trial in mine:
+                    write_json(_path(folder, trial), bench.result(trial))
+                    done = sum(_path(folder, other).exists() for other in todo)
+                    display.say(f"  {done} of {len(todo)}: {_outcome(folder, trial)}")
+    results = [json.loads(_path(folder, trial).read_text()) for trial in todo]
+    rows = summarise(results)
+    report = {"model": recipe.model, "seeds": recipe.seeds, "rows": rows, **origin()}
+    write_json(folder / "comparison.json", report)
+    accuracy_over_macs(rows).savefig(folder / "comparison.png", dpi=120)
+    return report
+
+
+def _path(folder: Path, trial: Trial) -> Path:
+    return folder / "results" / f"seed-{trial.seed}" / f"{trial.name}.json"
+
+
+def _outcome(folder: Path, trial: Trial) -> str:
+    result = json.loads(_path(folder, trial).read_text())
+    name = f"{trial.name}, seed {trial.seed}: "
+    if result["refused"]:
+        return name + result["refused"]
+    figures = ", ".join(f"{100 * v:.1f} % after {k} steps" for k, v in result["top1"].items())
+    return f"{name}{result['reached']:.3f} of the MACs, {figures}"
+
+
+def _check_identity(recipe: Comparison, folder: Path) -> None:
+    """Refuse a folder that was done with settings on which the results there depend."""
+    growing = {"seeds", "methods", "macs"}  # entries may be added and left out
+    now = recipe.model_dump(mode="json", exclude=growing)
+    path = folder / "recipe.json"
+    if not path.exists():
+        write_json(path, now)
+        return
+    before = json.loads(path.read_text())
+    for key, value in now.items():
+        if before.get(key) != value:
+            raise UserError(
+                f"comparison folder {folder} was done with {key} = {before.get(key)!r}, the recipe "
+                f"says {value!r}; give another name (name=…) or remove the folder"
+            )

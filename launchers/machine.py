@@ -1,0 +1,37 @@
+"""The CPUs and GPUs of this machine, and whether they are enough."""
+
+import os
+
+from sbf_dist.errors import UserError
+
+
+def available_cpus() -> int:
+    """The CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def available_gpus() -> int:
+    """The GPUs that PyTorch sees."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def check_machine(workers: int, cpus_per_worker: int, gpus_per_worker: float = 0) -> None:
+    """UserError if this machine has not the CPUs and GPUs that the workers ask for."""
+    if workers < 1:
+        raise UserError(f"workers.count = {workers}: must be at least 1")
+    if cpus_per_worker < 1:
+        raise UserError(f"workers.cpus = {cpus_per_worker}: must be at least 1")
+    cpus = available_cpus()
+    if workers * cpus_per_worker > cpus:
+        raise UserError(
+            f"workers.count = {workers} with workers.cpus = {cpus_per_worker}: needs "
+            f"{workers * cpus_per_worker} CPUs, this machine has {cpus}; ask for fewer"
+        )
+    gpus = available_gpus() if gpus_per_worker else 0
+    if workers * gpus_per_worker > gpus:
+        raise UserError(
+            f"workers.count = {workers} with workers.gpus = {gpus_per_worker:g}: needs "
+            f"{workers * gpus_per_worker:g} GPUs, this machine has {gpus}; ask for fewer, or for 0"
+        )

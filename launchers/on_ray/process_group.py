@@ -1,0 +1,88 @@
+"""How Ray Train's workers become one torch process group.
+
+Ray's own TorchConfig would do, but it makes Ray's controller import torch, which costs a start
+three seconds and 350 MB, and its rendezvous listens on all addresses of the machine. This module
+is imported by the controller: it must not import torch at its top.
+"""
+
+import os
+import socket
+import tempfile
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train.backend import Backend, BackendConfig
+
+from launchers.on_ray.local_ray import LOOPBACK
+
+_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass
+class ProcessGroupConfig(BackendConfig):
+    """`backend` is that of torch.distributed: "gloo" or "nccl"."""
+
+    backend: str
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return _ProcessGroup
+
+
+class _ProcessGroup(Backend):
+    share_cuda_visible_devices = True  # as Ray's own: the GPUs of one machine talk to each other
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        address = worker_group.execute_single(0, _rendezvous)
+        size = len(worker_group)
+        ray.get(
+            [
+                worker_group.execute_single_async(
+                    rank, _join, address, backend_config.backend, rank, size
+                )
+                for rank in range(size)
+            ]
+        )
+
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        # Nothing to wait for: the processes end with their training. A broken group would hang.
+        return
+
+
+def _rendezvous() -> str:
+    """Where the ranks meet, decided on rank 0: a file on one machine, else a port of rank 0's."""
+    host = ray.util.get_node_ip_address()
+    if host == LOOPBACK:
+        return f"file://{Path(tempfile.mkdtemp(prefix='sbf-rendezvous-')) / 'store'}"
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+def _join(address: str, backend: str, rank: int, world_size: int) -> None:
+    import torch
+    import torch.distributed as dist
+    from ray import train
+
+    context = train.get_context()
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(context.get_local_rank()),
+        LOCAL_WORLD_SIZE=str(context.get_local_world_size()),
+    )
+    if address.startswith("file:"):  # the workers' own sockets, too, stay on this machine
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    if backend == "nccl":
+        from ray.train.torch import get_device
+
+        torch.cuda.set_device(get_device())
+    dist.init_process_group(
+        backend, init_method=address, rank=rank, world_size=world_size, timeout=_TIMEOUT
+    )

@@ -1,0 +1,1 @@
+"""A run: its stages one after another, from images to an exported student."""

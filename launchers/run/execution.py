@@ -1,0 +1,93 @@
+"""A run from its lock to its table: what stands around its stages."""
+
+import fcntl
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from launchers.display import Display, results_table
+from launchers.machine import available_cpus
+from launchers.run.folder import RunFolder
+from sbf_dist.errors import UserError
+from sbf_dist.files import write_json
+from sbf_dist.recipe import Recipe
+
+
+def execute(recipe: Recipe, folder: RunFolder, until: str, again: str | None) -> None:
+    """Do the stages of a run, with its folder locked and its MLflow run open."""
+    folder.root.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as resources:
+        resources.enter_context(locked(folder))
+        # These take seconds: not before it is known that the folder is free.
+        import torch
+
+        from launchers.run import sequence
+        from launchers.run.networks import Networks
+        from launchers.run.session import Session
+        from sbf_dist import tracking
+
+        torch.set_num_threads(available_cpus())
+        display = Display()
+        networks = Networks.of(recipe, folder)
+        sequence.open_folder(networks, again)
+        run_id = None
+        if folder.tracking.exists():
+            run_id = json.loads(folder.tracking.read_text())["run_id"]
+        tracker = resources.enter_context(
+            tracking.start(
+                folder.runs,
+                recipe.name,
+                uri=recipe.tracking.uri,
+                experiment=recipe.tracking.experiment,
+                run_id=run_id,
+                tags={"seed": recipe.seed, "recipe.digest": recipe.digest()},
+            )
+        )
+        uri, run_id = tracker.address
+        write_json(folder.tracking, {"uri": uri, "run_id": run_id})
+        tracker.log_params(recipe.model_dump(mode="json"))
+        tracker.log_artifact(folder.recipe)
+        resources.enter_context(display)
+        sequence.perform(Session(networks, display, tracker, resources), until)
+    if folder.summary.exists():
+        show_results(display, folder, uri)
+
+
+def show_results(display: Display, folder: RunFolder, uri: str) -> None:
+    """Show the table, and say where things are."""
+    result = json.loads(folder.result("evaluate").read_text())
+    display.console.print()
+    display.console.print(results_table(result["rows"]))
+    display.say(
+        "MACs and parameters of zeroed channels are not counted; its latency is that of the dense "
+        f"network that it is.\nLatency: one image, {result['threads']} threads, after "
+        "sbf_dist.export.optimize."
+    )
+    here = Path.cwd()
+
+    def near(path: Path) -> str:
+        return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+    shown = uri.replace(f"{here}/", "") if uri.startswith("sqlite:///") else uri
+    display.say(
+        f"\nstudent   {near(folder.student)}/ (student.onnx, weights.safetensors, plan.json)"
+    )
+    display.say(f"summary   {near(folder.summary)}, {near(folder.root)}/summary.png")
+    program = near(Path(sys.executable).with_name("mlflow"))
+    display.say(f"MLflow    {program} ui --backend-store-uri {shown}")
+
+
+@contextmanager
+def locked(folder: RunFolder) -> Iterator[None]:
+    """Hold the run's folder for this process; the lock goes with the process, however it ends."""
+    with (folder.root / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"run folder {folder.root} is in use by another sbf run; wait for it, or give "
+                "another name (name=…)"
+            ) from None
+        yield

@@ -1,0 +1,89 @@
+"""What of a run depends on which keys of its recipe, and what a change of the recipe concerns."""
+
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Values = dict[str, Any]  # of keys with dots; a key that is null is not in it
+
+
+@dataclass(frozen=True)
+class Product:
+    """Something that a stage leaves behind.
+
+    reads  keys of the recipe that it depends on: sections by their prefix, * for any part
+    needs  the products that it depends on
+    files  and folders that hold it
+    """
+
+    name: str
+    reads: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key of the recipe whose value is another one than when a product was written."""
+
+    key: str
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        before = (
+            f"without {self.key}" if self.before is None else f"with {self.key} = {self.before!r}"
+        )
+        return f"{before}, the recipe {'has none' if self.now is None else f'says {self.now!r}'}"
+
+
+def values_of(identity: Any, key: str = "") -> Values:
+    """Return the values of a recipe's identity by their keys with dots."""
+    if isinstance(identity, Mapping):
+        entries = list(identity.items())
+    elif isinstance(identity, list) and identity and isinstance(identity[0], Mapping):
+        entries = [(str(index), entry) for index, entry in enumerate(identity)]
+    else:
+        return {} if identity is None else {key: identity}
+    found: Values = {}
+    for name, value in entries:
+        found |= values_of(value, f"{key}.{name}" if key else name)
+    return found
+
+
+def read_by(values: Mapping[str, Any], reads: Collection[str]) -> Values:
+    """Return the values of the keys that are read."""
+    return {key: value for key, value in values.items() if any(_reads(key, r) for r in reads)}
+
+
+def digest(values: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of some values, 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def change(before: Mapping[str, Any], now: Mapping[str, Any], product: Product) -> Change | None:
+    """Return the first change of a recipe that concerns `product` itself; None if none does."""
+    old, new = read_by(before, product.reads), read_by(now, product.reads)
+    for key in (*new, *old):
+        if old.get(key) != new.get(key):
+            return Change(key, old.get(key), new.get(key))
+    return None
+
+
+def with_dependants(names: Iterable[str], products: Iterable[Product]) -> set[str]:
+    """Return `names` and all products that depend on them; `products` in their order."""
+    found = set(names)
+    for product in products:
+        if found & set(product.needs):
+            found.add(product.name)
+    return found
+
+
+def _reads(key: str, pattern: str) -> bool:
+    parts, wanted = key.split("."), pattern.split(".")
+    return len(parts) >= len(wanted) and all(
+        want in ("*", part) for part, want in zip(parts, wanted, strict=False)
+    )

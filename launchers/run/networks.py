@@ -1,0 +1,296 @@
+"""The networks of a run: one record each, built once from the recipe and the run's folder."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from launchers.run.folder import RunFolder
+from sbf_dist.recipe import Recipe, Teacher, Training
+from sbf_dist.settings import View
+
+ENSEMBLE = "ensemble"
+DENSE = "dense-labels"
+ZEROED = "zeroed"
+ONE_SHOT = "sbf-one-shot"
+SBF_LABELS = "sbf-labels"
+STUDENT = "sbf-distilled"
+
+TITLES = {
+    ENSEMBLE: "ensemble",
+    DENSE: "dense student, labels only",
+    ZEROED: "channels zeroed, no training",
+    ONE_SHOT: "SBF one-shot, no training",
+    SBF_LABELS: "SBF student, labels only",
+    STUDENT: "SBF student, distilled",
+}
+
+# Keys of a recipe on which the training images of a network depend, but for its view of them.
+_TRAINING_IMAGES = ("seed", "data.augmentation")
+_STUDENT_VIEW = ("data.image_size", "data.mean", "data.std")
+_DISTILLATION = (
+    "distill.targets",
+    "distill.label_weight",
+    "distill.labelled_share",
+    "pseudo_labels.threshold",
+    "pseudo_labels.per_class",
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """How a network is trained.
+
+    group           the name under which its checkpoints are kept: its stage, or its round
+    start           file of the weights that it starts from; None: random ones
+    label_weight    of the cross-entropy on labelled images
+    labelled_share  of labelled images in a batch
+    """
+
+    group: str
+    training: Training
+    targets: Literal["labels", "stored", "live"]
+    seed: int
+    start: Path | None = None
+    label_weight: float = 1.0
+    labelled_share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network of a run.
+
+    title            in the table of results
+    model            as sbf_dist.models.build takes it
+    view             how it sees an image
+    weights          file of its weights
+    plan             file of the plan that turns the model into an SBF network; None: it is dense
+    job              how it is trained; None: its weights are given, or fitted without training
+    reads            keys of the recipe that its training depends on, sections by their prefix
+    ensemble_weight  of a teacher, in the mean of the ensemble
+    """
+
+    name: str
+    title: str
+    model: str
+    view: View
+    weights: Path
+    plan: Path | None = None
+    job: Job | None = None
+    reads: tuple[str, ...] = ()
+    ensemble_weight: float = 1.0
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        return (3, self.view.image_size, self.view.image_size)
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of a student that is shrunk in rounds; the last is fitted, but not trained."""
+
+    plan: Path
+    fitted: Network
+    trained: Network | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table of results; `members` answer together, one but for the ensemble."""
+
+    name: str
+    title: str
+    members: tuple[Network, ...]
+
+
+@dataclass(frozen=True)
+class Networks:
+    """All networks of a run.
+
+    compressed    the teacher that is compressed to become the student
+    dense_labels  the dense student of the baselines, trained on labels alone
+    sbf_labels    the SBF student of the baselines, trained on labels alone
+    rounds        empty where the student is compressed in one step
+    """
+
+    recipe: Recipe
+    folder: RunFolder
+    teachers: tuple[Network, ...]
+    compressed: Network
+    dense_labels: Network | None
+    zeroed: Network
+    one_shot: Network
+    rounds: tuple[Round, ...]
+    sbf_labels: Network | None
+    student: Network
+
+    @classmethod
+    def of(cls, recipe: Recipe, folder: RunFolder) -> "Networks":
+        """Make the records of all networks that a recipe asks for."""
+        teachers = tuple(_teacher(recipe, folder, index) for index in range(len(recipe.teachers)))
+        compressed = next(t for t in teachers if t.name == recipe.compress.teacher)
+        family = _Students(recipe, folder, compressed)
+        rounds = family.rounds() if recipe.compress.rounds > 1 else ()
+        return cls(
+            recipe=recipe,
+            folder=folder,
+            teachers=teachers,
+            compressed=compressed,
+            dense_labels=family.dense_labels(),
+            zeroed=family.network(ZEROED),
+            one_shot=family.network(ONE_SHOT, folder.plan),
+            rounds=rounds,
+            sbf_labels=family.sbf_labels(),
+            student=family.student(rounds),
+        )
+
+    def __iter__(self) -> Iterator[Network]:
+        yield from self.teachers
+        yield from (n for n in (self.dense_labels, self.zeroed, self.one_shot) if n is not None)
+        for one in self.rounds:
+            yield from (n for n in (one.fitted, one.trained) if n is not None)
+        yield from (n for n in (self.student, self.sbf_labels) if n is not None)
+
+    def trained_in(self, group: str) -> list[Network]:
+        """Return the networks that are trained in a stage or a round, in their order."""
+        return [n for n in self if n.job is not None and n.job.group == group]
+
+    def rows(self) -> list[Row]:
+        """Return the lines of the table of results in their order."""
+        members = [(teacher,) for teacher in self.teachers]
+        rows = [Row(t.name, t.title, (t,)) for (t,) in members]
+        if len(self.teachers) > 1:
+            rows.append(Row(ENSEMBLE, TITLES[ENSEMBLE], self.teachers))
+        students = (
+            self.dense_labels,
+            self.zeroed,
+            self.one_shot,
+            self.sbf_labels,
+            self.student,
+        )
+        return rows + [Row(n.name, n.title, (n,)) for n in students if n is not None]
+
+
+def _teacher(recipe: Recipe, folder: RunFolder, index: int) -> Network:
+    teacher = recipe.teachers[index]
+    job = None
+    if teacher.training is not None:
+        job = Job("teachers", teacher.training, "labels", recipe.seed + index)
+    return Network(
+        name=teacher.name,
+        title=teacher.name,
+        model=teacher.model,
+        view=_teacher_view(recipe, teacher),
+        weights=teacher.weights or folder.weights(teacher.name),
+        job=job,
+        reads=_teacher_reads(teacher, index),
+        ensemble_weight=teacher.weight,
+    )
+
+
+def _teacher_view(recipe: Recipe, teacher: Teacher) -> View:
+    return View(
+        image_size=teacher.image_size or recipe.data.image_size,
+        mean=teacher.mean or recipe.data.mean,
+        std=teacher.std or recipe.data.std,
+    )
+
+
+def _teacher_reads(teacher: Teacher, index: int) -> tuple[str, ...]:
+    fields = type(teacher).model_fields.keys() - {"weight"}  # which the ensemble alone reads
+    own = tuple(f"teachers.{index}.{field}" for field in sorted(fields))
+    view = ("image_size", "mean", "std")
+    students = tuple(f"data.{field}" for field in view if getattr(teacher, field) is None)
+    return own + students + (_TRAINING_IMAGES if teacher.training is not None else ())
+
+
+@dataclass(frozen=True)
+class _Students:
+    """Makes the records of all networks that have the architecture of the compressed teacher."""
+
+    recipe: Recipe
+    folder: RunFolder
+    teacher: Network
+
+    def network(
+        self,
+        name: str,
+        plan: Path | None = None,
+        job: Job | None = None,
+        reads: tuple[str, ...] = (),
+    ) -> Network:
+        return Network(
+            name=name,
+            title=TITLES.get(name, name),
+            model=self.teacher.model,
+            view=self.recipe.data.view,
+            weights=self.folder.weights(name),
+            plan=plan,
+            job=job,
+            reads=(*_TRAINING_IMAGES, *_STUDENT_VIEW, *reads) if job is not None else (),
+        )
+
+    def dense_labels(self) -> Network | None:
+        if self.recipe.baselines is None:
+            return None
+        teachers = len(self.recipe.teachers)
+        job = Job("teachers", self.recipe.baselines, "labels", self.recipe.seed + teachers)
+        index = [teacher.name for teacher in self.recipe.teachers].index(self.teacher.name)
+        # Its seed is the number of teachers.
+        reads = ("baselines", "teachers.*.name", f"teachers.{index}.model", "compress.teacher")
+        return self.network(DENSE, None, job, reads)
+
+    def sbf_labels(self) -> Network | None:
+        if self.recipe.baselines is None:
+            return None
+        job = Job(
+            "distill",
+            self.recipe.baselines,
+            "labels",
+            self.recipe.seed,
+            start=self.folder.weights(ONE_SHOT),
+        )
+        return self.network(SBF_LABELS, self.folder.plan, job, ("baselines",))
+
+    def student(self, rounds: tuple[Round, ...]) -> Network:
+        plan = rounds[-1].plan if rounds else self.folder.plan
+        start = rounds[-1].fitted.weights if rounds else self.folder.weights(ONE_SHOT)
+        job = self._distillation("distill", self.recipe.distill.training, start)
+        reads = (*_DISTILLATION, "distill.training", "compress.rounds")
+        return self.network(STUDENT, plan, job, reads)
+
+    def rounds(self) -> tuple[Round, ...]:
+        number_of_rounds = self.recipe.compress.rounds
+        return tuple(
+            self._round(number, trained=number < number_of_rounds)
+            for number in range(1, number_of_rounds + 1)
+        )
+
+    def _round(self, number: int, *, trained: bool) -> Round:
+        """Return a round; its training is shorter than the student's."""
+        name = f"sbf-round-{number}"
+        plan = self.folder.round_plan(number)
+        fitted = self.network(f"{name}-fitted", plan)
+        if not trained:
+            return Round(plan, fitted, None)
+        training = self.recipe.distill.training
+        steps = self.recipe.distill.round_steps or max(1, training.steps // 5)
+        shorter = training.model_copy(
+            update={"steps": steps, "warmup": min(training.warmup, steps // 5)}
+        )
+        job = self._distillation(f"distill-{name}", shorter, fitted.weights)
+        reads = (*_DISTILLATION, "distill.training", "distill.round_steps")
+        return Round(plan, fitted, self.network(name, plan, job, reads))
+
+    def _distillation(self, group: str, training: Training, start: Path) -> Job:
+        distill = self.recipe.distill
+        return Job(
+            group=group,
+            training=training,
+            targets=distill.targets,
+            seed=self.recipe.seed,
+            start=start,
+            label_weight=distill.label_weight,
+            labelled_share=distill.labelled_share,
+        )

@@ -1,0 +1,69 @@
+"""A run at work: what its stages need from outside."""
+
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from launchers.display import Display
+from launchers.run.folder import RunFolder
+from launchers.run.networks import Networks
+from sbf_dist import tracking
+from sbf_dist.recipe import Recipe
+
+Result = dict[str, Any]
+
+
+@dataclass
+class Session:
+    """A run at work: its networks (with recipe and folder), its display, its MLflow run.
+
+    `resources` are given back when the run ends; Ray is among them once a stage has needed it.
+    """
+
+    networks: Networks
+    display: Display
+    tracker: tracking.Run
+    resources: ExitStack
+    _ray_runs: bool = field(default=False, init=False)
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.networks.recipe
+
+    @property
+    def folder(self) -> RunFolder:
+        return self.networks.folder
+
+    @cached_property
+    def num_classes(self) -> int:
+        """The outputs of all networks, one for each class of the images."""
+        return int(json.loads(self.folder.result("prepare").read_text())["classes"])
+
+    def launch(self, worker: Callable[[Result], Result], name: str, log_to: tracking.Run) -> Result:
+        """Run `worker` on all ranks, for the stage or the round `name`."""
+        from launchers.on_ray.local_ray import local_ray
+
+        workers = self.recipe.workers
+        if not self._ray_runs:
+            self.resources.enter_context(local_ray(workers.count, workers.cpus, workers.gpus))
+            self._ray_runs = True
+        # It imports Ray, which reads the environment that local_ray has set.
+        from launchers.on_ray import ray_train
+
+        config = {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "runs": str(self.folder.runs),
+            "group": name,
+            "tracking": list(log_to.address),
+        }
+        return ray_train.run_workers(
+            worker,
+            config,
+            name=name,
+            storage=self.folder.checkpoints,
+            workers=workers,
+            on_progress=self.display.show,
+        )

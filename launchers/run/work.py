@@ -1,0 +1,204 @@
+"""What the stages of a run do."""
+
+import json
+from typing import Any
+
+import torch
+
+from launchers.images import calibration_images, evaluation_images, index_images
+from launchers.run import rounds, worker
+from launchers.run.building import build_network
+from launchers.run.networks import Network
+from launchers.run.session import Result, Session
+from launchers.student import NUM_VERIFIED_IMAGES, export_student, make_student
+from pipelines.index import DataIndex
+from sbf_dist import tracking
+from sbf_dist.compression.calibration import Calibration
+from sbf_dist.compression.cost import count
+from sbf_dist.compression.plan import DenseLayer, Plan
+from sbf_dist.compression.planning.latency import latencies_if_quiet
+from sbf_dist.compression.removal.zeroed import zero_channels
+from sbf_dist.distill import pseudo_labels
+from sbf_dist.distill.selection import select
+from sbf_dist.export.optimize import optimize
+from sbf_dist.export.saved import ONNX
+from sbf_dist.files import write_json
+from sbf_dist.report.chart import accuracy_and_cost
+from sbf_dist.weights import save_weights
+
+
+def prepare(session: Session, log: tracking.Run) -> Result:
+    """Find and check the images, and divide them into parts."""
+    recipe, folder, display = session.recipe, session.folder, session.display
+    index = index_images(recipe.data, folder.runs, recipe.seed, display)
+    index.save(folder.index)
+    counts = {part: len(ids) for part, ids in index.parts.items()}
+    display.say(
+        f"  {index.root}: {len(index.classes)} classes, "
+        + ", ".join(f"{number} {part}" for part, number in counts.items())
+        + (f", {len(index.skipped)} files skipped: {index.skipped[0]}" if index.skipped else "")
+    )
+    log.log_params({"data": {"root": str(index.root), "digest": index.digest, **counts}})
+    if index.skipped:
+        log.log_text("\n".join(index.skipped) + "\n", "skipped.txt")
+    return {"digest": index.digest, "classes": len(index.classes), **counts}
+
+
+def train_teachers(session: Session, log: tracking.Run) -> Result:
+    """Train the teachers on the labels, and check the weights of those that are given."""
+    for teacher in session.networks.teachers:
+        if teacher.job is None:
+            build_network(teacher, session.num_classes, teacher.weights)
+    return _train(session, "teachers", log) if session.networks.trained_in("teachers") else {}
+
+
+def write_pseudo_labels(session: Session, log: tracking.Run) -> Result:
+    """Write what the ensemble predicts on every training image."""
+    recipe, folder = session.recipe, session.folder
+    result = session.launch(worker.write_pseudo_labels, "pseudo-labels", log)
+    index = DataIndex.load(folder.index)
+    stored = pseudo_labels.load(folder.pseudo_labels, pseudo_labels.origin(recipe, index.digest))
+    confidence = stored.probabilities[:, 0]
+    used = select(stored.classes[:, 0], confidence, recipe.pseudo_labels)
+    result |= {"used": int(used.sum()), "mean_confidence": round(float(confidence.mean()), 4)}
+    session.display.say(
+        f"  {result['images']} images, {result['used']} used, "
+        f"mean confidence {result['mean_confidence']:.3f}"
+    )
+    log.log_metrics(result, 0)
+    return result
+
+
+def compress_teacher(session: Session, log: tracking.Run) -> Result:
+    """Plan and fit the SBF student; zero channels to the same budget for comparison."""
+    recipe, networks = session.recipe, session.networks
+    dense = build_network(networks.compressed, session.num_classes, networks.compressed.weights)
+    images = _calibration(session)
+    student, plan = make_student(
+        dense, images, recipe.compress, networks.compressed.model, recipe.seed, session.display
+    )
+    reached = plan.macs_after / plan.macs_before
+    convertible = [
+        name
+        for name, layer in plan.layers.items()
+        if not isinstance(layer, DenseLayer) or layer.convertible
+    ]
+    zeroed, zeroed_macs, zeroed_params = zero_channels(
+        dense, convertible, images.first(images.count), reached
+    )
+    save_weights(student, networks.one_shot.weights)
+    save_weights(zeroed, networks.zeroed.weights)
+    plan.save(session.folder.plan)
+    log.log_artifact(session.folder.plan)
+    figures: dict[str, float] = {"macs": plan.macs_after, "params": plan.params_after}
+    if plan.latency is not None:
+        figures |= {
+            "latency_ms": plan.latency.ms_after,
+            "latency_ms_dense": plan.latency.ms_before,
+        }
+    log.log_metrics(figures, 0)
+    return {
+        "macs": plan.macs_after,
+        "share": reached,
+        "zeroed": {"macs": zeroed_macs, "params": zeroed_params},
+    }
+
+
+def distill(session: Session, log: tracking.Run) -> Result:
+    """Train the student on labels and the ensemble's predictions; before, shrink it in rounds."""
+    networks = session.networks
+    if networks.rounds:
+        rounds.shrink_in_rounds(
+            networks,
+            session.num_classes,
+            _calibration(session),
+            session.display,
+            train=lambda network: _train_round(session, network, log),
+        )
+        log.log_artifact(networks.rounds[-1].plan)
+    return _train(session, "distill", log)
+
+
+def evaluate(session: Session, log: tracking.Run) -> Result:
+    """Measure every network of the table: accuracy over the workers, cost and latency here."""
+    scores = session.launch(worker.evaluate_networks, "evaluate", log)
+    compressed = json.loads(session.folder.result("compress").read_text())
+    table = []
+    for row in session.networks.rows():
+        members = [build_network(n, session.num_classes, n.weights) for n in row.members]
+        shapes = [network.input_shape for network in row.members]
+        costs = [count(member, own) for member, own in zip(members, shapes, strict=True)]
+        macs, params = sum(c.macs for c in costs), sum(c.params for c in costs)
+        if row.members == (session.networks.zeroed,):
+            macs, params = compressed["zeroed"]["macs"], compressed["zeroed"]["params"]
+        times = [
+            latencies_if_quiet([optimize(member)], own)
+            for member, own in zip(members, shapes, strict=True)
+        ]
+        table.append(
+            {
+                "name": row.title,
+                "network": row.name,
+                **scores[row.name],
+                "macs": macs,
+                "params": params,
+                "latency_ms": None if None in times else round(sum(t[0] for t in times if t), 4),
+            }
+        )
+        figures = {
+            f"{row.name}/{key}": table[-1][key]
+            for key in ("top1", "macs", "params", "latency_ms")
+            if table[-1][key] is not None  # of a machine that was too busy
+        }
+        log.log_metrics(figures, 0)
+        session.tracker.log_metrics(figures, 0)  # so that runs can be compared in one list
+    return {"rows": table, "threads": torch.get_num_threads()}
+
+
+def export(session: Session, log: tracking.Run) -> Result:
+    """Write the student as ONNX and as safetensors + plan, and store it in MLflow."""
+    folder, student = session.folder, session.networks.student
+    index = DataIndex.load(folder.index)
+    assert student.plan is not None
+    rows: list[dict[str, Any]] = json.loads(folder.result("evaluate").read_text())["rows"]
+    images = evaluation_images(
+        session.recipe.data, index, index.parts["validation"][:NUM_VERIFIED_IMAGES]
+    )
+    difference = export_student(
+        folder.student,
+        build_network(student, session.num_classes, student.weights).eval(),
+        Plan.load(student.plan),
+        session.recipe.data,
+        classes=index.classes,
+        top1=next(row["top1"] for row in rows if row["network"] == student.name),
+        images=images,
+    )
+    uri = tracking.log_student(session.tracker, folder.student / ONNX)
+    log.log_artifact(folder.student, "student")
+    log.log_metrics({"onnx_difference": difference}, 0)
+    session.display.say(f"  ONNX Runtime agrees within {difference:.1e} on {len(images)} images")
+    write_json(folder.summary, {"rows": rows})
+    chart = accuracy_and_cost(rows)
+    chart.savefig(folder.root / "summary.png", dpi=120)
+    session.tracker.log_figure(chart, "summary.png")
+    session.tracker.log_artifact(folder.summary)
+    return {"model_uri": uri, "onnx_difference": difference}
+
+
+def _train(session: Session, group: str, log: tracking.Run) -> Result:
+    trained = session.launch(worker.train_networks, group, log)
+    for name, result in trained.items():
+        resumed = f", resumed at step {result['from_step']}" if result["from_step"] else ""
+        session.display.say(f"  {name}: top-1 {100 * result['top1']:.1f} %{resumed}")
+    return {"trainings": trained}
+
+
+def _train_round(session: Session, network: Network, log: tracking.Run) -> None:
+    assert network.job is not None
+    _train(session, network.job.group, log)
+
+
+def _calibration(session: Session) -> Calibration:
+    recipe = session.recipe
+    index = DataIndex.load(session.folder.index)
+    return calibration_images(recipe.data, index, recipe.compress.images, recipe.seed)

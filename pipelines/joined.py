@@ -1,0 +1,72 @@
+"""Two streams of training batches as one: labelled images beside unlabelled ones."""
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from pipelines.loader import Batch, TrainLoader
+from sbf_dist.errors import UserError
+
+
+def shares_of_batch(total: int, labelled: float, *, pairs: bool) -> dict[str, int]:
+    """How many images of a batch of `total` come out of the parts "labelled" and "unlabelled".
+
+    `labelled` is the wanted share. A part that is wanted at all has an image at least, as far as
+    the batch has room; with `pairs`, where images are combined with their neighbours (mixup), both
+    numbers are even if `total` is.
+    """
+    unit = 2 if pairs else 1
+    least, most = unit * (labelled > 0), total - unit * (labelled < 1)
+    count = max(min(unit * round(labelled * total / unit), most), least)
+    count = min(count, total)
+    return {"labelled": count, "unlabelled": total - count}
+
+
+class JoinedLoader:
+    """An endless iterator that joins one batch of each loader into one batch.
+
+    The state is the loaders' states, in their order.
+    """
+
+    def __init__(self, loaders: Sequence[TrainLoader]) -> None:
+        assert loaders, "nothing to join"
+        self._loaders = list(loaders)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        batches = [next(loader) for loader in self._loaders]
+        if len(batches) == 1:
+            return batches[0]
+        whole = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+        if "mixup_partner" in whole:  # places in a batch: they move with what stands before it
+            sizes = [len(batch["id"]) for batch in batches]
+            whole["mixup_partner"] = torch.cat(
+                [
+                    batch["mixup_partner"] + before
+                    for batch, before in zip(batches, accumulate(sizes, initial=0), strict=False)
+                ]
+            )
+        return whole
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold."""
+        return {"streams": [loader.state_dict() for loader in self._loaders]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken; UserError also for another number of loaders."""
+        if len(state["streams"]) != len(self._loaders):
+            raise UserError(
+                f"checkpoint: training read {len(state['streams'])} streams of images, now it "
+                f"reads {len(self._loaders)}; give as many workers as before"
+            )
+        for loader, own in zip(self._loaders, state["streams"], strict=True):
+            loader.load_state_dict(own)
+
+    def close(self) -> None:
+        """Let go of DALI's threads and buffers."""
+        for loader in self._loaders:
+            loader.close()

@@ -1,0 +1,42 @@
+"""The settings of `sbf compress`: one network, images and a budget, without any training."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from sbf_dist.recipe import Data, OneShotCompression
+from sbf_dist.schema import Section, validate_as
+
+
+class _WithoutRounds(OneShotCompression):
+    """A recipe's settings of compression, for a network that is not trained."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_rounds(cls, content: Any) -> Any:
+        if isinstance(content, dict) and "rounds" in content:
+            content = dict(content)
+            rounds = content.pop("rounds")
+            if rounds != 1:
+                raise ValueError(
+                    f"rounds = {rounds!r} must be 1 here: there is no training between rounds "
+                    "(sbf run has it)"
+                )
+        return content
+
+
+class OneShot(Section):
+    """One network that is compressed in one step."""
+
+    model: str = Field(description="as sbf_dist.models.build takes it")
+    weights: Path = Field(description="safetensors, or PyTorch's file of a state dict")
+    seed: int = Field(0, ge=0, description="of everything random")
+    data: Data
+    compress: _WithoutRounds
+
+
+def validate(content: dict[str, Any], overrides: Sequence[str], origin: str) -> OneShot:
+    """Check the settings of one compression, as sbf_dist.recipe.validate does those of a run."""
+    return validate_as(OneShot, content, overrides, origin)

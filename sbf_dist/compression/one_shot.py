@@ -1,0 +1,57 @@
+"""The front door of compression: from a network and images to a student and its plan."""
+
+from typing import Unpack
+
+from torch import nn
+
+from sbf_dist.budget import Budget, BudgetKeywords
+from sbf_dist.compression.calibration import Images
+from sbf_dist.compression.joint import plan_jointly
+from sbf_dist.compression.plan import Plan
+from sbf_dist.compression.planning.latency_table import Timing
+from sbf_dist.compression.progress import Progress
+from sbf_dist.compression.reconstruct import rebuild
+from sbf_dist.compression.remembered import remember
+from sbf_dist.settings import Compression
+
+
+def compress(
+    model: nn.Module,
+    images: Images,
+    settings: Compression | None = None,
+    *,
+    name: str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    timing: Timing | None = None,
+    **budget: Unpack[BudgetKeywords],
+) -> tuple[nn.Module, Plan]:
+    """Compress a trained network within a budget, without labels and without training.
+
+    model: a classifier; it stays as it is. Its device is where the work is done.
+    images: normalised calibration images, some hundreds: a tensor (N, C, H, W), a DataLoader of
+        images or of (image, label), or anything that can be gone through again and gives the same
+        batches each time.
+    settings: what is kept, rebuilt and removed; None takes the defaults of Compression.
+    name: of the network, as `sbf_dist.models.build` takes it; None finds it out.
+    seed: of what is drawn at random.
+    progress: is called with (what, done, of).
+    timing: how times are measured, where the budget is one of time.
+    budget: macs, params, latency or latency_ms, as Budget has them; instead of that of `settings`.
+
+    Returns the student in eval mode, and its plan. Raises UserError if the budget cannot be met,
+    a weight is not finite, nothing can be converted, or the network has SBF layers already.
+    """
+    if settings is None:
+        settings = Compression(**budget)
+    elif budget:
+        settings = settings.with_budget(Budget(**budget))
+    if settings.removal == 0:
+        student, plan = rebuild(
+            model, images, settings, name=name, seed=seed, progress=progress, timing=timing
+        )
+    else:
+        student, plan = plan_jointly(
+            model, images, settings, name=name, seed=seed, progress=progress
+        )
+    return remember(student, plan), plan

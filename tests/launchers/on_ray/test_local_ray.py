@@ -1,0 +1,95 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launchers import machine
+from launchers.machine import available_cpus, check_machine
+from launchers.on_ray import local_ray as module
+from launchers.on_ray.local_ray import local_ray
+from sbf_dist.errors import UserError
+
+DRIVER = """
+import sys, time
+from launchers.on_ray.local_ray import local_ray
+with local_ray(workers=1):
+    print("up", flush=True)
+    if len(sys.argv) > 1:
+        time.sleep(60)
+    import os, ray
+    print(ray.get_runtime_context().get_node_id(), os.environ["TMPDIR"], flush=True)
+print("RAY_AUTH_TOKEN" in os.environ, flush=True)
+"""
+
+
+def test_more_workers_than_the_machine_has_cpus_are_refused() -> None:
+    cpus = available_cpus()
+    with pytest.raises(UserError) as caught, local_ray(workers=cpus + 7):
+        pass
+    assert str(caught.value) == (
+        f"workers.count = {cpus + 7} with workers.cpus = 1: needs {cpus + 7} CPUs, this machine "
+        f"has {cpus}; ask for fewer"
+    )
+
+
+@pytest.mark.parametrize(("workers", "cpus"), [(0, 1), (1, 0)])
+def test_no_workers_and_no_cpus_are_refused(workers: int, cpus: int) -> None:
+    with pytest.raises(UserError, match="must be at least 1"):
+        check_machine(workers, cpus)
+
+
+def test_more_gpus_than_there_are_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "available_gpus", lambda: 1)
+    with pytest.raises(UserError, match=r"needs 2 GPUs, this machine has 1"):
+        check_machine(1, 1, gpus_per_worker=2)
+
+
+def test_a_cluster_that_cannot_be_reached_is_reported() -> None:
+    with (
+        pytest.raises(UserError, match=r"Ray cluster 127\.0\.0\.1:1: cannot be reached"),
+        local_ray(workers=1, address="127.0.0.1:1"),
+    ):
+        pass
+
+
+@pytest.mark.slow
+def test_a_ray_leaves_nothing_behind() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER], capture_output=True, text=True, timeout=60, check=True
+    )
+    up, node, clean = done.stdout.splitlines()
+    folder = Path(node.split()[1])
+    assert (up, clean) == ("up", "False")
+    assert not folder.exists()
+    assert not [p for p in psutil.process_iter(["cmdline"]) if belongs(p, folder)]
+
+
+@pytest.mark.slow
+def test_a_ray_dies_with_a_driver_that_was_killed_and_the_next_one_tidies_up() -> None:
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, "stay"], stdout=subprocess.PIPE, text=True
+    )
+    assert driver.stdout is not None
+    assert driver.stdout.readline() == "up\n"
+    agents = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}  # they take a minute to notice
+    started = psutil.Process(driver.pid).children(recursive=True)
+    must_die = [process for process in started if process.name() not in agents]
+    assert len(must_die) >= 2
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    _, alive = psutil.wait_procs(must_die, timeout=30)
+    assert alive == []
+    for process in started:
+        if process.is_running():
+            process.kill()
+    with module._temporary_folder() as folder:
+        assert not list(folder.parent.glob(f"sbf-ray-{driver.pid}-*"))
+    assert not folder.exists()
+
+
+def belongs(process: psutil.Process, folder: Path) -> bool:
+    return any(str(folder) in part for part in process.info["cmdline"] or [])

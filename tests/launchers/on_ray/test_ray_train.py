@@ -1,0 +1,190 @@
+"""Real workers on a real Ray, which is started once."""
+
+import json
+import logging
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import tiny_worker
+from tiny_worker import CHECKPOINT_EVERY, STEPS
+
+from launchers.machine import available_cpus
+from launchers.on_ray.local_ray import local_ray
+from launchers.on_ray.ray_train import run_workers
+from sbf_dist.errors import UserError
+from sbf_dist.recipe import Workers
+from sbf_dist.train import checkpoint
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(available_cpus() < 2, reason="two workers need two CPUs"),
+]
+DIE_AT = 17
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[None]:
+    here = Path(__file__).parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(here), str(here.parents[2])]))
+        with local_ray(workers=2):
+            yield
+
+
+@pytest.fixture(scope="module")
+def killed(ray: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A training in which rank 1 dies by kill -9 at step 17; all that was seen of it."""
+    folder = tmp_path_factory.mktemp("killed")
+    progress: list[dict[str, Any]] = []
+    listening: list[set[str]] = []
+
+    def on_progress(record: dict[str, Any]) -> None:
+        progress.append(record)
+        listening.append(addresses())
+
+    warnings = Messages()
+    logging.getLogger("launchers.on_ray.ray_train").addHandler(warnings)
+    snapshot = folder / "runs/tiny/checkpoint_manager_snapshot.json"
+    config = {"diary": str(folder), "snapshot": str(snapshot), "die_at": DIE_AT, "pause": 0.3}
+    result = run_workers(
+        tiny_worker.train,
+        config,
+        name="tiny",
+        storage=folder / "runs",
+        workers=Workers(count=2, max_failures=1),
+        on_progress=on_progress,
+    )
+    logging.getLogger("launchers.on_ray.ray_train").removeHandler(warnings)
+    return {
+        "result": result,
+        "progress": progress,
+        "listening": listening,
+        "warnings": warnings.messages,
+        "folder": folder,
+    }
+
+
+class Messages(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+def addresses() -> set[str]:
+    """The addresses at which this process and what it started are listening."""
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    own = {f"pid={process.pid}," for process in processes}
+    table = subprocess.run(["ss", "-ltnpH"], capture_output=True, text=True, check=True).stdout
+    lines = [line for line in table.splitlines() if any(pid in line for pid in own)]
+    return {line.split()[3].rpartition(":")[0] for line in lines}
+
+
+def checkpoints(killed: dict[str, Any]) -> list[Path]:
+    return sorted((killed["folder"] / "runs/tiny").glob("checkpoint_2*"))
+
+
+def diary(killed: dict[str, Any], rank: int) -> list[tuple[int, int, list[int]]]:
+    text = (killed["folder"] / f"{rank}.jsonl").read_text()
+    return [tuple(json.loads(line)) for line in text.splitlines()]
+
+
+def test_after_a_kill_all_go_on_from_the_last_checkpoint_to_the_last_step(
+    killed: dict[str, Any],
+) -> None:
+    assert killed["result"]["start"] == CHECKPOINT_EVERY
+    assert killed["progress"][-1]["step"] == STEPS
+    assert checkpoint.verify(checkpoints(killed)[-1]).step == STEPS
+
+
+def test_after_a_kill_no_sample_is_repeated_or_left_out(killed: dict[str, Any]) -> None:
+    kept: list[int] = []
+    for rank in (0, 1):
+        entries = diary(killed, rank)
+        first, second = dict.fromkeys(pid for pid, _, _ in entries)
+        # What the first attempt did after its checkpoint is lost with it.
+        kept += [
+            i for pid, step, ids in entries if pid == first and step < CHECKPOINT_EVERY for i in ids
+        ]
+        kept += [i for pid, _, ids in entries if pid == second for i in ids]
+        assert [step for pid, step, _ in entries if pid == second] == list(
+            range(CHECKPOINT_EVERY, STEPS)
+        )
+    assert sorted(kept) == list(range(STEPS * 32))
+
+
+def test_the_loss_falls_and_the_ranks_agree(killed: dict[str, Any]) -> None:
+    losses = killed["result"]["losses"]
+    assert losses[-1] < losses[0]
+    assert killed["result"]["weights_equal"]
+
+
+def test_only_the_last_checkpoints_are_kept_whole_with_both_ranks_shards(
+    killed: dict[str, Any],
+) -> None:
+    steps = []
+    for folder in checkpoints(killed):
+        manifest = checkpoint.verify(folder)
+        steps.append(manifest.step)
+        shards = [name for name in manifest.files if "optim_states" in name]
+        assert len(shards) == 2
+    assert steps == [STEPS - CHECKPOINT_EVERY, STEPS]
+
+
+def test_progress_is_seen_between_checkpoints(killed: dict[str, Any]) -> None:
+    steps = [record["step"] for record in killed["progress"]]
+    assert set(steps) - set(range(0, STEPS + 1, CHECKPOINT_EVERY))
+    assert killed["progress"][-1]["parts"]["loss"] > 0
+
+
+def test_warnings_of_rank_0_reach_the_driver(killed: dict[str, Any]) -> None:
+    assert killed["warnings"] == ["begins at step 0", f"begins at step {CHECKPOINT_EVERY}"]
+
+
+def test_everything_listens_on_loopback_alone(killed: dict[str, Any]) -> None:
+    seen = set().union(*killed["listening"])
+    assert seen
+    assert seen <= {"127.0.0.1", "[::ffff:127.0.0.1]", "[::1]"}
+
+
+def test_workers_use_their_cpus_and_leave_no_files_behind(killed: dict[str, Any]) -> None:
+    environment = killed["result"]["environment"]
+    assert environment["OMP_NUM_THREADS"] == "1"
+    assert list(Path(environment["TMPDIR"]).glob("sbf-checkpoint-*")) == []
+
+
+def test_a_users_mistake_on_one_rank_arrives_as_its_line_at_the_first_try(
+    ray: None, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as caught:
+        run_workers(
+            tiny_worker.refuse_on_rank_1,
+            {"diary": str(tmp_path)},
+            name="mistake",
+            storage=tmp_path / "runs",
+            workers=Workers(count=2, max_failures=3),
+        )
+    assert str(caught.value) == "batch size 7: must be a multiple of 2"
+    # Rank 0 may be ended before it has begun.
+    assert len(list(tmp_path.glob("tries-of-1-*"))) == 1
+    assert len(list(tmp_path.glob("tries-of-0-*"))) <= 1
+
+
+def test_any_other_error_arrives_with_the_workers_traceback(ray: None, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        run_workers(
+            tiny_worker.break_down,
+            {"layer": "conv1"},
+            name="bug",
+            storage=tmp_path / "runs",
+            workers=Workers(count=1, max_failures=0),
+        )
+    assert re.search(r"break_down[\s\S]*KeyError: 'no such layer: conv1'", str(caught.value))

@@ -1,0 +1,97 @@
+"""The workers of test_ray_train.py. Ray's workers import this file."""
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "train"))
+
+import torch
+import torch.distributed as dist
+from tiny import TinyLoader, TinyTask
+
+from launchers.on_ray.ray_train import latest_checkpoint, progress, report
+from sbf_dist.errors import UserError
+from sbf_dist.settings import Optimizer
+from sbf_dist.train import checkpoint
+from sbf_dist.train.engine import build_engine
+from sbf_dist.train.loop import Batch, Every, LogRecord, fit
+
+STEPS = 40
+CHECKPOINT_EVERY = 10
+
+
+def train(config: dict[str, Any]) -> dict[str, Any]:
+    """Train; note each sample seen; on rank 1, die by kill -9 at config["die_at"] if given."""
+    rank, diary = dist.get_rank(), Path(config["diary"])
+    torch.manual_seed(rank)
+    engine = build_engine(TinyTask(), Optimizer(lr=0.05, weight_decay=5e-4), micro_batch=16)
+    loader = TinyLoader(rank, dist.get_world_size())
+    start = 0
+    with latest_checkpoint() as folder:
+        if folder is not None:
+            restored = checkpoint.load(engine, folder, digests={})
+            loader.load_state_dict(restored.loader_state)
+            start = restored.step
+    logging.getLogger("sbf_dist.test").warning("begins at step %d", start)
+    losses = []
+
+    def note(batch: Batch) -> Batch:
+        step = int(batch["id"][0]) // 32
+        with (diary / f"{rank}.jsonl").open("a") as file:
+            print(json.dumps([os.getpid(), step, batch["id"].tolist()]), file=file)
+        if rank == 1 and start == 0 and step == config.get("die_at"):
+            while "checkpoint_" not in Path(config["snapshot"]).read_text():
+                time.sleep(0.1)  # until Ray has noted the checkpoint of step 10
+            os.kill(os.getpid(), signal.SIGKILL)
+        return batch
+
+    def on_log(record: LogRecord) -> None:
+        losses.append(record.parts["loss"])
+        progress(asdict(record))
+        time.sleep(config.get("pause", 0))
+
+    def on_checkpoint(step: int) -> None:
+        def write(folder: Path) -> None:
+            checkpoint.save(engine, folder, step=step, loader_state=loader.state_dict(), digests={})
+
+        report({"step": step}, write)
+
+    fit(
+        engine,
+        loader,
+        steps=STEPS,
+        start_step=start,
+        lr_at=lambda step: 0.05,
+        log=Every(5, on_log),
+        checkpoint=Every(CHECKPOINT_EVERY, on_checkpoint),
+        annotate=note,
+    )
+    flat = torch.cat([p.detach().flatten() for p in engine.module.parameters()])
+    both = [torch.zeros_like(flat) for _ in range(dist.get_world_size())]
+    dist.all_gather(both, flat)
+    return {
+        "start": start,
+        "losses": losses,
+        "weights_equal": torch.equal(both[0], both[-1]),
+        "environment": {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "TMPDIR")},
+    }
+
+
+def refuse_on_rank_1(config: dict[str, Any]) -> None:
+    """Rank 1 finds the user's mistake while rank 0 waits for it."""
+    Path(config["diary"], f"tries-of-{dist.get_rank()}-{os.getpid()}").touch()
+    if dist.get_rank() == 1:
+        raise UserError("batch size 7: must be a multiple of 2")
+    dist.barrier()
+
+
+def break_down(config: dict[str, Any]) -> None:
+    """A bug of ours."""
+    raise KeyError(f"no such layer: {config['layer']}")

@@ -1,0 +1,70 @@
+"""What the only worker of a run does, in this process: without Ray, and without DeepSpeed."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from launchers.display import Display
+from launchers.images import index_images
+from launchers.run import worker
+from launchers.run.building import build_network
+from launchers.run.folder import RunFolder
+from launchers.run.networks import Network, Networks
+from sbf_dist.distill import pseudo_labels
+from sbf_dist.distill.task import DistillationTask
+from sbf_dist.recipe import Recipe
+from sbf_dist.train.loop import Every, LogRecord, fit
+from sbf_dist.train.schedule import schedule
+from sbf_dist.train.single import SingleEngine
+from sbf_dist.weights import save_weights
+
+
+def begin(recipe: Recipe, runs: Path) -> worker.Context:
+    """Index the recipe's images; the worker's place in the run."""
+    networks = Networks.of(recipe, RunFolder(runs, recipe.name))
+    index = index_images(recipe.data, runs, recipe.seed, Display())
+    index.save(networks.folder.index)
+    return worker.Context(networks, index, rank=0, world_size=1, device=torch.device("cpu"))
+
+
+def train(here: worker.Context, network: Network) -> list[LogRecord]:
+    """Do one training of a run and keep its weights; the records of all its steps."""
+    job = network.job
+    assert job is not None
+    torch.manual_seed(job.seed)
+    settings = job.training
+    student = build_network(network, here.num_classes, job.start)
+    index, annotate = worker._targets(here, network)
+    batches = worker._batches(here, network, index)
+    records: list[LogRecord] = []
+    fit(
+        SingleEngine(
+            DistillationTask(student, label_weight=job.label_weight),
+            settings.optimizer,
+        ),
+        batches,
+        steps=settings.steps,
+        lr_at=schedule(
+            settings.schedule,
+            lr=settings.optimizer.lr,
+            steps=settings.steps,
+            warmup=settings.warmup,
+        ),
+        log=Every(1, records.append),
+        annotate=annotate,
+    )
+    batches.close()
+    save_weights(student, network.weights)
+    return records
+
+
+def write_pseudo_labels(here: worker.Context) -> None:
+    """Write what the teachers, whose weights are there, predict on all training images."""
+    folder = here.folder.pseudo_labels
+    ids = np.sort(np.concatenate([here.index.parts[p] for p in ("labelled", "unlabelled")]))
+    pseudo_labels.begin(folder, pseudo_labels.origin(here.recipe, here.index.digest))
+    ensemble = worker._ensemble(here)
+    for number, part in enumerate(pseudo_labels.chunks(ids)):
+        worker._write_chunk(here, ensemble, number, part)
+    pseudo_labels.finish(folder, ids)

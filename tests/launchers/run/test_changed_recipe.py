@@ -1,0 +1,89 @@
+"""A run whose recipe has changed, with the real command: what is done anew, and what is kept."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SBF = Path(sys.executable).with_name("sbf")
+RECIPE = """
+name: tiny
+data: {source: digits, image_size: 12, labelled_per_class: 5, crop: 1.0}
+teachers:
+  - {name: one, model: cifar_resnet8_w4, training: {steps: 4, batch_size: 16}}
+  - {name: two, model: cifar_resnet8_w4, training: {steps: 4, batch_size: 16}}
+compress: {teacher: one, macs: 0.6, sources: 2, images: 32}
+distill: {training: {steps: 4, batch_size: 16}}
+"""
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that is done up to the stage compress."""
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "tiny.yaml").write_text(RECIPE)
+    done = sbf(folder, "--until", "compress")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def sbf(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    return subprocess.run(
+        [SBF, "run", "tiny.yaml", *arguments],
+        cwd=folder,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def times(folder: Path) -> dict[str, int]:
+    """When each network's weights were written."""
+    weights = (folder / "runs" / "tiny" / "weights").glob("*.safetensors")
+    return {path.stem: path.stat().st_mtime_ns for path in weights}
+
+
+def result(folder: Path, stage: str) -> dict:
+    return json.loads((folder / "runs" / "tiny" / "stages" / f"{stage}.json").read_text())
+
+
+def test_another_budget_is_reached_without_training_the_teachers_anew(folder: Path) -> None:
+    before = times(folder)
+    assert result(folder, "compress")["read"]["compress.macs"] == 0.6
+    assert "compress.macs" not in result(folder, "teachers")["read"]
+    refused = sbf(folder, "--until", "compress", "compress.macs=0.8")
+    assert refused.returncode == 2
+    assert (
+        "compress was done with compress.macs = 0.6, the recipe says 0.8; give --again compress or "
+        "another name (name=…)"
+    ) in refused.stderr
+    done = sbf(folder, "--until", "compress", "compress.macs=0.8", "--again", "compress")
+    assert done.returncode == 0, done.stderr
+    assert "teachers: done before" in done.stdout
+    assert "pseudo-labels: done before" in done.stdout
+    after = times(folder)
+    assert {name for name in before if before[name] != after[name]} == {"sbf-one-shot", "zeroed"}
+    assert 0.6 < result(folder, "compress")["share"] <= 0.8
+
+
+def test_more_steps_for_one_training_concern_what_depends_on_it_alone(folder: Path) -> None:
+    before = times(folder)
+    changes = ("compress.macs=0.8", "teachers.1.training.steps=6")
+    refused = sbf(folder, "--until", "compress", *changes)
+    assert "with teachers.1.training.steps = 4, the recipe says 6; give --again t" in refused.stderr
+    done = sbf(folder, "--until", "compress", *changes, "--again", "teachers")
+    assert done.returncode == 0, done.stderr
+    assert "prepare: done before" in done.stdout
+    assert "two: top-1" in done.stdout
+    assert "one: top-1" not in done.stdout
+    assert "compress: done before" in done.stdout  # the student comes from the other teacher
+    after = times(folder)
+    assert {name for name in before if before[name] != after[name]} == {"two"}
+    assert result(folder, "pseudo-labels")["images"] == 1297

@@ -1,0 +1,208 @@
+"""Which change of a recipe concerns what of a run, and what has to be done anew."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launchers.run import locks
+from launchers.run.folder import RunFolder
+from launchers.run.networks import Networks
+from launchers.run.sequence import open_folder
+from launchers.run.stages import STAGES
+from sbf_dist.errors import UserError
+from sbf_dist.recipe import validate
+
+CONTENT = {
+    "name": "tiny",
+    "data": {"source": "digits", "image_size": 16},
+    "teachers": [
+        {"name": "one", "model": "cifar_resnet8", "training": {"steps": 10}},
+        {"name": "two", "model": "cifar_resnet8", "training": {"steps": 10}},
+    ],
+    "compress": {"teacher": "one", "macs": 0.5},
+    "distill": {"training": {"steps": 10}},
+    "baselines": {"steps": 10},
+}
+ALL = [stage.name for stage in STAGES]
+
+
+def networks_of(runs: Path, *overrides: str) -> Networks:
+    return Networks.of(validate(CONTENT, overrides, "recipe"), RunFolder(runs, "tiny"))
+
+
+def do(networks: Networks, *stages: str, note: bool = True) -> None:
+    """Leave all files that the stages leave, and their results."""
+    values = locks.values_of(networks.recipe.identity())
+    for stage in STAGES:
+        if stage.name not in stages:
+            continue
+        products = stage.products(networks)
+        for path in (path for product in products for path in product.files):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        reads = [key for product in products for key in product.reads]
+        result = networks.folder.result(stage.name)
+        result.parent.mkdir(parents=True, exist_ok=True)
+        result.write_text(json.dumps({"read": locks.read_by(values, reads)} if note else {}))
+
+
+def done(networks: Networks) -> list[str]:
+    return [name for name in ALL if networks.folder.result(name).exists()]
+
+
+def weights(networks: Networks) -> set[str]:
+    return {path.stem for path in networks.folder.root.glob("weights/*")}
+
+
+@pytest.fixture(params=[True, False], ids=["results say what was read", "older results"])
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> Networks:
+    """A run of which all stages are done."""
+    networks = networks_of(tmp_path)
+    open_folder(networks, None)
+    do(networks, *ALL, note=request.param)
+    return networks
+
+
+def changed(run: Networks, *overrides: str) -> Networks:
+    return networks_of(run.folder.runs, *overrides)
+
+
+def test_every_setting_of_a_runs_identity_is_read_by_some_product(tmp_path: Path) -> None:
+    for more in ([], ["compress.rounds=2"], ["baselines=null"]):
+        networks = networks_of(tmp_path, *more)
+        values = locks.values_of(networks.recipe.identity())
+        reads = [key for s in STAGES for product in s.products(networks) for key in product.reads]
+        assert values.keys() - locks.read_by(values, reads).keys() == {
+            "name",
+            "data.threads",  # which no result depends on
+        }
+
+
+def test_products_need_what_is_there_before_them(tmp_path: Path) -> None:
+    for more in ([], ["compress.rounds=2"]):
+        known: set[str] = set()
+        for stage in STAGES:
+            for product in stage.products(networks_of(tmp_path, *more)):
+                assert set(product.needs) <= known, product
+                known.add(product.name)
+
+
+def test_the_same_recipe_leaves_everything_as_it_is(run: Networks) -> None:
+    before = set(run.folder.root.rglob("*"))
+    open_folder(run, None)
+    assert set(run.folder.root.rglob("*")) == before
+
+
+def test_a_change_is_refused_with_what_is_to_be_done_again_and_why(run: Networks) -> None:
+    with pytest.raises(UserError) as caught:
+        open_folder(changed(run, "compress.macs=0.25"), None)
+    assert str(caught.value) == (
+        f"run folder {run.folder.root}: compress was done with compress.macs = 0.5, the recipe "
+        "says 0.25; give --again compress (which does compress, distill, evaluate, export anew) or "
+        "another name (name=…)"
+    )
+    assert done(run) == ALL
+    with pytest.raises(UserError, match="give --again compress"):
+        open_folder(changed(run, "compress.macs=0.25"), "distill")
+
+
+def test_another_budget_leaves_the_teachers(run: Networks) -> None:
+    open_folder(changed(run, "compress.macs=0.25"), "compress")
+    assert done(run) == ["prepare", "teachers", "pseudo-labels"]
+    assert weights(run) == {"one", "two", "dense-labels"}
+    open_folder(changed(run, "compress.macs=0.25"), None)  # it is the folder's recipe now
+    with pytest.raises(UserError, match="teachers was done with"):
+        open_folder(changed(run, "teachers.0.training.steps=99"), None)
+
+
+def test_more_steps_for_one_teacher_concern_that_teacher_and_what_depends_on_it(
+    run: Networks,
+) -> None:
+    open_folder(changed(run, "teachers.1.training.steps=20"), "teachers")
+    # The student is compressed from the other one.
+    assert done(run) == ["prepare", "compress"]
+    assert weights(run) == {"one", "dense-labels", "zeroed", "sbf-one-shot", "sbf-labels"}
+
+
+def test_more_steps_for_the_student_leave_the_baseline(run: Networks) -> None:
+    open_folder(changed(run, "distill.training.steps=20"), "distill")
+    assert done(run) == ["prepare", "teachers", "pseudo-labels", "compress"]
+    assert "sbf-labels" in weights(run)
+    assert "sbf-distilled" not in weights(run)
+
+
+def test_the_choice_of_pseudo_labels_concerns_the_student_alone(run: Networks) -> None:
+    open_folder(changed(run, "pseudo_labels.threshold=0.5"), "distill")
+    assert done(run) == ["prepare", "teachers", "pseudo-labels", "compress"]
+
+
+def test_without_a_change_a_stage_and_all_after_it_are_done_anew(run: Networks) -> None:
+    open_folder(run, "pseudo-labels")
+    assert done(run) == ["prepare", "teachers"]
+    assert weights(run) == {"one", "two", "dense-labels"}
+    assert not run.folder.pseudo_labels.exists()
+
+
+def test_a_change_of_later_stages_and_an_earlier_one_again(run: Networks) -> None:
+    open_folder(changed(run, "distill.training.steps=20"), "compress")
+    assert done(run) == ["prepare", "teachers", "pseudo-labels"]
+
+
+def test_a_baseline_that_is_added_or_left_out(run: Networks) -> None:
+    open_folder(changed(run, "baselines=null"), "evaluate")
+    assert done(run) == ["prepare", "teachers", "pseudo-labels", "compress", "distill"]
+    with pytest.raises(
+        UserError, match=r"teachers was done with\S* baselines.steps.* says 30; give"
+    ):
+        open_folder(changed(run, "baselines.steps=30"), None)
+
+
+def test_what_was_not_begun_is_free_to_change(tmp_path: Path) -> None:
+    networks = networks_of(tmp_path)
+    open_folder(networks, None)
+    do(networks, "prepare", "teachers")
+    open_folder(changed(networks, "compress.macs=0.25", "distill.targets=live"), None)
+    assert done(networks) == ["prepare", "teachers"]
+
+
+def test_a_stage_that_was_cut_is_locked_by_the_folders_recipe(tmp_path: Path) -> None:
+    networks = networks_of(tmp_path)
+    open_folder(networks, None)
+    do(networks, "prepare")
+    networks.teachers[0].weights.parent.mkdir()
+    networks.teachers[0].weights.touch()
+    with pytest.raises(UserError, match=r"with teachers\.0\.training\.steps = 10, the recipe says"):
+        open_folder(changed(networks, "teachers.0.training.steps=20"), None)
+    open_folder(changed(networks, "teachers.0.training.steps=20"), "teachers")
+    assert weights(networks) == set()
+
+
+def test_weights_that_were_given_are_never_removed(tmp_path: Path) -> None:
+    given = tmp_path / "given.safetensors"
+    given.touch()
+    networks = networks_of(tmp_path, "teachers.0.training=null", f"teachers.0.weights={given}")
+    open_folder(networks, None)
+    do(networks, *ALL)
+    open_folder(networks, "prepare")
+    assert given.exists()
+
+
+def test_what_workers_and_tracking_say_locks_nothing(run: Networks) -> None:
+    open_folder(changed(run, "workers.cpus=2", "tracking.experiment=other"), None)
+    assert done(run) == ALL
+
+
+@pytest.mark.parametrize(
+    ("key", "pattern", "reads"),
+    [
+        ("seed", "seed", True),
+        ("data.image_size", "data", True),
+        ("data.image_size", "data.image", False),
+        ("teachers.0.name", "teachers.*.name", True),
+        ("teachers.0.training.optimizer.name", "teachers.*.name", False),
+        ("teachers.10.name", "teachers.1", False),
+    ],
+)
+def test_a_key_is_read_by_its_own_name_and_by_its_sections(key, pattern, reads) -> None:
+    assert bool(locks.read_by({key: 1}, [pattern])) is reads

@@ -1,0 +1,276 @@
+"""What of a recipe reaches the batches that a worker trains on."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import one_worker
+import pytest
+import torch
+from archive_makers import cifar10_python
+
+from launchers.run import worker
+from launchers.run.networks import Network, Networks
+from pipelines.loader import TrainLoader
+from pipelines.reader import Reader
+from pipelines.sources.preparation import prepare
+from sbf_dist import models
+from sbf_dist.distill import pseudo_labels
+from sbf_dist.distill.task import full_distributions
+from sbf_dist.errors import UserError
+from sbf_dist.recipe import Recipe
+from sbf_dist.settings import Augmentation
+from sbf_dist.train import checkpoint
+from sbf_dist.weights import save_weights
+
+TRAINING = {"steps": 2, "batch_size": 8, "optimizer": {"lr": 0.01}}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CIFAR-10 with 50 training images, five of each class."""
+    folder = tmp_path_factory.mktemp("cifar10")
+    cifar10_python(folder)
+    prepare("cifar10", folder, folder / "set", checksum=False)
+    return folder / "set"
+
+
+@pytest.fixture
+def begin(images, tmp_path):
+    """A worker of a recipe with two teachers, whose weights are random."""
+
+    def of(targets: str = "stored", *, share: float = 0.5, root: Path = images, **data):
+        augmentation = {"crop": "padded", "padding": 4} | data.pop("augmentation", {})
+        recipe = Recipe.model_validate(
+            {
+                "name": "tiny",
+                "data": {
+                    "source": "cifar10",
+                    "root": root,
+                    "image_size": 32,
+                    "labelled_per_class": 2,
+                    "augmentation": augmentation,
+                }
+                | data,
+                "teachers": [
+                    {"name": name, "model": "cifar_resnet8", "training": TRAINING}
+                    for name in ("one", "two")
+                ],
+                "compress": {"teacher": "one", "macs": 0.5},
+                "distill": {"targets": targets, "labelled_share": share, "training": TRAINING},
+            }
+        )
+        here = one_worker.begin(recipe, tmp_path)
+        torch.manual_seed(0)
+        for teacher in here.networks.teachers:
+            save_weights(models.build(teacher.model, here.num_classes), teacher.weights)
+        one_worker.write_pseudo_labels(here)
+        return here
+
+    return of
+
+
+def student(here: worker.Context) -> Network:
+    return here.networks.student
+
+
+def batches(here: worker.Context, network: Network, count: int = 2) -> list[worker.Batch]:
+    """The first batches as the loader gives them."""
+    loader = worker._batches(here, network, here.index)
+    found = [{key: value.clone() for key, value in next(loader).items()} for _ in range(count)]
+    loader.close()
+    return found
+
+
+# --- mixed images --------------------------------------------------------------------------------
+
+MIXTURES = [{"mixup": 1.0}, {"cutmix": 1.0}, {"mixup": 0.5, "cutmix": 1.0}]
+
+
+def blended(values: torch.Tensor, batch: worker.Batch) -> torch.Tensor:
+    share = batch["mixup_share"][:, None]
+    return share * values + (1 - share) * values[batch["mixup_partner"]]
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_stored_targets_are_mixed_as_the_images_are(begin, mixture):
+    plain = batches(begin(), student(begin()))
+    here = begin(augmentation=mixture)
+    stored = pseudo_labels.load(
+        here.folder.pseudo_labels, pseudo_labels.origin(here.recipe, here.index.digest)
+    )
+    predicted = torch.tensor(stored.classes), torch.tensor(stored.probabilities)
+    distributions = full_distributions(*predicted, 10)
+    _, annotate = worker._targets(here, student(here))
+    for unmixed, batch in zip(plain, batches(here, student(here)), strict=True):
+        assert torch.equal(batch["image"], unmixed["image"])  # until it is annotated
+        known = batch["label"] >= 0
+        assert known.tolist() == [True] * 4 + [False] * 4
+        assert torch.equal(known, known[batch["mixup_partner"]])  # pairs of one stream
+        mixed = annotate(batch)
+        rows = np.searchsorted(stored.ids, batch["id"].numpy())
+        assert torch.allclose(mixed["teacher"], blended(distributions[rows], batch), atol=1e-6)
+        assert torch.equal(mixed["partner_label"], batch["label"][batch["mixup_partner"]])
+        assert torch.equal(mixed["share"], batch["mixup_share"])
+        assert not torch.equal(mixed["image"], batch["image"])
+        assert mixed["image"].is_contiguous(memory_format=torch.channels_last)
+        if "mixup_box" not in batch:
+            flat = blended(batch["image"].flatten(1), batch)
+            assert torch.allclose(mixed["image"].flatten(1), flat, atol=1e-5)
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_live_teachers_see_the_mixed_images(begin, mixture):
+    here = begin("live", augmentation=mixture)
+    network = student(here)
+    _, annotate = worker._targets(here, network)
+    mixed = annotate(batches(here, network)[0])
+    ensemble = worker._ensemble(here)
+    assert torch.allclose(mixed["teacher"], ensemble(mixed["image"], network.view), atol=1e-6)
+    assert {"share", "partner_label"} <= mixed.keys()
+
+
+def test_trainings_on_labels_alone_mix_as_well(begin):
+    here = begin(augmentation={"mixup": 1.0})
+    teacher = here.networks.teachers[0]
+    index, annotate = worker._targets(here, teacher)
+    mixed = annotate(batches(here, teacher)[0])
+    assert index is here.index
+    assert {"share", "partner_label"} <= mixed.keys()
+    assert "teacher" not in mixed
+    assert bool((mixed["label"] >= 0).all())  # no unlabelled image among them
+
+
+@pytest.mark.parametrize("targets", ["stored", "live"])
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_mixed_images_are_trained_on(begin, targets, mixture):
+    here = begin(targets, augmentation=mixture | {"rand_augment": 1})
+    network = student(here)
+    job = dataclasses.replace(network.job, start=None)
+    dense = dataclasses.replace(network, job=job, plan=None)
+    records = one_worker.train(here, dense)
+    assert [record.step for record in records] == [1, 2]
+    for record in records:
+        assert set(record.parts) == {"loss", "cross_entropy", "divergence"}
+        assert all(np.isfinite(value) for value in record.parts.values())
+        assert record.parts["cross_entropy"] > 0
+
+
+# --- the other settings --------------------------------------------------------------------------
+
+
+def test_random_operations_are_those_that_the_recipe_asks_for(begin):
+    strong = {"rand_augment": 2, "magnitude": 15}
+    here = begin(augmentation=strong)
+    teacher = here.networks.teachers[0]
+    (batch,) = batches(here, teacher, 1)
+    loader = TrainLoader(
+        here.index,
+        ["labelled"],
+        Reader(),
+        batch_size=8,
+        view=here.recipe.data.view,
+        augmentation=Augmentation(crop="padded", padding=4, **strong),
+        seed=teacher.job.seed,
+    )
+    assert torch.equal(batch["image"], next(loader)["image"])
+    loader.close()
+    (plain,) = batches(begin(), teacher, 1)
+    assert torch.equal(batch["id"], plain["id"])
+    assert not torch.equal(batch["image"], plain["image"])
+
+
+@pytest.mark.parametrize(
+    ("share", "mixture", "labelled"),
+    [(0.5, {}, 4), (0.125, {}, 1), (0.01, {}, 1), (0.0, {}, 0), (1.0, {}, 8), (0.99, {}, 7),
+     (0.125, {"mixup": 1.0}, 2), (0.99, {"cutmix": 1.0}, 6), (0.5, {"mixup": 1.0}, 4)],
+)  # fmt: skip
+def test_a_batch_has_its_share_of_labelled_images(begin, share, mixture, labelled):
+    here = begin(share=share, augmentation=mixture)
+    for batch in batches(here, student(here)):
+        assert (batch["label"] >= 0).tolist() == [True] * labelled + [False] * (8 - labelled)
+
+
+def test_where_no_image_is_without_a_label_all_of_a_batch_has_one(begin):
+    here = begin(share=0.25, labelled_per_class=None)
+    (batch,) = batches(here, student(here), 1)
+    assert len(batch["label"]) == 8
+    assert bool((batch["label"] >= 0).all())
+
+
+def test_two_workers_share_the_batch_of_one(begin):
+    here = begin(augmentation={"mixup": 1.0})
+    network = student(here)
+    (alone,) = batches(here, network, 1)
+    halves = [
+        batches(dataclasses.replace(here, rank=rank, world_size=2), network, 1)[0]
+        for rank in (0, 1)
+    ]
+    for half in halves:
+        assert (half["label"] >= 0).tolist() == [True] * 2 + [False] * 2
+    for key in ("id", "mixup_share"):
+        together = torch.cat(
+            [half[key][part] for part in (slice(2), slice(2, 4)) for half in halves]
+        )
+        assert torch.equal(together, alone[key])
+
+
+def test_images_that_are_held_in_memory_are_read_once(begin, images, tmp_path):
+    for cache in ("none", "memory"):
+        root = shutil.copytree(images, tmp_path / cache)
+        here = begin(root=root, cache=cache)
+        loader = worker._batches(here, student(here), here.index)
+        next(loader)
+        shutil.rmtree(root)
+        if cache == "memory":
+            assert all(next(loader)["image"].isfinite().all() for _ in range(10))
+        else:
+            with pytest.raises(UserError, match="has vanished since it was indexed"):
+                for _ in range(10):
+                    next(loader)
+        loader.close()
+
+
+def test_images_of_which_the_teachers_are_unsure_are_left_out(begin):
+    here = begin("live")
+    settings = here.recipe.pseudo_labels.model_copy(update={"per_class": 1})
+    recipe = here.recipe.model_copy(update={"pseudo_labels": settings})
+    chooser = dataclasses.replace(here, networks=Networks.of(recipe, here.folder))
+    index, _ = worker._targets(chooser, student(here))
+    assert 0 < len(index.parts["unlabelled"]) < len(here.index.parts["unlabelled"])
+    assert np.array_equal(index.parts["labelled"], here.index.parts["labelled"])
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+def checkpoint_of(folder: Path, digests: dict[str, str]) -> Path:
+    manifest = checkpoint.Manifest(
+        format=checkpoint.FORMAT, step=1, world_size=1, digests=digests, files={}
+    )
+    (folder / "manifest.json").write_text(manifest.model_dump_json())
+    return folder
+
+
+def test_a_checkpoint_depends_on_what_its_training_reads_alone(begin, tmp_path):
+    here = begin()
+    teacher, student = here.networks.teachers[0], here.networks.student
+    settings = here.recipe.compress.model_copy(update={"macs": 0.25})
+    recipe = here.recipe.model_copy(update={"compress": settings})
+    smaller = dataclasses.replace(here, networks=Networks.of(recipe, here.folder))
+    assert worker._digests(smaller, teacher) == worker._digests(here, teacher)
+    assert worker._digests(here, student) != worker._digests(here, teacher)
+    folder = checkpoint_of(tmp_path, worker._digests(here, teacher))
+    assert worker._saved_digests(smaller, teacher, folder) == worker._digests(here, teacher)
+
+
+def test_a_checkpoint_of_the_version_before_depends_on_the_whole_recipe(begin, tmp_path):
+    here = begin()
+    teacher = here.networks.teachers[0]
+    whole = worker._digests(here, teacher) | {"recipe": here.recipe.digest()}
+    folder = checkpoint_of(tmp_path, whole)
+    assert worker._saved_digests(here, teacher, folder) == whole
+    recipe = here.recipe.model_copy(update={"seed": 9})
+    other = dataclasses.replace(here, networks=Networks.of(recipe, here.folder))
+    assert worker._saved_digests(other, teacher, folder) != whole

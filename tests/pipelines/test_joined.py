@@ -1,0 +1,122 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines.joined import JoinedLoader, shares_of_batch
+from pipelines.loader import TrainLoader
+from pipelines.reader import Reader
+from sbf_dist.errors import UserError
+from sbf_dist.settings import Augmentation, View
+
+
+def loader(index, part, batch_size, seed=0, rank=0, world_size=1):
+    return TrainLoader(
+        index,
+        [part],
+        Reader(rank, world_size),
+        batch_size=batch_size,
+        view=View(image_size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+        augmentation=Augmentation(),
+        seed=seed,
+    )
+
+
+@given(st.integers(1, 300), st.floats(0, 1), st.booleans())
+def test_a_batch_is_shared_out_as_wanted_and_leaves_no_part_out(total, share, pairs):
+    unit = 2 if pairs else 1
+    total *= unit
+    sizes = shares_of_batch(total, share, pairs=pairs)
+    assert sum(sizes.values()) == total
+    assert min(sizes.values()) >= 0
+    assert all(size % unit == 0 for size in sizes.values())
+    assert abs(sizes["labelled"] - share * total) <= unit
+    if total >= 2 * unit:
+        assert (sizes["labelled"] > 0) == (share > 0)
+        assert (sizes["unlabelled"] > 0) == (share < 1)
+
+
+@pytest.fixture
+def joined(plain_index):
+    loaders = []
+
+    def make(labelled=2, unlabelled=5):
+        streams = {"labelled": labelled, "unlabelled": unlabelled}
+        loaders.append(
+            JoinedLoader([loader(plain_index, part, n) for part, n in streams.items() if n])
+        )
+        return loaders[-1]
+
+    yield make
+    for one in loaders:
+        one.close()
+
+
+def test_a_batch_is_the_labelled_images_beside_the_unlabelled(joined, plain_index):
+    batches = joined()
+    for _ in range(3):
+        batch = next(batches)
+        assert batch["image"].shape == (7, 3, 8, 8)
+        assert batch["image"].is_contiguous(memory_format=torch.channels_last)
+        ids, labels = batch["id"], batch["label"]
+        assert set(ids[:2].tolist()) <= set(plain_index.parts["labelled"].tolist())
+        assert set(ids[2:].tolist()) <= set(plain_index.parts["unlabelled"].tolist())
+        assert labels[:2].tolist() == plain_index.labels[ids[:2]].tolist()
+        assert labels[2:].tolist() == [-1] * 5
+
+
+def test_it_gives_what_its_loaders_give(joined, plain_index):
+    batches = joined()
+    labelled = loader(plain_index, "labelled", 2)
+    unlabelled = loader(plain_index, "unlabelled", 5)
+    for _ in range(2):
+        batch, one, other = next(batches), next(labelled), next(unlabelled)
+        for key in ("image", "label", "id"):
+            assert torch.equal(batch[key], torch.cat([one[key], other[key]]))
+    labelled.close()
+    unlabelled.close()
+
+
+def test_a_single_loader_is_passed_through(joined):
+    batch = next(joined(labelled=3, unlabelled=0))
+    assert batch["id"].shape == (3,)
+    assert (batch["label"] >= 0).all()
+
+
+def test_it_is_an_endless_iterator(joined):
+    batches = joined()
+    assert iter(batches) is batches
+    seen = [next(batches)["id"] for _ in range(12)]
+    assert len(seen) == 12
+
+
+def test_it_goes_on_where_its_state_was_taken(joined):
+    batches = joined()
+    for _ in range(3):
+        next(batches)
+    state = batches.state_dict()
+    wanted = [{k: v.clone() for k, v in next(batches).items()} for _ in range(3)]
+    again = joined()
+    again.load_state_dict(state)
+    for batch in wanted:
+        other = next(again)
+        assert all(torch.equal(value, other[key]) for key, value in batch.items())
+
+
+def test_the_state_of_another_number_of_loaders_is_refused(joined):
+    state = joined(labelled=3, unlabelled=0).state_dict()
+    with pytest.raises(UserError, match="read 1 streams of images, now it reads 2"):
+        joined().load_state_dict(state)
+
+
+def test_the_state_of_other_images_is_refused(joined):
+    one = joined()
+    state = one.state_dict()
+    state["streams"].reverse()
+    with pytest.raises(UserError):
+        joined().load_state_dict(state)
+
+
+def test_nothing_to_join_is_our_own_bug():
+    with pytest.raises(AssertionError, match="nothing to join"):
+        JoinedLoader([])
