@@ -50,6 +50,6 @@ def main() -> None:
         code = app(sys.argv[1:] or ["--help"], prog_name="sbf", standalone_mode=False)
     except (UserError, TyperException) as error:
         message = error.format_message() if isinstance(error, TyperException) else str(error)
-        print(f"sbf: {message.replace('Value error, ', '')}", file=sys.stderr)
+        print(f"sbf: {message}", file=sys.stderr)
         sys.exit(2)
     sys.exit(code)
