@@ -188,7 +188,7 @@ def test_without_its_network_loading_says_what_is_needed(made, tmp_path):
         sbf_dist.load(tmp_path / "student")
     with pytest.raises(UserError, match="build returns a int"):
         sbf_dist.load(tmp_path / "student", build=lambda: 3)
-    with pytest.raises(UserError, match="made for"):
+    with pytest.raises(UserError, match="belongs to"):
         sbf_dist.load(tmp_path / "student", build=lambda: models.build("cifar_resnet8", 5))
 
 
@@ -211,7 +211,7 @@ def test_what_is_no_student_or_not_as_its_plan_has_it_is_not_saved(made, tmp_pat
         sbf_dist.save(sbf_dist.optimize(student), tmp_path / "student")
     changed = copy.deepcopy(student)
     changed.conv2 = nn.Identity()
-    with pytest.raises(UserError, match=r"conv2 is a Identity, a SBFConv2d by the plan"):
+    with pytest.raises(UserError, match=r"conv2 is a Identity, a SBFConv2d in the plan"):
         sbf_dist.save(changed, tmp_path / "student")
     with pytest.raises(UserError, match="2 class names for a plan of 5 classes"):
         sbf_dist.save(student, tmp_path / "student", classes=["a", "b"])

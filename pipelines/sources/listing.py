@@ -162,7 +162,7 @@ def _class_folders(root: Path) -> Listing:
     if not split:
         for role in ("val", "unlabelled"):
             if (root / role).is_dir():
-                raise UserError(f"data {root}: has a folder {role} but none named train")
+                raise UserError(f"data {root}: has a folder {role} but no folder train")
     train = root / "train" if split else root
     classes = _folders(train)
     if not classes:
@@ -172,7 +172,9 @@ def _class_folders(root: Path) -> Listing:
     if split and (root / "val").is_dir():
         for name in _folders(root / "val"):
             if name not in label_of:
-                raise UserError(f"data {root}: val has the class {name!r}, which train has not")
+                raise UserError(
+                    f"data {root}: val has the class {name!r}, which train does not have"
+                )
             label = label_of[name]
             found += [(file, "val", label) for file in _images(root, root / "val" / name)]
         if not any(role == "val" for _, role, _ in found):
