@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def run_seed(seed: int, runs: Path) -> dict:
-    """Run the demo's recipe with `seed`, or read what was done before."""
+    """Run the demo's recipe with `seed`, or read its results if it was run before."""
     name = f"digits-seed-{seed}"
     command = [
         str(Path(sys.executable).with_name("sbf")),
@@ -63,7 +63,7 @@ def summarise(results: list[dict]) -> list[dict]:
 
 
 def ratios(results: list[dict], compressed: str = "teacher-1") -> dict[str, list[float]]:
-    """Return, per seed, the figures that the project promises."""
+    """Return, per seed, the ratios that the README states."""
 
     def top1(result: dict, network: str) -> float:
         return next(row["top1"] for row in result["rows"] if row["network"] == network)

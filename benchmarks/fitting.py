@@ -1,14 +1,14 @@
-"""What fitting costs on a large network, and what it leaves as error beside other ways.
+"""Time and memory of fitting a large network, and its errors beside those of other methods.
 
 `cost`: ResNet-50 with random weights (batch norm measured, so that features neither vanish nor
 explode) on structured noise of 224 px: seconds of each part and peak memory of the process. Neither
-depends on what the weights are. It says nothing about accuracy.
+depends on the weights. It says nothing about accuracy.
 
-`errors`: a small ResNet, trained for a minute to tell ten photographs by patches of 32 px. Of each
-layer, the variance of its output (on other parts of the photographs, the layer alone, means
-corrected) that is lost by SBF, by the SVD of its filters, and by Ghost modules (one source each, in
-turn, with the filters that are largest), all at the multiply-adds of the SBF layer. It shows how
-the four approximate one trained layer on photographs, not how accurate networks are.
+`errors`: a small ResNet, trained for a minute to classify patches of 32 px by their photograph, of
+ten. For each layer, the share of its output's variance (on other parts of the photographs, the
+layer alone, means corrected) that is lost by SBF, by the SVD of its filters, and by Ghost modules
+(one source each, in turn, with the largest filters), all at the multiply-adds of the SBF layer. It
+shows how the methods approximate one trained layer on photographs, not how accurate networks are.
 """
 
 import argparse
@@ -49,7 +49,7 @@ STEPS = 200  # of training
 
 
 class Noise:
-    """Images of smooth noise at several scales, made anew in each iteration."""
+    """Images of smooth noise at several scales, generated again in each iteration."""
 
     def __init__(self, count: int, side: int, batch: int = 8) -> None:
         self.count, self.side, self.batch = count, side, batch
@@ -67,7 +67,7 @@ class Noise:
 def cost(images: int, side: int, macs: float, name: str) -> dict:
     """Compress a network with random weights; seconds of each part, and peak memory in GB.
 
-    Processor seconds, of all threads together, tell what a busy machine would have taken alone.
+    Processor seconds of all threads together are comparable on a busy machine.
     """
     torch.manual_seed(0)
     model = models.build(name, 1000).eval()
@@ -138,7 +138,7 @@ def patches(per_photograph: int, *, seed: int, lower: bool) -> tuple[Tensor, Ten
 
 
 def train(name: str, images: Tensor, labels: Tensor) -> nn.Module:
-    """Train a network for STEPS steps to tell photographs."""
+    """Train a network for STEPS steps to classify patches by photograph."""
     torch.manual_seed(0)
     model = models.build(name, len(PHOTOGRAPHS)).train()
     optimizer = torch.optim.SGD(

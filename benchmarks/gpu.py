@@ -244,15 +244,15 @@ def measure(quick: bool) -> dict:
     print(json.dumps(report), flush=True)
     started = time.perf_counter()
 
-    def tell(what: str) -> None:
+    def say(what: str) -> None:
         print(f"[{time.perf_counter() - started:5.0f} s] {what}", flush=True)
 
-    tell("checking against float64")
+    say("checking against float64")
     # cuDNN's tf32 would blur the float32 convolutions of the reference.
     torch.backends.cudnn.allow_tf32 = False
     report["checks"] = check_all("cuda", check_cases(quick))
     torch.backends.cudnn.allow_tf32 = True
-    tell(f"{report['checks']['cases']} cases, {len(report['checks']['failures'])} failures")
+    say(f"{report['checks']['cases']} cases, {len(report['checks']['failures'])} failures")
     for failure in report["checks"]["failures"]:
         print(f"  {failure}")
 
@@ -260,7 +260,7 @@ def measure(quick: bool) -> dict:
     timer = kernel_timer(10 if quick else 30)
     large = 256 << 20
     report["copy_gb_per_s"] = 2 * large / copy_ms(timer, 2 * large, "cuda") / 1e6
-    tell(f"copy: {report['copy_gb_per_s']:.0f} GB/s, read and written")
+    say(f"copy: {report['copy_gb_per_s']:.0f} GB/s, read and written")
     half, ratios = torch.float16, (0.5, 0.25)
     variants = [(half, "channels_last", ratio, s) for ratio in ratios for s in (1, 4)]
     if not quick:
@@ -268,18 +268,18 @@ def measure(quick: bool) -> dict:
         variants += [(torch.float32, layout, 0.5, 1) for layout in LAYOUTS]
     report["expand"] = expand_rows(timer, "cuda", 64, EXPAND_SHAPES, variants)
     print(table("expand and its gradients, cold cache", report["expand"]), flush=True)
-    tell("layers")
+    say("layers")
     shapes = LAYER_SHAPES[4:6] if quick else LAYER_SHAPES
     report["layers"] = layer_rows(timer, "cuda", half, 64, shapes)
     print(table("layers, channels_last, cold cache", report["layers"]), flush=True)
-    tell("networks")
+    say("networks")
     batches = (1, 32) if quick else (1, 32, 256)
     report["networks"] = network_rows(loop_timer(3 if quick else 5), "cuda", half, batches)
     report["network_speedups"] = speedups(report["networks"])
     print(table("ResNet-50", report["networks"]), flush=True)
     print(table("best dense over SBF", report["network_speedups"]), flush=True)
     report["seconds"] = time.perf_counter() - started
-    tell("done")
+    say("done")
     return report
 
 

@@ -1,4 +1,4 @@
-"""Rebuilding, removing and mixtures of both at equal multiply-adds, before and after training.
+"""Rebuilding, removing and combinations of both at equal multiply-adds, before and after training.
 
 scikit-learn's digits (16 x 16, with noise) and a small ResNet. Each candidate of the joint planner
 is measured as it was fitted, and after equally long distillation from the dense network; what the
@@ -108,15 +108,15 @@ def main() -> None:
                 seed=seed,
             )
             for share in SHARES:
-                made = planner.candidate(share)
-                trained = train_briefly(dense, made.student, everything, distillation, seed)
+                candidate = planner.candidate(share)
+                trained = train_briefly(dense, candidate.student, everything, distillation, seed)
                 row = Row(
                     seed=seed,
                     budget=budget,
                     share=share,
-                    macs=made.plan.macs_after / made.plan.macs_before,
-                    divergence=made.divergence,
-                    fitted=accuracy(made.student, test, wanted),
+                    macs=candidate.plan.macs_after / candidate.plan.macs_before,
+                    divergence=candidate.divergence,
+                    fitted=accuracy(candidate.student, test, wanted),
                     trained=accuracy(trained, test, wanted),
                 )
                 rows.append(row)

@@ -8,8 +8,8 @@ cifar         32 × 32 pixels, from memory: padded by 4, cropped, flipped, norma
 long list     1.28 million names: seconds from nothing (but the imports) to the first batch, and
               the resident memory
 
-Two DALI threads, or two worker processes. The loaders take turns, a few batches to fill their
-queues first; rates are medians over the turns. webdataset is measured where it is installed. FFCV
+Two DALI threads, or two worker processes. The loaders take turns, first some batches to fill their
+queues; rates are medians over the turns. webdataset is measured where it is installed. FFCV
 is not measured: it needs OpenCV's headers to be built (ffcv 1.0.2, "Could not find required
 package: opencv4").
 """

@@ -1,11 +1,11 @@
-"""Layers whose rebuilt channels mix the whole basis (S = B, m = 1): how fast, in which form.
+"""Speed of layers whose channels are rebuilt from the whole basis (S = B, m = 1), in each form.
 
     python benchmarks/mixtures.py --json benchmarks/results/mixtures.json
 
 Beside the dense convolution with its ReLU, in float32 and channels_last: as `sbf_conv2d` ("one
-operator", which mixes within its tiles up to MAX_TILE_MULTIPLY_ADDS multiply-adds), as two oneDNN
-convolutions ("two calls"), and as `optimize` chooses; and the layer of m = 3 with four sources.
-Each keeps as many filters as a share of the dense layer's multiply-adds allows. Medians of
+operator", which rebuilds within its tiles up to MAX_TILE_MULTIPLY_ADDS multiply-adds), as two
+oneDNN convolutions ("two calls"), and as `optimize` chooses; and the layer of m = 3 with four
+sources. Each keeps as many filters as a share of the dense layer's multiply-adds allows. Medians of
 interleaved rounds; ratios above 1 are faster than dense. Narrow layers on small maps are
 those of networks for CIFAR, the others those of ResNet-50.
 """
@@ -70,22 +70,22 @@ def measure(shape: tuple[int, int, int, int, int], share: float, rounds: int) ->
         kept = list(range(most))
         return SBFConv2d.from_conv(conv, kept, [kept[:sources]] * (outputs - most), size)
 
-    mixed = layer(outputs, 1)
-    mixture = FusedWholeBasis(mixed, "relu")
-    dense, few = FusedConv2d(conv, "relu"), FusedSBFConv2d(layer(4, 3), "relu")
+    whole_basis = layer(outputs, 1)
+    fused = FusedWholeBasis(whole_basis, "relu")
+    dense, four_sources = FusedConv2d(conv, "relu"), FusedSBFConv2d(layer(4, 3), "relu")
     calls = {
         "dense": lambda: dense(x),
-        "one operator": lambda: mixture.tiles(x),
-        "two calls": lambda: mixture.product(mixture.basis(x)),
-        "optimize": lambda: mixture(x),
-        "m = 3, S = 4": lambda: few(x),
+        "one operator": lambda: fused.tiles(x),
+        "two calls": lambda: fused.product(fused.basis(x)),
+        "optimize": lambda: fused(x),
+        "m = 3, S = 4": lambda: four_sources(x),
     }
     ms = interleaved_medians(calls, rounds=rounds, repeats=10)
     return {
         "layer": f"{inputs}→{outputs}, {kernel} x {kernel}, {side} px",
         "batch": batch,
         "share": share,
-        "kept": len(mixed.kept),
+        "kept": len(whole_basis.kept),
         "milliseconds": {name: round(value, 4) for name, value in ms.items()},
         "faster": {form: round(ms["dense"] / ms[form], 2) for form in FORMS},
     }

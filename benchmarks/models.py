@@ -3,8 +3,8 @@
     python benchmarks/models.py --json benchmarks/results/models.json --markdown docs/models.md
 
 Weights are random (seed 0), calibration images are smooth noise, and planning runs on small images,
-so that all of it takes minutes: what is checked is that each network goes all the way, and that
-what is evaluated is what is saved and exported. Multiply-adds are counted at the network's own
+so that all of it takes minutes. Checked: each network passes all steps, and what is saved and
+exported computes what was evaluated. Multiply-adds are counted at the network's own
 size. --models NAME … does a part and leaves the other rows of the JSON file as they are.
 """
 
@@ -44,7 +44,7 @@ EXACT = 1e-9  # the same, in double: what is left of a difference that is roundi
 
 @dataclass(frozen=True)
 class Network:
-    """How a network is taken through.
+    """How a network is run through the steps.
 
     size: of its own images; planned: of the images that it is planned on; transform_size: m, at
     most, 1 where layers are wide, whose fits take minutes with more; macs: the budget, more where
@@ -124,7 +124,7 @@ def settle(model: nn.Module, images: Tensor) -> nn.Module:
 
 
 def check(name: str, network: Network, images: int) -> dict:
-    """Take a network all the way; RuntimeError where two forms of it compute different logits."""
+    """Run a network through all steps; RuntimeError where two forms differ in their logits."""
     start = time.process_time()
     torch.manual_seed(0)
     batch = pictures(images, network.planned)
@@ -132,9 +132,9 @@ def check(name: str, network: Network, images: int) -> dict:
     student, plan = planned_within(network.macs, name, network, model, batch)
     planned = time.process_time() - start
     take_a_step(name, student, batch)
-    few = batch[:2]
+    pair = batch[:2]
     with torch.inference_mode():
-        expected = student(few)
+        expected = student(pair)
     with tempfile.TemporaryDirectory() as folder:
         card = Card.of(
             plan,
@@ -146,20 +146,20 @@ def check(name: str, network: Network, images: int) -> dict:
         scale = expected.abs().max().item()
         with torch.inference_mode():
             precise = copy.deepcopy(student).double()
-            exact = precise(few.double())
+            exact = precise(pair.double())
             differences = {
-                "loaded": (load_student(Path(folder) / "student")(few) - expected).abs().max(),
+                "loaded": (load_student(Path(folder) / "student")(pair) - expected).abs().max(),
                 "optimized": (
-                    optimize(student)(few.contiguous(memory_format=torch.channels_last)) - expected
+                    optimize(student)(pair.contiguous(memory_format=torch.channels_last)) - expected
                 )
                 .abs()
                 .max(),
-                "optimized, double": (optimize(precise)(few.double()) - exact).abs().max(),
+                "optimized, double": (optimize(precise)(pair.double()) - exact).abs().max(),
                 "rounding": (expected - exact).abs().max(),  # of the student itself
             }
         path = Path(folder) / "student.onnx"
         export_onnx(student, path, card)
-        differences["onnx"] = verify_onnx(path, student, few)
+        differences["onnx"] = verify_onnx(path, student, pair)
     relative = {form: float(value) / scale for form, value in differences.items()}
     # Weights that were fitted to noise may be badly conditioned: then the student's own rounding
     # says what float32 can give.
@@ -196,7 +196,7 @@ def check(name: str, network: Network, images: int) -> dict:
 def planned_within(
     macs: float, name: str, network: Network, model: nn.Module, batch: Tensor
 ) -> tuple[nn.Module, Plan]:
-    """Plan and fit a student of so many multiply-adds."""
+    """Plan and fit a student within this number of multiply-adds."""
     settings = Compression(macs=macs, sources=2, transform_size=network.transform_size, floor=0.25)
     return compress(model, batch, settings, name=name)
 
@@ -246,7 +246,7 @@ def markdown(report: dict) -> str:
     )
     meaning = (
         f"The weights are random, and the {report['images']} calibration images are smooth noise "
-        'of the size "planned at": this page tells what can be converted, not what accuracy is '
+        'of the size "planned at": this page says what can be converted, not what accuracy is '
         "left. The budget holds at that size; multiply-adds (M) are those at the network's own. A "
         "loaded student gives the very logits that were saved; those of the optimized network "
         f"differ by at most {fused:.0e} of the largest logit, those of the ONNX file in ONNX "
@@ -280,7 +280,7 @@ def markdown(report: dict) -> str:
 
 
 def main() -> None:
-    """Take the networks through, and write the JSON and the page."""
+    """Run the networks through all steps, and write the JSON and the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
@@ -289,7 +289,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    logging.getLogger("sbf_dist").setLevel(logging.ERROR)  # what is not folded is told elsewhere
+    # What is not folded is reported elsewhere.
+    logging.getLogger("sbf_dist").setLevel(logging.ERROR)
     known = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
     rows: dict[str, dict] = known.get("networks", {})
     for name in track(options.models):

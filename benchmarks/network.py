@@ -3,7 +3,7 @@
     python benchmarks/network.py --json benchmarks/results/network.json
 
 Latency follows from the architecture, not from the weights, so these are random, and the plans are
-made by a rule; --plan FILE takes one that `sbf` or `compress` made for torchvision:resnet50. One
+built by a rule; --plan FILE takes a plan of torchvision:resnet50 instead. One
 source per rebuilt channel (S = 1), 3 x 3 transformations, kept channels evenly spread, sources
 drawn at random (seed 0), and
 
@@ -14,7 +14,7 @@ drawn at random (seed 0), and
 
 Engines: eager (PyTorch, channels_last), fused (sbf_dist.export.optimize), inductor (the same,
 torch.compile with freezing), onnxruntime, openvino (if it can be imported; in float32, which it
-does not choose by itself on a CPU with bfloat16).
+is not its default on a CPU with bfloat16).
 """
 
 import argparse
@@ -147,7 +147,7 @@ def in_openvino(path: Path, threads: int, batch: int) -> Engine:
 
 
 def has_openvino() -> bool:
-    """Tell whether OpenVINO can be imported."""
+    """Return whether OpenVINO can be imported."""
     try:
         import openvino  # noqa: F401
     except ImportError:
@@ -159,19 +159,19 @@ def engines(
     models: dict[str, nn.Module], batch: int, threads: int, folder: Path, *, compiled: bool
 ) -> dict[str, dict[str, Engine]]:
     """Make every engine of every network for this batch."""
-    made: dict[str, dict[str, Engine]] = {}
+    built: dict[str, dict[str, Engine]] = {}
     for name, model in models.items():
         path = folder / f"{name}.onnx"
         if not path.exists():
             export_onnx(model, path, _card())
         fused = optimize(model)
-        made[name] = {"eager": in_pytorch(model), "fused": in_pytorch(fused)}
+        built[name] = {"eager": in_pytorch(model), "fused": in_pytorch(fused)}
         if compiled:
-            made[name]["inductor"] = in_pytorch(fused, compiled=True)
-        made[name]["onnxruntime"] = in_onnxruntime(path, threads)
+            built[name]["inductor"] = in_pytorch(fused, compiled=True)
+        built[name]["onnxruntime"] = in_onnxruntime(path, threads)
         if has_openvino():
-            made[name]["openvino"] = in_openvino(path, threads, batch)
-    return made
+            built[name]["openvino"] = in_openvino(path, threads, batch)
+    return built
 
 
 def _card() -> Card:
@@ -185,9 +185,9 @@ def _card() -> Card:
     )
 
 
-def check_agreement(made: dict[str, dict[str, Engine]], images: Tensor) -> None:
+def check_agreement(built: dict[str, dict[str, Engine]], images: Tensor) -> None:
     """Raise RuntimeError unless all engines of a network compute the same logits."""
-    for name, by_engine in made.items():
+    for name, by_engine in built.items():
         expected = torch.as_tensor(by_engine["eager"](images))
         for engine, call in by_engine.items():
             found = call(images)
@@ -204,11 +204,11 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """Return milliseconds by network and engine."""
     images = torch.randn(batch, *INPUT).contiguous(memory_format=torch.channels_last)
-    made = engines(models, batch, threads, folder, compiled=not quick)
-    check_agreement(made, images)
+    built = engines(models, batch, threads, folder, compiled=not quick)
+    check_agreement(built, images)
     planar = images.contiguous()
     calls: dict[str, Callable[[], object]] = {}
-    for name, by_engine in made.items():
+    for name, by_engine in built.items():
         for engine, call in by_engine.items():
             given = planar if engine in ("onnxruntime", "openvino") else images
             calls[f"{name} {engine}"] = lambda call=call, given=given: call(given)  # type: ignore

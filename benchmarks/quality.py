@@ -3,9 +3,9 @@
 python benchmarks/quality.py --json benchmarks/results/quality.json
 
 The recipes are recipes/compare-digits.yaml and recipes/compare-photos.yaml, with shorter trainings.
-All tables are made with the first seed, then with two, then with three, and the JSON is written
-after each of them. Every network's result is kept under --runs as soon as it is there: a benchmark
-that was cut goes on. --quick is one seed, one network and one cost.
+All tables are computed with the first seed, then with two, then with three, and the JSON is written
+after each. Every network's result is kept under --runs when it is finished: an interrupted
+benchmark resumes. --quick is one seed, one network and one cost.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def measure(data: str, model: str, settings: list[str], runs: Path, display: Dis
 
 
 def report(rows: list[dict], seconds: float) -> dict:
-    """Put the rows beside what they were measured with."""
+    """Return the rows with the settings and versions they were measured with."""
     return {
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "

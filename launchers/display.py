@@ -21,7 +21,7 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class Display:
-    """The one writer to the terminal."""
+    """Writes progress, lines and tables to the terminal."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)

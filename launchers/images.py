@@ -1,4 +1,4 @@
-"""Images in this process, without workers: found, calibrated on, and compared exports on."""
+"""Images in this process, without workers: for indexing, calibration and checking exports."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -87,7 +87,7 @@ def evaluation_loader(
 
 
 class _Images:
-    """The images of a loader's batches, as often as they are wanted."""
+    """The images of a loader's batches, to be iterated repeatedly."""
 
     def __init__(self, loader: EvalLoader) -> None:
         self._loader = loader

@@ -18,7 +18,7 @@ def available_gpus() -> int:
 
 
 def check_machine(workers: int, cpus_per_worker: int, gpus_per_worker: float = 0) -> None:
-    """UserError if this machine has not the CPUs and GPUs that the workers ask for."""
+    """UserError if this machine lacks CPUs or GPUs that the workers need."""
     if workers < 1:
         raise UserError(f"workers.count = {workers}: must be at least 1")
     if cpus_per_worker < 1:

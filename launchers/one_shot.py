@@ -1,4 +1,4 @@
-"""What `sbf compress` does: a network is compressed once, without training, and exported."""
+"""The work of `sbf compress`: compress a network once, without training, and export it."""
 
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ def compress_once(
     weights_key: str | None = None,
     weights_prefix: str | None = None,
 ) -> None:
-    """Compress a network and write the student to `out`, saying what was reached.
+    """Compress a network, write the student to `out` and show the results.
 
     `classes`: outputs of the network, None for one to each class of the images; `weights_key`,
     `weights_prefix`: see load_weights. UserError for weights, images and folders that do not fit.
@@ -52,8 +52,8 @@ def compress_once(
         outputs = classes or len(index.classes)
         if not outputs:
             raise UserError(
-                f"data {index.root}: has no class folders; give with --classes how many outputs "
-                "the network has"
+                f"data {index.root}: has no class folders; give the network's number of outputs "
+                "with --classes"
             )
         dense = models.build(settings.model, outputs)
         found = load_weights(dense, settings.weights, key=weights_key, prefix=weights_prefix)
@@ -97,12 +97,12 @@ def _accuracies(
     with torch.no_grad():
         outputs = networks[0].eval()(probe).shape[1]
     if not index.classes:
-        display.say("  no accuracy: the images have no labels")
+        display.say("  accuracy not measured: the images have no labels")
         return []
     if outputs != len(index.classes):
         display.say(
-            f"  no accuracy: the network has {outputs} outputs, the images {len(index.classes)} "
-            "classes"
+            f"  accuracy not measured: the network has {outputs} outputs, the images have "
+            f"{len(index.classes)} classes"
         )
         return []
     found = []

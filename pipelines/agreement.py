@@ -24,16 +24,16 @@ def check_workers_agree(index: DataIndex, device: torch.device | str = "cpu") ->
     for worker, theirs in enumerate(every):
         if not torch.equal(theirs[:-1], every[0][:-1]):
             raise UserError(
-                f"data {index.root}: worker {worker} has another index than worker 0; the run's "
-                "folder must be the same for all, on a disk that they share"
+                f"data {index.root}: worker {worker} has another index than worker 0; all workers "
+                "must use the same run folder, on a shared disk"
             )
     for worker, theirs in enumerate(every):
         if theirs[-1]:
             seen = min(_NUM_CHECKED_FILES, len(index))
             raise UserError(
-                f"data {index.root}: on worker {worker}, {int(theirs[-1])} of {seen} files that "
-                "were looked at are missing or of another size than when they were indexed; every "
-                "worker needs the same images"
+                f"data {index.root}: on worker {worker}, {int(theirs[-1])} of {seen} checked files "
+                "are missing or have another size than in the index; every worker needs the same "
+                "images"
             )
 
 

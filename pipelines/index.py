@@ -102,7 +102,7 @@ class DataIndex:
         except OSError as error:
             reason = os.strerror(error.errno) if error.errno else str(error)
             raise UserError(
-                f"index {folder}: cannot be written ({reason}); free some room or choose another "
+                f"index {folder}: cannot be written ({reason}); free some space or choose another "
                 "folder"
             ) from error
 

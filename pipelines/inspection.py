@@ -26,7 +26,7 @@ _BITS_PER_SAMPLE = 258
 _ORIENTATION = 274
 # Decoded, one such image takes 192 MB in each thread that works on it.
 MAX_PIXELS = 64_000_000
-_TOO_LARGE = f"more than the {MAX_PIXELS // 1_000_000} million pixels that are decoded"
+_TOO_LARGE = f"more than the limit of {MAX_PIXELS // 1_000_000} million pixels"
 _PNG_END = b"IEND\xaeB`\x82"
 _CHUNK_IMAGES = 64
 
@@ -84,7 +84,7 @@ def _inspected(file: BinaryIO) -> Inspection:
     except Image.DecompressionBombError:
         return Inspection(0, 0, 0, fault=_TOO_LARGE)
     except UnidentifiedImageError:  # its message names an object of Python's
-        return Inspection(0, 0, 0, fault="not a readable image (of no known format)")
+        return Inspection(0, 0, 0, fault="not a readable image (unknown format)")
     except Exception as error:  # Pillow raises whatever its parsers stumble over
         return Inspection(0, 0, 0, fault=f"not a readable image ({error})")
     if fault is not None:

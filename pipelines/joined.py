@@ -67,6 +67,6 @@ class JoinedLoader:
             loader.load_state_dict(own)
 
     def close(self) -> None:
-        """Let go of DALI's threads and buffers."""
+        """Release DALI's threads and buffers."""
         for loader in self._loaders:
             loader.close()

@@ -87,7 +87,7 @@ class TrainLoader:
 
     @property
     def samples_seen(self) -> int:
-        """Samples handed out so far, over all ranks."""
+        """Number of samples returned so far, over all ranks."""
         return self._handed_out
 
     def __iter__(self) -> Iterator[Batch]:
@@ -111,7 +111,7 @@ class TrainLoader:
         return batch
 
     def _mixup(self) -> Batch:
-        """How the images of the batch that is about to be handed out are combined."""
+        """How mixup or cutmix combines the images of the next batch."""
         numbers = draw_mixup(
             self._augmentation,
             batch_size=self._batch_size,
@@ -150,13 +150,13 @@ class TrainLoader:
             if state[key] != mine[key]:
                 raise UserError(
                     f"checkpoint: its loader state is of {what} {state[key]}, this run has "
-                    f"{mine[key]}; resume with the {what} that the run began with, or start anew"
+                    f"{mine[key]}; resume with the {what} of the checkpoint, or start again"
                 )
         self.close()
         self._handed_out = int(state["epoch"]) * self.samples_per_epoch + int(state["position"])
 
     def close(self) -> None:
-        """Let go of DALI's threads and buffers; the next batch starts them again."""
+        """Release DALI's threads and buffers; the next batch starts them again."""
         self._flight = None
 
     def _start(self) -> Flight:
@@ -183,7 +183,7 @@ class TrainLoader:
 
     @property
     def _resizes_itself(self) -> bool:
-        """Whether PyTorch makes the squares, which is faster where it can make all of the view."""
+        """Whether PyTorch resizes the crops: faster where the view needs nothing else."""
         plain = only_crops(self._augmentation) and self._strong is None
         return plain and self._reader.on_cpu
 

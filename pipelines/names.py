@@ -1,4 +1,4 @@
-"""A column of file names: millions of them in little more room than their letters."""
+"""A column of file names: millions of them in little more memory than their letters."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import overload

@@ -1,4 +1,4 @@
-"""Where a pipeline gets its images: files by name, members of shards, pixels in memory."""
+"""Where a pipeline reads its images: files by name, members of shards, pixels in memory."""
 
 import os
 from collections import OrderedDict
@@ -23,7 +23,7 @@ class Samples(Protocol):
         """The input for these samples, one array each."""
 
     def explain(self, sample: int) -> str | None:
-        """What is wrong with a sample, as one line that names it; None for nothing."""
+        """The fault of a sample, as one line that names it; None if it has no fault."""
 
 
 def stored_samples(index: DataIndex) -> "Files | Shards":
@@ -45,7 +45,7 @@ class Files:
         return [np.frombuffer(name, dtype=np.uint8) for name in names]
 
     def read(self, sample: int) -> bytes:
-        """The bytes of one file; UserError where it has vanished."""
+        """The bytes of one file; UserError if it was removed."""
         try:
             return (self._index.root / self._index.files[sample]).read_bytes()
         except OSError as error:
@@ -55,7 +55,7 @@ class Files:
         path = self._index.root / self._index.files[sample]
         if not path.is_file():
             return (
-                f"image {path}: has vanished since it was indexed; put it back or index the "
+                f"image {path}: was removed after it was indexed; restore it or index the "
                 "images again"
             )
         fault = inspect_image(path).fault
@@ -102,8 +102,8 @@ class Shards:
         data = os.pread(self._handle(shard), size, offset)
         if len(data) < size:
             raise UserError(
-                f"image {self._index.place(sample)}: the shard ends before it, it changed since it "
-                "was indexed; put it back or index the images again"
+                f"image {self._index.place(sample)}: the shard ends before it, so it changed since "
+                "it was indexed; restore it or index the images again"
             )
         return data
 
@@ -116,7 +116,7 @@ class Shards:
             handle = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise UserError(
-                f"shard {path}: cannot be opened ({error.strerror}); put it back or index the "
+                f"shard {path}: cannot be opened ({error.strerror}); restore it or index the "
                 "images again"
             ) from error
         self._open[shard] = handle

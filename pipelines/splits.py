@@ -106,8 +106,8 @@ def by_class(
     for name, ids in zip(classes, train, strict=True):
         if not len(ids):
             raise UserError(
-                f"data {root}: the class {name!r} has no image in train; remove its folder or fill "
-                "it"
+                f"data {root}: the class {name!r} has no image in train; remove its folder or "
+                "add images"
             )
     return train
 
@@ -180,8 +180,8 @@ def _listed(
             strangers.append(name)
     if strangers:
         raise UserError(
-            f"split {split}: {len(strangers)} of its names are no training image of {root}, or of "
-            f"several: {', '.join(strangers[:_MAX_NAMED])}"
+            f"split {split}: {len(strangers)} of its names do not match exactly one training image "
+            f"of {root}: {', '.join(strangers[:_MAX_NAMED])}"
         )
     chosen = np.array(sorted(found), dtype=np.int64)
     labelled = [np.intersect1d(ids_of_class, chosen) for ids_of_class in train]
@@ -203,8 +203,8 @@ def _hold_out(
     total, spare = int(counts.sum()), int((counts - 1).sum())
     if validation is None:
         raise UserError(
-            f"data {root}: has no val folder; say how many images, or which share, to take from "
-            "train (validation)"
+            f"data {root}: has no val folder; set validation to the number or share of images to "
+            "take from train"
         )
     if isinstance(validation, float) and not 0 < validation < 1:
         raise UserError(f"validation {validation}: a share must be between 0 and 1")
@@ -215,8 +215,8 @@ def _hold_out(
         raise UserError(f"validation {validation}: {root} has only {total} images to train on")
     if take > spare:
         raise UserError(
-            f"validation {validation}: would leave a class without a training image; {root} can "
-            f"spare {spare}"
+            f"validation {validation}: would leave a class without a training image; at most "
+            f"{spare} of {root} can be held out"
         )
     shares = share_out(counts, take, counts - 1)
     held, kept = [], []

@@ -65,11 +65,11 @@ class Budget:
         return COUNTS.get(self.kind, "ms")
 
     def given(self) -> dict[str, float]:
-        """Return what was asked for, e.g. {'macs': 0.5}, as plans record it."""
+        """Return the budget as plans record it, e.g. {'macs': 0.5}."""
         return {key: v for key, v in dataclasses.asdict(self).items() if v is not None}
 
     def is_share(self) -> bool:
-        """Tell whether the value is a share of the dense network's cost."""
+        """Return whether the value is a share of the dense network's cost."""
         return self.kind != "latency_ms" and self.value <= 1
 
     def limit(self, dense: float, slack: float = ROUNDING) -> float:
@@ -102,7 +102,9 @@ class Budget:
     def refusal(self, cheapest: float, dense: float) -> UserError:
         """Return the error that the network cannot cost less than `cheapest`, of `dense`."""
         if self.unit == "ms":
-            problem = f"of the dense network's {dense:.4g} ms is less than its layers reach here"
+            problem = (
+                f"of the dense network's {dense:.4g} ms is less than its layers can reach here"
+            )
         else:
             of = "" if self.is_share() else f"'s {_written(dense)} {self.unit}"
             problem = f"of the dense network{of} is less than floor, round_to and keep allow"
@@ -118,7 +120,7 @@ class Budget:
 
 
 def wrong_value(kind: str, value: float) -> str | None:
-    """Say what a budget's value must be, if it is not that: 'must be …'."""
+    """Return what a wrong value of a budget must be ('must be …'), or None for a right one."""
     if kind == "latency_ms":
         return None if 0 < value < math.inf else "must be above 0"
     if 0 < value <= 1:
@@ -131,5 +133,5 @@ def wrong_value(kind: str, value: float) -> str | None:
 
 
 def _written(value: float) -> str:
-    """Write counts in full, and shares and milliseconds as they are usually written."""
+    """Format counts in full, and shares and milliseconds with up to six digits."""
     return str(int(value)) if value > 1 and float(value).is_integer() else f"{value:g}"

@@ -1,4 +1,4 @@
-"""The recipe of a comparison: a dense network, ways to make it cheaper, the same training."""
+"""The recipe of a comparison: methods of compression at equal cost and equal training."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,16 +23,18 @@ Method = Literal[
 
 
 class Training(Section):
-    """Manner of a training; all but its length."""
+    """One training, without its length."""
 
     batch_size: Positive = Field(64, description="images per step")
     optimizer: Optimizer = Optimizer()
-    schedule: Literal["constant", "cosine", "step"] = Field("cosine", description="after warm-up")
+    schedule: Literal["constant", "cosine", "step"] = Field(
+        "cosine", description="learning rate after warm-up"
+    )
     warmup: int = Field(0, ge=0, description="steps of linear warm-up")
 
 
 class Dense(Training):
-    """How the dense network is trained, on the labels."""
+    """Training of the dense network on the labels."""
 
     steps: Positive = Field(description="optimizer steps")
 
@@ -44,21 +46,27 @@ class Dense(Training):
 
 
 class Recovery(Training):
-    """How every compressed network is trained: labels, and the dense network's predictions.
+    """Training of each compressed network on labels and the dense network's predictions.
 
-    Every entry of `steps` is a training of its own, from the compressed network on, with its own
-    schedule. All methods get the same batches.
+    Each entry of `steps` is a separate training of the compressed network, with its own schedule.
+    All methods get the same batches.
     """
 
-    steps: list[Positive] = Field(min_length=1, description="lengths; one training for each")
-    label_weight: float = Field(0.5, ge=0, description="of the cross-entropy on labelled images")
-    labelled_share: float = Field(0.25, gt=0, le=1, description="of labelled images in a batch")
+    steps: list[Positive] = Field(
+        min_length=1, description="lengths of the trainings, optimizer steps"
+    )
+    label_weight: float = Field(
+        0.5, ge=0, description="weight of the cross-entropy on labelled images"
+    )
+    labelled_share: float = Field(
+        0.25, gt=0, le=1, description="share of labelled images in a batch"
+    )
 
     @field_validator("steps")
     @classmethod
     def _ascends(cls, value: list[int]) -> list[int]:
         if sorted(set(value)) != value:
-            raise ValueError(f"{value} must ascend")
+            raise ValueError(f"{value} must be in ascending order")
         return value
 
     @model_validator(mode="after")
@@ -71,21 +79,23 @@ class Recovery(Training):
 class Comparison(Section):
     """A whole comparison."""
 
-    name: Name = Field(description="of the comparison's folder")
-    seeds: list[int] = Field([0, 1, 2], min_length=1, description="one dense network for each")
+    name: Name = Field(description="name of the comparison and its folder")
+    seeds: list[int] = Field(
+        [0, 1, 2], min_length=1, description="seeds; one dense network is trained for each"
+    )
     data: Data
-    model: str = Field(description="as sbf_dist.models.build takes it")
+    model: str = Field(description="network, e.g. cifar_resnet14 (sbf_dist.models.build)")
     methods: list[Method] = Field(
         ["magnitude", "depgraph", "depgraph-global", "ghost", "low-rank", "sbf"],
         min_length=1,
-        description="ways to a cheaper network",
+        description="methods of compression",
     )
     macs: list[Share] = Field(
         [0.75, 0.5, 0.33, 0.25],
         min_length=1,
-        description="multiply-adds to reach, as shares of the dense network's",
+        description="budgets of multiply-adds, as shares of the dense network's",
     )
-    images: Positive = Field(512, description="calibration images, no labels needed")
+    images: Positive = Field(512, description="number of calibration images; they need no labels")
     dense: Dense
     recovery: Recovery
 
@@ -100,7 +110,7 @@ class Comparison(Section):
     @classmethod
     def _counts(cls, value: list[int]) -> list[int]:
         if min(value) < 0:
-            raise ValueError(f"{value} must not be below 0")
+            raise ValueError(f"{value} must be 0 or more")
         return value
 
 

@@ -11,7 +11,7 @@ from sbf_dist.schema import Section, validate_as
 
 
 class _WithoutRounds(OneShotCompression):
-    """A recipe's settings of compression, for a network that is not trained."""
+    """The settings of compression, without the rounds that need training."""
 
     @model_validator(mode="before")
     @classmethod
@@ -30,9 +30,11 @@ class _WithoutRounds(OneShotCompression):
 class OneShot(Section):
     """One network that is compressed in one step."""
 
-    model: str = Field(description="as sbf_dist.models.build takes it")
-    weights: Path = Field(description="safetensors, or PyTorch's file of a state dict")
-    seed: int = Field(0, ge=0, description="of everything random")
+    model: str = Field(
+        description="network, e.g. timm:resnet50 or cifar_resnet20 (sbf_dist.models.build)"
+    )
+    weights: Path = Field(description="safetensors file, or a state dict of torch.save")
+    seed: int = Field(0, ge=0, description="seed of all random numbers")
     data: Data
     compress: _WithoutRounds
 

@@ -20,7 +20,7 @@ def _is_kept(order: Tensor, basis: int) -> Tensor:
 
 
 def _is_transforming() -> bool:
-    """Tell whether torch.func or forward mode is at work, for which PyTorch has no public question.
+    """Return whether torch.func or forward mode is active; PyTorch has no public function for it.
 
     It spares what a function costs more than an operator, 30 µs a call. Where a PyTorch cannot
     answer, the answer is yes, which gives the same results.

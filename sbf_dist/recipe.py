@@ -15,46 +15,51 @@ KNOWN_SETS = ("cifar10", "cifar100", "tiny-imagenet", "imagenet")  # see sbf dat
 
 
 class Data(Section):
-    """Which images there are and how the network sees them."""
+    """The images, their labels and the student's input."""
 
     source: Literal[
         "digits", "photos", "folder", "cifar10", "cifar100", "tiny-imagenet", "imagenet"
     ] = Field(
         "folder",
-        description="'digits' and 'photos' write what scikit-learn and scikit-image bring as JPEG "
-        "files first; 'folder' takes any images; a set's name asks that root is that set, all its "
-        "classes (sbf data prepare)",
+        description="'folder': any folder of images; 'digits' and 'photos': the images of "
+        "scikit-learn and scikit-image, written as JPEG files first; a set's name: root must be "
+        "that set with all its classes (sbf data prepare)",
     )
     root: Path | None = Field(
-        None, description="class folders, or a prepared set; needed for all but digits"
+        None,
+        description="folder of images, or a prepared set; optional for 'digits' and 'photos'",
     )
     unlabelled: Path | None = Field(
-        None, description="folder of more images, in any depth, of which no class is known"
+        None, description="folder with more images, without labels, in any depth"
     )
     labelled_per_class: int | float | None = Field(
         None,
-        description="use so many labels per class, or this share of them; the rest is unlabelled; "
+        description="labelled images per class: a number or a share; the others are unlabelled; "
         "null: all",
     )
     split: Path | None = Field(
-        None, description="list of the labelled images (sbf data split), instead of a number"
+        None,
+        description="list of the labelled images (sbf data split), instead of a number",
     )
     validation: int | float | None = Field(
-        None, description="images (or share) held out where the folder has no val/"
+        None, description="images held out if the folder has no val/: a number or a share"
     )
-    image_size: int = Field(224, ge=8, description="side of the square that the student sees")
-    crop: Share = Field(0.875, description="share of the short side in an evaluation crop")
-    mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="of [0, 1] pixels")
+    image_size: int = Field(224, ge=8, description="side of the student's input, pixels")
+    crop: Share = Field(
+        0.875, description="side of the evaluation crop, share of the image's short side"
+    )
+    mean: tuple[float, float, float] = Field(
+        (0.485, 0.456, 0.406), description="per channel, of pixels in [0, 1]"
+    )
     std: tuple[Above0, Above0, Above0] = Field(
-        (0.229, 0.224, 0.225), description="of [0, 1] pixels"
+        (0.229, 0.224, 0.225), description="per channel, of pixels in [0, 1]"
     )
     augmentation: Augmentation = Augmentation()
     cache: Literal["none", "memory"] = Field(
         "none",
-        description="'memory' decodes all images once and keeps them, in each worker: for small "
-        "images",
+        description="'memory': each worker decodes all images once and keeps them (small images)",
     )
-    threads: Positive = Field(1, description="DALI threads per worker")
+    threads: Positive = Field(1, description="DALI's CPU threads per worker")
 
     @field_validator("validation", "labelled_per_class", mode="before")
     @classmethod
@@ -76,7 +81,8 @@ class Data(Section):
         if self.split is not None and self.labelled_per_class is not None:
             raise ValueError(
                 f"split = {str(self.split)!r} and labelled_per_class = {self.labelled_per_class} "
-                "both choose the labelled images; give one (null takes one away)"
+                "both choose the labelled images; give one of them, set the other "
+                "to null"
             )
         return self
 
@@ -101,17 +107,21 @@ class Workers(Section):
 
 
 class Training(Section):
-    """Length and manner of one training."""
+    """One training: length, batches, optimizer, precision."""
 
     steps: Positive = Field(description="optimizer steps")
-    batch_size: Positive = Field(64, description="images per step over all workers")
+    batch_size: Positive = Field(64, description="images per step, all workers together")
     accumulation: Positive = Field(1, description="backward passes per step")
     optimizer: Optimizer = Optimizer()
-    schedule: Literal["constant", "cosine", "step"] = Field("cosine", description="after warm-up")
+    schedule: Literal["constant", "cosine", "step"] = Field(
+        "cosine", description="learning rate after warm-up"
+    )
     warmup: int = Field(0, ge=0, description="steps of linear warm-up")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of forward passes")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="precision of forward passes"
+    )
     zero_stage: Literal[0, 1, 2] = Field(1, description="DeepSpeed ZeRO stage")
-    log_every: Positive = Field(10, description="steps between two records")
+    log_every: Positive = Field(10, description="steps between two log records")
     checkpoint_every: Positive = Field(500, description="steps between two checkpoints")
 
     @model_validator(mode="after")
@@ -124,14 +134,24 @@ class Training(Section):
 class Teacher(Section):
     """One member of the ensemble: trained on the labels, or loaded from a file."""
 
-    name: Name = Field(description="of its files and table row")
-    model: str = Field(description="as sbf_dist.models.build takes it")
-    training: Training | None = Field(None, description="how it is trained")
-    weights: Path | None = Field(None, description="safetensors file, instead of a training")
-    image_size: int | None = Field(None, ge=8, description="its input size; null: the student's")
-    mean: tuple[float, float, float] | None = Field(None, description="null: the student's")
-    std: tuple[Above0, Above0, Above0] | None = Field(None, description="null: the student's")
-    weight: float = Field(1.0, gt=0, description="in the mean of the ensemble")
+    name: Name = Field(description="name of the teacher, its files and its row in the table")
+    model: str = Field(
+        description="network, e.g. timm:resnet50 or cifar_resnet20 (sbf_dist.models.build)"
+    )
+    training: Training | None = Field(None, description="training on the labels")
+    weights: Path | None = Field(
+        None, description="safetensors file or state dict of torch.save, instead of a training"
+    )
+    image_size: int | None = Field(
+        None, ge=8, description="side of its input, pixels; null: the student's"
+    )
+    mean: tuple[float, float, float] | None = Field(
+        None, description="of its input; null: the student's"
+    )
+    std: tuple[Above0, Above0, Above0] | None = Field(
+        None, description="of its input; null: the student's"
+    )
+    weight: float = Field(1.0, gt=0, description="weight in the ensemble's mean")
 
     @model_validator(mode="after")
     def _comes_from_somewhere(self) -> "Teacher":
@@ -141,21 +161,21 @@ class Teacher(Section):
 
 
 class OneShotCompression(Compression):
-    """How a network is compressed in one step: the library's settings, and what is measured on."""
+    """How a network is compressed in one step: the library's settings, images and timing."""
 
-    latency_batch: Positive = Field(1, description="images in a forward pass that is timed")
+    latency_batch: Positive = Field(1, description="images per forward pass that is timed")
     latency_table: Path | None = Field(
         None, description="file of measured times; null: sbf-dist/latency.json in the user's cache"
     )
-    images: Positive = Field(512, description="calibration images, no labels needed")
+    images: Positive = Field(512, description="number of calibration images; they need no labels")
 
 
 class Compress(OneShotCompression):
-    """How the student of a run is compressed, out of one of its teachers."""
+    """How one of the teachers is compressed to the student."""
 
-    teacher: str = Field(description="the teacher that is compressed to become the student")
+    teacher: str = Field(description="name of the teacher that is compressed")
     rounds: Positive = Field(
-        1, description="of shrinking with training between; more than 1 for macs and params only"
+        1, description="rounds of compression and training; above 1 only with macs or params"
     )
 
     @model_validator(mode="after")
@@ -166,8 +186,8 @@ class Compress(OneShotCompression):
             )
         if self.rounds > 1 and self.between is not None:
             raise ValueError(
-                f"rounds = {self.rounds} needs between = null: layers with {self.between} are not "
-                "shrunk again"
+                f"rounds = {self.rounds} needs between = null: layers with {self.between} "
+                "cannot be shrunk again"
             )
         return self
 
@@ -177,27 +197,34 @@ class Distill(Section):
 
     training: Training
     round_steps: Positive | None = Field(
-        None, description="of training between compress.rounds; null: a fifth of training.steps"
+        None, description="steps of training between rounds; null: a fifth of training.steps"
     )
     targets: Literal["stored", "live"] = Field(
-        "stored", description="pseudo-labels, or the teachers' predictions on the very crop"
+        "stored",
+        description="'stored': pseudo-labels; 'live': the teachers' predictions on each crop",
     )
-    label_weight: float = Field(0.5, ge=0, description="of the cross-entropy on labelled images")
-    labelled_share: float = Field(0.25, ge=0, le=1, description="of labelled images in a batch")
+    label_weight: float = Field(
+        0.5, ge=0, description="weight of the cross-entropy on labelled images"
+    )
+    labelled_share: float = Field(
+        0.25, ge=0, le=1, description="share of labelled images in a batch"
+    )
 
 
 class Tracking(Section):
-    """Where MLflow keeps the run. Not part of a run's identity."""
+    """The MLflow server of the run. Not part of a run's identity."""
 
-    uri: str | None = Field(None, description="null: MLFLOW_TRACKING_URI, or SQLite under runs/")
+    uri: str | None = Field(
+        None, description="tracking URI; null: MLFLOW_TRACKING_URI, or SQLite under runs/"
+    )
     experiment: str = Field("sbf-dist", description="name of the MLflow experiment")
 
 
 class Recipe(Section):
     """A whole run."""
 
-    name: Name = Field(description="of the run's folder")
-    seed: int = Field(0, ge=0, description="of everything random")
+    name: Name = Field(description="name of the run and its folder")
+    seed: int = Field(0, ge=0, description="seed of all random numbers")
     data: Data
     workers: Workers = Workers()
     teachers: list[Teacher] = Field(min_length=1)
@@ -205,7 +232,8 @@ class Recipe(Section):
     compress: Compress
     distill: Distill
     baselines: Training | None = Field(
-        None, description="also train a dense and an SBF student on the labels alone, to compare"
+        None,
+        description="training of a dense and an SBF student on the labels alone, to compare",
     )
     tracking: Tracking = Tracking()
 
@@ -228,7 +256,7 @@ class Recipe(Section):
             if self.data.augmentation.mixes and training.batch_size // count % 2:
                 raise ValueError(
                     f"{where}.batch_size = {training.batch_size} is {training.batch_size // count} "
-                    "images for a worker at once; mixup and cutmix mix pairs, it must be even"
+                    "images for a worker at once; mixup and cutmix need an even number"
                 )
         return self
 
@@ -245,7 +273,7 @@ class Recipe(Section):
         return found
 
     def identity(self) -> dict[str, Any]:
-        """What results depend on: all but the workers, the tracking and what is cached where."""
+        """The values that results depend on: all but workers, tracking and caches."""
         elsewhere: dict[str, bool | set[str]] = {
             "workers": True,
             "tracking": True,
@@ -265,7 +293,7 @@ def load(path: Path, overrides: typing.Sequence[str] = ()) -> Recipe:
 
 
 def validate(content: dict[str, Any], overrides: typing.Sequence[str], origin: str) -> Recipe:
-    """Make a recipe of `content`, changed by `overrides`; errors begin with `origin`.
+    """Return the recipe in `content`, changed by `overrides`; errors begin with `origin`.
 
     Raises UserError as `load` does.
     """

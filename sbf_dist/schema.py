@@ -46,7 +46,7 @@ def load_as(schema: type[Whole], path: Path, overrides: typing.Sequence[str] = (
 def validate_as(
     schema: type[Whole], content: dict[str, Any], overrides: typing.Sequence[str], origin: str
 ) -> Whole:
-    """Make a recipe of `content`, changed by `overrides`; errors begin with `origin`.
+    """Return the recipe in `content`, changed by `overrides`; errors begin with `origin`.
 
     Raises UserError as `load_as` does.
     """
@@ -104,7 +104,7 @@ def _step(place: Any, part: str, override: str, where: str) -> Any:
 
 
 def explain(schema: type[BaseModel], error: ValidationError) -> str:
-    """Put the first thing that is wrong with a recipe in one line."""
+    """Return the first error of a recipe as one line."""
     errors = error.errors()
     # A key that is wrongly written is missing as well: say what was written.
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])

@@ -28,7 +28,7 @@ else:
 
 
 class _OneLineErrors(ModelMetaclass):
-    """Turns what is wrong with values that are given in Python into one line."""
+    """Reports wrong values that are given in Python in one line."""
 
     def __call__(cls, **values: Any) -> Any:  # noqa: N805
         try:
@@ -39,54 +39,60 @@ class _OneLineErrors(ModelMetaclass):
 
 
 class Settings(Section, metaclass=_OneLineErrors):
-    """The settings of one part. Raises UserError for a value that does not fit."""
+    """The settings of one part. Raises UserError for a wrong value."""
 
 
 class Compression(Settings):
-    """From a dense network to an SBF network; the budget is exactly one of the first four."""
+    """How a dense network is compressed. Exactly one of the first four fields is the budget."""
 
     macs: float | None = Field(
-        None, description="multiply-adds to reach: a share of the dense network's, or a number > 1"
+        None,
+        description="budget of multiply-adds: a share of the dense network's, or a number",
     )
     params: float | None = Field(
-        None, description="parameters to reach: a share of the dense network's, or a number > 1"
+        None,
+        description="budget of parameters: a share of the dense network's, or a number",
     )
     latency: Share | None = Field(
-        None, description="time to reach as measured here, as a share of the dense network's"
+        None, description="budget of time measured on this machine: a share of the dense network's"
     )
-    latency_ms: Above0 | None = Field(None, description="time to reach here, milliseconds")
+    latency_ms: Above0 | None = Field(
+        None, description="budget of time measured on this machine, milliseconds"
+    )
     criterion: Criterion = Field(
-        "reconstruction", description="which channels of a layer are kept; see docs/planning.md"
+        "reconstruction",
+        description="which channels of a layer are kept (docs/planning.md)",
     )
     keep: list[str] = Field(
-        [], description="patterns of layers' names to leave as they are, e.g. 'layer1.*'"
+        [], description="patterns of the names of layers that stay dense, e.g. 'layer1.*'"
     )
     sources: Positive = Field(
-        4, description="largest number S of sources per rebuilt channel, but for mixtures"
+        4, description="largest number S of sources of a rebuilt channel; mixtures have more"
     )
     mixtures: bool = Field(
-        True, description="channels may also be rebuilt from the whole basis, with m = 1"
+        True, description="also try channels rebuilt from the whole basis with m = 1 (mixtures)"
     )
     transform_size: Positive = Field(
-        3, description="largest m, side of the transformations, odd; each layer gets this or 1"
+        3, description="largest size m of the m x m transformations, odd; a layer has this or 1"
     )
-    floor: Share = Field(0.125, description="least share of a layer's channels that is kept")
+    floor: Share = Field(0.125, description="smallest share of a layer's channels that is kept")
     round_to: Positive = Field(
-        1, description="kept channels come in multiples of this; narrower layers keep all"
+        1, description="the number of kept channels is a multiple of this; narrower layers keep all"
     )
     refit: bool = Field(
-        True, description="solve filters anew, too, on what the converted layers before them give"
+        True,
+        description="also refit filters on the inputs that converted layers produce",
     )
     removal: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field(
         0.0,
-        description="share of the saving that comes from removing channels, the rest from "
-        "rebuilding; 'auto' tries several out",
+        description="share of the saving that comes from removing channels; the rest comes from "
+        "rebuilding; 'auto' compares several shares",
     )
     probe_steps: int = Field(
-        100, ge=0, description="of distillation before the shares of 'auto' are compared"
+        100, ge=0, description="steps of distillation before 'auto' compares the shares"
     )
     between: Literal["bn_relu"] | None = Field(
-        None, description="what stands before the transformations: batch norm and ReLU, or nothing"
+        None, description="batch norm and ReLU before the transformations, or nothing"
     )
 
     @field_validator("macs", "params")
@@ -109,7 +115,9 @@ class Compression(Settings):
         given = [f"{kind} = {getattr(self, kind):g}" for kind in BUDGETS if self._gives(kind)]
         if len(given) != 1:
             found = (
-                f"not {' and '.join(given)} (null takes one away)" if given else "nothing is given"
+                f"not {' and '.join(given)} (set the others to null)"
+                if given
+                else "nothing is given"
             )
             separator = ", " if given else "; "
             raise ValueError(
@@ -132,7 +140,7 @@ class Compression(Settings):
         return Budget(**{kind: getattr(self, kind) for kind in BUDGETS})
 
     def with_budget(self, budget: Budget) -> Self:
-        """Return the same settings for another budget. Raises UserError if they do not fit it."""
+        """Return the same settings with another budget. Raises UserError if they contradict it."""
         values = {name: getattr(self, name) for name in self.model_fields_set}
         return type(self)(**(values | dict.fromkeys(BUDGETS) | budget.given()))
 
@@ -141,21 +149,25 @@ class Compression(Settings):
 
 
 class Optimizer(Settings):
-    """How parameters are stepped."""
+    """The optimizer of a training."""
 
     name: Literal["sgd", "adamw"] = Field("sgd", description="SGD with Nesterov momentum, or AdamW")
     lr: float = Field(0.1, gt=0, description="peak learning rate")
-    weight_decay: float = Field(1e-4, ge=0, description="of weights; not of biases and norms")
-    momentum: float = Field(0.9, ge=0, lt=1, description="sgd only")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="adamw only")
-    clip: float | None = Field(None, gt=0, description="largest norm of the whole gradient")
+    weight_decay: float = Field(
+        1e-4, ge=0, description="weight decay, not applied to biases and normalisations"
+    )
+    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="betas of AdamW")
+    clip: float | None = Field(
+        None, gt=0, description="largest norm of the gradient; null: not clipped"
+    )
 
 
 class Augmentation(Settings):
-    """How a training image is varied. The defaults suit photographs.
+    """How training images are augmented. The defaults suit photographs.
 
-    Digits and other signs: flip=False, min_scale about 0.7, a few degrees of `rotate`, `shift` 0.05
-    to 0.1. CIFAR: crop="padded". What rotation and shift uncover is filled with the nearest pixel
+    Digits and other signs: flip=False, min_scale about 0.7, `rotate` 5 to 15, `shift` 0.05 to 0.1.
+    CIFAR: crop="padded". Pixels that rotation and shift uncover are filled with the nearest pixel
     of the border.
 
     Sources: resized crops, Szegedy et al. 2015; padded crops, He et al. 2016 on CIFAR; RandAugment,
@@ -165,27 +177,37 @@ class Augmentation(Settings):
     crop: Literal["resized", "padded"] = Field(
         "resized",
         description="'resized': a crop of random area and shape, resized to the square "
-        "(photographs); 'padded': cut out of the resized image with a black border around it "
+        "(photographs); 'padded': a square cut out of the resized image with a black border "
         "(CIFAR)",
     )
     padding: int = Field(4, ge=0, le=1024, description="border of padded crops, pixels")
-    min_scale: Share = Field(0.35, description="least share of the image's area in a crop")
-    max_scale: Share = Field(1.0, description="largest share of the image's area in a crop")
-    min_ratio: float = Field(3 / 4, gt=0, description="least width/height of a crop")
-    max_ratio: float = Field(4 / 3, gt=0, description="largest width/height of a crop")
-    flip: bool = Field(True, description="mirror half of the images")
+    min_scale: Share = Field(
+        0.35, description="smallest area of a resized crop, share of the image's"
+    )
+    max_scale: Share = Field(
+        1.0, description="largest area of a resized crop, share of the image's"
+    )
+    min_ratio: float = Field(3 / 4, gt=0, description="smallest width/height of a resized crop")
+    max_ratio: float = Field(4 / 3, gt=0, description="largest width/height of a resized crop")
+    flip: bool = Field(True, description="mirror half of the images, left to right")
     rotate: float = Field(0.0, ge=0, le=180, description="largest rotation, degrees")
-    shift: float = Field(0.0, ge=0, le=1, description="largest shift, share of the side")
+    shift: float = Field(0.0, ge=0, le=1, description="largest shift, share of the image's side")
     color: float = Field(0.0, ge=0, le=1, description="jitter of brightness, contrast, saturation")
     rand_augment: int = Field(
-        0, ge=0, le=16, description="random operations per image (RandAugment); 0: off"
+        0, ge=0, le=16, description="number of RandAugment operations per image; 0: off"
     )
-    magnitude: int = Field(9, ge=0, le=30, description="strength of these operations")
+    magnitude: int = Field(9, ge=0, le=30, description="strength of the RandAugment operations")
     mixup: float = Field(
-        0.0, ge=0, le=1000, description="blend pairs of images, share ~ Beta(mixup, mixup); 0: off"
+        0.0,
+        ge=0,
+        le=1000,
+        description="blend pairs of images, share drawn from Beta(mixup, mixup); 0: off",
     )
     cutmix: float = Field(
-        0.0, ge=0, le=1000, description="put boxes of one image into another, area ~ Beta; 0: off"
+        0.0,
+        ge=0,
+        le=1000,
+        description="paste a box of another image, area drawn from Beta(cutmix, cutmix); 0: off",
     )
 
     @model_validator(mode="after")
@@ -198,24 +220,27 @@ class Augmentation(Settings):
 
     @property
     def mixes(self) -> bool:
-        """Whether pairs of images are mixed, for which a worker's batches must be even."""
+        """Whether mixup or cutmix is on. A worker's batches must then have even sizes."""
         return self.mixup > 0 or self.cutmix > 0
 
 
 class View(Settings):
-    """How a network sees an image."""
+    """The input of a network: size and normalisation of an image."""
 
     image_size: Positive = Field(description="side of the square, pixels")
-    mean: tuple[float, float, float] = Field(description="of [0, 1] pixels")
-    std: tuple[Above0, Above0, Above0] = Field(description="of [0, 1] pixels")
+    mean: tuple[float, float, float] = Field(description="per channel, of pixels in [0, 1]")
+    std: tuple[Above0, Above0, Above0] = Field(description="per channel, of pixels in [0, 1]")
 
 
 class PseudoLabels(Settings):
-    """What the ensemble writes on the images, and which of them are used."""
+    """The ensemble's stored predictions, and which images are used."""
 
-    temperature: float = Field(1.0, gt=0, description="softens each teacher's probabilities")
-    top_k: Positive = Field(10, description="classes stored per image")
-    threshold: float = Field(0.0, ge=0, lt=1, description="least confidence of a used image")
+    temperature: float = Field(1.0, gt=0, description="temperature of each teacher's softmax")
+    top_k: Positive = Field(10, description="number of classes stored per image")
+    threshold: float = Field(
+        0.0, ge=0, lt=1, description="smallest confidence of an image that is used"
+    )
     per_class: Positive | None = Field(
-        None, description="use only the so many most confident images of each predicted class"
+        None,
+        description="largest number of images of each predicted class, the most confident first",
     )

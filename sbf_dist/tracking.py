@@ -211,7 +211,7 @@ def tracking_uri(folder: Path, uri: str | None = None) -> str:
     scheme = urlsplit(uri).scheme.split("+")[0] or uri
     if scheme not in SERVERS + DATABASES:
         raise UserError(
-            f"tracking URI {uri!r} is no server or database; it looks like "
+            f"tracking URI {uri!r} is not a server or database; examples are "
             "http://HOST:5000, postgresql://… or sqlite:///FILE"
         )
     if scheme == "sqlite":

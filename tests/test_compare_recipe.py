@@ -49,10 +49,10 @@ def test_every_field_says_what_it_is(section):
     [
         ("macs=[0.5,1.5]", r"macs.1 = 1.5 must be less than or equal to 1"),
         ("macs=[0.5,0.5]", r"macs: \[0.5, 0.5\] must not repeat an entry"),
-        ("seeds=[0,-1]", r"seeds: \[0, -1\] must not be below 0"),
+        ("seeds=[0,-1]", r"seeds: \[0, -1\] must be 0 or more"),
         ("methods=[magnitud]", r"methods.0 = 'magnitud' must be 'magnitude', .*'sbf'"),
         ("methods=[]", r"methods = \[\] .*at least 1"),
-        ("recovery.steps=[20,10]", r"recovery.steps: \[20, 10\] must ascend"),
+        ("recovery.steps=[20,10]", r"recovery.steps: \[20, 10\] must be in ascending order"),
         ("recovery.warmup=5", r"recovery: warmup = 5 must be less than steps = \[5, 10\]"),
         ("dense.warmup=10", r"dense: warmup = 10 must be less than steps = 10"),
         ("recovery.step=[5]", r"recovery.step is not a known key; did you mean 'steps'\?"),

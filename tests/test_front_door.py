@@ -189,7 +189,7 @@ def test_without_its_network_loading_says_what_is_needed(made, tmp_path):
         sbf_dist.load(tmp_path / "student")
     with pytest.raises(UserError, match="build returns a int"):
         sbf_dist.load(tmp_path / "student", build=lambda: 3)
-    with pytest.raises(UserError, match="made for"):
+    with pytest.raises(UserError, match="belongs to"):
         sbf_dist.load(tmp_path / "student", build=lambda: models.build("cifar_resnet8", 5))
 
 

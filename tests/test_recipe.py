@@ -71,7 +71,7 @@ def test_labels_are_chosen_by_number_by_share_or_by_a_list_but_once(path):
     refused = refusal(path, "data.split=ten.txt", "data.labelled_per_class=10")
     assert refused.endswith(
         "data: split = 'ten.txt' and labelled_per_class = 10 both choose the labelled images; give "
-        "one (null takes one away)"
+        "one of them, set the other to null"
     )
 
 
@@ -258,7 +258,7 @@ def test_a_key_that_is_wrongly_written_comes_before_the_one_that_is_missing_for_
         ("compress.macs=.nan", "compress.macs = nan must be a finite number"),
         ("compress={teacher: one, params: -4}", "compress.params = -4 must be a share in (0, 1]"),
         ("compress.params=0.5", "compress: give exactly one of macs, params, latency and latency_ms"
-         ", not macs = 0.5 and params = 0.5 (null takes one away)"),
+         ", not macs = 0.5 and params = 0.5 (set the others to null)"),
         ("compress.criterion=l3", "compress.criterion = 'l3' must be 'reconstruction', 'l1', 'l2', "
          "'bn_scale', 'taylor' or 'random'"),
         ("compress.keep=layer1", "compress.keep = 'layer1' must be a valid list"),
@@ -268,14 +268,14 @@ def test_a_key_that_is_wrongly_written_comes_before_the_one_that_is_missing_for_
         ("compress={teacher: one, latency: 0.5, rounds: 2}",
          "compress: rounds = 2 needs a budget of macs or params; for a time it must be 1"),
         ("compress={teacher: one, macs: 0.5, rounds: 2, between: bn_relu}", "compress: rounds = 2 "
-         "needs between = null: layers with bn_relu are not shrunk again"),
+         "needs between = null: layers with bn_relu cannot be shrunk again"),
         ("compress.between=relu", "compress.between = 'relu' must be 'bn_relu'"),
         ("compress.macs=half", "compress.macs = 'half' must be a valid number"),
         ("compress.transform_size=4", "compress: transform_size = 4 must be odd"),
         ("compress.macs=null",
          "compress: give exactly one of macs, params, latency and latency_ms; nothing is given"),
         ("compress.latency=0.6", "compress: give exactly one of macs, params, latency and "
-         "latency_ms, not macs = 0.5 and latency = 0.6 (null takes one away)"),
+         "latency_ms, not macs = 0.5 and latency = 0.6 (set the others to null)"),
         ("compress={teacher: one, latency: 1.5}",
          "compress.latency = 1.5 must be less than or equal to 1"),
         ("compress={teacher: one, latency_ms: 0}", "compress.latency_ms = 0 must be greater than"),
@@ -408,5 +408,5 @@ def test_images_are_mixed_in_pairs(path):
         refused = refusal(path, *odd, f"data.augmentation.{name}=0.2")
         assert refused.endswith(
             "distill.training.batch_size = 36 is 9 images for a worker at once; mixup and cutmix "
-            "mix pairs, it must be even"
+            "need an even number"
         )

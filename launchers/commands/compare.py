@@ -25,9 +25,9 @@ def command(
 ) -> None:
     """Compare SBF with its peers at equal multiply-adds and equal training, over several seeds.
 
-    Shows a table of means and deviations; RUNS/NAME gets it as comparison.json and as a picture,
-    comparison.png. What is done is kept there and not done again; a comparison that was cut goes
-    on.
+    Prints a table of means and deviations. Writes it to RUNS/NAME as comparison.json and as a
+    chart, comparison.png. Finished trainings are kept there and not repeated: an interrupted
+    comparison resumes.
     """
     recipe = compare_recipe.load(recipe_file, overrides or ())
     # These take seconds to import: not before the command line is known to be right.

@@ -36,7 +36,9 @@ def command(
     out: Annotated[Path, typer.Option(help="Folder that the student is written to.")],
     classes: Annotated[
         int | None,
-        typer.Option(min=1, help="Outputs of the network, if not one for each class folder."),
+        typer.Option(
+            min=1, help="Number of outputs, if it differs from the number of class folders."
+        ),
     ] = None,
     weights_key: Annotated[
         str | None,
@@ -50,14 +52,14 @@ def command(
         list[str] | None,
         typer.Argument(
             metavar="KEY=VALUE",
-            help="As in a recipe, e.g. data.image_size=160 compress.sources=8 seed=1.",
+            help="Settings as in a recipe, e.g. data.image_size=160 compress.sources=8 seed=1.",
         ),
     ] = None,
 ) -> None:
     """Compress a network within a budget, without training, and export the student.
 
-    Writes safetensors and plan, card and ONNX to OUT. Where the images have labels, the accuracy
-    before and after is measured on val/, or on a tenth of the images that is not calibrated on.
+    Writes safetensors, plan, card and ONNX to OUT. If the images have labels, the accuracy before
+    and after is measured on val/, or on a tenth of the images that is held out.
     """
     settings = settings_of(model, weights, data, budget, overrides or [])
     # It takes seconds to import: not before the command line is known to be right.

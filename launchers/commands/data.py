@@ -29,7 +29,7 @@ class SetName(StrEnum):
 
 
 class Layout(StrEnum):
-    """How a prepared set lies on the disk."""
+    """The file layout of a prepared set."""
 
     FOLDER = "folder"
     WEBDATASET = "webdataset"
@@ -40,20 +40,22 @@ Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A prepared set, or 
 
 @app.command(short_help="Turn a set's archives into class folders or WebDataset shards.")
 def prepare(
-    name: Annotated[SetName, typer.Argument(metavar="SET", help="Which one.")],
+    name: Annotated[SetName, typer.Argument(metavar="SET", help="The set.")],
     archives: Annotated[Path, typer.Option(help="Folder that holds the archives as published.")],
     out: Annotated[Path, typer.Option(help="Folder for the prepared set.")],
     layout: Annotated[
         Layout, typer.Option("--format", help="Class folders, or tar files for object storage.")
     ] = Layout.FOLDER,
-    seed: Annotated[int, typer.Option(min=0, help="Of the samples' order in tar files.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the order of samples in tar files.")
+    ] = 0,
     no_checksum: Annotated[
-        bool, typer.Option("--no-checksum", help="Take archives of another MD5 sum as well.")
+        bool, typer.Option("--no-checksum", help="Accept archives with another MD5 sum.")
     ] = False,
 ) -> None:
-    """Prepare a set of images from its archives, which must be there: nothing is downloaded.
+    """Prepare a set of images from its archives. Nothing is downloaded.
 
-    Stopped or killed, the same command goes on; a set that is done is left as it is.
+    After a stop or a kill the same command resumes. A finished set is left unchanged.
 
     \b
     cifar10        cifar-10-python.tar.gz or cifar-10-binary.tar.gz
@@ -100,7 +102,7 @@ def check(folder: Folder) -> None:
             if len(names) > _MAX_LISTED:
                 display.say(f"{kind}  … and {len(names) - _MAX_LISTED:,} more")
         if findings.whole:
-            display.say(f"{folder}: {findings.files:,} files are as they were prepared")
+            display.say(f"{folder}: {findings.files:,} files are unchanged")
     if not findings.whole:
         by_kind = ", ".join(
             f"{len(names):,} {kind}" for kind, names in findings.kinds().items() if names
@@ -111,14 +113,14 @@ def check(folder: Folder) -> None:
         )
 
 
-@app.command(short_help="List the images that shall have a label.")
+@app.command(short_help="Choose the images that have a label.")
 def split(
     folder: Folder,
     labelled: Annotated[
         str, typer.Option(metavar="N|SHARE", help="Images per class (10), or a share (0.1).")
     ],
     out: Annotated[Path, typer.Option(help="The list, for data.split in a recipe.")],
-    seed: Annotated[int, typer.Option(min=0, help="Of the choice.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice.")] = 0,
 ) -> None:
     """Choose labelled training images, class by class; all others count as unlabelled.
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from sbf_dist.errors import UserError
 
 app = typer.Typer(
-    help="Look at what was planned for a network.",
+    help="Show what was planned for a network.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )

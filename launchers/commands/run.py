@@ -17,9 +17,8 @@ StageName = StrEnum("StageName", [(s.name, s.name) for s in STAGES])  # type: ig
 _LAST = StageName(STAGES[-1].name)
 HELP = f"""Run a recipe: {", ".join(stage.name for stage in STAGES)}.
 
-What is done is kept under RUNS/NAME and not done again; a run that was cut goes on from the last
-checkpoint of its stage. A stage that was done with another value of a setting that it reads is done
-anew with --again.
+Finished stages are kept under RUNS/NAME and not repeated. An interrupted run resumes from the last
+checkpoint of its stage. If a setting changes that a finished stage has read, give --again STAGE.
 
 \b
 {chr(10).join(f"{stage.name:<14} {stage.summary}" for stage in STAGES)}
@@ -42,13 +41,15 @@ def command(
     again: Annotated[
         StageName | None,
         typer.Option(
-            help="Do this stage and those after it anew; after a change of the recipe only what "
-            "the change concerns."
+            help="Repeat this stage and those after it; after a change of the recipe, only what "
+            "the change affects."
         ),
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Check the recipe, without machine and data, and stop."),
+        typer.Option(
+            "--dry-run", help="Check the recipe, but not the machine and the data, and stop."
+        ),
     ] = False,
 ) -> None:
     """Run a recipe, as HELP says."""
@@ -105,7 +106,7 @@ def check_models(recipe: Recipe) -> None:
 
 
 def describe(recipe: Recipe, folder: RunFolder) -> None:
-    """Print what a recipe would do."""
+    """Print the trainings of a recipe."""
     from launchers.display import Display
     from launchers.run.networks import Networks
 

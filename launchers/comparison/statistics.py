@@ -1,4 +1,4 @@
-"""What the seeds of a comparison say together, and their table."""
+"""Means and deviations over the seeds of a comparison, and their table."""
 
 import statistics
 from collections.abc import Mapping, Sequence

@@ -16,7 +16,7 @@ from sbf_dist.report.chart import accuracy_over_macs
 
 
 def compare(recipe: Comparison, runs: Path, display: Display) -> Result:
-    """Do what is not done yet of a comparison, and write its table and its picture.
+    """Run the missing trials of a comparison, and write its table and its chart.
 
     RUNS/NAME keeps every network's result as soon as it is there: a comparison that was cut goes
     on, and one to which methods, shares or seeds are added does the new ones alone. It runs in
@@ -72,6 +72,6 @@ def _check_identity(recipe: Comparison, folder: Path) -> None:
     for key, value in now.items():
         if before.get(key) != value:
             raise UserError(
-                f"comparison folder {folder} was done with {key} = {before.get(key)!r}, the recipe "
-                f"says {value!r}; give another name (name=…) or remove the folder"
+                f"comparison folder {folder} was written with {key} = {before.get(key)!r}, the "
+                f"recipe says {value!r}; give another name (name=…) or remove the folder"
             )

@@ -1,4 +1,4 @@
-"""Processes of Ray that a run on one machine has no use for, left out.
+"""Leaves out processes of Ray that a run on one machine does not use.
 
 The only place that reaches into Ray's own parts. Ray has no public setting for any of this, so it
 is done for the version of Ray that it was written for, and for no other: there Ray starts
@@ -39,7 +39,7 @@ def is_known_version() -> bool:
 
 @contextmanager
 def services_left_out() -> Iterator[None]:
-    """Let ray.init, in this context, start none of SERVICES."""
+    """Keep ray.init, in this context, from starting SERVICES."""
     if not is_known_version():
         yield
         return
@@ -56,9 +56,9 @@ def _start_nothing(node: Any, **_: Any) -> None:
 
 
 def read_environment_again() -> None:
-    """Let a Ray that was imported before now read again what it reads from the environment once.
+    """Make a Ray that was imported before read its environment variables again.
 
-    A program that starts Ray once needs none of this: it imports Ray when the environment is set.
+    A program that starts Ray once does not need this: it imports Ray when they are set.
     """
     if not is_known_version():
         return

@@ -1,4 +1,4 @@
-"""A run from its lock to its table: what stands around its stages."""
+"""A run around its stages: lock, tracking, Ray, and the table of results."""
 
 import fcntl
 import json
@@ -16,7 +16,7 @@ from sbf_dist.recipe import Recipe
 
 
 def execute(recipe: Recipe, folder: RunFolder, until: str, again: str | None) -> None:
-    """Do the stages of a run, with its folder locked and its MLflow run open."""
+    """Run the stages of a run, with its folder locked and its MLflow run open."""
     folder.root.mkdir(parents=True, exist_ok=True)
     with ExitStack() as resources:
         resources.enter_context(locked(folder))
@@ -56,13 +56,13 @@ def execute(recipe: Recipe, folder: RunFolder, until: str, again: str | None) ->
 
 
 def show_results(display: Display, folder: RunFolder, uri: str) -> None:
-    """Show the table, and say where things are."""
+    """Show the table, and where the results are."""
     result = json.loads(folder.result("evaluate").read_text())
     display.console.print()
     display.console.print(results_table(result["rows"]))
     display.say(
-        "MACs and parameters of zeroed channels are not counted; its latency is that of the dense "
-        f"network that it is.\nLatency: one image, {result['threads']} threads, after "
+        "MACs and parameters of zeroed channels are not counted; the latency in this row is that "
+        f"of the dense network.\nLatency: one image, {result['threads']} threads, after "
         "sbf_dist.export.optimize."
     )
     here = Path.cwd()

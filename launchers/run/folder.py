@@ -1,4 +1,4 @@
-"""Where a run keeps its files."""
+"""The files of a run."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -37,7 +37,8 @@ class Change:
         before = (
             f"without {self.key}" if self.before is None else f"with {self.key} = {self.before!r}"
         )
-        return f"{before}, the recipe {'has none' if self.now is None else f'says {self.now!r}'}"
+        now = "does not set it" if self.now is None else f"says {self.now!r}"
+        return f"{before}, the recipe {now}"
 
 
 def values_of(identity: Any, key: str = "") -> Values:

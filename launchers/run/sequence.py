@@ -1,4 +1,4 @@
-"""The stages of a run one after another: what is done already, and what is to be done anew."""
+"""The stages of a run in order: which are finished, and which must be repeated."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ NAMES = [stage.name for stage in STAGES]
 
 
 def perform(session: "Session", until: str) -> None:
-    """Do the stages up to `until` that are not done yet."""
+    """Run the stages up to `until` that are not finished."""
     wanted = STAGES[: NAMES.index(until) + 1]
     values = locks.values_of(session.recipe.identity())
     for number, stage in enumerate(wanted, 1):
@@ -43,7 +43,7 @@ def perform(session: "Session", until: str) -> None:
 
 
 def open_folder(networks: "Networks", again: str | None) -> None:
-    """Make a run's folder fit its recipe: what is to be done anew is removed from it.
+    """Make a run's folder fit its recipe: the results that must be repeated are removed.
 
     That is what a change of the recipe concerns, from the stage `again` on, and what depends on
     it. Where no change concerns that stage, it and all after it are done anew. UserError where a
@@ -83,7 +83,7 @@ def _check_permission(
     if again is not None and NAMES.index(again) <= NAMES.index(begun[0]):
         return
     first = next(iter(changes.values()))
-    following = f" (which does {', '.join(begun)} anew)" if len(begun) > 1 else ""
+    following = f" (which repeats {', '.join(begun)})" if len(begun) > 1 else ""
     raise UserError(
         f"run folder {folder.root}: {begun[0]} was done {first}; give --again {begun[0]}"
         f"{following} or another name (name=…)"

@@ -138,7 +138,9 @@ class TarFile:
                 if not _is_file(self.path, info):
                     continue
                 if info.offset_data + info.size > size:
-                    raise UserError(f"archive {self.path}: ends within {info.name}; get it again")
+                    raise UserError(
+                        f"archive {self.path}: ends within {info.name}; download it again"
+                    )
                 yield Member(info.name, start + info.offset_data, info.size)
 
     def read(self, member: Member) -> bytes:
@@ -146,7 +148,7 @@ class TarFile:
         with reading(self.path):
             data = os.pread(self._handle, member.size, member.offset)
         if len(data) != member.size:
-            raise UserError(f"archive {self.path}: ends within {member.name}; get it again")
+            raise UserError(f"archive {self.path}: ends within {member.name}; download it again")
         return data
 
 
@@ -161,7 +163,7 @@ class _Window:
 
     def seek(self, at: int, whence: int = 0) -> int:
         if whence != 0 or at < 0:
-            raise tarfile.ReadError("a header leads out of the archive")
+            raise tarfile.ReadError("a header points outside the archive")
         self._at = at
         return at
 
@@ -233,7 +235,7 @@ def _is_file(path: Path, info: tarfile.TarInfo) -> bool:
 def _check_path(path: Path, name: str) -> None:
     parts = PurePosixPath(name).parts
     if name.startswith("/") or ".." in parts or "\\" in name or not name.isprintable():
-        raise UserError(f"archive {path}: {name!a} leads out of its folder or is no honest name")
+        raise UserError(f"archive {path}: {name!a} leads out of its folder or is not a plain name")
 
 
 class ZipFile:

@@ -152,7 +152,9 @@ def _batch(
     if layout.label_bytes:
         row = layout.label_bytes + _IMAGE_BYTES
         if not data or len(data) % row:
-            raise UserError(f"archive {path}: {file} has {len(data)} bytes, no multiple of {row}")
+            raise UserError(
+                f"archive {path}: {file} has {len(data)} bytes, not a multiple of {row}"
+            )
         rows = np.frombuffer(data, np.uint8).reshape(-1, row)
         labels = rows[:, layout.label_bytes - 1].astype(np.int64)
         return rows[:, layout.label_bytes :], labels
@@ -170,5 +172,5 @@ def _batch(
             f"labels in {layout.key!r}"
         )
     if not all(type(label) is int and 0 <= label < 2**31 for label in listed):
-        raise UserError(f"archive {path}: {file} has labels that are no numbers")
+        raise UserError(f"archive {path}: {file} has labels that are not numbers")
     return images, np.array(listed, dtype=np.int64)

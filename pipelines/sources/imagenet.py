@@ -81,7 +81,7 @@ def _train_images(
         match = _CLASS_TAR.fullmatch(member.name)
         if match is None or match[1] not in classes:
             raise UserError(
-                f"archive {tar.path}: {member.name} is no tar file of a class of the devkit's "
+                f"archive {tar.path}: {member.name} is not a tar file of a class of the devkit's "
                 "meta.mat"
             )
         class_tars.append((match[1], member))
@@ -132,7 +132,8 @@ def _check_image(tar: TarFile, image: Member, pattern: re.Pattern[str]) -> re.Ma
     match = pattern.fullmatch(image.name)
     if match is None or image.size > MAX_IMAGE_BYTES:
         raise UserError(
-            f"archive {tar.path}: {image.name} of {image.size:,} bytes is no image of ILSVRC-2012"
+            f"archive {tar.path}: {image.name} of {image.size:,} bytes is not an image of "
+            "ILSVRC-2012"
         )
     return match
 

@@ -181,7 +181,7 @@ def _class_folders(root: Path) -> Listing:
     split = "train" in folders
     if not split:
         for role in folders:
-            raise UserError(f"data {root}: has a folder {role} but none named train")
+            raise UserError(f"data {root}: has a folder {role} but no folder train")
     train = folders.get("train", root)
     classes = _folders(train)
     if not classes:
@@ -193,7 +193,7 @@ def _class_folders(root: Path) -> Listing:
         for name in _folders(val):
             if name not in label_of:
                 raise UserError(
-                    f"data {root}: {val.name} has the class {name!r}, which {train.name} has not"
+                    f"data {root}: {val.name} has the class {name!r}, which {train.name} does not have"
                 )
             label = label_of[name]
             found += [(file, "val", label) for file in _images(root, val / name)]

@@ -78,7 +78,9 @@ def read_manifest(root: Path) -> Manifest:
     try:
         content = json.loads(path.read_text())
         if content.pop("format") != _FORMAT:
-            raise UserError(f"data {path}: is of another version of this program; prepare it again")
+            raise UserError(
+                f"data {path}: was written by another version of this program; prepare it again"
+            )
         manifest = Manifest(**content)
         if manifest.layout not in LAYOUTS:
             raise ValueError(f"layout {manifest.layout!r}")

@@ -46,12 +46,12 @@ def load(data: bytes, name: str) -> dict[bytes, Any]:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{name}: is not a pickle of CIFAR's ({reason})") from error
     if not isinstance(content, dict):
-        raise UserError(f"{name}: holds a {type(content).__name__} where a dictionary belongs")
+        raise UserError(f"{name}: holds a {type(content).__name__} instead of a dictionary")
     result: dict[bytes, Any] = {}
     for key, value in content.items():
         as_bytes = key.encode() if isinstance(key, str) else key
         if not isinstance(as_bytes, bytes):
-            raise UserError(f"{name}: has the key {key!r}, which is no string")
+            raise UserError(f"{name}: has the key {key!r}, which is not a string")
         try:
             result[as_bytes] = value.array() if isinstance(value, _Array) else value
         except _RefusedError as error:
@@ -69,7 +69,7 @@ def _check_opcodes(data: bytes) -> None:
         if opcode.name not in _OPCODES:
             raise _RefusedError(f"it has the instruction {opcode.name}")
         if opcode.name in ("PUT", "LONG_BINPUT") and int(argument or 0) > count + 1:
-            raise _RefusedError(f"it wants the memo place {argument}")
+            raise _RefusedError(f"it uses the memo entry {argument}")
 
 
 class _Unpickler(pickle.Unpickler):

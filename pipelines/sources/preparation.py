@@ -156,7 +156,7 @@ def _check_settings(out: Path, settings: dict[str, Any]) -> None:
             values = "" if key == "archives" else f" {begun[key]}, not {value}"
             raise UserError(
                 f"data {out}: was begun with other {key}{values}; choose another folder, or remove "
-                f"{out / WORK} to begin anew"
+                f"{out / WORK} to start again"
             )
 
 
@@ -175,18 +175,18 @@ def _locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _writing(out: Path) -> Iterator[None]:
-    """Turn what keeps files from being written into the user's error."""
+    """Turn an error of writing into a UserError with the remedy."""
     try:
         yield
     except OSError as error:
         reasons = {
-            errno.ENOSPC: "the disk is full; free some space and give the same command: it goes on",
-            errno.EDQUOT: "the quota is used up; free some space and give the same command: it "
-            "goes on",
-            errno.EFBIG: "a file may not grow further (ulimit -f); the same command goes on",
+            errno.ENOSPC: "the disk is full; free some space and give the same command again",
+            errno.EDQUOT: "the quota is used up; free some space and give the same command again",
+            errno.EFBIG: "the limit on file sizes is reached (ulimit -f); raise it and give the "
+            "same command again",
             errno.EROFS: "is on a read-only disk; choose another folder",
-            errno.EACCES: "may not be written to; choose another folder",
-            errno.EPERM: "may not be written to; choose another folder",
+            errno.EACCES: "is not writable; choose another folder",
+            errno.EPERM: "is not writable; choose another folder",
         }
         reason = reasons.get(error.errno or 0, f"cannot be written ({error.strerror or error})")
         raise UserError(f"data {out}: {reason}") from error

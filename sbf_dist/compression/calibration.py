@@ -1,4 +1,4 @@
-"""Calibration images, as a stream: gone through again and again, never held as a whole."""
+"""Calibration images as a stream: read repeatedly, never held as a whole."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
@@ -20,7 +20,7 @@ Batches = Iterable[Any]  # of tensors (N, C, H, W), or of sequences that begin w
 
 
 class Calibration:
-    """Normalised images (N, C, H, W) that can be gone through any number of times.
+    """Normalised images (N, C, H, W) that can be iterated any number of times.
 
     batches: an object whose iter() starts anew, as a list or a DataLoader, of tensors or of
     (image, label). Each iteration gives the same batches in the same order, on `device`, in `dtype`
@@ -39,8 +39,8 @@ class Calibration:
     ) -> None:
         if isinstance(batches, Iterator):
             raise UserError(
-                f"calibration images: a {type(batches).__name__} can be gone through only once; "
-                "give an object whose iter() starts anew, as a list or a data loader does"
+                f"calibration images: a {type(batches).__name__} can be iterated only once; "
+                "give an object whose iter() starts again, such as a list or a DataLoader"
             )
         self._batches = batches
         self.device = torch.device(device)

@@ -205,12 +205,12 @@ def kept_dense(model: nn.Module, keep: Sequence[str]) -> dict[str, str]:
                 f"keep pattern {pattern!r} matches no convolution; did you mean {nearest!r}?"
             )
         for name in matches:
-            kept.setdefault(name, f"kept dense, as asked for by {pattern!r}")
+            kept.setdefault(name, f"kept dense, as requested by {pattern!r}")
     return kept
 
 
 def is_plain(conv: nn.Conv2d) -> bool:
-    """Tell whether `conv` computes what nn.Conv2d does, if it is a subclass."""
+    """Return whether `conv` computes what nn.Conv2d does, if it is a subclass."""
     kind = type(conv)
     return (
         kind.forward is nn.Conv2d.forward
@@ -225,7 +225,7 @@ def _by_sharing(others: Sequence[str]) -> str:
 
 def _as_a_module(conv: nn.Conv2d) -> str | None:
     if conv._forward_hooks or conv._forward_pre_hooks:
-        return "it has forward hooks (weight norm, pruning masks, your own), which would be lost"
+        return "its forward hooks (weight norm, pruning masks or your own) would be lost"
     if not is_plain(conv):
         return f"{type(conv).__name__} is not a plain convolution"
     if conv.groups == conv.in_channels > 1:
@@ -233,17 +233,17 @@ def _as_a_module(conv: nn.Conv2d) -> str | None:
     if conv.groups > 1:
         return f"grouped convolution ({conv.groups} groups)"
     if conv.out_channels == 1:
-        return "it has one channel only: no other could rebuild it"
+        return "it has one channel: there is no other to rebuild it from"
     return None
 
 
 def _by_its_use(use: Use, image_shape: tuple[int, ...]) -> str | None:
     if use.calls > 1:
-        return f"used {use.calls} times in a forward pass: no fit serves all its inputs"
+        return f"used {use.calls} times in a forward pass: one fit cannot serve different inputs"
     if use.is_read:
-        return "its weight is read elsewhere in the network, which an SBF layer does not have"
+        return "its weight is read by another module, and an SBF layer does not have it"
     if not use.matters:
-        return "no gradient leads from the network's output to it: what it matters is unknown"
+        return "no gradient reaches it from the network's output: its importance is unknown"
     # The channels alone would not do: squeeze-and-excitation may have the same number.
     if use.input_shape == image_shape:
         return "the stem: it reads the image itself"

@@ -1,4 +1,4 @@
-"""Model surgery: apply a plan to a network."""
+"""Applying a plan to a network."""
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,13 @@ def convert(model: nn.Module, plan: Plan) -> nn.Module:
 
     Kept filters and biases are copied; transformations have their initial values until they are
     fitted (`reconstruct`) or loaded. `model` itself is not changed. Raises UserError,
-    naming the first layer that differs, if the plan was made for another network.
+    naming the first layer that differs, if the plan belongs to another network.
     """
     student = deep_copy(model)
     convolutions = [n for n, module in student.named_modules() if isinstance(module, nn.Conv2d)]
     for name in convolutions:
         if name not in plan.layers:
-            raise UserError(f"plan does not know layer {name}: it was made for {plan.model!r}")
+            raise UserError(f"plan has no layer {name}: it belongs to {plan.model!r}")
     if plan.removed:
         narrow(student, plan.removed)
         check_fits(student, plan.input_shape)
@@ -31,7 +31,7 @@ def convert(model: nn.Module, plan: Plan) -> nn.Module:
         if name not in convolutions:
             raise UserError(
                 f"plan names layer {name}, which this network does not have: "
-                f"it was made for {plan.model!r}"
+                f"it belongs to {plan.model!r}"
             )
         if isinstance(layer, SBFLayer):
             replace(student, name, layer)
@@ -48,12 +48,12 @@ def replace(model: nn.Module, name: str, layer: SBFLayer) -> SBFConv2d:
     assert isinstance(conv, nn.Conv2d)
     if not is_plain(conv):
         raise UserError(
-            f"plan makes an SBF layer of {name}, a {type(conv).__name__}: it must stay dense"
+            f"plan has an SBF layer for {name}, a {type(conv).__name__}: it must stay dense"
         )
     if conv.out_channels != layer.channels:
         raise UserError(
             f"plan gives layer {name} {layer.channels} channels, this network "
-            f"{conv.out_channels}: the plan was made for another network"
+            f"{conv.out_channels}: the plan belongs to another network"
         )
     try:
         between = make_between(layer.between, len(layer.kept), conv.weight)

@@ -1,4 +1,4 @@
-"""Keep, rebuild or remove: one budget shared out between removing channels and rebuilding them.
+"""Keep, rebuild or remove: one budget shared between removing and rebuilding channels.
 
 Removing is the stronger the longer a network is trained afterwards, rebuilding the better start.
 Which shares are best for a network is tried out: each is built, trained briefly, and compared.
@@ -90,7 +90,7 @@ class JointPlanner:
         self.share = budget.limit(cost_of(self.cost, self.of)) / cost_of(self.cost, self.of)
 
     def candidate(self, share: float) -> Candidate:
-        """Build, and train for a moment, the network of which `share` of the saving is removal's.
+        """Build, and train briefly, the network of which `share` of the saving is removal's.
 
         Raises UserError if it cannot meet the budget.
         """
@@ -134,7 +134,7 @@ class JointPlanner:
             f"rebuilding: the least KL divergence from the dense network {when}, on images held out"
         )
         student = best.trained if keep_training else best.student
-        after = "" if best.share == 0 else "Of what removal leaves: "
+        after = "" if best.share == 0 else "After removal: "
         explanation = [choice, *rows, *(after + line for line in best.plan.explanation)]
         return student, best.plan.model_copy(update={"explanation": explanation})
 

@@ -1,4 +1,4 @@
-"""Cutting channels off a network's modules, as a plan lists them.
+"""Removing channels from a network's modules, as a plan lists them.
 
 The list itself says what belongs together; nothing is traced and no image is needed.
 """
@@ -54,8 +54,8 @@ def narrow_module(module: nn.Module, name: str, channels: Removed) -> None:
         in_width = ""
     if channels.inp and not in_width:
         raise UserError(
-            f"plan removes input channels of {name}, a {type(module).__name__} that has one number "
-            "of channels: list them as out"
+            f"plan removes input channels of {name}, a {type(module).__name__} whose outputs are "
+            "its inputs: list them under out"
         )
     if channels.out:
         width = _width(module, out_width)
@@ -73,7 +73,7 @@ def narrow_module(module: nn.Module, name: str, channels: Removed) -> None:
 
 
 def cannot_narrow(module: nn.Module) -> str | None:
-    """Say what `module` is that its channels cannot be cut, or None if they can."""
+    """Return why the channels of `module` cannot be removed, or None if they can."""
     kind = type(module).__name__
     if not isinstance(module, tuple(WIDTHS)):
         return f"a {kind}: it has no channels that can be cut"

@@ -1,4 +1,4 @@
-"""The front door of compression: from a network and images to a student and its plan."""
+"""Compression in one call: from a network and images to a student and its plan."""
 
 from typing import Unpack
 

@@ -31,8 +31,10 @@ class SBFLayer(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     kind: Literal["sbf"] = "sbf"
-    channels: int = Field(gt=0, description="output channels of the layer")
-    kept: list[int] = Field(description="output channels that keep their filter, ascending")
+    channels: int = Field(gt=0, description="number of output channels")
+    kept: list[int] = Field(
+        description="output channels that keep their filter (the basis), ascending"
+    )
     sources: list[list[int]] = Field(
         description="for each other channel, ascending, the kept channels it is rebuilt from; in "
         "the file 'all' where each is rebuilt from all of them"
@@ -44,13 +46,15 @@ class SBFLayer(BaseModel):
     macs_before: int
     macs_after: int
     ms_before: float | None = Field(
-        None, description="milliseconds of the dense layer alone; where time was the budget"
+        None, description="milliseconds of the dense layer alone, if the budget is a time"
     )
-    ms_after: float | None = Field(None, description="milliseconds of the SBF layer alone")
+    ms_after: float | None = Field(
+        None, description="milliseconds of the SBF layer alone, if the budget is a time"
+    )
     error: float = Field(
         description="share of the variance of the dense layer's output that is not rebuilt"
     )
-    reason: str = Field(description="why the layer has these numbers")
+    reason: str = Field(description="why the layer has these values")
 
     @model_validator(mode="before")
     @classmethod
@@ -149,13 +153,13 @@ class Plan(BaseModel):
     )
     classes: int = Field(description="number of outputs")
     input_shape: tuple[int, int, int] = Field(description="channels, height, width")
-    budget: dict[str, float] = Field(description="what was asked for, e.g. {'macs': 0.5}")
+    budget: dict[str, float] = Field(description="the budget, e.g. {'macs': 0.5}")
     macs_before: int
     macs_after: int
     params_before: int
     params_after: int
-    latency: Latency | None = Field(None, description="where time was the budget")
-    criterion: str | None = Field(None, description="how much a channel matters was judged by it")
+    latency: Latency | None = Field(None, description="set if the budget is a time")
+    criterion: str | None = Field(None, description="how the importance of channels was measured")
     explanation: list[str] = Field([], description="how the budget was shared out, in sentences")
     removed: dict[str, Removed] = Field(
         {},
@@ -217,7 +221,8 @@ class Plan(BaseModel):
             where = ".".join(
                 str(p) for i, p in enumerate(first["loc"]) if not (in_layer and i == 2)
             )
-            raise UserError(f"plan {path}: {where or 'file'}: {first['msg']}") from None
+            wrong = first["msg"].removeprefix("Value error, ")
+            raise UserError(f"plan {path}: {where or 'file'}: {wrong}") from None
 
 
 def _readable_json(plan: Plan) -> str:

@@ -1,4 +1,4 @@
-"""Reporting to a caller how far a long work is."""
+"""Progress of long work, reported to the caller."""
 
 from collections.abc import Callable, Iterator
 

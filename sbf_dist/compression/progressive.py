@@ -72,7 +72,8 @@ def shrink(
         )
     if settings.between is not None:
         raise UserError(
-            f"between = {settings.between!r}: layers with it are not shrunk again, it must be None"
+            f"between = {settings.between!r}: layers with it cannot be shrunk again; it must be "
+            "None"
         )
     for name, layer in plan.layers.items():
         if isinstance(layer, SBFLayer) and layer.between is not None:

@@ -236,7 +236,7 @@ def _shape(network: nn.Module, plan: Plan, name: str, macs: int) -> Shape:
     if isinstance(layer, nn.Conv2d):
         return Shape.of(layer, macs)
     if not isinstance(planned, SBFLayer):
-        raise UserError(f"plan does not make {name} an SBF layer: it is another network's")
+        raise UserError(f"plan does not make {name} an SBF layer: it belongs to another network")
     weights = layer.basis.weight[0].numel()
     params = layer.out_channels * weights + (0 if layer.bias is None else layer.out_channels)
     return Shape(layer.out_channels, weights, planned.macs_before, params)
@@ -353,5 +353,5 @@ def _check_finite(model: nn.Module, name: str) -> None:
             what = "NaN" if tensor.isnan().any() else "infinity"
             layer, _, kind = key.rpartition(".")
             raise UserError(
-                f"model {name!r} has {what} in layer {layer} ({kind}): its weights must be numbers"
+                f"model {name!r} has {what} in layer {layer} ({kind}): its weights must be finite"
             )

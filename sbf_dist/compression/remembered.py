@@ -1,4 +1,4 @@
-"""The plan that a student carries with it, so that it can be saved without being given it again."""
+"""The plan that a student keeps, so that `save` does not need it as an argument."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ class _Remembered:
 
 
 def remember(student: nn.Module, plan: Plan) -> nn.Module:
-    """Keep `plan` with the student that it makes, for `plan_of`; return the student."""
+    """Keep `plan` with its student, for `plan_of`; return the student."""
     student._sbf_plan = _Remembered(plan, _shapes(student))  # type: ignore[assignment]
     return student
 

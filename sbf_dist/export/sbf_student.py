@@ -33,7 +33,9 @@ class Student:
         self.input_shape = tuple(json.loads(metadata["sbf.input_shape"]))
         mean, std = (json.loads(metadata[key]) for key in ("sbf.mean", "sbf.std"))
         if mean is None or std is None:
-            raise ValueError(f"{path} does not say how images are normalised: export it with that")
+            raise ValueError(
+                f"{path} does not say how images are normalised: export it with mean and std"
+            )
         self.mean = np.array(mean, dtype=np.float32)
         self.std = np.array(std, dtype=np.float32)
         batch = self.session.get_inputs()[0].shape[0]

@@ -117,7 +117,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / _MANIFEST
     if not path.is_file():
         raise UserError(
-            f"checkpoint {folder}: has no {_MANIFEST}: not a checkpoint, or one that was cut short"
+            f"checkpoint {folder}: has no {_MANIFEST}: not a checkpoint, or an incomplete one"
         )
     try:
         manifest = Manifest.model_validate_json(path.read_bytes())

@@ -171,7 +171,7 @@ def test_images_come_in_the_type_that_is_asked_for():
 @pytest.mark.parametrize(
     ("images", "told"),
     [
-        (iter([pictures(2)]), "can be gone through only once"),
+        (iter([pictures(2)]), "can be iterated only once"),
         ([], "no image is given"),
         (pictures(2)[:0], "no image is given"),
         ([pictures(2), pictures(2, 8)], "a batch of (2, 3, 8, 8) came where the first images"),

@@ -196,8 +196,8 @@ def test_neither_gradients_nor_hooks_remain():
 
 def test_layers_that_match_a_pattern_stay_dense():
     reasons, candidates = find_candidates(small(), pictures(2), 3, keep=["conv1", "*2"])
-    assert reasons["conv1"] == "kept dense, as asked for by 'conv1'"
-    assert reasons["conv2"] == "kept dense, as asked for by '*2'"
+    assert reasons["conv1"] == "kept dense, as requested by 'conv1'"
+    assert reasons["conv2"] == "kept dense, as requested by '*2'"
     assert not candidates
 
 
@@ -288,5 +288,5 @@ def test_a_plan_of_another_network_is_refused_and_the_layer_is_named():
     assert plan.layers["conv1"].kind == plan.layers["conv2"].kind == "sbf"
     with pytest.raises(UserError, match=r"gives layer conv1 16 channels, this network 12: .*other"):
         convert(small(width=6), plan)
-    with pytest.raises(UserError, match=r"does not know layer parts.0: it was made for 'small'"):
+    with pytest.raises(UserError, match=r"has no layer parts.0: it belongs to 'small'"):
         convert(Chain(plain()), plan)

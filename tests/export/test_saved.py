@@ -118,7 +118,7 @@ def test_network_that_the_plan_does_not_make_is_not_saved(
     plan: Plan, card: Card, tmp_path: Path
 ) -> None:
     dense = randomise(models.build(plan.model, 10))
-    with pytest.raises(ValueError, match="by the plan"):
+    with pytest.raises(ValueError, match="in the plan"):
         save_student(tmp_path / "student", dense, plan, card)
     assert list(tmp_path.iterdir()) == []
 

@@ -116,5 +116,5 @@ def test_nothing_of_a_run_is_done_anew_and_a_change_is_refused_with_its_way_out(
     assert changed.stderr.count("\n") == 1
     assert (
         "before: compress was done with compress.macs = 0.6, the recipe says 0.8; give --again "
-        "compress (which does compress, distill, evaluate, export anew) or another name"
+        "compress (which repeats compress, distill, evaluate, export) or another name"
     ) in changed.stderr

@@ -151,7 +151,7 @@ def test_help_of_run_explains_every_argument_and_stage(answers):
         assert re.match(r"( <[^>]+>)?\s+[A-Z][a-z ,;]+", line), option
     for stage in run_command.StageName:
         assert stage.value in text
-    assert "goes on from the last checkpoint" in " ".join(text.split())
+    assert "resumes from the last checkpoint" in " ".join(text.split())
     assert "distill.training.steps=200" in text
 
 
@@ -260,7 +260,7 @@ def test_without_arguments_the_help_is_shown(sbf):
         (["run", "tiny.yaml", "workers.gpus=9"], "needs 9 GPUs, this machine has"),
         (["run", "tiny.yaml", "teachers.0.name=zeroed", "compress.teacher=zeroed"],
          "teachers.0.name = 'zeroed' must not be one of ensemble, dense-labels, zeroed"),
-        ([*folder_of("few"), "data.validation=null"], "has no val folder; say how many images"),
+        ([*folder_of("few"), "data.validation=null"], "has no val folder; set validation"),
         ([*folder_of("few"), "data.validation=99"], "has only 13 images to train on"),
     ],
 )  # fmt: skip

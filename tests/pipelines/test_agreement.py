@@ -72,7 +72,7 @@ def test_a_worker_whose_files_are_missing_is_named(alone, plain_root, plain_inde
     elsewhere = dataclasses.replace(plain_index, root=copy)
     check_workers_agree(elsewhere)
     shutil.rmtree(copy / "bee")
-    with pytest.raises(UserError, match="on worker 0, 8 of 23 files that were looked at are miss"):
+    with pytest.raises(UserError, match="on worker 0, 8 of 23 checked files are miss"):
         check_workers_agree(elsewhere)
 
 

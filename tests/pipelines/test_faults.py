@@ -89,9 +89,9 @@ def odd_files() -> tuple[dict[str, bytes], dict[str, tuple[bytes, str]]]:
         "corrupt.png": (encoded(picture, "PNG")[:200] + b"\0" * 400, "not a readable image"),
         "text.jpg": (b"no picture at all", "not a readable image"),
         "gif_named.jpg": (encoded(picture, "GIF"), "GIF data"),
-        "huge.png": (huge_png(20_000), "more than the 64 million pixels"),
-        "huge.jpg": (huge_jpeg(20_000), "more than the 64 million pixels"),
-        "large.jpg": (huge_jpeg(9_000), "9000 x 9000, more than the 64 million pixels"),
+        "huge.png": (huge_png(20_000), "more than the limit of 64 million pixels"),
+        "huge.jpg": (huge_jpeg(20_000), "more than the limit of 64 million pixels"),
+        "large.jpg": (huge_jpeg(9_000), "9000 x 9000, more than the limit of 64 million pixels"),
     }
     return good, bad
 

@@ -124,7 +124,7 @@ def test_images_without_labels_serve_as_well(output: str, folder: Path, tmp_path
     result = CliRunner().invoke(
         cli.app, [*words, "--classes", "10", *SMALL], catch_exceptions=False
     )
-    assert "no accuracy: the images have no labels" in result.output
+    assert "accuracy not measured: the images have no labels" in result.output
     assert load_card(tmp_path / "student").top1 is None
 
 
@@ -141,5 +141,5 @@ def test_a_folder_with_other_things_in_it_is_refused_before_the_work(
 ) -> None:
     (tmp_path / "thesis.tex").touch()
     result = CliRunner().invoke(cli.app, [*arguments(folder, out=str(tmp_path)), *SMALL])
-    assert "holds 'thesis.tex', which is no part of a student" in str(result.exception)
+    assert "holds 'thesis.tex', which is not part of a student" in str(result.exception)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]

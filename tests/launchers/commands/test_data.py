@@ -57,7 +57,7 @@ def test_a_set_is_prepared_checked_and_divided(sbf, archives, tmp_path):
     assert output.endswith("10 in val; prepared before\n")
     code, output, _ = sbf("data", "check", out)
     assert code == 0
-    assert output.endswith(f"{out}: 60 files are as they were prepared\n")
+    assert output.endswith(f"{out}: 60 files are unchanged\n")
     split = tmp_path / "split.txt"
     code, output, _ = sbf("data", "split", out, "--labelled", "0.4", "--out", split)
     assert code == 0

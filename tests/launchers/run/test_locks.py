@@ -99,7 +99,7 @@ def test_a_change_is_refused_with_what_is_to_be_done_again_and_why(run: Networks
         open_folder(changed(run, "compress.macs=0.25"), None)
     assert str(caught.value) == (
         f"run folder {run.folder.root}: compress was done with compress.macs = 0.5, the recipe "
-        "says 0.25; give --again compress (which does compress, distill, evaluate, export anew) or "
+        "says 0.25; give --again compress (which repeats compress, distill, evaluate, export) or "
         "another name (name=…)"
     )
     assert done(run) == ALL

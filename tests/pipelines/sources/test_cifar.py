@@ -73,7 +73,7 @@ def batch(**changes) -> bytes:
     ("train", "message"),
     [
         (batch(fine_labels=[0, 2]), "train has a label beyond its 2 names"),
-        (batch(fine_labels=[0, -1]), "train has labels that are no numbers"),
+        (batch(fine_labels=[0, -1]), "train has labels that are not numbers"),
         (batch(fine_labels=[0]), "as many rows of 3072 bytes"),
         (batch(data=np.zeros((2, 3071), np.uint8)), "as many rows of 3072 bytes"),
         (batch(data=[1, 2]), "has no images in b'data'"),
@@ -121,5 +121,5 @@ def test_a_binary_batch_of_odd_length_is_refused(tmp_path):
         {f"cifar-100-binary/{name}": data for name, data in members.items()},
         "w:gz",
     )
-    with pytest.raises(UserError, match=r"test\.bin has 3073 bytes, no multiple of 3074"):
+    with pytest.raises(UserError, match=r"test\.bin has 3073 bytes, not a multiple of 3074"):
         cifar.catalogue(path)
