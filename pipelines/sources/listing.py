@@ -193,7 +193,8 @@ def _class_folders(root: Path) -> Listing:
         for name in _folders(val):
             if name not in label_of:
                 raise UserError(
-                    f"data {root}: {val.name} has the class {name!r}, which {train.name} does not have"
+                    f"data {root}: {val.name} has the class {name!r}, which {train.name} does "
+                    "not have"
                 )
             label = label_of[name]
             found += [(file, "val", label) for file in _images(root, val / name)]

@@ -17,11 +17,7 @@ from sbf_dist.compression.plan import Plan
 from sbf_dist.compression.remembered import plan_of
 from sbf_dist.errors import UserError
 from sbf_dist.files import sha256
-<<<<<<< HEAD
-from sbf_dist.layers import SBFConv2d
 from sbf_dist.weights import load_state
-=======
->>>>>>> main
 
 WEIGHTS = "weights.safetensors"
 PLAN = "plan.json"
@@ -109,14 +105,16 @@ def save(
     accuracy in [0, 1], if it was measured.
 
     An older student in `folder` is replaced. Raises UserError if the folder holds other things, or
-    the student does not match its plan.
+    the student is not as its plan has it.
     """
     plan = plan_of(student)
     card = Card.of(plan, classes=classes, mean=mean, std=std, top1=top1)
     difference = _difference(student, plan)
     if difference is not None:
-<<<<<<< HEAD
-        raise UserError(f"the student is no {plan.model}: {difference}")
+        raise UserError(
+            f"the student does not match its plan ({difference}): save it before it is folded, "
+            "optimized or changed"
+        )
     _write(Path(folder), student, plan, card)
 
 
@@ -146,39 +144,7 @@ def _difference(student: nn.Module, plan: Plan) -> str | None:
     for name in [*expected, *(key for key in state if key not in expected)]:
         shapes = [tuple(d[name].shape) if name in d else None for d in (state, expected)]
         if shapes[0] != shapes[1]:
-            return f"{name} is {shapes[0]} in the model, {shapes[1]} by the plan"
-=======
-        raise UserError(
-            f"the student does not match its plan ({difference}): save it before it is folded, "
-            "optimized or changed"
-        )
-    save_student(Path(folder), student, plan, card)
-
-
-def _difference(student: nn.Module, plan: Plan) -> str | None:
-    """Say in what `student` is not what `plan` makes of the dense network, if it is not.
-
-    Of a network that only its user can build, the layers of the plan are compared.
-    """
-    if models.is_buildable(plan.model):
-        expected = convert(models.build(plan.model, plan.classes), plan).state_dict()
-        state = student.state_dict()
-        for name in [*expected, *(key for key in state if key not in expected)]:
-            shapes = [tuple(d[name].shape) if name in d else None for d in (state, expected)]
-            if shapes[0] != shapes[1]:
-                return f"{name} is {shapes[0]} in the model, {shapes[1]} in the plan"
-        return None
-    modules = dict(student.named_modules())
-    for name, layer in plan.layers.items():
-        wanted = SBFConv2d if isinstance(layer, SBFLayer) else nn.Conv2d
-        module = modules.get(name)
-        if not isinstance(module, wanted):
-            return f"{name} is a {type(module).__name__}, a {wanted.__name__} in the plan"
-        if isinstance(layer, SBFLayer) and isinstance(module, SBFConv2d):
-            wiring = [list(row) for row in module.rebuilt_from]
-            if list(module.kept) != layer.kept or wiring != layer.sources:
-                return f"{name} keeps or reads other channels than in the plan"
->>>>>>> words
+            return f"{name} is {shapes[0]} in the model, {shapes[1]} in the plan"
     return None
 
 
@@ -192,7 +158,7 @@ def check_folder(folder: Path) -> None:
     strangers = sorted(entry.name for entry in folder.iterdir() if entry.name not in ours)
     if strangers:
         raise UserError(
-            f"folder {folder} holds {strangers[0]!r}, which is not part of a student: "
+            f"folder {folder} holds {strangers[0]!r}, which is no part of a student: "
             "choose an empty or a new folder"
         )
 
@@ -221,7 +187,7 @@ def load_student(folder: Path | str, build: Callable[[], nn.Module] | None = Non
     card = load_card(folder)
     plan = Plan.load(folder / PLAN)
     if plan.digest() != card.plan_digest:
-        raise UserError(f"file {folder / PLAN} does not belong to the {CARD} beside it")
+        raise UserError(f"file {folder / PLAN} is not the plan that {CARD} beside it belongs to")
     path = folder / WEIGHTS
     if not path.is_file():
         raise UserError(f"file {path} does not exist: {folder} is not a complete student")
