@@ -1,8 +1,8 @@
-"""The one kind of error that is the user's to mend."""
+"""The one kind of error that the user can correct."""
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one line: the thing, its value, what would be right.
+    """A mistake of the user's, answered in one line: the thing, its value, what would be right.
 
     The command line prints the line and exits with 2; anything else that is raised is our own bug
     and keeps its traceback.

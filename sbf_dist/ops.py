@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from sbf_dist import ops_gradients
 from sbf_dist.extension import build_info
-from sbf_dist.ops_gradients import Expand
 
 
 def expand(
@@ -35,7 +35,7 @@ def expand(
     """
     if bias is not None:
         bias = bias.to(z.dtype)
-    return Expand.call(z, transforms.to(z.dtype), sources, order, bias)
+    return ops_gradients.expand(z, transforms.to(z.dtype), sources, order, bias)
 
 
 def expand_reference(

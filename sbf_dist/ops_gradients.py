@@ -5,7 +5,7 @@ are closed under differentiation: no order of derivative needs another kernel.
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,35 +29,34 @@ def _is_transforming() -> bool:
     return active is None or active() or getattr(forward_ad, "_current_level", 0) >= 0
 
 
-class _Operator(torch.autograd.Function):
-    """An operator as a function that torch.func transforms: grad, jvp, vmap.
+def _call(function: type[torch.autograd.Function], operator: Any, *arguments: Any) -> Tensor:
+    """Call the function where it is transformed, else the operator, which graphs can hold.
 
     torch.library.register_autograd alone gives gradients that torch.func refuses
     (https://docs.pytorch.org/docs/stable/notes/extending.func.html).
     """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _is_transforming():
+        return operator(*arguments)
+    return function.apply(*arguments)
 
+
+def expand(*arguments: Any) -> Tensor:
+    """Call torch.ops.sbf.expand, differentiable by torch.func too."""
+    return _call(_Expand, torch.ops.sbf.expand, *arguments)
+
+
+def expand_grad_input(*arguments: Any) -> Tensor:
+    """Call torch.ops.sbf.expand_grad_input, differentiable by torch.func too."""
+    return _call(_ExpandGradInput, torch.ops.sbf.expand_grad_input, *arguments)
+
+
+def expand_grad_transforms(*arguments: Any) -> Tensor:
+    """Call torch.ops.sbf.expand_grad_transforms, differentiable by torch.func too."""
+    return _call(_ExpandGradTransforms, torch.ops.sbf.expand_grad_transforms, *arguments)
+
+
+class _Expand(torch.autograd.Function):
     generate_vmap_rule = True
-    operator: ClassVar[Callable[..., Tensor]]
-
-    @classmethod
-    def call(cls, *arguments: Any) -> Tensor:
-        """Call this function where it is transformed, else the operator, which graphs can hold."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _is_transforming():
-            return cls.operator(*arguments)
-        return cls.apply(*arguments)
-
-    @classmethod
-    def register(cls) -> None:
-        """Give the operator itself these gradients."""
-        torch.library.register_autograd(
-            cls.operator._qualified_op_name,  # type: ignore[attr-defined]
-            cls.backward,
-            setup_context=cls.setup_context,
-        )
-
-
-class Expand(_Operator):
-    operator = torch.ops.sbf.expand
 
     @staticmethod
     def forward(z, transforms, sources, order, bias):
@@ -76,8 +75,8 @@ class Expand(_Operator):
     @staticmethod
     def jvp(ctx, z_tangent, transforms_tangent, _sources, _order, bias_tangent):
         z, transforms, sources, order = ctx.saved_tensors
-        of_z = Expand.call(z_tangent, transforms, sources, order, bias_tangent)
-        of_transforms = Expand.call(z, transforms_tangent, sources, order, None)
+        of_z = expand(z_tangent, transforms, sources, order, bias_tangent)
+        of_transforms = expand(z, transforms_tangent, sources, order, None)
         return of_z + of_transforms.masked_fill(_is_kept(order, z.shape[1]), 0)
 
     @staticmethod
@@ -85,16 +84,16 @@ class Expand(_Operator):
         z, transforms, sources, order = ctx.saved_tensors
         grad_z = grad_transforms = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_z = ExpandGradInput.call(grad, transforms, sources, order)
+            grad_z = expand_grad_input(grad, transforms, sources, order)
         if ctx.needs_input_grad[1]:
-            grad_transforms = ExpandGradTransforms.call(grad, z, sources, order, ctx.size)
+            grad_transforms = expand_grad_transforms(grad, z, sources, order, ctx.size)
         if ctx.needs_input_grad[4]:
             grad_bias = grad.sum((0, 2, 3))
         return grad_z, grad_transforms, None, None, grad_bias
 
 
-class ExpandGradInput(_Operator):
-    operator = torch.ops.sbf.expand_grad_input
+class _ExpandGradInput(torch.autograd.Function):
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(grad, transforms, sources, order):
@@ -110,23 +109,23 @@ class ExpandGradInput(_Operator):
     @staticmethod
     def jvp(ctx, grad_tangent, transforms_tangent, _sources, _order):
         grad, transforms, sources, order = ctx.saved_tensors
-        of_grad = ExpandGradInput.call(grad_tangent, transforms, sources, order)
+        of_grad = expand_grad_input(grad_tangent, transforms, sources, order)
         rebuilt = grad.masked_fill(_is_kept(order, len(order) - len(sources)), 0)
-        return of_grad + ExpandGradInput.call(rebuilt, transforms_tangent, sources, order)
+        return of_grad + expand_grad_input(rebuilt, transforms_tangent, sources, order)
 
     @staticmethod
     def backward(ctx, outer):
         grad, transforms, sources, order = ctx.saved_tensors
         grad_grad = grad_transforms = None
         if ctx.needs_input_grad[0]:
-            grad_grad = Expand.call(outer, transforms, sources, order, None)
+            grad_grad = expand(outer, transforms, sources, order, None)
         if ctx.needs_input_grad[1]:
-            grad_transforms = ExpandGradTransforms.call(grad, outer, sources, order, ctx.size)
+            grad_transforms = expand_grad_transforms(grad, outer, sources, order, ctx.size)
         return grad_grad, grad_transforms, None, None
 
 
-class ExpandGradTransforms(_Operator):
-    operator = torch.ops.sbf.expand_grad_transforms
+class _ExpandGradTransforms(torch.autograd.Function):
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(grad, z, sources, order, size):
@@ -141,8 +140,8 @@ class ExpandGradTransforms(_Operator):
     @staticmethod
     def jvp(ctx, grad_tangent, z_tangent, _sources, _order, _size):
         grad, z, sources, order = ctx.saved_tensors
-        of_grad = ExpandGradTransforms.call(grad_tangent, z, sources, order, ctx.size)
-        return of_grad + ExpandGradTransforms.call(grad, z_tangent, sources, order, ctx.size)
+        of_grad = expand_grad_transforms(grad_tangent, z, sources, order, ctx.size)
+        return of_grad + expand_grad_transforms(grad, z_tangent, sources, order, ctx.size)
 
     @staticmethod
     def backward(ctx, outer):
@@ -150,15 +149,21 @@ class ExpandGradTransforms(_Operator):
         kept = _is_kept(order, z.shape[1])
         grad_grad = grad_z = None
         if ctx.needs_input_grad[0]:
-            through = Expand.call(z, outer, sources, order, None)
+            through = expand(z, outer, sources, order, None)
             grad_grad = through.masked_fill(kept, 0)
         if ctx.needs_input_grad[1]:
-            grad_z = ExpandGradInput.call(grad.masked_fill(kept, 0), outer, sources, order)
+            grad_z = expand_grad_input(grad.masked_fill(kept, 0), outer, sources, order)
         return grad_grad, grad_z, None, None, None
 
 
-for _operator in (Expand, ExpandGradInput, ExpandGradTransforms):
-    _operator.register()
+for _name, _function in (
+    ("expand", _Expand),
+    ("expand_grad_input", _ExpandGradInput),
+    ("expand_grad_transforms", _ExpandGradTransforms),
+):
+    torch.library.register_autograd(
+        f"sbf::{_name}", _function.backward, setup_context=_function.setup_context
+    )
 
 
 # ---------------------------------------------------------------- vmap

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import sbf_dist
 from sbf_dist import models
 from sbf_dist.errors import UserError
+from sbf_dist.export.fold import fold_batchnorm
 
 NAMES = {
     "compress", "shrink", "convert", "save", "load", "optimize", "export_onnx", "Budget", "Plan",
@@ -211,13 +212,21 @@ def test_what_is_no_student_or_not_as_its_plan_has_it_is_not_saved(made, tmp_pat
         sbf_dist.save(sbf_dist.optimize(student), tmp_path / "student")
     changed = copy.deepcopy(student)
     changed.conv2 = nn.Identity()
-    with pytest.raises(UserError, match=r"conv2 is a Identity, a SBFConv2d by the plan"):
+    with pytest.raises(UserError, match=r"not as its plan has it: conv2\.\w+ has another shape"):
         sbf_dist.save(changed, tmp_path / "student")
+    with pytest.raises(UserError, match="is not as its plan has it"):
+        sbf_dist.save(fold_batchnorm(student), tmp_path / "student")
     with pytest.raises(UserError, match="2 class names for a plan of 5 classes"):
         sbf_dist.save(student, tmp_path / "student", classes=["a", "b"])
     with pytest.raises(UserError, match="mean has 1 values for 3 channels"):
         sbf_dist.save(student, tmp_path / "student", mean=[0.5])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_name_of_another_network_is_noticed_when_the_student_is_saved(tmp_path):
+    student, _ = sbf_dist.compress(small(), IMAGES, macs=0.6, name="cifar_resnet8")
+    with pytest.raises(UserError, match="plan does not know layer conv: it was made for"):
+        sbf_dist.save(student, tmp_path / "student")
 
 
 def test_a_student_is_exported_with_what_is_known_of_it(made, tmp_path):

@@ -11,8 +11,8 @@ from sbf_dist import models
 from sbf_dist.compare_recipe import Comparison
 from sbf_dist.errors import UserError
 from sbf_dist.files import write_json
+from sbf_dist.provenance import origin
 from sbf_dist.report.chart import accuracy_over_macs
-from sbf_dist.tracking import origin
 
 
 def compare(recipe: Comparison, runs: Path, display: Display) -> Result:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from launchers.run import locks
 from launchers.run.folder import RunFolder
 from launchers.run.stages import STAGES, Stage
-from sbf_dist import tracking
 from sbf_dist.errors import UserError
 from sbf_dist.files import write_json
+from sbf_dist.provenance import origin
 
 if TYPE_CHECKING:
     from launchers.run.networks import Networks
@@ -39,7 +39,7 @@ def perform(session: "Session", until: str) -> None:
             log.log_metrics({"seconds": seconds}, 0)
         reads = [key for product in stage.products(session.networks) for key in product.reads]
         read = locks.read_by(values, reads)
-        write_json(result_file, {**result, "read": read, "seconds": seconds, **tracking.origin()})
+        write_json(result_file, {**result, "read": read, "seconds": seconds, **origin()})
 
 
 def open_folder(networks: "Networks", again: str | None) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from sbf_dist.compression.plan import Plan
@@ -11,9 +12,10 @@ from sbf_dist.errors import UserError
 
 @dataclass(frozen=True)
 class _Remembered:
-    """The plan of a student: copies of the student share it."""
+    """The plan of a student and the shapes that its tensors had; copies of the student share it."""
 
     plan: Plan
+    shapes: dict[str, torch.Size]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Remembered":
         return self
@@ -21,14 +23,14 @@ class _Remembered:
 
 def remember(student: nn.Module, plan: Plan) -> nn.Module:
     """Keep `plan` with the student that it makes, for `plan_of`; return the student."""
-    student._sbf_plan = _Remembered(plan)  # type: ignore[assignment]
+    student._sbf_plan = _Remembered(plan, _shapes(student))  # type: ignore[assignment]
     return student
 
 
 def plan_of(student: nn.Module) -> Plan:
     """Return the plan that `compress`, `shrink`, `convert` or `load` kept with a student.
 
-    Raises UserError for any other network.
+    Raises UserError for any other network, and for a student whose tensors are others than then.
     """
     remembered = getattr(student, "_sbf_plan", None)
     if not isinstance(remembered, _Remembered):
@@ -36,4 +38,15 @@ def plan_of(student: nn.Module) -> Plan:
             f"{type(student).__name__} has no plan: give a network as compress, shrink, convert or "
             "load returned it, not one that was optimized or wrapped"
         )
+    shapes = _shapes(student)
+    for name in [*remembered.shapes, *shapes]:
+        if shapes.get(name) != remembered.shapes.get(name):
+            raise UserError(
+                f"{type(student).__name__} is not as its plan has it: {name} has another shape, or "
+                "is only in one of the two; save it before it is folded, optimized or changed"
+            )
     return remembered.plan
+
+
+def _shapes(student: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in student.state_dict().items()}

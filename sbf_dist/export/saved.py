@@ -13,11 +13,10 @@ from torch import nn
 
 from sbf_dist import models
 from sbf_dist.compression.convert import convert
-from sbf_dist.compression.plan import Plan, SBFLayer
+from sbf_dist.compression.plan import Plan
 from sbf_dist.compression.remembered import plan_of
 from sbf_dist.errors import UserError
 from sbf_dist.files import sha256
-from sbf_dist.layers import SBFConv2d
 from sbf_dist.weights import load_state
 
 WEIGHTS = "weights.safetensors"
@@ -87,20 +86,7 @@ def save_student(folder: Path, model: nn.Module, plan: Plan, card: Card) -> None
     difference = _difference(model, plan)
     if difference is not None:
         raise ValueError(difference)
-    state = {
-        name: tensor.detach().cpu().contiguous().clone()
-        for name, tensor in model.state_dict().items()
-    }
-    check_folder(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    save_file(state, partial / WEIGHTS)
-    plan.save(partial / PLAN)
-    card = card.model_copy(update={"weights_digest": sha256(partial / WEIGHTS)})
-    (partial / CARD).write_text(card.model_dump_json(indent=2) + "\n")
-    _replace_folder(partial, folder)
+    _write(folder, model, plan, card)
 
 
 def save(
@@ -125,36 +111,37 @@ def save(
     card = Card.of(plan, classes=classes, mean=mean, std=std, top1=top1)
     difference = _difference(student, plan)
     if difference is not None:
-        raise UserError(
-            f"the student is not as its plan has it ({difference}): save it before it is folded, "
-            "optimized or changed"
-        )
-    save_student(Path(folder), student, plan, card)
+        raise UserError(f"the student is no {plan.model}: {difference}")
+    _write(Path(folder), student, plan, card)
+
+
+def _write(folder: Path, model: nn.Module, plan: Plan, card: Card) -> None:
+    state = {
+        name: tensor.detach().cpu().contiguous().clone()
+        for name, tensor in model.state_dict().items()
+    }
+    check_folder(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    save_file(state, partial / WEIGHTS)
+    plan.save(partial / PLAN)
+    card = card.model_copy(update={"weights_digest": sha256(partial / WEIGHTS)})
+    (partial / CARD).write_text(card.model_dump_json(indent=2) + "\n")
+    _replace_folder(partial, folder)
 
 
 def _difference(student: nn.Module, plan: Plan) -> str | None:
-    """Say in what `student` is not what `plan` makes of the dense network, if it is not.
-
-    Of a network that only its user can build, the layers of the plan are compared.
-    """
-    if models.is_buildable(plan.model):
-        expected = convert(models.build(plan.model, plan.classes), plan).state_dict()
-        state = student.state_dict()
-        for name in [*expected, *(key for key in state if key not in expected)]:
-            shapes = [tuple(d[name].shape) if name in d else None for d in (state, expected)]
-            if shapes[0] != shapes[1]:
-                return f"{name} is {shapes[0]} in the model, {shapes[1]} by the plan"
+    """Say in what `student` is not what `plan` makes of the dense network, if that can be built."""
+    if not models.is_buildable(plan.model):
         return None
-    modules = dict(student.named_modules())
-    for name, layer in plan.layers.items():
-        wanted = SBFConv2d if isinstance(layer, SBFLayer) else nn.Conv2d
-        module = modules.get(name)
-        if not isinstance(module, wanted):
-            return f"{name} is a {type(module).__name__}, a {wanted.__name__} by the plan"
-        if isinstance(layer, SBFLayer) and isinstance(module, SBFConv2d):
-            wiring = [list(row) for row in module.rebuilt_from]
-            if list(module.kept) != layer.kept or wiring != layer.sources:
-                return f"{name} keeps or reads other channels than by the plan"
+    expected = convert(models.build(plan.model, plan.classes), plan).state_dict()
+    state = student.state_dict()
+    for name in [*expected, *(key for key in state if key not in expected)]:
+        shapes = [tuple(d[name].shape) if name in d else None for d in (state, expected)]
+        if shapes[0] != shapes[1]:
+            return f"{name} is {shapes[0]} in the model, {shapes[1]} by the plan"
     return None
 
 

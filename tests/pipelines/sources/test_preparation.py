@@ -182,6 +182,16 @@ def test_files_that_vanished_after_they_were_noted_are_made_again(archives, tmp_
     assert check(out).whole
 
 
+def test_what_a_killed_process_left_half_written_is_removed(archives, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    interrupted(monkeypatch, archives, out, layout="webdataset")
+    for folder in (out, out / WORK / "made"):
+        (folder / ".train-000000.tar.123.partial").write_bytes(b"half")
+    prepare("cifar10", archives, out, layout="webdataset", checksum=False)
+    assert check(out).whole
+    assert not list(out.glob(".*"))
+
+
 def test_two_processes_do_not_prepare_one_folder(archives, tmp_path):
     import fcntl
 
