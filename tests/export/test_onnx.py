@@ -92,9 +92,10 @@ def test_without_a_card_the_shape_is_enough(plan: Plan, tmp_path: Path) -> None:
 
 def test_the_shape_is_given_once(student: nn.Module, card: Card, tmp_path: Path) -> None:
     path = tmp_path / "student.onnx"
-    for arguments in ({}, {"card": card, "input_shape": (3, 16, 16)}):
-        with pytest.raises(UserError, match="give either a card or input_shape="):
-            export_onnx(student, path, **arguments)
+    with pytest.raises(UserError, match="give either a card or input_shape="):
+        export_onnx(student, path, card, input_shape=(3, 16, 16))
+    with pytest.raises(UserError, match="plan"):
+        export_onnx(nn.Conv2d(3, 4, 3), path)
 
 
 class BranchOnData(nn.Module):
