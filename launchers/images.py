@@ -16,7 +16,7 @@ from pipelines.sources.folder import index_folder
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.recipe import Data
 
-BATCH = 64
+BATCH_SIZE = 64
 MAX_IMAGES_BYTES = 2**26  # of calibration images that are kept rather than decoded each time
 
 _EMBEDDED = {"digits": digits.write, "photos": photos.write}
@@ -56,7 +56,7 @@ def calibration_images(data: Data, index: DataIndex, count: int, seed: int) -> C
     drawn = np.random.default_rng(seed).choice(ids, min(count, len(ids)), replace=False)
     drawn.sort()
     if 4 * 3 * data.image_size**2 * len(drawn) <= MAX_IMAGES_BYTES:
-        return Calibration.of(evaluation_images(data, index, drawn), batch=BATCH)
+        return Calibration.of(evaluation_images(data, index, drawn), batch=BATCH_SIZE)
     return Calibration(_Images(evaluation_loader(data, index, drawn)))
 
 
@@ -71,7 +71,7 @@ def evaluation_loader(
     index: DataIndex,
     ids: np.ndarray,
     *,
-    batch_size: int = BATCH,
+    batch_size: int = BATCH_SIZE,
     device: torch.device | str = "cpu",
 ) -> EvalLoader:
     """Return the batches of `ids` as the student sees them in evaluation."""

@@ -18,7 +18,9 @@ def check_workers_agree(index: DataIndex, device: torch.device | str = "cpu") ->
     the group's backend can send from.
     """
     digest = np.frombuffer(bytes.fromhex(index.digest), dtype=np.uint8)
-    mine = torch.from_numpy(np.append(digest, len(_strangers(index))).astype(np.uint8)).to(device)
+    mine = torch.from_numpy(np.append(digest, len(_changed_files(index))).astype(np.uint8)).to(
+        device
+    )
     every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(every, mine)
     for worker, theirs in enumerate(every):
@@ -37,9 +39,9 @@ def check_workers_agree(index: DataIndex, device: torch.device | str = "cpu") ->
             )
 
 
-def _strangers(index: DataIndex) -> list[str]:
+def _changed_files(index: DataIndex) -> list[str]:
     """Of some samples, the files or shards that are not as they were indexed."""
-    strangers = []
+    changed = []
     for sample in np.unique(np.linspace(0, len(index) - 1, _NUM_CHECKED_FILES).astype(np.int64)):
         shard = -1 if index.shard is None else int(index.shard[sample])
         name = index.files[sample] if shard < 0 else index.shards[shard]
@@ -51,5 +53,5 @@ def _strangers(index: DataIndex) -> list[str]:
         except OSError:
             size = -1
         if size < least or (shard < 0 and size != least):
-            strangers.append(name)
-    return strangers
+            changed.append(name)
+    return changed

@@ -17,7 +17,7 @@ fn: Any = dali.fn
 types: Any = dali.types
 
 DTYPES = {"float32": types.FLOAT, "float16": types.FLOAT16}
-STRONG = "strong_"  # stands before the names of the inputs of the strong view
+STRONG_PREFIX = "strong_"  # stands before the names of the inputs of the strong view
 _LEVELS = 255.0
 _MAX_HINT_PIXELS = 4096
 
@@ -85,14 +85,14 @@ def train_graph(
 
     Inputs, to be fed for each batch: the images as the form's source says, and what Views.inputs
     gives. The graph itself draws no random number. With `strong` the same images come out a second
-    time, in a view of its own whose inputs have the prefix STRONG.
+    time, in a view of its own whose inputs have the prefix STRONG_PREFIX.
     """
 
     def views() -> tuple[Any, ...]:
         if strong is None and augmentation.crop == "resized" and not _is_whole(form):
             return (_varied(_resized(_cut(form), form), form, augmentation, ""),)
         images = _decoded(form)
-        asked = [(augmentation, "")] + ([(strong, STRONG)] if strong is not None else [])
+        asked = [(augmentation, "")] + ([(strong, STRONG_PREFIX)] if strong is not None else [])
         return tuple(
             _varied(_crops(images, form, one, prefix), form, one, prefix) for one, prefix in asked
         )

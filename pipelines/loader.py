@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pipelines.augmentation import draw_views, only_crops
 from pipelines.flight import Flight
-from pipelines.graphs import STRONG, Form, crop_graph, evaluate_graph, train_graph
+from pipelines.graphs import STRONG_PREFIX, Form, crop_graph, evaluate_graph, train_graph
 from pipelines.index import UNKNOWN, DataIndex
 from pipelines.memory import decode_all
 from pipelines.mixup import draw_mixup
@@ -199,7 +199,7 @@ class TrainLoader:
         ids = self._stream.take(start, self._batch_size)
         inputs: dict[str, NDArray[Any]] = {}
         asked = [(self._augmentation, "")]
-        asked += [(self._strong, STRONG)] if self._strong is not None else []
+        asked += [(self._strong, STRONG_PREFIX)] if self._strong is not None else []
         for augmentation, prefix in asked:
             views = draw_views(
                 augmentation,
@@ -207,7 +207,7 @@ class TrainLoader:
                 image_size=self._view.image_size,
                 seed=self._stream.seed,
                 position=start,
-                strong=prefix == STRONG,
+                strong=prefix == STRONG_PREFIX,
             )
             inputs |= {prefix + key: value for key, value in views.inputs(augmentation).items()}
         aside = inputs.pop("mirror") if self._resizes_itself else None

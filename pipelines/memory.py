@@ -16,7 +16,7 @@ from sbf_dist.settings import View
 _BATCH_SIZE = 128
 _PREFETCH = 2
 _MAX_MEMORY_SHARE = 0.5  # of the memory that is free
-_UNSEEN = View(image_size=1, mean=(0, 0, 0), std=(1, 1, 1))  # decoding alone asks for no view
+_UNUSED_VIEW = View(image_size=1, mean=(0, 0, 0), std=(1, 1, 1))  # decoding alone asks for no view
 
 
 def decode_all(index: DataIndex, ids: NDArray[np.int64], *, threads: int) -> Pixels:
@@ -37,7 +37,7 @@ def decode_all(index: DataIndex, ids: NDArray[np.int64], *, threads: int) -> Pix
     batches = [ids[start : start + _BATCH_SIZE] for start in range(0, len(ids), _BATCH_SIZE)]
     depth = min(_PREFETCH, len(batches))
     reader = Reader(threads=threads, prefetch=depth)
-    form = Form.of(_UNSEEN, reader, batch_size=_BATCH_SIZE, source=samples.source)
+    form = Form.of(_UNUSED_VIEW, reader, batch_size=_BATCH_SIZE, source=samples.source)
     flight = Flight(decode_graph(form), samples, reader)
     for batch in batches[:depth]:
         flight.submit(batch, {})

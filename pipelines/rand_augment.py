@@ -26,7 +26,7 @@ def equalize(images: Any, _: Any) -> Any:
     return fn.equalize(images)
 
 
-_OURS = {"sharpness": sharpness, "equalize": equalize}
+_OWN_OPERATIONS = {"sharpness": sharpness, "equalize": equalize}
 
 
 def rand_augmented(
@@ -38,7 +38,7 @@ def rand_augmented(
     magnitude is negated. Only in a graph that is built with conditionals. Operations and ranges are
     DALI's: the strength of each grows with the magnitude, 0..30 (Cubuk et al. 2020).
     """
-    suite = [_OURS.get(one.name, one) for one in get_rand_augment_suite(use_shape=True)]
+    suite = [_OWN_OPERATIONS.get(one.name, one) for one in get_rand_augment_suite(use_shape=True)]
     assert tuple(one.name for one in suite) == OPERATIONS
     for number in range(count):
         images = select(

@@ -71,7 +71,7 @@ class Run:
             found[0].info.run_id if found else None,
             experiment_id=parent.experiment_id,
             name=name,
-            tags={PARENT_TAG: parent.run_id, STAGE_TAG: name, **_who(), **(tags or {})},
+            tags={PARENT_TAG: parent.run_id, STAGE_TAG: name, **_user_tags(), **(tags or {})},
         )
 
     def log_params(self, params: Mapping[str, Any]) -> None:
@@ -189,7 +189,7 @@ def start(
             run_id,
             experiment_id=_experiment(client, uri, experiment, folder),
             name=name,
-            tags={**_who(), **origin(), **(tags or {})},
+            tags={**_user_tags(), **origin(), **(tags or {})},
         )
 
 
@@ -355,7 +355,7 @@ def _begin(
     return run
 
 
-def _who() -> dict[str, str]:
+def _user_tags() -> dict[str, str]:
     user = os.environ.get("USER") or os.environ.get("LOGNAME") or str(os.getuid())
     return {"mlflow.user": user, "mlflow.source.name": "sbf", "mlflow.source.type": "LOCAL"}
 

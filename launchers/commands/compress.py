@@ -10,7 +10,7 @@ from sbf_dist.budget import BUDGETS
 from sbf_dist.compress_recipe import OneShot
 from sbf_dist.errors import UserError
 
-HELD_OUT = 0.1  # of the images, where the folder has no val/: accuracy is measured on them
+HELD_OUT_SHARE = 0.1  # of the images, where the folder has no val/: accuracy is measured on them
 
 
 def command(
@@ -80,7 +80,7 @@ def settings_of(
     content: dict[str, Any] = {
         "model": model,
         "weights": str(weights),
-        "data": {"root": str(data), "validation": HELD_OUT},
+        "data": {"root": str(data), "validation": HELD_OUT_SHARE},
         "compress": {},
     }
     return compress_recipe.validate(content, [f"compress.{budget}", *overrides], "command line")

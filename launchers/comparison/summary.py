@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from launchers.comparison.statistics import summarise
-from launchers.comparison.trials import Bench, Result, Trial, trials
+from launchers.comparison.trials import Result, SeedContext, Trial, trials
 from launchers.display import Display
 from launchers.images import index_images
 from sbf_dist import models
@@ -34,9 +34,9 @@ def compare(recipe: Comparison, runs: Path, display: Display) -> Result:
         for seed in recipe.seeds:
             mine = [trial for trial in missing if trial.seed == seed]
             if mine:
-                bench = Bench.of(recipe, index, folder, seed, display)
+                context = SeedContext.of(recipe, index, folder, seed, display)
                 for trial in mine:
-                    write_json(_path(folder, trial), bench.result(trial))
+                    write_json(_path(folder, trial), context.result(trial))
                     done = sum(_path(folder, other).exists() for other in todo)
                     display.say(f"  {done} of {len(todo)}: {_outcome(folder, trial)}")
     results = [json.loads(_path(folder, trial).read_text()) for trial in todo]

@@ -64,7 +64,7 @@ def trials(recipe: Comparison) -> list[Trial]:
 
 
 @dataclass(frozen=True)
-class Bench:
+class SeedContext:
     """All that the networks of one seed share."""
 
     recipe: Comparison
@@ -80,7 +80,7 @@ class Bench:
     @classmethod
     def of(
         cls, recipe: Comparison, index: DataIndex, folder: Path, seed: int, display: Display
-    ) -> "Bench":
+    ) -> "SeedContext":
         """Train the dense network of the seed, unless it is there, and load what all share."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(seed)

@@ -19,12 +19,12 @@ from sbf_dist.errors import UserError
 LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 256 * 2**20  # only Ray's own small objects pass through it
 
-_FOLDER = "sbf-ray-"
+_FOLDER_PREFIX = "sbf-ray-"
 # Ray makes Unix sockets in its folder, whose paths the kernel limits to 107 characters.
 _MAX_BASE_LENGTH = 15
 
 # Read by Ray when it is imported, and by its processes when they start.
-_QUIET = {
+_RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
     # The name says what it is usually for; at 0, Ray takes 127.0.0.1 for the address of this node,
@@ -74,7 +74,7 @@ def local_ray(
         return
     check_machine(workers, cpus_per_worker, gpus_per_worker)
     environment = {
-        **_QUIET,
+        **_RAY_ENVIRONMENT,
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         # Programs of the virtual environment for workers when it is not activated.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
@@ -115,11 +115,11 @@ def _temporary_folder() -> Iterator[Path]:
     base = Path(tempfile.gettempdir())
     if len(str(base)) > _MAX_BASE_LENGTH:
         base = Path("/tmp")
-    for old in base.glob(f"{_FOLDER}*-*"):
-        pid = old.name.removeprefix(_FOLDER).partition("-")[0]
+    for old in base.glob(f"{_FOLDER_PREFIX}*-*"):
+        pid = old.name.removeprefix(_FOLDER_PREFIX).partition("-")[0]
         if pid.isdigit() and old.stat().st_uid == os.getuid() and not Path("/proc", pid).exists():
             shutil.rmtree(old, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{_FOLDER}{os.getpid()}-", dir=base))
+    folder = Path(tempfile.mkdtemp(prefix=f"{_FOLDER_PREFIX}{os.getpid()}-", dir=base))
     try:
         yield folder
     finally:

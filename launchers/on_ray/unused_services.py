@@ -90,11 +90,11 @@ def trainer_class(*, on_one_machine: bool) -> Any:
             parts["callbacks"] = [c for c in parts["callbacks"] if type(c).__name__ not in unused]
             if on_one_machine:
                 for method in REQUESTS_FOR_NODES:
-                    setattr(parts["scaling_policy"], method, _ask_nobody)
+                    setattr(parts["scaling_policy"], method, _request_nothing)
             return super()._initialize_and_run_controller(**parts)  # type: ignore[misc]
 
     return SmallTrainer
 
 
-def _ask_nobody() -> None:
+def _request_nothing() -> None:
     """In place of asking an autoscaler for nodes."""

@@ -67,15 +67,15 @@ def show_results(display: Display, folder: RunFolder, uri: str) -> None:
     )
     here = Path.cwd()
 
-    def near(path: Path) -> str:
+    def shortened(path: Path) -> str:
         return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
     shown = uri.replace(f"{here}/", "") if uri.startswith("sqlite:///") else uri
     display.say(
-        f"\nstudent   {near(folder.student)}/ (student.onnx, weights.safetensors, plan.json)"
+        f"\nstudent   {shortened(folder.student)}/ (student.onnx, weights.safetensors, plan.json)"
     )
-    display.say(f"summary   {near(folder.summary)}, {near(folder.root)}/summary.png")
-    program = near(Path(sys.executable).with_name("mlflow"))
+    display.say(f"summary   {shortened(folder.summary)}, {shortened(folder.root)}/summary.png")
+    program = shortened(Path(sys.executable).with_name("mlflow"))
     display.say(f"MLflow    {program} ui --backend-store-uri {shown}")
 
 

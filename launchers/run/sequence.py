@@ -71,7 +71,7 @@ def open_folder(networks: "Networks", again: str | None) -> None:
         for stage in STAGES:
             own = [product for s, product in products if s is stage and product.name in stale]
             if own:
-                _forget(folder, stage, own)
+                _remove_results(folder, stage, own)
     if not folder.recipe.exists() or json.loads(folder.recipe.read_text()) != identity:
         write_json(folder.recipe, identity)
 
@@ -109,7 +109,7 @@ def _is_begun(folder: RunFolder, stage: Stage, networks: "Networks") -> bool:
     return any(path.exists() for path in places)
 
 
-def _forget(folder: RunFolder, stage: Stage, products: list[locks.Product]) -> None:
+def _remove_results(folder: RunFolder, stage: Stage, products: list[locks.Product]) -> None:
     # The result first: without it the stage is not done, whatever else is left of it.
     _remove(folder.result(stage.name))
     _remove(folder.checkpoints / stage.name)

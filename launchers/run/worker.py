@@ -350,14 +350,14 @@ def evaluate_networks(config: dict[str, Any]) -> dict[str, Any]:
 def _score(here: Context, row: Row) -> Accuracy:
     if len(row.members) > 1:
         view = here.recipe.data.view
-        together = _Together(_ensemble(here), view)
-        return accuracy(together, _validation(here, view), here.device)
+        ensemble = _EnsembleAsNetwork(_ensemble(here), view)
+        return accuracy(ensemble, _validation(here, view), here.device)
     (network,) = row.members
     model = build_network(network, here.num_classes, network.weights).to(here.device)
     return accuracy(model, _validation(here, network.view), here.device)
 
 
-class _Together(nn.Module):
+class _EnsembleAsNetwork(nn.Module):
     """An ensemble that answers with log-probabilities, as a network does with logits."""
 
     def __init__(self, ensemble: TeacherEnsemble, view: View) -> None:

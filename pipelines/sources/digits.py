@@ -18,7 +18,7 @@ _SIDE_PIXELS = 32
 _MAX_LEVEL = 16  # the digits' grey values are 0..16
 _QUALITY = 95
 _KEY = 20211012  # of the split: the same for everyone
-_OURS = re.compile(r"(train|val)/\d/\d{4}\.jpg")
+_FILE_NAME = re.compile(r"(train|val)/\d/\d{4}\.jpg")
 
 
 def write(root: Path) -> None:
@@ -32,7 +32,7 @@ def write(root: Path) -> None:
     """
     root = Path(root)
     present = _present(root)
-    if len(present) == NUM_TRAIN + NUM_VALIDATION and all(map(_OURS.fullmatch, present)):
+    if len(present) == NUM_TRAIN + NUM_VALIDATION and all(map(_FILE_NAME.fullmatch, present)):
         return
     from sklearn.datasets import load_digits
 

@@ -39,7 +39,7 @@ _CONTRAST = (30.0, 50.0)  # standard deviation of its grey values
 _SATURATION = (0.5, 1.0)  # of its colours, as a share of the photograph's
 _QUALITY = 92
 _KEY = 20211012  # of everything random here: the same for everyone
-_OURS = re.compile(rf"(train|val)/({'|'.join(PHOTOGRAPHS)})/\d{{3}}\.jpg")
+_FILE_NAME = re.compile(rf"(train|val)/({'|'.join(PHOTOGRAPHS)})/\d{{3}}\.jpg")
 
 
 @dataclass(frozen=True)

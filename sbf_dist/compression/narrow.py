@@ -54,8 +54,8 @@ def narrow_module(module: nn.Module, name: str, channels: Removed) -> None:
         in_width = ""
     if channels.inp and not in_width:
         raise UserError(
-            f"plan removes input channels of {name}, a {type(module).__name__} whose outputs are "
-            "its inputs: list them under out"
+            f"plan removes input channels of {name}, a {type(module).__name__} whose input and "
+            "output channels are the same: list them under out"
         )
     if channels.out:
         width = _width(module, out_width)

@@ -14,8 +14,8 @@ from sbf_dist.layers import SBFConv2d
 from sbf_dist.peers.shrinking import in_proportion, longest_within
 from sbf_dist.surgery import deep_copy
 
-LEAST = 0.0625  # share of a layer's filters that is left
-SIZE = 3  # of the cheap transformations
+MIN_KEPT_SHARE = 0.0625  # share of a layer's filters that is left
+TRANSFORM_SIZE = 3  # of the cheap transformations
 
 
 def ghost(model: nn.Module, macs_share: float, images: Tensor, *, seed: int = 0) -> nn.Module:
@@ -32,19 +32,19 @@ def ghost(model: nn.Module, macs_share: float, images: Tensor, *, seed: int = 0)
     shape = (images.shape[1], images.shape[2], images.shape[3])
     cost = count(dense, shape)
     with torch.no_grad():
-        _, names = find_candidates(dense, images, SIZE)
+        _, names = find_candidates(dense, images, TRANSFORM_SIZE)
     if not names:
         raise UserError("ghost: the network has no convolution that a Ghost module could replace")
     saved = {}
     for name in names:
         per_filter, per_tap = filter_macs(convolution(dense, name), cost.layers[name])
-        saved[name] = per_filter - SIZE**2 * per_tap
+        saved[name] = per_filter - TRANSFORM_SIZE**2 * per_tap
 
     def macs(steps: Sequence[tuple[str, int]]) -> int:
         return round(cost.macs - sum(saved[name] for name, _ in steps))
 
     sizes = {name: convolution(dense, name).out_channels for name in names}
-    steps = in_proportion(sizes, LEAST)
+    steps = in_proportion(sizes, MIN_KEPT_SHARE)
     limit = macs_share * cost.macs
     taken = longest_within(steps, macs, limit, f"ghost at {macs_share:g} of the MACs")
     generator = torch.Generator().manual_seed(seed)
@@ -68,8 +68,8 @@ def ghost_module(conv: nn.Conv2d, primaries: int, generator: torch.Generator) ->
     kept = sorted(size.argsort(descending=True, stable=True)[:primaries].tolist())
     others = conv.out_channels - primaries
     sources = [[kept[index % primaries]] for index in range(others)]
-    module = SBFConv2d.from_conv(conv, kept, sources, SIZE)
-    bound = 1 / SIZE  # Kaiming's, with a = √5 and a fan-in of 3 × 3, as nn.Conv2d begins
+    module = SBFConv2d.from_conv(conv, kept, sources, TRANSFORM_SIZE)
+    bound = 1 / TRANSFORM_SIZE  # Kaiming's, with a = √5 and a fan-in of 3 × 3, as nn.Conv2d begins
     drawn = torch.empty(module.transforms.shape).uniform_(-bound, bound, generator=generator)
     module.transforms.copy_(drawn)
     return module

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from sbf_dist.errors import UserError
 
-TRIALS = 16  # steps that are tried to fill what is left of a budget
+NUM_TRIED_STEPS = 16  # steps that are tried to fill what is left of a budget
 
 Step = TypeVar("Step")
 
@@ -29,7 +29,7 @@ def longest_within(
         else:
             low = middle + 1
     taken = list(steps[:low])
-    for step in reversed(taken[-TRIALS:]):
+    for step in reversed(taken[-NUM_TRIED_STEPS:]):
         rest = [other for other in taken if other is not step]
         if cost(rest) <= limit:
             taken = rest

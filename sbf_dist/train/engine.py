@@ -134,13 +134,13 @@ def _silenced(device: torch.device) -> ModuleType:
     os.environ["DS_ACCELERATOR"] = device.type
     log = logging.getLogger("DeepSpeed")
     log.setLevel(logging.WARNING)
-    log.addFilter(_concerns_the_user)
+    log.addFilter(_is_for_users)
     # One for every collective of ZeRO 3: DeepSpeed calls functions by their old names.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
     return load_deepspeed(device.type)
 
 
-def _concerns_the_user(record: logging.LogRecord) -> bool:
+def _is_for_users(record: logging.LogRecord) -> bool:
     return "untested optimizer" not in record.getMessage()  # ZeRO with SGD: our tests train with it
 
 
@@ -198,11 +198,11 @@ def load_shards(engine: Any, folder: Path, tag: str, *, ranks: int) -> bool:
     if path is None:  # DeepSpeed only warns
         raise UserError(f"checkpoint {folder / tag}: DeepSpeed finds nothing to load there")
     if not divided_alike and stage < 3:
-        _divide_anew(engine, folder / tag, ranks)
+        _repartition_optimizer(engine, folder / tag, ranks)
     return divided_alike or stage < 3
 
 
-def _divide_anew(engine: Any, folder: Path, ranks: int) -> None:
+def _repartition_optimizer(engine: Any, folder: Path, ranks: int) -> None:
     """Give this rank its part of the optimizer's state of `ranks` ranks, at ZeRO stage 1 or 2.
 
     Such a stage lays the parameters of a group end to end, with zeros behind the last, and cuts

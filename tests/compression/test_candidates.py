@@ -160,7 +160,7 @@ def test_a_layer_on_which_the_output_does_not_depend_stays_dense():
     reasons, candidates = find_candidates(Aside().eval(), pictures(2), 3)
     assert candidates == ["used"]
     assert reasons["dead"] == reasons["detached"]
-    assert "no gradient leads from the network's output" in reasons["dead"]
+    assert "no gradient reaches it from the network's output" in reasons["dead"]
     assert "training_only" not in reasons
 
 
@@ -178,7 +178,7 @@ def test_a_layer_whose_weight_is_read_elsewhere_stays_dense(read):
             return super().forward(x) + read(self.stem(x), self.parts[0]).mean()
 
     reasons, candidates = find_candidates(Reads(plain(), plain()).eval(), pictures(2), 3)
-    assert reasons["parts.0"].startswith("its weight is read elsewhere in the network")
+    assert reasons["parts.0"].startswith("its weight is read by another module")
     assert candidates == ["parts.1"]
 
 

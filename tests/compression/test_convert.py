@@ -97,12 +97,12 @@ def test_macs_of_the_converted_network_follow_the_formula():
 @pytest.mark.parametrize("unknown", ["stem", "conv1", "conv2"])
 def test_a_network_with_a_layer_that_the_plan_does_not_know_is_refused(unknown):
     layers = {name: dense() for name in ("stem", "conv1", "conv2") if name != unknown}
-    with pytest.raises(UserError, match=f"does not know layer {unknown}: .*'small'"):
+    with pytest.raises(UserError, match=f"plan has no layer {unknown}: .*'small'"):
         convert(small(), plan(**layers))
 
 
 def test_of_several_unknown_layers_the_first_is_named():
-    with pytest.raises(UserError, match="does not know layer stem"):
+    with pytest.raises(UserError, match="plan has no layer stem"):
         convert(small(), plan())
 
 
@@ -136,7 +136,7 @@ def test_a_special_convolution_stays_dense_and_a_plan_may_not_replace_it():
     model = nn.Sequential(Standardised(3, 4, 3))
     student = convert(model, plan(**{"0": dense(convertible=False)}))
     assert type(student[0]) is Standardised
-    with pytest.raises(UserError, match="SBF layer of 0, a Standardised: it must stay dense"):
+    with pytest.raises(UserError, match="SBF layer for 0, a Standardised: it must stay dense"):
         convert(model, plan(**{"0": every_other(4)}))
 
 

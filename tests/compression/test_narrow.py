@@ -95,7 +95,11 @@ def test_a_layer_norm_is_that_of_the_features_that_are_left():
             {"out": [1], "inp": [1]},
             "removes input channels of it, a BatchNorm2d",
         ),
-        (nn.Conv2d(4, 4, 1, groups=4), {"inp": [1]}, "removes input channels of it, a Conv2d that"),
+        (
+            nn.Conv2d(4, 4, 1, groups=4),
+            {"inp": [1]},
+            "removes input channels of it, a Conv2d whose",
+        ),
         (nn.Conv2d(4, 8, 1, groups=4), {"out": [1]}, r"of it, a grouped convolution \(4 groups\)"),
         (nn.Conv2d(8, 4, 1, groups=4), {"out": [1]}, r"of it, a grouped convolution \(4 groups\)"),
         (nn.GroupNorm(2, 4), {"out": [1]}, "of it, a GroupNorm of 2 groups"),

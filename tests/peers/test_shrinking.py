@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sbf_dist.errors import UserError
-from sbf_dist.peers.shrinking import TRIALS, in_proportion, longest_within
+from sbf_dist.peers.shrinking import NUM_TRIED_STEPS, in_proportion, longest_within
 
 SAVINGS = st.lists(st.integers(1, 50), min_size=1, max_size=60)
 
@@ -19,7 +19,7 @@ def test_the_limit_is_kept_and_no_late_step_is_taken_in_vain(savings, share):
     cost = cost_after(savings)
     taken = longest_within(range(len(savings)), cost, limit, "it")
     assert cost(taken) <= limit
-    for step in taken[-TRIALS // 4 :]:
+    for step in taken[-NUM_TRIED_STEPS // 4 :]:
         assert cost([other for other in taken if other != step]) > limit
     # All that was left out comes late: nothing before the first that could be left out is missing.
     assert len(set(taken)) == len(taken)

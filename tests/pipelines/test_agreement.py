@@ -86,5 +86,5 @@ def test_shards_are_looked_at_too(alone, plain_index, tmp_path):
     (tmp_path / "a.tar").write_bytes(b"x" * size)
     check_workers_agree(index)
     (tmp_path / "a.tar").write_bytes(b"x" * (size - 1))
-    with pytest.raises(UserError, match=f"on worker 0, 1 of {count} files"):
+    with pytest.raises(UserError, match=f"on worker 0, 1 of {count} checked files"):
         check_workers_agree(index)

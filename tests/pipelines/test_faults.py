@@ -138,7 +138,8 @@ from pipelines.inspection import inspect_all
 before = peak_resident()
 found = inspect_all([Path(name) for name in sys.argv[1:]])
 after = peak_resident()
-assert all("more than the {MAX_PIXELS // 1_000_000} million" in it.fault for it in found), found
+limit = "more than the limit of {MAX_PIXELS // 1_000_000} million"
+assert all(limit in it.fault for it in found), found
 print(after - before)
 """
     paths = []

@@ -89,7 +89,7 @@ def test_shards_and_files_may_stand_beside_each_other(pictures, tmp_path):
         index.shard[sample], index.offset[sample] = -1, 0
     assert difference(training(index), training(pictures)) == 0
     shutil.rmtree(index.root / "0")
-    with pytest.raises(UserError, match=r"shards/0/\d+\.\w+: has vanished since it was indexed"):
+    with pytest.raises(UserError, match=r"shards/0/\d+\.\w+: was removed after it was indexed"):
         training(index)
 
 

@@ -46,7 +46,7 @@ def test_a_split_may_name_files_without_their_folders(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("train/ant/00.png\ntrain/ant/77.png\n", r"1 of its names are no training.*ant/77\.png"),
+        ("train/ant/00.png\ntrain/ant/77.png\n", r"1 of its names do not match .*ant/77\.png"),
         ("val/ant/v.png\n", r"1 of its names do not match exactly one training image of /images"),
         ("00.png\n", r"exactly one training image of \S+: 00\.png"),
         ("train/ant/00.png\ntrain/bee/01.png\n", "leaves the class 'cow' without a labelled"),

@@ -1,7 +1,7 @@
-"""Why a plan is as it is: for each layer what it costs and loses, for all how it was shared out.
+"""The reasons in a plan: cost and loss of each layer, and how the budget was shared out.
 
-Losses are estimates of the KL divergence (nats per image) from the predictions before, and a little
-more where a layer keeps a small number of dimensions (`options.Estimated.scaled`).
+Losses are estimates of the KL divergence (nats per image) from the predictions before, plus a term
+for layers that keep a small number of dimensions (`options.Estimated.scaled`).
 """
 
 from collections.abc import Iterable, Mapping
@@ -73,7 +73,7 @@ class Spending:
         if cheaper is not None:
             parts.append(f"one step cheaper, {self._step(option, cheaper)}")
         if dearer is not None:
-            parts.append(f"one step dearer, {self._step(option, dearer)}")
+            parts.append(f"one step more expensive, {self._step(option, dearer)}")
         return "; ".join(parts)
 
     def explain(self, protected: Mapping[str, str]) -> list[str]:
@@ -107,7 +107,7 @@ class Spending:
         sentences += self._prices(size, unit)
         floors = [name for name, option in changed.items() if self._is_at_floor(name, option)]
         if floors:
-            sentences.append(f"At the least that floor and round_to allow: {_listed(floors)}.")
+            sentences.append(f"At the minimum of floor and round_to: {_listed(floors)}.")
         reasons = dict(protected) | {
             name: self.reason(name).partition(";")[0]
             for name in self.chosen
@@ -115,7 +115,7 @@ class Spending:
         }
         for reason in dict.fromkeys(reasons.values()):
             names = [name for name, its_reason in reasons.items() if its_reason == reason]
-            sentences.append(f"Left as it was ({reason}): {_listed(names)}.")
+            sentences.append(f"Unchanged ({reason}): {_listed(names)}.")
         return sentences
 
     def _prices(self, size: float, unit: str) -> list[str]:
@@ -132,12 +132,12 @@ class Spending:
         if gains:
             best = max(gains, key=gains.__getitem__)
             sentences.append(
-                f"More budget would do most in {best}: {gains[best]:.2g} less per {unit}."
+                f"More budget would help most in {best}: {gains[best]:.2g} less loss per {unit}."
             )
         if costs:
             best = min(costs, key=costs.__getitem__)
             sentences.append(
-                f"Less budget would cost least in {best}: {costs[best]:.2g} per {unit}."
+                f"Less budget would cost least in {best}: {costs[best]:.2g} more loss per {unit}."
             )
         return sentences
 
@@ -149,7 +149,7 @@ class Spending:
         used = list(self.criteria.values())
         ranked = sorted(dict.fromkeys(used), key=lambda criterion: -used.count(criterion))
         if len(ranked) <= 1:
-            return ranked[0] if ranked else "no layer needed one"
+            return ranked[0] if ranked else "not used"
         counts = {criterion: used.count(criterion) for criterion in ranked}
         return ", ".join(f"{c} in {n} layer{'s' if n > 1 else ''}" for c, n in counts.items())
 
@@ -186,7 +186,7 @@ def _slope(cheap: Option, dear: Option) -> float:
 
 def _wiring(option: Option) -> str:
     if option.whole_basis:
-        return "the others rebuilt from all of them (m = 1)"
+        return "the others rebuilt from the whole basis (m = 1)"
     sources = "1 source" if option.sources == 1 else f"{option.sources} sources"
     return f"{sources}, m = {option.size}"
 

@@ -46,7 +46,7 @@ def test_a_reason_tells_form_cost_shares_loss_and_the_next_steps():
         "network's before and 25 % after; adds about 0.01 to the loss; "
         "one step cheaper, 8 kept, 1 source, m = 3: -1 M multiply-adds, +0.03 loss, "
         "-0.03 per M multiply-adds; "
-        "one step dearer, dense: +2 M multiply-adds, -0.01 loss, -0.005 per M multiply-adds"
+        "one step more expensive, dense: +2 M multiply-adds, -0.01 loss, -0.005 per M multiply-adds"
     )
 
 
@@ -65,12 +65,12 @@ def test_the_explanation_tells_budget_criteria_savings_prices_and_what_is_protec
         "Criterion: l1 in 2 layers, l2 (no batch norm reads its output) in 1 layer.",
         "Estimated to add 0.04 to the loss before training, most in a (0.04).",
         "Saved 3 M multiply-adds, most in a (100 %).",
-        "More budget would do most in a: 0.03 less per M multiply-adds.",
-        "Less budget would cost least in b: 0.5 per M multiply-adds.",
-        "At the least that floor and round_to allow: a.",
-        "Left as it was (the stem: it reads the image itself): stem.",
-        "Left as it was (shrinking other layers costs less): b.",
-        "Left as it was (its 8 filters are no more than floor and round_to keep): c.",
+        "More budget would help most in a: 0.03 less loss per M multiply-adds.",
+        "Less budget would cost least in b: 0.5 more loss per M multiply-adds.",
+        "At the minimum of floor and round_to: a.",
+        "Unchanged (the stem: it reads the image itself): stem.",
+        "Unchanged (shrinking other layers costs less): b.",
+        "Unchanged (its 8 filters are no more than floor and round_to keep): c.",
     ]
 
 

@@ -226,7 +226,7 @@ def test_images_that_are_held_in_memory_are_read_once(begin, images, tmp_path):
         if cache == "memory":
             assert all(next(loader)["image"].isfinite().all() for _ in range(10))
         else:
-            with pytest.raises(UserError, match="has vanished since it was indexed"):
+            with pytest.raises(UserError, match="was removed after it was indexed"):
                 for _ in range(10):
                     next(loader)
         loader.close()

@@ -68,7 +68,7 @@ HOSTILE = {
     "a/../../outside": (entry("a/../../outside"), "leads out of its folder"),
     "absolute": (entry("/etc/outside"), "leads out of its folder"),
     "backslash": (entry("..\\outside"), "leads out of its folder"),
-    "line break": (entry("a\nb"), "no honest name"),
+    "line break": (entry("a\nb"), "is not a plain name"),
     "symbolic link": (entry("a", tarfile.SYMTYPE, "/etc/passwd"), "is a link, a device"),
     "hard link": (entry("a", tarfile.LNKTYPE, "../../x"), "is a link, a device"),
     "device": (entry("a", tarfile.CHRTYPE), "is a link, a device"),

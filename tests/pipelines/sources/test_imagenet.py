@@ -84,12 +84,15 @@ GOOD = {f"{wnid}.tar": tar_bytes({f"{wnid}_1.JPEG": jpeg(1)}) for wnid in WNIDS}
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        (GOOD | {"n00000001.tar": GOOD["n02119789.tar"]}, "no tar file of a class"),
+        (GOOD | {"n00000001.tar": GOOD["n02119789.tar"]}, "not a tar file of a class"),
         (GOOD | {"readme": b"x"}, "readme is not a tar file of a class"),
         ({k: v for k, v in GOOD.items() if k != "n02100735.tar"}, r"n02100735\.tar is missing"),
         (GOOD | {"n02100735.tar": tar_bytes({"n02119789_1.JPEG": b"x"})}, "does not belong to"),
         (GOOD | {"n02100735.tar": tar_bytes({"../../n02100735_1.JPEG": b"x"})}, "leads out"),
-        (GOOD | {"n02100735.tar": tar_bytes({"n02100735_1.exe": b"x"})}, "is no image of ILSVRC"),
+        (
+            GOOD | {"n02100735.tar": tar_bytes({"n02100735_1.exe": b"x"})},
+            "is not an image of ILSVRC",
+        ),
         (GOOD | {"n02100735.tar": GOOD["n02100735.tar"][:700]}, "ends within|cannot be read"),
     ],
 )

@@ -71,7 +71,7 @@ def test_a_manifest_that_was_edited_is_refused(prepared):
     for change, message in (
         ({"counts": {"train": 17, "val": 8}}, r"manifest\.json has 17 images in train, .* 16"),
         ({"samples": "0" * 64}, r"samples\.parquet: does not belong to manifest\.json"),
-        ({"format": 9}, "is of another version"),
+        ({"format": 9}, "was written by another version"),
         ({"layout": "zip"}, "cannot be read .layout 'zip'"),
         ({"shards": [{"file": "../x.tar"}]}, r"shard '\.\./x\.tar'"),
         ({"more": 1}, "cannot be read"),
