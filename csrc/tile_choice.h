@@ -26,9 +26,10 @@ struct Problem {
 // Output channels that are computed at a time: a line of the cache.
 constexpr int chunk_of(int element_size) { return 128 / element_size; }
 
-// Chooses the tile for which a multiprocessor should be busy least, by a model that no measurement
-// has tuned: elements moved, with idle threads and few blocks on a multiprocessor at extra cost.
-// None where not even the smallest tile fits: such problems are for the general kernels.
+// Chooses the tile that should occupy a multiprocessor least, by a model that no measurement has
+// tuned: elements moved, with surcharges for idle threads and too small a number of blocks on a
+// multiprocessor. Returns nullopt where not even the smallest tile fits: the general kernels take
+// such problems.
 inline std::optional<Tiling> tile_for(const Problem& p, const Device& device) {
   const int64_t border = (p.m - 1) / 2,
                 chunk = std::min<int64_t>(chunk_of(p.element_size), p.outputs);

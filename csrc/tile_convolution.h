@@ -111,7 +111,7 @@ class TileConvolution {
     return convolution.kernel_h == 1 && convolution.kernel_w == 1 && convolution.pad_h == 0 &&
            convolution.pad_w == 0;
   }
-  // Pixels that lie a multiple of 2 KiB apart share few sets of the first-level cache.
+  // Pixels that lie a multiple of 2 KiB apart fall into the same sets of the first-level cache.
   static bool collides(int64_t depth) { return depth % 512 == 0; }
   static int64_t pixel_pitch(const ConvolutionTask& convolution) {
     return convolution.channels + (collides(convolution.channels) ? 16 : 0);

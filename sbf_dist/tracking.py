@@ -204,7 +204,7 @@ def attach(uri: str, run_id: str) -> Run:
 def tracking_uri(folder: Path, uri: str | None = None) -> str:
     """Return the tracking URI in use: `uri`, MLFLOW_TRACKING_URI, or a database in `folder`.
 
-    SQLite paths are made absolute, because workers run in other directories. Raises UserError
+    SQLite paths become absolute, because workers run in other directories. Raises UserError
     for a URI that MLflow cannot use.
     """
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.resolve()}/mlflow.db"

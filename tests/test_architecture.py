@@ -152,10 +152,10 @@ def test_parts_do_not_know_those_above_them(part, unknown):
 
 def modules_after(statement: str) -> set[str]:
     program = f"{statement}\nimport sys\nprint(*sorted(sys.modules))"
-    told = subprocess.run(
+    printed = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
     )
-    return set(told.stdout.split())
+    return set(printed.stdout.split())
 
 
 def test_importing_the_library_loads_none_of_the_large_dependencies():

@@ -24,9 +24,9 @@ from sbf_dist.errors import UserError
     ],
 )
 def test_a_budget_that_is_none_is_refused_in_one_line(given, message):
-    with pytest.raises(UserError, match=message) as told:
+    with pytest.raises(UserError, match=message) as error:
         Budget(**given)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 def test_shares_are_of_the_dense_network_and_milliseconds_are_themselves():
@@ -53,6 +53,6 @@ def test_a_number_above_one_is_absolute(key):
     ids=str,
 )
 def test_a_budget_above_the_dense_networks_cost_is_refused_and_told_that_cost(budget, own):
-    with pytest.raises(UserError, match=re.escape(f"above the dense network's own {own}")) as told:
+    with pytest.raises(UserError, match=re.escape(f"above the dense network's own {own}")) as error:
         budget.limit(1_234_567, slack=0.02 if budget.unit == "ms" else ROUNDING)
-    assert str(told.value).startswith(f"{budget.kind} = {budget.value:.0f} is above")
+    assert str(error.value).startswith(f"{budget.kind} = {budget.value:.0f} is above")

@@ -13,7 +13,7 @@ Step = TypeVar("Step")
 def longest_within(
     steps: Sequence[Step], cost: Callable[[Sequence[Step]], int], limit: float, what: str
 ) -> list[Step]:
-    """Take as few `steps`, from the first on, as bring `cost` down to `limit`.
+    """Take the smallest number of `steps`, from the first on, that brings `cost` to `limit`.
 
     The cost must not grow with more steps. The last step may have gone further than needed: of the
     steps that were taken, from the last on, those are taken back whose return fits the limit, so

@@ -70,9 +70,9 @@ def test_wiring_is_that_of_a_layer_that_keeps_random_channels():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_checks_pass_where_the_operators_are_right(dtype):
     cases = [((2, 5, 7, 4, 6), 2, 3, layout, dtype, "silu") for layout in gpu_problems.LAYOUTS]
-    told = gpu_problems.check_all("cpu", cases)
-    assert told["failures"] == [] and told["cases"] == 2
-    assert {name.split("/")[0] for name in told["worst"]} == {
+    report = gpu_problems.check_all("cpu", cases)
+    assert report["failures"] == [] and report["cases"] == 2
+    assert {name.split("/")[0] for name in report["worst"]} == {
         "expand",
         "grad_z",
         "grad_transforms",

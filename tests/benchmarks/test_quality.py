@@ -26,8 +26,8 @@ def test_the_file_tells_what_was_measured_with_what(tmp_path):
     path = tmp_path / "results" / "quality.json"
     rows = [{"data": "digits", "model": "cifar_resnet14", "method": "sbf", "top1_mean": 0.9}]
     quality.write(path, quality.report(rows, 12.3))
-    told = json.loads(path.read_text())
-    assert told["rows"] == rows
-    assert told["seconds"] == 12
-    assert {"date", "machine", "version.torch"} <= told.keys()
+    report = json.loads(path.read_text())
+    assert report["rows"] == rows
+    assert report["seconds"] == 12
+    assert {"date", "machine", "version.torch"} <= report.keys()
     assert [p.name for p in path.parent.iterdir()] == ["quality.json"]

@@ -66,9 +66,9 @@ def test_the_best_by_its_own_measure_is_chosen_and_the_table_is_in_the_plan():
     assert torch.equal(student(x), best.student(x))
     assert plan.removed == best.plan.removed
     assert plan.explanation[0].startswith(f"share {best.share:g} of the saving comes from removing")
-    for candidate, told in zip(candidates, plan.explanation[1:4], strict=True):
-        assert told.startswith(f"share {candidate.share:g} by removal: ")
-        assert f"KL {candidate.fitted_divergence:.5f} as fitted" in told
+    for candidate, sentence in zip(candidates, plan.explanation[1:4], strict=True):
+        assert sentence.startswith(f"share {candidate.share:g} by removal: ")
+        assert f"KL {candidate.fitted_divergence:.5f} as fitted" in sentence
 
 
 def test_a_probe_trains_a_copy_and_is_what_candidates_are_compared_by():

@@ -109,9 +109,9 @@ def test_a_layer_norm_is_that_of_the_features_that_are_left():
     ],
 )
 def test_what_cannot_be_removed_is_refused_in_one_line_that_names_it(module, removed, message):
-    with pytest.raises(UserError, match=message) as told:
+    with pytest.raises(UserError, match=message) as error:
         narrow(nn.ModuleDict({"it": module}), {"it": Removed(**removed)})
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_module_that_is_not_there_is_named():
@@ -144,9 +144,9 @@ def test_a_convolution_with_tensors_of_its_own_is_not_cut_blindly():
 def test_removals_that_do_not_belong_together_are_refused_with_the_place(removed, where):
     model = small()
     narrow(model, {name: Removed(**channels) for name, channels in removed.items()})
-    with pytest.raises(UserError, match=f"does not fit together at or after {where}: ") as told:
+    with pytest.raises(UserError, match=f"does not fit together at or after {where}: ") as error:
         check_fits(model, (3, 10, 10))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 def test_removals_that_belong_together_fit():

@@ -110,10 +110,10 @@ def test_an_edit_that_makes_no_layer_is_refused_in_one_line_that_names_it(
     content = json.loads(plan({"stages.0.dense": sbf_layer()}).model_dump_json())
     content["layers"]["stages.0.dense"] |= changes
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=message) as told:
+    with pytest.raises(UserError, match=message) as error:
         Plan.load(path)
-    assert str(told.value).startswith(f"plan {path}: layers.stages.0.dense")
-    assert "\n" not in str(told.value)
+    assert str(error.value).startswith(f"plan {path}: layers.stages.0.dense")
+    assert "\n" not in str(error.value)
 
 
 def test_a_layer_rebuilt_from_its_whole_basis_is_one_word_in_the_file(tmp_path: Path):
@@ -130,9 +130,9 @@ def test_the_whole_basis_of_a_layer_that_is_none_is_refused(tmp_path: Path, chan
     content = json.loads(plan({"body": sbf_layer()}).model_dump_json())
     content["layers"]["body"] |= {"sources": "all"} | changes
     (tmp_path / "plan.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"layers\.body") as told:
+    with pytest.raises(UserError, match=r"layers\.body") as error:
         Plan.load(tmp_path / "plan.json")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_layer_that_is_called_like_a_kind_is_named(tmp_path: Path):
@@ -155,10 +155,10 @@ def test_a_layer_that_is_called_like_a_kind_is_named(tmp_path: Path):
 def test_a_file_that_is_no_plan_is_refused(tmp_path: Path, content, message):
     path = tmp_path / "plan.json"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=message) as told:
+    with pytest.raises(UserError, match=message) as error:
         Plan.load(path)
-    assert str(path) in str(told.value)
-    assert "\n" not in str(told.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_plan_that_is_missing_or_a_folder_is_refused(tmp_path: Path):
@@ -215,8 +215,10 @@ def removing(**changes):
         "norm": Removed(out=[1, 3]),
         "head": Removed(inp=[1, 3]),
     }
-    told = {"criterion": "fisher", "explanation": ["half of the saving comes from removal"]}
-    return plan({"conv": sbf_layer()}).model_copy(update={"removed": removed, **told, **changes})
+    described = {"criterion": "fisher", "explanation": ["half of the saving comes from removal"]}
+    return plan({"conv": sbf_layer()}).model_copy(
+        update={"removed": removed, **described, **changes}
+    )
 
 
 def test_removals_are_saved_loaded_and_part_of_the_digest(tmp_path: Path):
@@ -248,9 +250,9 @@ def test_a_removal_that_was_edited_wrongly_is_refused_in_one_line(tmp_path: Path
     path = tmp_path / "plan.json"
     content = json.loads(removing().model_dump_json()) | {"removed": removed}
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=message) as told:
+    with pytest.raises(UserError, match=message) as error:
         Plan.load(path)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 def test_format_1_cannot_remove(tmp_path: Path):
@@ -265,7 +267,7 @@ def test_the_summary_tells_what_was_saved():
     of_macs = plan({"conv": sbf_layer(), "stem": dense}).model_copy(
         update={"macs_before": 10_410_000, "macs_after": 5_210_000}
     )
-    told = "1 of 2 convolutions converted, 10.41 → 5.21 M multiply-adds"
-    assert of_macs.summary() == told
+    expected = "1 of 2 convolutions converted, 10.41 → 5.21 M multiply-adds"
+    assert of_macs.summary() == expected
     of_time = of_macs.model_copy(update={"latency": timed_plan().latency})
-    assert of_time.summary() == f"{told}, 1.23 → 0.62 ms"
+    assert of_time.summary() == f"{expected}, 1.23 → 0.62 ms"

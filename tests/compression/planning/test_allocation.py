@@ -63,9 +63,9 @@ def test_a_budget_above_the_dense_networks_own_is_refused_and_told_it(kind):
 def test_a_budget_below_what_is_allowed_names_the_smallest_that_works(kind, settings):
     model = small()
     for wrong in (Budget(**{kind: 0.05}), Budget(**{kind: 10})):
-        with pytest.raises(UserError, match="less than floor, round_to and keep allow") as told:
+        with pytest.raises(UserError, match="less than floor, round_to and keep allow") as error:
             shrunk(model, wrong, **settings)
-        smallest = float(re.search(r"smallest that works is (\S+)$", str(told.value))[1])
+        smallest = float(re.search(r"smallest that works is (\S+)$", str(error.value))[1])
         _, plan = shrunk(model, Budget(**{kind: smallest}), **settings)
         limit = smallest if smallest > 1 else smallest * getattr(plan, f"{kind}_before")
         assert getattr(plan, f"{kind}_after") <= limit
@@ -90,7 +90,7 @@ def test_layers_that_are_named_are_left_alone_and_the_plan_says_who_asked():
     assert list(converted(plan)) == ["conv1"]
     assert "'conv2'" in plan.layers["conv2"].reason
     assert not plan.layers["conv2"].convertible
-    assert any("conv2" in told and "Unchanged" in told for told in plan.explanation)
+    assert any("conv2" in line and "Unchanged" in line for line in plan.explanation)
 
 
 def test_each_layer_gets_the_transformation_size_that_serves_it():
@@ -115,8 +115,8 @@ def test_each_layer_gets_the_transformation_size_that_serves_it():
 def test_a_network_that_has_sbf_layers_is_refused_in_one_line():
     student, plan = shrunk(small(), Budget(macs=0.5))
     name = next(iter(converted(plan)))
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         shrunk(student, Budget(macs=0.4))
-    assert str(told.value) == (
+    assert str(error.value) == (
         f"model 'small' has an SBF layer already ({name}): sbf_dist.shrink makes it smaller"
     )

@@ -72,7 +72,7 @@ def test_without_a_scale_the_filters_decide_and_the_plan_says_so(change, why):
     assert f"filters kept by l2 ({'' if why[0] == 'n' else 'its batch norm '}{why})" in (
         plan.layers["conv2"].reason
     )
-    assert any("bn_scale in 1 layer, l2" in told for told in plan.explanation)
+    assert any("bn_scale in 1 layer, l2" in sentence for sentence in plan.explanation)
 
 
 def test_taylor_is_the_change_of_the_loss_to_first_order_when_a_channel_is_scaled():

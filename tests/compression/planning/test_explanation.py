@@ -51,12 +51,12 @@ def test_a_reason_tells_form_cost_shares_loss_and_the_next_steps():
 
 
 def test_a_layer_that_stays_tells_why():
-    told = spending(a=2)
-    assert told.reason("b").startswith("shrinking other layers costs less; 3 -> 3 M multiply-adds")
+    spent = spending(a=2)
+    assert spent.reason("b").startswith("shrinking other layers costs less; 3 -> 3 M multiply-adds")
     assert "one step cheaper, 24 kept, 2 sources, m = 1: -1 M multiply-adds, +0.5" in (
-        told.reason("b")
+        spent.reason("b")
     )
-    assert told.reason("c").startswith("its 8 filters are no more than floor and round_to keep; ")
+    assert spent.reason("c").startswith("its 8 filters are no more than floor and round_to keep; ")
 
 
 def test_the_explanation_tells_budget_criteria_savings_prices_and_what_is_protected():

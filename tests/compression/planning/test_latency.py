@@ -87,7 +87,7 @@ def test_each_is_measured_for_as_long_as_asked_and_in_enough_blocks(fake):
 def test_blocks_in_which_threads_waited_are_left_out(disturbed):
     """A block is 30 times as long where another process has one of the processors."""
     pattern = [*disturbed, False]
-    told = iter(range(10**6))
+    number_of_call = iter(range(10**6))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "Timer", FakeTimer)
         FakeTimer.calls = []
@@ -96,7 +96,7 @@ def test_blocks_in_which_threads_waited_are_left_out(disturbed):
         true = FakeTimer.timeit
 
         def timeit(self, number):
-            if number != timing.WARM_UP and pattern[next(told) % len(pattern)]:
+            if number != timing.WARM_UP and pattern[next(number_of_call) % len(pattern)]:
                 waited[0] += 29 * number * self.model.seconds
                 FakeTimer.clock += 29 * number * self.model.seconds
                 return SimpleNamespace(median=30 * self.model.seconds)

@@ -163,17 +163,17 @@ def test_a_network_of_which_no_layer_is_faster_is_refused():
 
 
 def test_layers_are_timed_at_their_inputs_and_only_faster_options_are_kept():
-    model, table, told = network(2), Table(), []
+    model, table, reported = network(2), Table(), []
     options = options_of(model)
     options["1"] = [options["1"][0], *(replace(o, size=3) for o in options["1"][1:])]
-    priced = price(model, options, IMAGE, table, lambda *r: told.append(r))
+    priced = price(model, options, IMAGE, table, lambda *r: reported.append(r))
     assert [size for size, _ in table.asked] == [(10, 10), (8, 8)]
     assert [{f.transform_size for f in forms if f.sources} for _, forms in table.asked] == [
         {1},
         {3},
     ]
     assert {form.sources for form in table.asked[0][1]} == {0, 1, 2, 4}, "powers of two"
-    assert told == [(1, 2), (2, 2)]
+    assert reported == [(1, 2), (2, 2)]
     for name, row in priced.items():
         assert (row[0].sources, row[0].cost) == (0, 4.0)
         assert all(option.cost == alone(option.kept, option.sources) < 4 for option in row[1:])

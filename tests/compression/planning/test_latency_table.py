@@ -210,11 +210,11 @@ def test_a_write_that_is_cut_leaves_the_old_file(stopwatch, tmp_path, monkeypatc
 def test_a_damaged_file_is_named_and_how_to_mend_it(stopwatch, tmp_path, content):
     path = tmp_path / "latency.json"
     path.write_bytes(content)
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         LatencyTable(path).estimate(CONV, (9, 9), FORMS)
-    assert str(told.value).startswith(f"latency table {path} is damaged (")
-    assert "delete it" in str(told.value)
-    assert "\n" not in str(told.value)
+    assert str(error.value).startswith(f"latency table {path} is damaged (")
+    assert "delete it" in str(error.value)
+    assert "\n" not in str(error.value)
     assert path.read_bytes() == content
     assert stopwatch.measured == []
 

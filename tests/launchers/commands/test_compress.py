@@ -84,7 +84,7 @@ def test_a_network_of_other_outputs_is_compressed_without_an_accuracy(
     save_weights(models.build("cifar_resnet8", 7), folder / "seven.safetensors")
     words = arguments(folder, weights=str(folder / "seven.safetensors"), out=str(folder / "seven"))
     result = CliRunner().invoke(cli.app, [*words, "--classes", "7", *SMALL], catch_exceptions=False)
-    assert "the network has 7 outputs, the images 10 classes" in result.output
+    assert "the network has 7 outputs, the images have 10 classes" in result.output
     assert load_card(folder / "seven").classes == [str(i) for i in range(7)]
     assert load_card(folder / "seven").top1 is None
 
@@ -120,7 +120,7 @@ def test_images_without_labels_serve_as_well(output: str, folder: Path, tmp_path
         (plain / picture.name).symlink_to(picture)
     words = arguments(folder, data=str(plain), out=str(tmp_path / "student"))
     refused = CliRunner().invoke(cli.app, [*words, *SMALL])
-    assert "give with --classes how many outputs" in str(refused.exception)
+    assert "number of outputs with --classes" in str(refused.exception)
     result = CliRunner().invoke(
         cli.app, [*words, "--classes", "10", *SMALL], catch_exceptions=False
     )
