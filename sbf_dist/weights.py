@@ -102,7 +102,7 @@ def load_weights(
         if name.endswith(BATCH_COUNT):
             view.state.setdefault(name, value)
     load_state(model, view.state, view.versions)
-    return view.told(path)
+    return view.describe(path)
 
 
 def load_state(model: nn.Module, state: Mapping[str, Any], versions: Any = None) -> None:
@@ -159,7 +159,7 @@ class _View:
 
     def _other_shape(self, unlike: list[str], own: Mapping[str, Any]) -> str:
         name = unlike[0]
-        told = (
+        message = (
             f"do not fit: {name} is {_shape(self.state[name])}, the model wants {_shape(own[name])}"
         )
         pairs = {(_shape(self.state[n])[:1], _shape(own[n])[:1]) for n in unlike}
@@ -167,15 +167,15 @@ class _View:
         if len(pairs) == 1 and rest and len({n.rpartition(".")[0] for n in unlike}) == 1:
             ((theirs, ours),) = pairs
             if theirs and ours and theirs != ours:
-                told += f"; only this layer differs: a head of {theirs[0]} outputs for {ours[0]}"
-        return told
+                message += f"; only this layer differs: a head of {theirs[0]} outputs for {ours[0]}"
+        return message
 
     def place(self) -> str:
         """Say where in the file the state is."""
         where = f", in {self.key!r}" if self.key else ""
         return f"{where}, behind {self.prefix!r}," if self.prefix else where
 
-    def told(self, path: Path) -> str | None:
+    def describe(self, path: Path) -> str | None:
         """Return a line on where the state was found."""
         parts = []
         if self.key:
@@ -300,8 +300,8 @@ def _states(path: Path, content: Any, key: str | None) -> dict[str, State]:
         return found
     if key not in found:
         keys = [name for name in found if name]
-        told = f"there are {_some(keys)}" if keys else "the state dict is the file itself"
-        raise UserError(f"weights {path} have no state dict in {key!r}; {told}")
+        message = f"there are {_some(keys)}" if keys else "the state dict is the file itself"
+        raise UserError(f"weights {path} have no state dict in {key!r}; {message}")
     return {key: found[key]}
 
 

@@ -257,5 +257,5 @@ def _images(root: Path, top: Path) -> Iterator[str]:
             elif name.lower().endswith(UNREAD):
                 unread[Path(name).suffix.lower()] += 1
     if unread:
-        told = ", ".join(f"{number} {suffix}" for suffix, number in sorted(unread.items()))
-        _log.warning("%s: passed over %s, which cannot be read here", top, told)
+        counts = ", ".join(f"{number} {suffix}" for suffix, number in sorted(unread.items()))
+        _log.warning("%s: passed over %s, which cannot be read here", top, counts)

@@ -143,7 +143,7 @@ class Calibration:
 
     @property
     def part(self) -> int:
-        """Images in a batch whose features are held for statistics: few if they are large."""
+        """Images in a batch whose features are held for statistics: fewer where they are large."""
         _, height, width = self.shape
         return max(2, min(BATCH, PIXELS // (height * width)))
 

@@ -113,8 +113,8 @@ def check_fits(model: nn.Module, input_shape: tuple[int, int, int]) -> None:
         dry_run(model, input_shape, run)
     except (RuntimeError, ValueError) as error:
         where = f"at or after {reached[-1]}" if reached else "at the input"
-        told = " ".join(str(error).split())[:200]
-        raise UserError(f"what the plan removes does not fit together {where}: {told}") from None
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"what the plan removes does not fit together {where}: {reason}") from None
 
 
 def _remaining(name: str, what: str, removed: list[int], width: int) -> list[int]:

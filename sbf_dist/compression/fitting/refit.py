@@ -19,7 +19,7 @@ from sbf_dist.hooks import registered
 from sbf_dist.surgery import sharing_modules
 
 RIDGE = 1e-2  # towards the old filters, relative to the mean variance of the inputs
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e3)  # to choose from where samples are few
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e3)  # to choose from by halves of the images
 
 
 def obstacle(conv: nn.Conv2d) -> str | None:
