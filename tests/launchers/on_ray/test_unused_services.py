@@ -27,7 +27,11 @@ with local_ray(workers=1):
         result = ray_train.run_workers(
             work, {"a": 2, "b": 3}, name="work", storage=storage, workers=Workers()
         )
-    commands = [" ".join(p.cmdline()) for p in psutil.Process().children(recursive=True)]
+    children = psutil.Process().children(recursive=True)
+    # process_iter leaves None where a process has ended in the meantime
+    found = psutil.process_iter(["pid", "cmdline"])
+    pids = {child.pid for child in children}
+    commands = [" ".join(p.info["cmdline"] or ()) for p in found if p.pid in pids]
     names = ("monitor.py", "log_monitor.py", "dashboard.py")
     services = [name for name in names if any(f"/{name}" in command for command in commands)]
     print(json.dumps({"result": result, "services": services,
