@@ -49,4 +49,5 @@ def plan_of(student: nn.Module) -> Plan:
 
 
 def _shapes(student: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in student.state_dict().items()}
+    state = student.state_dict()  # which may hold more than tensors: get_extra_state
+    return {name: value.shape for name, value in state.items() if isinstance(value, torch.Tensor)}
