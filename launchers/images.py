@@ -56,8 +56,10 @@ def calibration_images(data: Data, index: DataIndex, count: int, seed: int) -> C
     drawn = np.random.default_rng(seed).choice(ids, min(count, len(ids)), replace=False)
     drawn.sort()
     if 4 * 3 * data.image_size**2 * len(drawn) <= MAX_IMAGES_BYTES:
-        return Calibration.of(evaluation_images(data, index, drawn), batch=BATCH_SIZE)
-    return Calibration(_Images(evaluation_loader(data, index, drawn)))
+        images = evaluation_images(data, index, drawn)
+        return Calibration.of(images, batch=BATCH_SIZE, sources=drawn.tolist())
+    loader = evaluation_loader(data, index, drawn)
+    return Calibration(_Images(loader), sources=drawn.tolist())
 
 
 def evaluation_images(data: Data, index: DataIndex, ids: np.ndarray) -> torch.Tensor:

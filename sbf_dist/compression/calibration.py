@@ -1,6 +1,6 @@
 """Calibration images as a stream: read repeatedly, never held as a whole."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -25,9 +25,11 @@ class Calibration:
     batches: an object whose iter() starts anew, as a list or a DataLoader, of tensors or of
     (image, label). Each iteration gives the same batches in the same order, on `device`, in `dtype`
     (their own, if that is None). Only the batch at hand is held, so memory does not grow with the
-    number of images. `count` is that number, `shape` is (C, H, W). Raises UserError if there are no
-    images, if they differ in shape, or if an iteration gives others than the first, or in another
-    order.
+    number of images. `count` is that number, `shape` is (C, H, W). `sources` says of each image
+    which file or folder it comes from: what is held out to judge by comes from other sources than
+    what is fitted to (`holding_out`). Raises UserError if there are no images, if they differ in
+    shape, if an iteration gives others than the first, or in another order, or if `sources` are not
+    as many.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class Calibration:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        sources: Sequence[Hashable] | None = None,
     ) -> None:
         if isinstance(batches, Iterator):
             raise UserError(
@@ -58,6 +61,11 @@ class Calibration:
         if self.count == 0:
             raise UserError("calibration images: no image is given")
         self._samples = torch.cat(samples)
+        if sources is not None and len(sources) != self.count:
+            raise UserError(
+                f"calibration images: {len(sources)} sources are named for {self.count} images"
+            )
+        self.sources = None if sources is None else list(sources)
 
     @classmethod
     def of(
@@ -67,19 +75,21 @@ class Calibration:
         batch: int = BATCH,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        sources: Sequence[Hashable] | None = None,
     ) -> "Calibration":
         """Make a Calibration of a tensor (N, C, H, W), of a re-iterable of batches, or of another.
 
         `batch` is the number of images at a time where a tensor is given; `device` is where the
         batches come, if not where they are given (of an iterable: the CPU), `dtype` their
-        floating-point type.
+        floating-point type. `sources` are of a tensor's or an iterable's images.
         """
         if isinstance(images, Calibration):
             return images.to(device, dtype)
         if isinstance(images, Tensor):
             where = images.device if device is None else device
-            return cls(_evenly(images, batch), device=where, dtype=dtype)
-        return cls(images, device="cpu" if device is None else device, dtype=dtype)
+            return cls(_evenly(images, batch), device=where, dtype=dtype, sources=sources)
+        device = "cpu" if device is None else device
+        return cls(images, device=device, dtype=dtype, sources=sources)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -156,6 +156,9 @@ class JointPlanner:
         if left <= limit * (1 + ROUNDING):
             student = removal.network
             plan = self._plan_without_rebuilding(student)
+            if removal.judge is not None:
+                reached = {"explanation": removal.judge.steps, "fidelity": removal.judge.record()}
+                plan = plan.model_copy(update=reached)
         else:
             student, plan = rebuild(
                 removal.network,

@@ -141,6 +141,19 @@ class Latency(BaseModel):
     ms_after: float
 
 
+class MeasuredFidelity(BaseModel):
+    """How near the fitted network is to the dense one, on images that were held out."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    images: int = Field(gt=0, description="held out, from other sources than those fitted to")
+    agreement: float = Field(description="share of them of which both give the same class")
+    agreement_sure: float | None = Field(
+        None, description="the same where the dense network's probability is above 0.4"
+    )
+    kl: float = Field(description="mean KL divergence from the dense network's predictions")
+
+
 class Plan(BaseModel):
     """All convolutions of one network, by module name in forward order."""
 
@@ -161,6 +174,7 @@ class Plan(BaseModel):
     latency: Latency | None = Field(None, description="set if the budget is a time")
     criterion: str | None = Field(None, description="how the importance of channels was measured")
     explanation: list[str] = Field([], description="how the budget was shared out, in sentences")
+    fidelity: MeasuredFidelity | None = Field(None, description="as fitted, before any training")
     removed: dict[str, Removed] = Field(
         {},
         description="by module name, what is cut off before SBF layers are put in; the channels "
@@ -196,6 +210,11 @@ class Plan(BaseModel):
             summary = f"{summary}, {self._removed_channels()} channels removed"
         if self.latency is not None:
             summary += f", {self.latency.ms_before:.2f} → {self.latency.ms_after:.2f} ms"
+        if self.fidelity is not None:
+            summary += (
+                f", {self.fidelity.agreement:.1%} of the dense network's classes on "
+                f"{self.fidelity.images} images held out (KL {self.fidelity.kl:.3g})"
+            )
         return summary
 
     def _removed_channels(self) -> int:

@@ -10,18 +10,20 @@ from functools import partial
 from itertools import chain
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sbf_dist import models
+from sbf_dist.budget import ROUNDING, Budget
 from sbf_dist.compression.calibration import Calibration, Images, calibration_for, dtype_of
 from sbf_dist.compression.candidates import find_candidates, forward_order, logits_of
 from sbf_dist.compression.cost import Cost, count
 from sbf_dist.compression.fitting.between import insert_between
 from sbf_dist.compression.fitting.layerwise import layer_of
 from sbf_dist.compression.fitting.reference import Reference
-from sbf_dist.compression.fitting.refit import is_mended, refit_heads
+from sbf_dist.compression.fitting.refit import is_mended
 from sbf_dist.compression.fitting.sequential import SequentialFit
-from sbf_dist.compression.fitting.statistics import measure_batch_norm
+from sbf_dist.compression.fitting.settle import settle
+from sbf_dist.compression.holding_out import split
 from sbf_dist.compression.plan import DenseLayer, Latency, Layer, Plan, SBFLayer
 from sbf_dist.compression.planning.allocation import Allocation, share_out
 from sbf_dist.compression.planning.explanation import Spending
@@ -100,11 +102,12 @@ def rebuild_more(
     """
     dense = with_convolutions(network)
     examples = images.first(2)
+    images, held = split(images)
     # The least that rebuilding a channel takes is one tap.
     reasons, candidates = find_candidates(dense, examples, 1, settings.keep)
-    if not candidates:
-        raise _nothing_to_convert(dense, plan.model, reasons)
     cost = count(network, images.shape, examples)
+    if not candidates and not _fits(settings.budget, cost, plan):
+        raise _nothing_to_convert(dense, plan.model, reasons)
     search, timing = Search(settings), timing or Timing()
     shapes = {name: _shape(network, plan, name, cost.layers[name]) for name in candidates}
     sbf = {n: layer for n in candidates if isinstance(layer := layer_of(network, n), SBFConv2d)}
@@ -136,13 +139,20 @@ def rebuild_more(
     in_order = forward_order(dense, examples)
     order = [name for name in in_order if isinstance(layer_of(student, name), nn.Conv2d)]
     reference = reference or Reference(network)
-    fitted = fit_layers(student, reference, order, changed, found, images, settings, progress)
+    fit = SequentialFit(
+        student,
+        reference,
+        _sizes(student, order, changed, found, settings, examples),
+        images,
+        refit=settings.refit,
+        held=held,
+    )
+    fitted = fit_layers(fit, order, changed, found, progress)
     if settings.between is not None:
         fitted = insert_between(student, fitted, images, settings.between)
-    # The rebuilt channels vary less than the dense ones (least squares shrinks): measured again.
-    measure_batch_norm(student, images, images.part)
-    if settings.refit:
-        refit_heads(student, reference, images)
+    judge = None
+    if changed or reference.module is not network:
+        judge = settle(student, reference, images, held, refit=settings.refit)
     after = count(student, images.shape, examples)
     latency = None
     if shared.timed is not None:
@@ -157,34 +167,24 @@ def rebuild_more(
         "params_after": after.params,
         "latency": latency,
         "criterion": settings.criterion,
-        "explanation": spending.explain(reasons),
+        "explanation": spending.explain(reasons) + (judge.steps if judge else []),
+        "fidelity": judge.record() if judge else None,
         "layers": _layers(plan, fitted, reasons, spending, shared.timed),
     }
     return student, plan.model_copy(update=update)
 
 
 def fit_layers(
-    student: nn.Module,
-    reference: Reference,
+    fit: SequentialFit,
     order: list[str],
     chosen: Mapping[str, Option],
     found: OptionTable,
-    images: Calibration,
-    settings: Compression,
     progress: Progress | None,
 ) -> dict[str, SBFLayer]:
-    """Convert the convolutions of `student` that are `chosen`, in place, each as its option says.
+    """Convert the convolutions that are `chosen`, each as its option says, and mend others.
 
-    `order` are all of its convolutions in forward order; with refit, others that had options are
-    mended (`SequentialFit`).
+    `order` are all convolutions in forward order.
     """
-    refit, examples = settings.refit, images.first(2)
-    sizes = {
-        name: chosen[name].size if name in chosen else 1
-        for name in order
-        if name in chosen or (refit and name in found.rows and is_mended(student, name, examples))
-    }
-    fit = SequentialFit(student, reference, sizes, images, refit=refit)
     fitted: dict[str, SBFLayer] = {}
     for index, name in enumerate(order, 1):
         report(progress, "fit layers", index, len(order))
@@ -196,9 +196,38 @@ def fit_layers(
             else:
                 rank = partial(found.order, name)
                 fitted[name] = fit.convert(name, rank, option.kept, option.sources, macs)
-        elif name in sizes:
+        elif fit.fits(name):
             fit.mend(name)
     return fitted
+
+
+def _fits(budget: Budget, cost: Cost, plan: Plan) -> bool:
+    """Whether a network fits its budget as it is; times are not known before they are measured."""
+    if budget.unit == "ms":
+        return False
+    own, dense = cost.macs, plan.macs_before
+    if budget.kind == "params":
+        own, dense = cost.params, plan.params_before
+    return own <= budget.limit(dense) * (1 + ROUNDING)
+
+
+def _sizes(
+    student: nn.Module,
+    order: list[str],
+    chosen: Mapping[str, Option],
+    found: OptionTable,
+    settings: Compression,
+    examples: Tensor,
+) -> dict[str, int]:
+    """Return the m of all layers to fit: those `chosen`, and with refit others that had options."""
+    if not chosen:
+        return {}
+
+    def is_fitted(name: str) -> bool:
+        others = settings.refit and name in found.rows and is_mended(student, name, examples)
+        return name in chosen or others
+
+    return {name: chosen[name].size if name in chosen else 1 for name in order if is_fitted(name)}
 
 
 def dense_plan(model: nn.Module, images: Calibration, name: str | None) -> Plan:

@@ -105,7 +105,7 @@ def save(
     accuracy in [0, 1], if it was measured.
 
     An older student in `folder` is replaced. Raises UserError if the folder holds other things, or
-    the student is not as its plan has it.
+    the student does not match its plan.
     """
     plan = plan_of(student)
     card = Card.of(plan, classes=classes, mean=mean, std=std, top1=top1)
@@ -158,7 +158,7 @@ def check_folder(folder: Path) -> None:
     strangers = sorted(entry.name for entry in folder.iterdir() if entry.name not in ours)
     if strangers:
         raise UserError(
-            f"folder {folder} holds {strangers[0]!r}, which is no part of a student: "
+            f"folder {folder} holds {strangers[0]!r}, which is not part of a student: "
             "choose an empty or a new folder"
         )
 
@@ -187,7 +187,7 @@ def load_student(folder: Path | str, build: Callable[[], nn.Module] | None = Non
     card = load_card(folder)
     plan = Plan.load(folder / PLAN)
     if plan.digest() != card.plan_digest:
-        raise UserError(f"file {folder / PLAN} is not the plan that {CARD} beside it belongs to")
+        raise UserError(f"file {folder / PLAN} does not belong to the {CARD} beside it")
     path = folder / WEIGHTS
     if not path.is_file():
         raise UserError(f"file {path} does not exist: {folder} is not a complete student")

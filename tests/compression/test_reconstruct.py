@@ -16,6 +16,7 @@ from sbf_dist.compression.convert import convert
 from sbf_dist.compression.cost import count
 from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.fitting.statistics import measure_batch_norm, run_until
+from sbf_dist.compression.holding_out import split
 from sbf_dist.compression.plan import DenseLayer, Plan, SBFLayer
 from sbf_dist.compression.planning import latency, latency_budget, latency_table
 from sbf_dist.compression.planning.latency_table import LatencyTable, Timing
@@ -101,6 +102,8 @@ def test_layers_that_mix_their_basis_have_the_errors_that_are_measured():
     made_of = {n: layer for n, layer in plan.layers.items() if isinstance(layer, SBFLayer)}
     mixed = {name: all(row == m.kept for row in m.sources) for name, m in made_of.items()}
     assert any(mixed.values())
+    fitted, _ = split(Calibration.of(images))
+    images = fitted.first(fitted.count)
     for name, layer in made_of.items():
         wanted = run_until(model, name, images, output=True)
         made = run_until(student, name, images, output=True)
@@ -151,6 +154,8 @@ def test_the_error_of_each_layer_is_what_is_measured_on_the_converted_network():
     student, plan = shrink(model, images, macs=0.35)
     converted = [name for name, layer in plan.layers.items() if layer.kind == "sbf"]
     assert converted == ["conv1", "conv2"]
+    fitted, _ = split(Calibration.of(images))
+    images = fitted.first(fitted.count)
     for name in converted:
         wanted = run_until(model, name, images, output=True)
         made = run_until(student, name, images, output=True)
@@ -242,17 +247,52 @@ def test_the_whole_budget_converts_nothing():
     assert student.state_dict().keys() == model.state_dict().keys()
 
 
-def test_batch_norm_is_measured_again_behind_what_was_rebuilt():
-    images = pictures(40)
-    student, plan = shrink(small(), images, macs=0.4)
-    assert plan.layers["conv2"].kind == "sbf"
-    seen = run_until(student, "conv2", images, output=True)
-    torch.testing.assert_close(
-        student.norm2.running_mean, seen.mean((0, 2, 3)), rtol=1e-3, atol=1e-4
-    )
-    torch.testing.assert_close(
-        student.norm2.running_var, seen.transpose(0, 1).flatten(1).var(1), rtol=1e-3, atol=1e-4
-    )
+def foreign(norm=True):
+    """A network whose batch norms have statistics that the images do not have."""
+    model = small(norm=norm)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean += 0.3
+            module.running_var *= 3
+    return model
+
+
+@pytest.mark.parametrize("settings", [{}, {"keep": ["*"]}])
+def test_a_network_that_fits_its_budget_computes_what_it_did(settings):
+    model, images = foreign(), 0.2 * pictures(40) + 1
+    student, plan = shrink(model, images, macs=1.0, **settings)
+    assert {layer.kind for layer in plan.layers.values()} == {"dense"}
+    for key, value in model.state_dict().items():
+        assert torch.equal(student.state_dict()[key], value), key
+
+
+def test_statistics_that_the_images_do_not_have_stay():
+    model, images = foreign(), pictures(200)
+    student, plan = shrink(model, images, macs=0.6)
+    assert plan.fidelity is not None
+    assert plan.fidelity.kl < 0.3
+    assert plan.fidelity.agreement > 0.6
+    unseen = 0.5 + pictures(500)[300:]
+    with torch.no_grad():
+        before, after = model(unseen).log_softmax(1), student(unseen).log_softmax(1)
+        replaced = copy.deepcopy(student)
+        measure_batch_norm(replaced, images, 64)
+        anew = replaced(unseen).log_softmax(1)
+    assert kl(before, after) < 0.5 * kl(before, anew)
+
+
+def kl(wanted, found):
+    return float((wanted.exp() * (wanted - found)).sum(1).mean())
+
+
+def test_each_step_is_kept_only_if_images_held_out_are_nearer():
+    _, plan = shrink(foreign(), pictures(80), macs=0.5)
+    steps = [line for line in plan.explanation if "KL" in line]
+    assert len(steps) == 3
+    values = [float(re.search(r"KL (\d[\d.e-]*\d|\d)", step)[1]) for step in steps]
+    kept = [v for v, step in zip(values, steps, strict=True) if "not kept" not in step]
+    assert kept == sorted(kept, reverse=True)
+    assert plan.fidelity.kl == pytest.approx(kept[-1], rel=0.01)
 
 
 def test_floor_is_the_least_share_that_is_kept():

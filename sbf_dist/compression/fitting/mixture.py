@@ -8,6 +8,7 @@ compression of low rank matrices). A low-rank factorisation of rank B gives the 
 has all channels to make of its B features: kept channels cost no more than their filters.
 """
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -21,7 +22,9 @@ from sbf_dist.compression.fitting.statistics import Moments
 from sbf_dist.compression.fitting.transforms import planned_layer
 from sbf_dist.compression.plan import SBFLayer
 
-RIDGE = 1e-6  # of the mean variance of the candidates
+RIDGE = 1e-6  # of the variance of each candidate
+# To choose from on images that are held out; the last takes the candidates as they are.
+RIDGES = (RIDGE, 1e-2, 1e-1, 1.0, math.inf)
 LEAST_WEIGHT = 1e-3  # of the mean: what hardly matters is still to be rebuilt
 LEAST_VARIANCE = 1e-3  # of the mean: channels that vary less are no coordinates to choose first
 
@@ -45,17 +48,20 @@ class Mixture:
 class MixtureSpace:
     """The regression of targets on candidates, of which each number of dimensions is the best.
 
-    `moments` have m = 1; squared errors count by `weights` (C,).
+    `moments` have m = 1; squared errors count by `weights` (C,). Each target has a candidate, which
+    it is taken to be but for what the images say; the larger `ridge`, the less these count.
     """
 
-    def __init__(self, moments: Moments, weights: Tensor) -> None:
+    def __init__(self, moments: Moments, weights: Tensor, ridge: float = RIDGE) -> None:
         self._moments = moments
         weights = weights.double()
         self._scale = weights.clamp(min=LEAST_WEIGHT * float(weights.mean())).add(1e-30).sqrt()
-        trace = moments.zz.diagonal().mean()
-        added = (RIDGE * trace).clamp(min=torch.finfo(torch.double).tiny ** 0.5)
-        gram = moments.zz + added * torch.eye(len(moments.zz), dtype=torch.double)
-        self._matrix = torch.linalg.solve(gram, moments.zy).T
+        self._matrix = torch.eye(len(moments.zz), dtype=torch.double)
+        if ridge < math.inf:
+            variance = moments.zz.diagonal()
+            added = ridge * variance + RIDGE * variance.mean()
+            gram = moments.zz + torch.diag(added.clamp(min=torch.finfo(torch.double).tiny ** 0.5))
+            self._matrix = self._matrix + torch.linalg.solve(gram, moments.zy - moments.zz).T
         explained = self._matrix @ moments.zz @ self._matrix.T
         values, vectors = torch.linalg.eigh(self._scale[:, None] * explained * self._scale)
         self._values, self._vectors = values.flip(0).clamp(min=0), vectors.flip(1)
@@ -65,6 +71,15 @@ class MixtureSpace:
         total = (self._scale.square() * self._moments.yy).sum()
         return (total - torch.cat([torch.zeros(1), self._values.cumsum(0)])).clamp(min=0)
 
+    def error_on(self, moments: Moments, kept: int) -> float:
+        """Return the weighted error on other moments that `kept` dimensions leave."""
+        leading = self._vectors[:, :kept]
+        matrix = (leading / self._scale[:, None]) @ ((leading.T * self._scale) @ self._matrix)
+        bias = self._moments.y_mean - matrix @ self._moments.z_mean
+        explained = 2 * (matrix * moments.zy.T).sum(1) - ((matrix @ moments.zz) * matrix).sum(1)
+        shift = moments.y_mean - matrix @ moments.z_mean - bias
+        return float((self._scale.square() * (moments.yy - explained + shift.square())).sum())
+
     def fit(self, kept: int, among: Collection[int] | None = None) -> Mixture:
         """Return the mixture of `kept` dimensions; `among` are the channels that may be kept."""
         moments = self._moments
@@ -73,7 +88,7 @@ class MixtureSpace:
         inner = (leading.T * self._scale) @ self._matrix
         chosen = self._coordinates(span, among)
         others = sorted(set(range(len(span))) - set(chosen))
-        transforms = torch.linalg.solve(span[chosen].T, span[others].T).T
+        transforms = _solved(span[chosen].T, span[others].T).T
         matrix = span @ inner
         explained = 2 * (matrix * moments.zy.T).sum(1) - ((matrix @ moments.zz) * matrix).sum(1)
         return Mixture(
@@ -92,6 +107,26 @@ class MixtureSpace:
         allowed = sorted(among) if among is not None else list(range(len(rows)))
         _, pivots = scipy.linalg.qr(rows[allowed].T.numpy(), mode="r", pivoting=True)
         return sorted(allowed[pivot] for pivot in pivots[: span.shape[1]])
+
+
+def best_space(fit: Moments, held: Moments, weights: Tensor, kept: int) -> MixtureSpace:
+    """Return the space fitted to `fit` whose ridge leaves the least error on `held`."""
+    best, least = None, math.inf
+    for ridge in reversed(RIDGES):  # of equals the one that changes the least
+        space = MixtureSpace(fit, weights, ridge)
+        lost = space.error_on(held, kept)
+        if best is None or lost < least:
+            best, least = space, lost
+    assert best is not None
+    return best
+
+
+def _solved(matrix: Tensor, right: Tensor) -> Tensor:
+    """Solve a system, in the least-squares sense where channels are dead and it is singular."""
+    solution, failed = torch.linalg.solve_ex(matrix, right)
+    if int(failed) == 0 and bool(solution.isfinite().all()):
+        return solution
+    return torch.linalg.lstsq(matrix, right, driver="gelsd").solution
 
 
 def install_mixture(

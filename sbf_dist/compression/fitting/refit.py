@@ -4,6 +4,7 @@ What the layers before a convolution have spoiled is mended by its own filters a
 they are fitted to what the dense network's layer gives, whatever their inputs now are.
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -18,8 +19,11 @@ from sbf_dist.compression.fitting.statistics import Moments, MomentSums, patches
 from sbf_dist.hooks import registered
 from sbf_dist.surgery import sharing_modules
 
-RIDGE = 1e-2  # towards the old filters, relative to the mean variance of the inputs
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e3)  # to choose from by halves of the images
+RIDGE = 1e-2  # towards the old filters, relative to the variance of each input channel
+# To choose from on images that are held out; the last leaves the filters as they are.
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, math.inf)
+# Of the mean variance of all inputs: a channel that varies less is held where it is.
+FLOOR = 1e-6
 
 
 def obstacle(conv: nn.Conv2d) -> str | None:
@@ -44,27 +48,18 @@ def is_mended(model: nn.Module, name: str, images: Tensor) -> bool:
 
 
 @torch.no_grad()
-def refit_filters(
-    conv: nn.Conv2d,
-    batches: Iterable[tuple[int, Tensor, Tensor]],
-    draw: Draw,
-    *,
-    centred: bool,
-) -> None:
-    """Fit weight and bias of `conv`, in place, to targets on the inputs that it gets.
+def filter_moments(
+    conv: nn.Conv2d, batches: Iterable[tuple[int, Tensor, Tensor]], draw: Draw
+) -> Moments:
+    """Gather the moments of what the filters of `conv` see and of targets for their outputs.
 
     `batches` give the number of the first image, inputs (N, C, H, W), and the rows (n, C') of
-    targets at the positions of `draw`. Of all filters that explain the targets equally well the
-    nearest to the old ones are taken. With `centred`, means are left to a bias (which is set if
-    `conv` has one); else the filters have to explain them too.
+    targets at the positions of `draw`.
     """
     sums = MomentSums(1, paired=False)
     for start, inputs, targets in batches:
         sums.add(drawn_patches(conv, inputs, draw, start), targets)
-    weight, bias = solve(sums.moments(), conv.weight, centred=centred)
-    conv.weight.copy_(weight)
-    if centred and conv.bias is not None:
-        conv.bias.copy_(bias)
+    return sums.moments()
 
 
 def drawn_patches(conv: nn.Conv2d, inputs: Tensor, draw: Draw, start: int) -> Tensor:
@@ -85,52 +80,116 @@ def drawn_patches(conv: nn.Conv2d, inputs: Tensor, draw: Draw, start: int) -> Te
 def solve(
     moments: Moments, weight: Tensor, *, centred: bool = True, ridge: float = RIDGE
 ) -> tuple[Tensor, Tensor]:
-    """Return weight and bias that explain the targets of `moments`, near to the old `weight`."""
+    """Return weight and bias that explain the targets of `moments`, near to the old `weight`.
+
+    Each input channel is held by its own variance: behind ReLU6 they differ by ten thousand. With
+    `centred`, means are left to the bias; else the filters have to explain them too.
+    """
     old = weight.detach().flatten(1).double().cpu()
-    gram, cross = moments.zz, moments.zy
-    if not centred:
-        gram = gram.addr(moments.z_mean, moments.z_mean)
-        cross = cross.addr(moments.z_mean, moments.y_mean)
-    added = ridge * gram.diagonal().mean() + torch.finfo(torch.double).tiny ** 0.5
-    left = cross - gram @ old.T
-    factor = torch.linalg.cholesky(gram + added * torch.eye(len(gram), dtype=torch.double))
-    new = old + torch.cholesky_solve(left, factor).T
+    new = old
+    if ridge < math.inf:
+        gram, cross = moments.zz, moments.zy
+        if not centred:
+            gram = gram.addr(moments.z_mean, moments.z_mean)
+            cross = cross.addr(moments.z_mean, moments.y_mean)
+        variance = gram.diagonal().view(weight.shape[1], -1).mean(1, keepdim=True)
+        floor = FLOOR * variance.mean() + torch.finfo(torch.double).tiny ** 0.5
+        added = (ridge * variance + floor).expand(-1, weight[0, 0].numel()).flatten()
+        left = cross - gram @ old.T
+        factor = torch.linalg.cholesky(gram + torch.diag(added))
+        new = old + torch.cholesky_solve(left, factor).T
     return new.view_as(weight), moments.y_mean - new @ moments.z_mean
 
 
+def best_ridge(fit: Moments, held: Moments, weight: Tensor, *, centred: bool = True) -> float:
+    """Return the ridge of which the filters solved on `fit` leave the least error on `held`.
+
+    Channels count alike, as shares of their variance: norms and filters behind them scale them.
+    """
+    scale = held.yy + 0.01 * held.yy.mean() + torch.finfo(torch.double).tiny ** 0.5
+
+    def lost(ridge: float) -> float:
+        solution = solve(fit, weight, centred=centred, ridge=ridge)
+        return float((_errors(solution, held) / scale).sum())
+
+    # Of equals the last: nothing is changed without a gain.
+    return min(reversed(RIDGES), key=lost)
+
+
 @torch.no_grad()
-def refit_heads(student: nn.Module, reference: Reference, images: Calibration) -> list[str]:
+def refit_heads(
+    student: nn.Module, reference: Reference, images: Calibration, held: Calibration | None = None
+) -> list[str]:
     """Fit the linear layers of `student` that read vectors, in place; return their names.
 
     Each is fitted, in forward order, to what the layer gives in `reference`, on the inputs that
     `student` gives it. An image is one sample, and there may be fewer of them than weights. So how
-    near to the old weights the new ones stay is chosen by what solutions of one half of the
-    batches are worth on the other.
+    near to the old weights the new ones stay is chosen on the images `held` out; where there are
+    none, by what solutions of one half of the batches are worth on the other.
     """
     names = _heads(student, images.first(2))
     for name in names:
         head = student.get_submodule(name)
         assert isinstance(head, nn.Linear)
-        halves = [MomentSums(1, paired=False), MomentSums(1, paired=False)]
-        for index, batch in enumerate(images.parts(min(images.part, -(-images.count // 2)))):
-            outputs = run_until(reference.module, name, batch, output=True)
-            wanted = reference.select(name, outputs)
-            halves[index % 2].add(run_until(student, name, batch, output=False).clone(), wanted)
-        if halves[1].count == 0:
-            continue  # too few images for two halves
-        one, other = (half.moments() for half in halves)
-
-        def lost(ridge: float, head: nn.Linear = head, one=one, other=other) -> float:
-            return _lost(solve(one, head.weight, ridge=ridge), other) + _lost(
-                solve(other, head.weight, ridge=ridge), one
-            )
-
-        shares = [half.count / images.count for half in halves]
-        weight, bias = solve(_joined(one, other, shares), head.weight, ridge=min(RIDGES, key=lost))
-        head.weight.copy_(weight)
+        solution = (
+            _from_halves(student, reference, name, images)
+            if held is None
+            else _from_held(student, reference, name, (images, held))
+        )
+        if solution is None:
+            continue
+        head.weight.copy_(solution[0])
         if head.bias is not None:
-            head.bias.copy_(bias)
+            head.bias.copy_(solution[1])
     return names
+
+
+def _from_held(
+    student: nn.Module,
+    reference: Reference,
+    name: str,
+    images: tuple[Calibration, Calibration],
+) -> tuple[Tensor, Tensor]:
+    """Solve a head on the first of `images`, with the ridge that is best on the second."""
+    moments = []
+    for part in images:
+        sums = MomentSums(1, paired=False)
+        for batch in part.parts(part.part):
+            sums.add(*_vectors(student, reference, name, batch))
+        moments.append(sums.moments())
+    weight = student.get_submodule(name).get_parameter("weight")
+    return solve(moments[0], weight, ridge=best_ridge(moments[0], moments[1], weight))
+
+
+def _from_halves(
+    student: nn.Module, reference: Reference, name: str, images: Calibration
+) -> tuple[Tensor, Tensor] | None:
+    """Solve a head on all images; None where there are too few for two halves."""
+    weight = student.get_submodule(name).get_parameter("weight")
+    halves = [MomentSums(1, paired=False), MomentSums(1, paired=False)]
+    for index, batch in enumerate(images.parts(min(images.part, -(-images.count // 2)))):
+        halves[index % 2].add(*_vectors(student, reference, name, batch))
+    if halves[1].count == 0:
+        return None
+    one, other = (half.moments() for half in halves)
+
+    def lost(ridge: float) -> float:
+        return float(
+            _errors(solve(one, weight, ridge=ridge), other).sum()
+            + _errors(solve(other, weight, ridge=ridge), one).sum()
+        )
+
+    shares = [half.count / images.count for half in halves]
+    ridge = min(reversed(RIDGES), key=lost)
+    return solve(_joined(one, other, shares), weight, ridge=ridge)
+
+
+def _vectors(
+    student: nn.Module, reference: Reference, name: str, batch: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return a head's inputs in the student, and the outputs that it is to give for them."""
+    wanted = reference.select(name, run_until(reference.module, name, batch, output=True))
+    return run_until(student, name, batch, output=False).clone(), wanted
 
 
 def _heads(model: nn.Module, images: Tensor) -> list[str]:
@@ -150,12 +209,12 @@ def _heads(model: nn.Module, images: Tensor) -> list[str]:
     return [name for name, axes in inputs if axes == 2 and names.count(name) == 1]
 
 
-def _lost(solution: tuple[Tensor, Tensor], moments: Moments) -> float:
-    """Mean squared error, summed over targets, of weight and bias on other moments."""
-    weight, bias = solution
-    explained = 2 * (weight.T * moments.zy).sum() - ((weight @ moments.zz) * weight).sum()
+def _errors(solution: tuple[Tensor, Tensor], moments: Moments) -> Tensor:
+    """Mean squared error of each target (C,) of weight and bias on other moments."""
+    weight, bias = solution[0].flatten(1), solution[1]
+    explained = 2 * (weight.T * moments.zy).sum(0) - ((weight @ moments.zz) * weight).sum(1)
     shift = moments.y_mean - weight @ moments.z_mean - bias
-    return float(moments.yy.sum() - explained + shift.square().sum())
+    return moments.yy - explained + shift.square()
 
 
 def _joined(one: Moments, other: Moments, shares: list[float]) -> Moments:

@@ -7,9 +7,16 @@ from torch import Tensor, nn
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.candidates import convolution
 from sbf_dist.compression.fitting.layerwise import Draw, Targets, draws
-from sbf_dist.compression.fitting.mixture import MixtureSpace, install_mixture
+from sbf_dist.compression.fitting.mixture import MixtureSpace, best_space, install_mixture
+from sbf_dist.compression.fitting.norms import movable
 from sbf_dist.compression.fitting.reference import Reference
-from sbf_dist.compression.fitting.refit import obstacle, refit_filters
+from sbf_dist.compression.fitting.refit import (
+    RIDGE,
+    best_ridge,
+    filter_moments,
+    obstacle,
+    solve,
+)
 from sbf_dist.compression.fitting.statistics import Moments, MomentSums, run_until
 from sbf_dist.compression.fitting.transforms import install
 from sbf_dist.compression.plan import SBFLayer
@@ -23,7 +30,9 @@ class SequentialFit:
 
     `sizes` are the m of the layers that will be fitted, 1 for those that stay dense, in forward
     order; each is fitted once, in that order. With `refit`, filters are first solved anew on the
-    inputs that the student now gives (`refit`).
+    inputs that the student now gives (`refit`). How far they leave the old ones, and a mixture the
+    layer's own outputs, is chosen by the error on images that are `held` out. Where none are,
+    filters are solved anew only with samples enough.
     """
 
     def __init__(
@@ -34,21 +43,37 @@ class SequentialFit:
         images: Calibration,
         *,
         refit: bool,
+        held: Calibration | None = None,
     ) -> None:
         self._student = student
-        self._images = images
         self._sizes = sizes
-        self._draws = draws(student, sizes, images) if sizes else {}
-        self._targets = Targets(reference, self._draws, images)
         self._refit = refit
+        self._norms = movable(student, images.first(2))
+        self._fit = _Side(student, reference, sizes, images)
+        self._held = None if held is None else _Side(student, reference, sizes, held)
+
+    def fits(self, name: str) -> bool:
+        """Whether a layer is one of those to fit."""
+        return name in self._sizes
 
     def mend(self, name: str) -> None:
-        """Solve the filters of a layer that stays dense anew, if there are samples enough."""
-        conv = convolution(self._student, name)
+        """Solve the filters of a layer that stays dense anew, if the images are enough for it.
+
+        Means are left to its bias, or to the batch norm that reads its output.
+        """
+        conv, norm = convolution(self._student, name), self._norms.get(name)
         if not self._can_solve(name):
-            self._targets.pop(name)
+            self._fit.skip(name)
             return
-        refit_filters(conv, self._batches(name), self._draws[name], centred=conv.bias is not None)
+        centred = conv.bias is not None or norm is not None
+        held = None if self._held is None else self._held.batches(name)
+        weight, bias = self._solved(name, self._fit.batches(name), held, centred=centred)
+        conv.weight.copy_(weight)
+        if conv.bias is not None:
+            conv.bias.copy_(bias)
+        elif norm is not None:
+            assert norm.running_mean is not None
+            norm.running_mean -= bias.to(norm.running_mean)
 
     def convert(
         self,
@@ -59,7 +84,7 @@ class SequentialFit:
         macs: int,
     ) -> SBFLayer:
         """Make an SBF layer of a convolution: the first `kept` channels of `rank` are its basis."""
-        moments = self._moments(name)
+        moments, _ = self._moments(name)
         return install(self._student, name, moments, sorted(rank(moments)[:kept]), sources, macs)
 
     def convert_whole_basis(
@@ -69,33 +94,82 @@ class SequentialFit:
 
         Errors of channels count by `weights` (C,); `among` are those that may be kept, None all.
         """
-        moments = self._moments(name)
-        mixture = MixtureSpace(moments, weights).fit(kept, among)
-        return install_mixture(self._student, name, mixture, moments, macs)
+        moments, held = self._moments(name, with_held=True)
+        space = (
+            MixtureSpace(moments, weights)
+            if held is None
+            else best_space(moments, held, weights, kept)
+        )
+        return install_mixture(self._student, name, space.fit(kept, among), moments, macs)
 
-    def _moments(self, name: str) -> Moments:
-        """Solve a layer's filters anew, if that can be done, and gather what they then give."""
+    def _moments(self, name: str, *, with_held: bool = False) -> tuple[Moments, Moments | None]:
+        """Solve a layer's filters anew, if that can be done, and gather what they then give.
+
+        On the images to fit to and, if asked for, on those held out.
+        """
         conv = convolution(self._student, name)
-        draw, size = self._draws[name], self._sizes[name]
-        batches = self._batches(name)
+        batches = self._fit.batches(name)
+        held = None if self._held is None else self._held.batches(name)
         if self._refit and self._can_solve(name):
-            refit_filters(conv, batches, draw, centred=True)
+            weight, bias = self._solved(name, batches, held, centred=True)
+            conv.weight.copy_(weight)
+            if conv.bias is not None:
+                conv.bias.copy_(bias)
+        moments = self._candidates(name, batches)
+        return moments, None if held is None or not with_held else self._candidates(name, held)
+
+    def _solved(
+        self, name: str, batches: "_Batches", held: "_Batches | None", *, centred: bool
+    ) -> tuple[Tensor, Tensor]:
+        conv = convolution(self._student, name)
+        moments = filter_moments(conv, batches, batches.draw)
+        ridge = RIDGE
+        if held is not None:
+            apart = filter_moments(conv, held, held.draw)
+            ridge = best_ridge(moments, apart, conv.weight, centred=centred)
+        return solve(moments, conv.weight, centred=centred, ridge=ridge)
+
+    def _candidates(self, name: str, batches: "_Batches") -> Moments:
+        """Gather what the filters of a convolution give, as candidates for its basis."""
+        conv, size = convolution(self._student, name), self._sizes[name]
         sums = MomentSums(size)
         for start, inputs, rows in batches:
             # The basis of an SBF layer has no bias, so the candidates have none either.
             candidates = conv._conv_forward(inputs, conv.weight, None)
-            sums.add(draw.rows(candidates, size, start), rows)
+            sums.add(batches.draw.rows(candidates, size, start), rows)
         return sums.moments()
 
     def _can_solve(self, name: str) -> bool:
-        # Behind global pooling an image is one sample: filters would be fitted to chance.
-        conv, draw = convolution(self._student, name), self._draws[name]
-        samples = draw.images * draw.per_image
-        return obstacle(conv) is None and samples >= SAMPLES_PER_WEIGHT * conv.weight[0].numel()
+        # Behind global pooling an image is one sample: filters would be fitted to chance, which
+        # images that are held out show.
+        conv, draw = convolution(self._student, name), self._fit.draws[name]
+        enough = draw.images * draw.per_image >= SAMPLES_PER_WEIGHT * conv.weight[0].numel()
+        return obstacle(conv) is None and (enough or self._held is not None)
 
-    def _batches(self, name: str) -> "_Batches":
+
+class _Side:
+    """Images to fit to or to judge by, with what the reference's layers give for them."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        reference: Reference,
+        sizes: dict[str, int],
+        images: Calibration,
+    ) -> None:
+        self._student = student
+        self._images = images
+        self.draws = draws(student, sizes, images) if sizes else {}
+        self._targets = Targets(reference, self.draws, images)
+
+    def skip(self, name: str) -> None:
+        """Pass over a layer that is not fitted."""
+        self._targets.pop(name)
+
+    def batches(self, name: str) -> "_Batches":
+        """Return a layer's inputs and targets."""
         return _Batches(
-            self._student, name, self._images, self._draws[name], self._targets.pop(name)
+            self._student, name, self._images, self.draws[name], self._targets.pop(name)
         )
 
 
@@ -113,13 +187,13 @@ class _Batches:
         self._student = student
         self._name = name
         self._images = images
-        self._draw = draw
+        self.draw = draw
         self._targets = targets
         self._held: Tensor | None = None  # inputs of all images, once they have been seen
         self._sizes: list[int] = []  # of the parts in which they came
 
     def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        start, per_image = 0, self._draw.per_image
+        start, per_image = 0, self.draw.per_image
         for inputs in self._inputs():
             end = start + len(inputs)
             yield start, inputs, self._targets[start * per_image : end * per_image]
@@ -131,7 +205,7 @@ class _Batches:
             return
         held: Tensor | None = None
         self._sizes = []
-        start, images = 0, self._draw.images
+        start, images = 0, self.draw.images
         for batch in self._images.parts(self._images.part, images):
             inputs = run_until(self._student, self._name, batch, output=False)[: images - start]
             if start == 0 and inputs[0].nbytes * images <= INPUTS:

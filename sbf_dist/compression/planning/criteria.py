@@ -19,9 +19,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
 from sbf_dist.compression.fitting.layerwise import layer_of
+from sbf_dist.compression.fitting.norms import following_norms
 from sbf_dist.compression.fitting.statistics import Moments
 from sbf_dist.compression.fitting.transforms import rank_channels
 from sbf_dist.errors import UserError
@@ -151,31 +151,3 @@ def _gradients(
                 loss = F.cross_entropy(logits, drawn[:, 0].to(logits.device), reduction="sum")
                 gradients = torch.autograd.grad(loss, [outputs[name] for name in names])
             yield outputs, gradients
-
-
-def following_norms(model: nn.Module, images: Tensor) -> dict[str, str]:
-    """Map each convolution or SBF layer to the batch norm that reads its very output."""
-    outputs: list[tuple[Tensor, str]] = []  # kept alive, so that identities stay unique
-    following: dict[str, str] = {}
-
-    def of_conv(name: str) -> Callable[..., None]:
-        return lambda _, __, output: outputs.append((output, name))
-
-    def of_norm(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            for output, conv in outputs:
-                if output is inputs[0]:
-                    following[conv] = name
-
-        return hook
-
-    def hooks() -> Iterator[RemovableHandle]:
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Conv2d | SBFConv2d):
-                yield module.register_forward_hook(of_conv(name))
-            elif isinstance(module, nn.BatchNorm2d):
-                yield module.register_forward_pre_hook(of_norm(name))
-
-    with registered(hooks()):
-        model(images)
-    return following

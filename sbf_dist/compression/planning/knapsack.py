@@ -52,6 +52,9 @@ def allocate(
     cheapest = fixed + sum(min(option.cost for option in row) for row in options.values())
     if cheapest > limit * (1 + ROUNDING):
         raise budget.refusal(cheapest, dense)
+    as_it_is = fixed + sum(row[0].cost for row in options.values())
+    if as_it_is <= limit * (1 + ROUNDING):
+        return {name: row[0] for name, row in options.items()}
     rows = [_worth_choosing(row) for row in options.values()]
     flat = [option for row in rows for option in row]
     loss = np.array([option.loss for option in flat])

@@ -4,6 +4,7 @@ What is removed is judged by what its absence does to the network's own predicti
 are needed. Pruning is this alone; `joint` shares a budget out between it and rebuilding.
 """
 
+import dataclasses
 import fnmatch
 import math
 from collections.abc import Callable
@@ -12,14 +13,17 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sbf_dist.compression.calibration import Calibration, device_of
 from sbf_dist.compression.candidates import kept_dense, uses
 from sbf_dist.compression.cost import Cost, count
+from sbf_dist.compression.fitting.fidelity import Judge
 from sbf_dist.compression.fitting.reference import Reference
-from sbf_dist.compression.fitting.refit import is_mended, refit_heads
+from sbf_dist.compression.fitting.refit import is_mended
 from sbf_dist.compression.fitting.sequential import SequentialFit
-from sbf_dist.compression.fitting.statistics import measure_batch_norm
+from sbf_dist.compression.fitting.settle import settle
+from sbf_dist.compression.holding_out import split
 from sbf_dist.compression.narrow import is_depthwise, narrow
 from sbf_dist.compression.plan import Removed
 from sbf_dist.compression.removal.coupled import Coupled, find_coupled, removed_channels
@@ -44,14 +48,19 @@ class Removal:
     removed: dict[str, Removed]
     left: dict[str, str]
     cost: Cost
+    judge: Judge | None = None
 
     def remaining(self, dense: nn.Module) -> dict[str, list[int]]:
-        """Numbers in `dense` of the output channels that narrowed layers still have."""
+        """Numbers in `dense` of the channels that narrowed layers and batch norms have left."""
         channels: dict[str, list[int]] = {}
         for name, module in dense.named_modules():
-            if isinstance(module, nn.Conv2d | nn.Linear) and name in self.removed:
-                gone = set(self.removed[name].out)
+            if name not in self.removed:
+                continue
+            gone = set(self.removed[name].out)
+            if isinstance(module, nn.Conv2d | nn.Linear):
                 channels[name] = [c for c in range(len(module.weight)) if c not in gone]
+            elif isinstance(module, _BatchNorm):
+                channels[name] = [c for c in range(module.num_features) if c not in gone]
         return channels
 
 
@@ -107,7 +116,9 @@ def remove(removable: Removable, settings: Compression, share: float) -> Removal
     coupled channels keeps at least `floor` of its channels, and a multiple of `round_to`. What
     reads the rest has the removed channels' means added to its bias; with `refit` the filters that
     are left are solved anew, in forward order, so that they give what they gave in the dense
-    network; batch norm is measured again. Raises UserError if the share cannot be reached.
+    network. Statistics of batch norms are moved, and linear layers solved anew, if that brings the
+    predictions nearer to the dense network's on images held out. Raises UserError if the share
+    cannot be reached.
     """
     of: Measure = "params" if settings.budget.kind == "params" else "macs"
     if not 0 < share <= 1:
@@ -131,25 +142,27 @@ def remove(removable: Removable, settings: Compression, share: float) -> Removal
         excess += over
     _absorb_means(dense, network, removed, removable.images)
     removal = Removal(network, removed, removable.left, after)
+    if not removed:
+        return removal
+    images, held = split(removable.images)
+    reference = Reference(dense, removal.remaining(dense))
     if settings.refit:
-        _refit(removal, dense, removable.images)
-    measure_batch_norm(network, removable.images, removable.images.part)
-    if settings.refit:
-        refit_heads(network, Reference(dense, removal.remaining(dense)), removable.images)
-    return removal
+        _refit(network, reference, images, held)
+    judge = settle(network, reference, images, held, refit=settings.refit)
+    return dataclasses.replace(removal, judge=judge)
 
 
-def _refit(removal: Removal, dense: nn.Module, images: Calibration) -> None:
+def _refit(
+    network: nn.Module, reference: Reference, images: Calibration, held: Calibration | None
+) -> None:
     """Solve the filters of the narrowed network anew, on the inputs that it gives them."""
     examples = images.first(2)
-    network = removal.network
-    reference = Reference(dense, removal.remaining(dense))
     sizes = {
         name: 1
         for name, use in uses(network, examples).items()
         if use.calls == 1 and is_mended(network, name, examples)
     }
-    fit = SequentialFit(network, reference, sizes, images, refit=True)
+    fit = SequentialFit(network, reference, sizes, images, refit=True, held=held)
     for name in sizes:
         fit.mend(name)
 

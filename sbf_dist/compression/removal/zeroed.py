@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sbf_dist.compression.calibration import BATCH
+from sbf_dist.compression.fitting.norms import following_norms
 from sbf_dist.compression.fitting.statistics import measure_batch_norm
-from sbf_dist.compression.planning.criteria import following_norms
 from sbf_dist.hooks import registered
 from sbf_dist.surgery import deep_copy
 

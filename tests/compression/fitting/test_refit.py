@@ -16,12 +16,15 @@ from sbf_dist.compression.fitting import refit
 from sbf_dist.compression.fitting.layerwise import Draw
 from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.fitting.refit import (
+    RIDGES,
     _joined,
+    best_ridge,
     drawn_patches,
+    filter_moments,
     is_mended,
     obstacle,
-    refit_filters,
     refit_heads,
+    solve,
 )
 from sbf_dist.compression.fitting.statistics import gather_moments
 
@@ -29,11 +32,21 @@ EVERYTHING = Draw("conv", images=10**6, per_image=10**6)
 
 
 def batches(inputs, targets, size):
-    """Batches of inputs with the rows of targets (N, C, H, W), as `refit_filters` takes them."""
+    """Batches of inputs with the rows of targets (N, C, H, W), as `filter_moments` takes them."""
     return [
         (start, inputs[start : start + size], rows.transpose(0, 1).flatten(1).T)
         for start, rows in zip(range(0, len(inputs), size), targets.split(size), strict=True)
     ]
+
+
+def solve_anew(conv, inputs, targets, size, *, centred=True):
+    """Solve the filters of `conv`, in place."""
+    moments = filter_moments(conv, batches(inputs, targets, size), EVERYTHING)
+    weight, bias = solve(moments, conv.weight, centred=centred)
+    with torch.no_grad():
+        conv.weight.copy_(weight)
+        if conv.bias is not None:
+            conv.bias.copy_(bias)
 
 
 @pytest.mark.parametrize(
@@ -73,12 +86,13 @@ def test_filters_are_numpys_least_squares_solution_near_the_old_ones(centred, si
     with torch.no_grad():
         targets = wanted(inputs + 0.3 * torch.randn_like(inputs))
     old = conv.weight.detach().flatten(1).double().numpy()
-    refit_filters(conv, batches(inputs, targets, size), EVERYTHING, centred=centred)
+    solve_anew(conv, inputs, targets, size, centred=centred)
 
     x, y = rows_of(inputs), targets.transpose(0, 1).flatten(1).T.double().numpy()
     mean, y_mean = (x.mean(0), y.mean(0)) if centred else (np.zeros(27), np.zeros(4))
     x, y = x - mean, y - y_mean
-    ridge = np.sqrt(len(x) * refit.RIDGE * (x**2).mean()) * np.eye(27)
+    variance = (x**2).mean(0).reshape(3, 9).mean(1).repeat(9)  # of each input channel
+    ridge = np.diag(np.sqrt(len(x) * refit.RIDGE * variance))
     expected, *_ = np.linalg.lstsq(
         np.concatenate([x, ridge]), np.concatenate([y, ridge @ old.T]), rcond=None
     )
@@ -96,7 +110,7 @@ def test_filters_that_are_right_already_stay():
     weight, bias = conv.weight.detach().clone(), conv.bias.detach().clone()
     with torch.no_grad():
         targets = conv(inputs)
-    refit_filters(conv, batches(inputs, targets, 4), EVERYTHING, centred=True)
+    solve_anew(conv, inputs, targets, 4)
     torch.testing.assert_close(conv.weight, weight, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(conv.bias, bias, rtol=1e-3, atol=1e-5)
 
@@ -107,7 +121,7 @@ def test_inputs_that_are_dead_leave_their_filters_as_they_were():
     inputs[:, 1] = 0
     before = conv.weight.detach().clone()
     targets = torch.randn(12, 2, 10, 10)
-    refit_filters(conv, batches(inputs, targets, 12), EVERYTHING, centred=True)
+    solve_anew(conv, inputs, targets, 12)
     torch.testing.assert_close(conv.weight[:, 1], before[:, 1])
     assert not torch.equal(conv.weight[:, 0], before[:, 0])
     assert conv.weight.isfinite().all()
@@ -124,6 +138,32 @@ def test_the_stem_reads_the_images_themselves_and_is_not_mended():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3, groups=2))
     mended = [is_mended(model, name, pictures(1)) for name in ("0", "1", "2")]
     assert mended == [False, True, False]
+
+
+def moments_of(inputs, targets):
+    return filter_moments(nn.Conv2d(6, 4, 1), batches(inputs, targets, 10), EVERYTHING)
+
+
+def test_filters_stay_where_images_held_out_gain_nothing_by_new_ones():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(6, 4, 1)
+    inputs, others = torch.randn(10, 6, 2, 2), torch.randn(200, 6, 2, 2)
+    with torch.no_grad():
+        # What the layer lacks has nothing to do with its inputs: it can only be learnt by heart.
+        noisy = conv(inputs) + torch.randn(10, 4, 2, 2)
+        held = moments_of(others, conv(others) + torch.randn(200, 4, 2, 2))
+    assert best_ridge(moments_of(inputs, noisy), held, conv.weight) == RIDGES[-1]
+    weight, _ = solve(moments_of(inputs, noisy), conv.weight, ridge=RIDGES[-1])
+    assert torch.equal(weight, conv.weight.double())
+
+
+def test_filters_are_solved_where_images_held_out_gain_by_it():
+    torch.manual_seed(0)
+    conv, wanted = nn.Conv2d(6, 4, 1), nn.Conv2d(6, 4, 1)
+    inputs, others = torch.randn(100, 6, 2, 2), torch.randn(100, 6, 2, 2)
+    with torch.no_grad():
+        fit, held = moments_of(inputs, wanted(inputs)), moments_of(others, wanted(others))
+    assert best_ridge(fit, held, conv.weight) == RIDGES[0]
 
 
 class Heads(nn.Module):

@@ -168,6 +168,9 @@ def test_what_remains_is_told_by_the_dense_networks_numbers():
     for name, left in remaining.items():
         conv, narrow = model.get_submodule(name), removal.network.get_submodule(name)
         assert len(narrow.weight) == len(left)
+        if isinstance(conv, nn.BatchNorm2d):
+            assert torch.equal(narrow.weight, conv.weight[left])
+            continue
         cut = removal.removed[name].inp
         inputs = [c for c in range(conv.weight.shape[1]) if c not in cut]
         assert torch.equal(narrow.weight, conv.weight[left][:, inputs])

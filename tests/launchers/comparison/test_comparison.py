@@ -97,7 +97,7 @@ def test_the_command_shows_the_table_and_says_where_things_are(runs, tmp_path, c
 
 
 def test_a_folder_of_other_settings_is_refused(runs):
-    with pytest.raises(UserError, match=r"was done with model = 'cifar_resnet8_w8', the recipe"):
+    with pytest.raises(UserError, match=r"was written with model = 'cifar_resnet8_w8', the recipe"):
         compare(recipe(model="cifar_resnet14"), runs, quiet())
 
 

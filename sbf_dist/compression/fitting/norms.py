@@ -1,0 +1,157 @@
+"""Statistics of batch norms moved by what conversion changed, never measured anew.
+
+What a network has learnt of its own images stays: only the difference that a changed layer makes
+on the same images is added. So a layer that gives what it gave leaves them as they are, whatever
+the images.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
+
+from sbf_dist.compression.calibration import Calibration
+from sbf_dist.compression.fitting.reference import Reference
+from sbf_dist.hooks import registered
+from sbf_dist.layers import SBFConv2d
+
+LEAST = 1e-3  # of the mean variance: channels that vary less say nothing about a ratio
+MOST = 2.0  # by which a channel's standard deviation may have changed
+
+
+def following_norms(model: nn.Module, images: Tensor) -> dict[str, str]:
+    """Map each convolution or SBF layer to the batch norm that reads its very output."""
+    outputs: list[tuple[Tensor, str]] = []  # kept alive, so that identities stay unique
+    following: dict[str, str] = {}
+
+    def of_conv(name: str) -> Callable[..., None]:
+        return lambda _, __, output: outputs.append((output, name))
+
+    def of_norm(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            for output, conv in outputs:
+                if output is inputs[0]:
+                    following[conv] = name
+
+        return hook
+
+    def hooks() -> Iterator[RemovableHandle]:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Conv2d | SBFConv2d):
+                yield module.register_forward_hook(of_conv(name))
+            elif isinstance(module, nn.BatchNorm2d):
+                yield module.register_forward_pre_hook(of_norm(name))
+
+    with registered(hooks()):
+        model(images)
+    return following
+
+
+def movable(model: nn.Module, images: Tensor) -> dict[str, _BatchNorm]:
+    """Map each layer to the batch norm behind it, if that has statistics and no other user."""
+    following = following_norms(model, images)
+    users = list(following.values())
+    found: dict[str, _BatchNorm] = {}
+    for name, norm in following.items():
+        module = model.get_submodule(norm)
+        if (
+            users.count(norm) == 1
+            and isinstance(module, _BatchNorm)
+            and module.running_mean is not None
+            and module.running_var is not None
+        ):
+            found[name] = module
+    return found
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Means and variances (C,) of a layer's outputs."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+@torch.no_grad()
+def move_mean(norm: _BatchNorm, dense: Statistics, now: Statistics) -> None:
+    """Add to the running mean of `norm` what the mean of its inputs has changed by."""
+    assert norm.running_mean is not None
+    norm.running_mean += (now.mean - dense.mean).to(norm.running_mean)
+
+
+@torch.no_grad()
+def move_variance(norm: _BatchNorm, dense: Statistics, now: Statistics) -> None:
+    """Multiply the running variance of `norm` by what that of its inputs has changed by."""
+    assert norm.running_var is not None
+    least = LEAST * dense.variance.mean() + torch.finfo(torch.double).tiny ** 0.5
+    ratio = (now.variance + least) / (dense.variance + least)
+    norm.running_var *= ratio.clamp(MOST**-2, MOST**2).to(norm.running_var)
+
+
+@torch.no_grad()
+def move_batch_norms(student: nn.Module, reference: Reference, images: Calibration) -> None:
+    """Move the statistics of all batch norms of `student`, in place and in forward order.
+
+    Each batch norm is moved on what those before it then give: batch by batch, and in the end by
+    the mean of all. `reference` names the channels of a batch norm that are left by its name.
+    """
+    modules_of_reference = dict(reference.module.named_modules())
+    norms = {
+        name: module
+        for name, module in student.named_modules()
+        if isinstance(module, _BatchNorm)
+        and module.running_mean is not None
+        and isinstance(modules_of_reference.get(name), _BatchNorm)  # one in an SBF layer is new
+    }
+    old: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, norm in norms.items():
+        assert norm.running_mean is not None and norm.running_var is not None
+        old[name] = norm.running_mean, norm.running_var
+    sums = {name: [torch.zeros_like(t, dtype=torch.double) for t in old[name]] for name in norms}
+    given: dict[str, Statistics] = {}
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            given[name] = _of(reference.select(name, inputs[0]))
+
+        return hook
+
+    def move(name: str) -> Callable[..., None]:
+        def hook(norm: _BatchNorm, inputs: tuple[Tensor, ...]) -> None:
+            mean, variance = old[name]
+            norm.running_mean, norm.running_var = mean.clone(), variance.clone()
+            now = _of(inputs[0])
+            move_mean(norm, given[name], now)
+            move_variance(norm, given[name], now)
+            moved = (norm.running_mean, norm.running_var)
+            for total, statistic in zip(sums[name], moved, strict=True):
+                total.add_(statistic.double(), alpha=len(inputs[0]))
+
+        return hook
+
+    dense = reference.module
+
+    def hooks() -> Iterator[RemovableHandle]:
+        for name, norm in norms.items():
+            yield dense.get_submodule(name).register_forward_pre_hook(look(name))
+            yield norm.register_forward_pre_hook(move(name))
+
+    with registered(hooks()):
+        for batch in images.parts(images.part):
+            dense(batch)
+            student(batch)
+    for name, norm in norms.items():
+        mean, variance = old[name]
+        # The tensors that there were: others may hold them.
+        norm.running_mean, norm.running_var = mean, variance
+        mean.copy_(sums[name][0] / images.count)
+        variance.copy_(sums[name][1] / images.count)
+
+
+def _of(features: Tensor) -> Statistics:
+    """Means and variances over images and positions of (N, C, …)."""
+    rows = features.transpose(0, 1).flatten(1).double()
+    return Statistics(rows.mean(1), rows.var(1, correction=0))
