@@ -84,7 +84,7 @@ def prepare(name: str, folder: Path, *options: str) -> Path:
     for order in (["prepare", name, *archives, "--out", str(out), *options], ["check", str(out)]):
         done = CliRunner().invoke(cli.app, ["data", *order])
         assert done.exit_code == 0, done.output
-    assert "as they were prepared" in done.output
+    assert "files are unchanged" in done.output
     return out
 
 
