@@ -24,8 +24,9 @@ setup: .venv/built
 demo: setup
 	$(BIN)/sbf run recipes/digits.yaml
 
+# One thread: the tests' tensors are small, and threads cost more than they bring.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lint: setup
 	$(BIN)/ruff check .
