@@ -30,13 +30,8 @@ class Fidelity:
     kl: float
 
     def nearer_than(self, other: "Fidelity") -> bool:
-        """Tell whether this is nearer to the dense network, by more than rounding."""
+        """Whether this is nearer to the dense network, by more than rounding."""
         return self.kl < other.kl * (1 - WORTH) - ROUNDING
-
-    @property
-    def is_exact(self) -> bool:
-        """Tell whether nothing but rounding parts the two networks."""
-        return self.kl < ROUNDING
 
 
 class Wanted:

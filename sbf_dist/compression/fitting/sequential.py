@@ -108,9 +108,11 @@ class SequentialFit:
         On the images to fit to and, if asked for, on those held out.
         """
         conv = convolution(self._student, name)
-        batches = self._fit.batches(name)
-        held = None if self._held is None else self._held.batches(name)
-        if self._refit and self._can_solve(name):
+        batches, solves = self._fit.batches(name), self._refit and self._can_solve(name)
+        held = None
+        if self._held is not None and (solves or with_held):  # else a pass for nothing
+            held = self._held.batches(name)
+        if solves:
             weight, bias = self._solved(name, batches, held, centred=True)
             conv.weight.copy_(weight)
             if conv.bias is not None:
