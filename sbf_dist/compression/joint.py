@@ -16,6 +16,7 @@ from sbf_dist.budget import COUNTS, ROUNDING, Budget
 from sbf_dist.compression.calibration import BATCH, Calibration, Images, calibration_for, dtype_of
 from sbf_dist.compression.cost import count
 from sbf_dist.compression.fitting.reference import Reference
+from sbf_dist.compression.holding_out import split
 from sbf_dist.compression.plan import Layer, Plan
 from sbf_dist.compression.precision import working_copy
 from sbf_dist.compression.progress import Progress, report
@@ -248,6 +249,11 @@ class _Rest:
 
 
 def _split(images: Calibration, held_out: float) -> tuple[Tensor, Calibration]:
+    """Hold out images of other sources than the rest; the first ones, where none are named."""
+    if images.sources is not None:
+        rest, apart = split(images, held_out)
+        if apart is not None:
+            return apart.first(apart.count), rest
     held = min(LARGEST_HELD_OUT, round(held_out * images.count))
     if not 0 < held < images.count:
         raise UserError(

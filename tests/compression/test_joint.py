@@ -216,3 +216,14 @@ def test_linear_layers_are_narrowed_too_and_a_budget_of_parameters_is_met(share)
     _, plan = plan_jointly(model, pictures(80, 8), Compression(params=0.8, removal=share))
     assert plan.removed["hidden"].out
     assert plan.params_after <= 0.8 * plan.params_before
+
+
+def test_candidates_are_compared_on_images_of_other_sources():
+    images = pictures(80)
+    images[:, 0, 0, 0] = torch.arange(80.0)  # by which they are recognised
+    joint = planner(small(), Calibration.of(images, sources=[number % 10 for number in range(80)]))
+    held = {int(x[0, 0, 0]) % 10 for batch, _ in joint.held for x in batch}
+    rest = {int(x[0, 0, 0]) % 10 for batch in joint.images for x in batch}
+    assert held
+    assert rest
+    assert not held & rest
