@@ -2,22 +2,20 @@
 
 Needs torch (2.11 or later), torchvision, pybind11, setuptools and nvcc; nothing of the package's
 other dependencies. The extension is built for the GPU at hand only, in a folder of its own, so the
-checkout is not touched. All of it should take less than eight minutes, the build included.
+checkout is not touched. benchmarks/gpu.sh runs the tests as well.
 
-    python benchmarks/gpu.py [--quick] [--json FILE] [--build FOLDER | --no-build]
+    python benchmarks/gpu.py [--quick] [--json FILE] [--built FOLDER] [--only PART …]
 
-Times are medians of CUDA events. The second-level cache is flushed before each run of a kernel or
-layer, as a network's other layers would; whole networks run in a loop. "Of copy" compares with
-Tensor.copy_ of the same number of bytes, so 1.00 is the bandwidth that a plain copy of this size
-reaches, its launch included.
+The JSON is written anew after each part. Times are medians of CUDA events. The second-level cache
+is flushed before each run of a kernel or layer, as a network's other layers would; whole networks
+run in a loop. "Of copy" compares with Tensor.copy_ of the same number of bytes, so 1.00 is the
+bandwidth that a plain copy of this size reaches, its launch included.
 """
 
 import argparse
 import datetime
 import json
-import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
@@ -28,7 +26,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from gpu_networks import Timer, layer_rows, network_rows, speedups
+from gpu_build import build, require_device
+from gpu_networks import Timer, compiled_rows, layer_rows, network_rows, speedups
 from gpu_problems import (
     LAYOUTS,
     check_all,
@@ -39,7 +38,6 @@ from gpu_problems import (
     random_wiring,
 )
 
-ROOT = Path(__file__).parents[1]
 # (channels of the output, height and width) of ResNet-50's convolutions.
 EXPAND_SHAPES = [
     (64, 56),
@@ -66,46 +64,15 @@ LAYER_SHAPES = [
 ]
 
 
-# ---------------------------------------------------------------- build
-
-
-def build(folder: Path) -> None:
-    """Build sbf_dist._C for the device at hand in `folder`, a copy of what the build needs."""
-    for part in ("csrc", "sbf_dist"):
-        shutil.copytree(
-            ROOT / part,
-            folder / part,
-            dirs_exist_ok=True,
-            ignore=shutil.ignore_patterns("*.so", "__pycache__"),
-        )
-    # Without pyproject.toml, an old setuptools will do.
-    shutil.copy(ROOT / "setup.py", folder)
-    major, minor = torch.cuda.get_device_capability()
-    environment = os.environ | {
-        "SBF_DIST_CUDA": "1",
-        "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}",
-        "MAX_JOBS": str(os.cpu_count() or 1),
-    }
-    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        check=False,
-    )
-    if done.returncode != 0:
-        sys.exit(f"{done.stdout}\nthe build failed: {' '.join(command)} in {folder}")
-
-
 # ---------------------------------------------------------------- timers
 
 
 def kernel_timer(repeats: int) -> Timer:
     """Make a timer of single calls, each with a cold second-level cache."""
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+    # While the device does this, the host gets ahead of it, by about a millisecond: launches are
+    # not part of the time, not even those of a layer's backward pass.
+    flushes = 10
 
     def measure(call: Callable[[], object]) -> float:
         for _ in range(3):
@@ -113,8 +80,8 @@ def kernel_timer(repeats: int) -> Timer:
         events = []
         for _ in range(repeats):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            # While this runs, the host gets ahead: launches are not part of the time.
-            flush.zero_()
+            for _ in range(flushes):
+                flush.zero_()
             begin.record()
             call()
             end.record()
@@ -125,7 +92,7 @@ def kernel_timer(repeats: int) -> Timer:
     return measure
 
 
-def loop_timer(repeats: int, budget_ms: float = 150) -> Timer:
+def loop_timer(repeats: int, budget_ms: float = 80) -> Timer:
     """Make a timer of calls in a loop, with all that the host does for them."""
 
     def measure(call: Callable[[], object]) -> float:
@@ -227,10 +194,17 @@ def table(title: str, rows: list[dict]) -> str:
 def environment() -> dict:
     """Say what was measured where."""
     device = torch.cuda.get_device_properties(0)
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return {
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
         "gpu": device.name,
         "multiprocessors": device.multi_processor_count,
+        "driver": driver.stdout.splitlines()[0].strip(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
@@ -238,48 +212,82 @@ def environment() -> dict:
     }
 
 
-def measure(quick: bool) -> dict:
-    """Check and time everything."""
-    report = environment()
-    print(json.dumps(report), flush=True)
-    started = time.perf_counter()
-
-    def say(what: str) -> None:
-        print(f"[{time.perf_counter() - started:5.0f} s] {what}", flush=True)
-
-    say("checking against float64")
+def measure_checks(report: dict, quick: bool) -> None:
+    """Compare every operator with float64."""
     # cuDNN's tf32 would blur the float32 convolutions of the reference.
     torch.backends.cudnn.allow_tf32 = False
     report["checks"] = check_all("cuda", check_cases(quick))
     torch.backends.cudnn.allow_tf32 = True
-    say(f"{report['checks']['cases']} cases, {len(report['checks']['failures'])} failures")
+    print(f"{report['checks']['cases']} cases, {len(report['checks']['failures'])} failures")
     for failure in report["checks"]["failures"]:
         print(f"  {failure}")
 
-    torch.backends.cudnn.benchmark = True
+
+def measure_kernels(report: dict, quick: bool) -> None:
+    """Time expand and its gradients."""
     timer = kernel_timer(10 if quick else 30)
     large = 256 << 20
     report["copy_gb_per_s"] = 2 * large / copy_ms(timer, 2 * large, "cuda") / 1e6
-    say(f"copy: {report['copy_gb_per_s']:.0f} GB/s, read and written")
+    print(f"copy: {report['copy_gb_per_s']:.0f} GB/s, read and written")
     half, ratios = torch.float16, (0.5, 0.25)
     variants = [(half, "channels_last", ratio, s) for ratio in ratios for s in (1, 4)]
     if not quick:
         variants += [(half, "contiguous", ratio, 1) for ratio in ratios]
         variants += [(torch.float32, layout, 0.5, 1) for layout in LAYOUTS]
     report["expand"] = expand_rows(timer, "cuda", 64, EXPAND_SHAPES, variants)
-    print(table("expand and its gradients, cold cache", report["expand"]), flush=True)
-    say("layers")
+    print(table("expand and its gradients, cold cache", report["expand"]))
+
+
+def measure_layers(report: dict, quick: bool) -> None:
+    """Time layers, dense and SBF."""
+    timer = kernel_timer(10 if quick else 30)
     shapes = LAYER_SHAPES[4:6] if quick else LAYER_SHAPES
-    report["layers"] = layer_rows(timer, "cuda", half, 64, shapes)
-    print(table("layers, channels_last, cold cache", report["layers"]), flush=True)
-    say("networks")
-    batches = (1, 32) if quick else (1, 32, 256)
-    report["networks"] = network_rows(loop_timer(3 if quick else 5), "cuda", half, batches)
+    report["layers"] = layer_rows(timer, "cuda", torch.float16, 64, shapes)
+    print(table("layers, channels_last, cold cache", report["layers"]))
+
+
+def measure_networks(report: dict, quick: bool) -> None:
+    """Time ResNet-50, dense and SBF."""
+    timer = loop_timer(3 if quick else 5)
+    report["networks"] = network_rows(
+        timer, "cuda", torch.float16, (1, 32) if quick else (1, 32, 256)
+    )
+    if not quick:
+        report["networks"] += network_rows(timer, "cuda", torch.float32, (32, 256))
     report["network_speedups"] = speedups(report["networks"])
-    print(table("ResNet-50", report["networks"]), flush=True)
-    print(table("best dense over SBF", report["network_speedups"]), flush=True)
-    report["seconds"] = time.perf_counter() - started
-    say("done")
+    print(table("ResNet-50", report["networks"]))
+    print(table("best dense over SBF", report["network_speedups"]))
+
+
+def measure_compiled(report: dict, _quick: bool) -> None:
+    """Time the dense ResNet-50 as torch.compile makes it."""
+    report["compiled"] = compiled_rows(loop_timer(3), "cuda", torch.float16, (32, 256))
+    print(table("dense ResNet-50, torch.compile", report["compiled"]))
+
+
+PARTS: dict[str, Callable[[dict, bool], None]] = {
+    "checks": measure_checks,
+    "kernels": measure_kernels,
+    "layers": measure_layers,
+    "networks": measure_networks,
+    "compiled": measure_compiled,
+}
+
+
+def measure(parts: Iterable[str], quick: bool, target: Path | None) -> dict:
+    """Run parts in order; the report so far is written to `target` after each."""
+    report = environment()
+    print(json.dumps(report), flush=True)
+    for part in parts:
+        # The checks compare with one algorithm; times are those of the fastest.
+        torch.backends.cudnn.benchmark = part != "checks"
+        begun = time.perf_counter()
+        PARTS[part](report, quick)
+        report.setdefault("seconds", {})[part] = round(time.perf_counter() - begun, 1)
+        print(f"[{report['seconds'][part]:.0f} s] {part}", flush=True)
+        if target:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(json.dumps(report, indent=1) + "\n")
     return report
 
 
@@ -290,29 +298,30 @@ def main() -> int:
     )
     parser.add_argument("--quick", action="store_true", help="fewer shapes and repeats")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--build", type=Path, metavar="FOLDER", help="build here and keep it")
-    where.add_argument("--no-build", action="store_true", help="use the extension built in place")
+    parser.add_argument(
+        "--built", type=Path, metavar="FOLDER", help="use what gpu_build.py has built there"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=PARTS,
+        default=list(PARTS),
+        metavar="PART",
+        help=", ".join(PARTS),
+    )
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("benchmarks/gpu.py needs a CUDA device, and PyTorch finds none", file=sys.stderr)
-        return 2
+    require_device("benchmarks/gpu.py")
     with tempfile.TemporaryDirectory(prefix="sbf-gpu-") as temporary:
         begun = time.perf_counter()
-        folder = ROOT
-        if not options.no_build:
-            folder = options.build or Path(temporary)
-            folder.mkdir(parents=True, exist_ok=True)
+        folder = options.built or Path(temporary)
+        if not options.built:
             build(folder)
         sys.path.insert(0, str(folder))
         import sbf_dist.ops  # registers the operators
 
         print(f"built and loaded in {time.perf_counter() - begun:.0f} s: {sbf_dist.__path__[0]}")
-        report = measure(options.quick)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
-    return 1 if report["checks"]["failures"] else 0
+        report = measure(options.only, options.quick, options.json)
+    return 1 if report.get("checks", {}).get("failures") else 0
 
 
 if __name__ == "__main__":

@@ -1,22 +1,90 @@
 """Layers and ResNet-50, dense and SBF, and the tables of their times on a device."""
 
 import gc
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from gpu_problems import name_of, random_features, random_transforms
 from torch import Tensor, nn
 
+if TYPE_CHECKING:  # at run time, the package is that which the benchmark has built
+    from sbf_dist.layers import SBFConv2d
+    from sbf_dist.ops import Activation
+
 # Called with a function of no arguments; gives the median milliseconds of a call.
 Timer = Callable[[Callable[[], object]], float]
+
+
+# ---------------------------------------------------------------- convolutions
+
+
+class PlainConvolution(nn.Module):
+    """A dense convolution with what follows it, as PyTorch runs it uncompiled."""
+
+    def __init__(self, conv: nn.Conv2d, relu: bool) -> None:
+        super().__init__()
+        self.conv, self.relu = conv, relu
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Give relu(conv(x) + residual)."""
+        y = self.conv(x)
+        if residual is not None:
+            y += residual
+        return F.relu_(y) if self.relu else y
+
+
+class CudnnConvolution(PlainConvolution):
+    """A dense convolution with what follows it as one operator of cuDNN."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Give relu(conv(x) + residual)."""
+        conv = self.conv
+        shape = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        if not self.relu:
+            return conv(x)
+        if residual is None:
+            return torch.cudnn_convolution_relu(x, conv.weight, conv.bias, *shape)
+        return torch.cudnn_convolution_add_relu(x, conv.weight, residual, 1.0, conv.bias, *shape)
+
+
+class SbfConvolution(nn.Module):
+    """An SBF layer with what follows it as one operator."""
+
+    def __init__(self, layer: "SBFConv2d", relu: bool) -> None:
+        super().__init__()
+        from sbf_dist.ops import sbf_conv2d
+
+        self.operator = sbf_conv2d
+        self.layer = layer
+        self.activation: Activation = "relu" if relu else "none"
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Give relu(layer(x) + residual)."""
+        layer = self.layer
+        return self.operator(
+            x,
+            layer.basis.weight,
+            layer.transforms,
+            layer.sources,
+            layer.order,
+            layer.bias,
+            residual,
+            stride=layer.stride,
+            padding=layer.padding,
+            dilation=layer.dilation,
+            groups=layer.groups,
+            activation=self.activation,
+        )
 
 
 # ---------------------------------------------------------------- layers
 
 
-def sbf_layer(conv: nn.Conv2d, basis: int, per_channel: int = 1, seed: int = 0) -> nn.Module:
+def sbf_layer(conv: nn.Conv2d, basis: int, per_channel: int = 1, seed: int = 0) -> "SBFConv2d":
     """Make the SBF layer that keeps `basis` random filters of `conv`."""
     from sbf_dist.layers import SBFConv2d
 
@@ -52,29 +120,40 @@ def layer_rows(
     batch: int,
     shapes: Iterable[tuple[int, int, int, int]],
     ratios: Iterable[float] = (0.5, 0.25),
+    dense: Iterable[type[PlainConvolution]] = (PlainConvolution, CudnnConvolution),
 ) -> list[dict]:
-    """Time SBF layers, their basis convolutions and dense layers, inference and training."""
+    """Time SBF layers, their basis convolutions and dense layers, inference and training.
+
+    Inference is a convolution with bias and ReLU, the dense one the fastest of `dense`; training is
+    a convolution alone, as before batch norm.
+    """
     rows = []
     for c_in, c_out, side, kernel in shapes:
-        conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, device=device, dtype=dtype)
-        conv = conv.to(memory_format=torch.channels_last)
+        conv, plain = (
+            nn.Conv2d(
+                c_in, c_out, kernel, 1, kernel // 2, bias=bias, device=device, dtype=dtype
+            ).to(memory_format=torch.channels_last)
+            for bias in (True, False)
+        )
         x = random_features((batch, c_in, side, side), dtype, "channels_last", device)
         grad = random_features((batch, c_out, side, side), dtype, "channels_last", device)
 
-        dense = timer(partial(infer, conv, x)), timer(partial(train, conv, x, grad))
+        dense_ms = min(timer(partial(infer, make(conv, relu=True), x)) for make in dense)
+        dense_training_ms = timer(partial(train, plain, x, grad))
         for ratio in ratios:
-            layer = sbf_layer(conv, round(c_out * ratio))
+            basis = round(c_out * ratio)
+            layer = SbfConvolution(sbf_layer(conv, basis), relu=True)
             rows.append(
                 {
                     "shape": [c_in, c_out, side, kernel],
                     "ratio": ratio,
                     "dtype": name_of(dtype),
                     "batch": batch,
-                    "dense_ms": dense[0],
-                    "basis_ms": timer(partial(infer, layer.basis, x)),
+                    "dense_ms": dense_ms,
+                    "basis_ms": timer(partial(infer, layer.layer.basis, x)),
                     "sbf_ms": timer(partial(infer, layer, x)),
-                    "dense_training_ms": dense[1],
-                    "sbf_training_ms": timer(partial(train, layer, x, grad)),
+                    "dense_training_ms": dense_training_ms,
+                    "sbf_training_ms": timer(partial(train, sbf_layer(plain, basis), x, grad)),
                 }
             )
     return rows
@@ -100,68 +179,6 @@ def in_graph(call: Callable[[], object]) -> Callable[[], object]:
         return kept
 
     return replay
-
-
-class PlainConvolution(nn.Module):
-    """A dense convolution with what follows it, as PyTorch runs it uncompiled."""
-
-    def __init__(self, conv: nn.Conv2d, relu: bool) -> None:
-        super().__init__()
-        self.conv, self.relu = conv, relu
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Give relu(conv(x) + residual)."""
-        y = self.conv(x)
-        if residual is not None:
-            y += residual
-        return F.relu_(y) if self.relu else y
-
-
-class CudnnConvolution(PlainConvolution):
-    """A dense convolution with what follows it as one operator of cuDNN."""
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Give relu(conv(x) + residual)."""
-        conv = self.conv
-        shape = (conv.stride, conv.padding, conv.dilation, conv.groups)
-        if not self.relu:
-            return conv(x)
-        if residual is None:
-            return torch.cudnn_convolution_relu(x, conv.weight, conv.bias, *shape)
-        return torch.cudnn_convolution_add_relu(x, conv.weight, residual, 1.0, conv.bias, *shape)
-
-
-class SbfConvolution(nn.Module):
-    """An SBF layer at about half the multiply-adds of `conv`, with what follows it."""
-
-    def __init__(self, conv: nn.Conv2d, relu: bool, seed: int) -> None:
-        super().__init__()
-        from sbf_dist.ops import sbf_conv2d
-
-        self.operator = sbf_conv2d
-        dense = conv.weight[0].numel()
-        # Of C outputs, B cost `dense` and the others nine multiply-adds each.
-        basis = conv.out_channels * (dense / 2 - 9) / (dense - 9)
-        self.layer = sbf_layer(conv, max(8, 8 * round(basis / 8)), seed=seed)
-        self.activation = "relu" if relu else "none"
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Give relu(layer(x) + residual)."""
-        layer = self.layer
-        return self.operator(
-            x,
-            layer.basis.weight,
-            layer.transforms,
-            layer.sources,
-            layer.order,
-            layer.bias,
-            residual,
-            stride=layer.stride,
-            padding=layer.padding,
-            dilation=layer.dilation,
-            groups=layer.groups,
-            activation=self.activation,
-        )
 
 
 class ResNet50(nn.Module):
@@ -206,21 +223,44 @@ class ResNet50(nn.Module):
         return self.classifier(x.mean((2, 3)))
 
 
+def at_half(conv: nn.Conv2d, relu: bool, seed: int) -> nn.Module:
+    """Make the SBF layer of about half the multiply-adds of `conv`, with what follows it."""
+    dense = conv.weight[0].numel()
+    # Of C outputs, B cost `dense` and the others nine multiply-adds each.
+    basis = conv.out_channels * (dense / 2 - 9) / (dense - 9)
+    return SbfConvolution(sbf_layer(conv, max(8, 8 * round(basis / 8)), seed=seed), relu)
+
+
+def spatial_at_half(conv: nn.Conv2d, relu: bool, seed: int) -> nn.Module:
+    """Make an SBF layer of a 3 x 3 convolution, and leave the others to cuDNN."""
+    if conv.kernel_size == (1, 1):
+        return CudnnConvolution(conv, relu)
+    return at_half(conv, relu, seed)
+
+
 NETWORKS: dict[str, Callable[[nn.Conv2d, bool, int], nn.Module]] = {
     "dense": lambda conv, relu, _: PlainConvolution(conv, relu),
     "dense, cuDNN fused": lambda conv, relu, _: CudnnConvolution(conv, relu),
-    "SBF": SbfConvolution,
+    "SBF": at_half,
+    "SBF, 3 x 3 only": spatial_at_half,
 }
 
 
-def multiply_adds(model: nn.Module, side: int, dtype: torch.dtype, device: str) -> int:
-    """Count the multiply-adds of one image."""
+def multiply_adds(make: Callable[[nn.Conv2d, bool, int], nn.Module], side: int) -> int:
+    """Count the multiply-adds of the network that `make` gives, for one image."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    x = random_features((1, 3, side, side), dtype, "channels_last", device)
+    model = ResNet50(lambda *arguments: counted(make(*arguments)))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(x)
+        model(torch.zeros(1, 3, side, side))
     return counter.get_total_flops() // 2
+
+
+def counted(module: nn.Module) -> nn.Module:
+    """Give a module whose operators PyTorch counts, which cuDNN's fused ones are not."""
+    if isinstance(module, CudnnConvolution):
+        return PlainConvolution(module.conv, module.relu)
+    return module
 
 
 def network_rows(
@@ -239,12 +279,7 @@ def network_rows(
     for name in names:
         model = ResNet50(NETWORKS[name]).requires_grad_(False)
         models[name] = model.to(device, dtype, memory_format=torch.channels_last)
-    # cuDNN's fused operators are not counted: their network has the dense one's.
-    macs = {
-        name: multiply_adds(models[name], side, dtype, device)
-        for name in models
-        if name != "dense, cuDNN fused"
-    }
+    macs = {name: multiply_adds(NETWORKS[name], side) for name in models}
     rows = []
     for batch in batches:
         x = random_features((batch, 3, side, side), dtype, "channels_last", device)
@@ -252,14 +287,13 @@ def network_rows(
             for mode, run_as in modes.items():
                 ms = timer(run_as(partial(infer, model, x)))
                 gc.collect()
-                counted = macs.get(name, macs.get("dense"))
                 rows.append(
                     {
                         "network": name,
                         "mode": mode,
                         "dtype": name_of(dtype),
                         "batch": batch,
-                        "macs": counted,
+                        "macs": macs[name],
                         "ms": ms,
                         "images_per_s": 1000 * batch / ms,
                     }
@@ -267,12 +301,37 @@ def network_rows(
     return rows
 
 
+def compiled_rows(
+    timer: Timer, device: str, dtype: torch.dtype, batches: Iterable[int], side: int = 224
+) -> list[dict]:
+    """Time the dense ResNet-50 compiled for each batch size, and the seconds that this takes."""
+    rows = []
+    model = ResNet50(NETWORKS["dense"]).requires_grad_(False)
+    model.to(device, dtype, memory_format=torch.channels_last)
+    for batch in batches:
+        x = random_features((batch, 3, side, side), dtype, "channels_last", device)
+        torch.compiler.reset()
+        compiled = torch.compile(model, dynamic=False)
+        begun = time.perf_counter()
+        infer(compiled, x)
+        seconds = time.perf_counter() - begun
+        ms = timer(partial(infer, compiled, x))
+        row = {"dtype": name_of(dtype), "batch": batch, "compile_s": seconds, "ms": ms}
+        rows.append(row)
+    return rows
+
+
 def speedups(rows: list[dict]) -> list[dict]:
-    """Give, per batch size, the best dense time over the best SBF time of each mode."""
-    ratios = []
-    for batch, mode in dict.fromkeys((row["batch"], row["mode"]) for row in rows):
-        here = [row for row in rows if (row["batch"], row["mode"]) == (batch, mode)]
-        dense = min(row["ms"] for row in here if row["network"] != "SBF")
-        sbf = min(row["ms"] for row in here if row["network"] == "SBF")
-        ratios.append({"batch": batch, "mode": mode, "speedup": dense / sbf})
-    return ratios
+    """Give the best dense time over each SBF network's, by dtype, batch size and mode."""
+    keys = ("dtype", "batch", "mode")
+    dense: dict[tuple, float] = {}
+    for row in rows:
+        if not row["network"].startswith("SBF"):
+            place = tuple(row[key] for key in keys)
+            dense[place] = min(row["ms"], dense.get(place, row["ms"]))
+    return [
+        {key: row[key] for key in ("network", *keys)}
+        | {"speedup": dense[tuple(row[key] for key in keys)] / row["ms"]}
+        for row in rows
+        if row["network"].startswith("SBF")
+    ]

@@ -11,11 +11,11 @@ import torch
 
 from sbf_dist.ops import expand_reference
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 # As for a script, its folder is where it finds its own modules.
-sys.path.insert(0, str(SCRIPT.parent))
+sys.path.insert(0, str(BENCHMARKS))
 import gpu  # noqa: E402
 import gpu_networks  # noqa: E402
 import gpu_problems  # noqa: E402
@@ -34,12 +34,36 @@ class Clock:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_device_it_says_so_in_one_line_and_exits_with_2():
+@pytest.mark.parametrize("command", [["gpu.py"], ["gpu_build.py", "folder"]])
+def test_without_a_device_it_says_so_in_one_line_and_exits_with_2(command, tmp_path):
     done = subprocess.run(
-        [sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, str(BENCHMARKS / command[0]), *command[1:]],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        cwd=tmp_path,
     )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "needs a CUDA device" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_figures_so_far_are_written_after_each_part(tmp_path, monkeypatch):
+    def fails(report, quick):
+        raise RuntimeError("out of memory")
+
+    def works(report, quick):
+        report["kernels"] = [1.5]
+
+    monkeypatch.setattr(gpu, "environment", lambda: {"gpu": "none"})
+    monkeypatch.setattr(gpu, "PARTS", {"kernels": works, "layers": fails})
+    target = tmp_path / "results" / "gpu.json"
+    with pytest.raises(RuntimeError, match="out of memory"):
+        gpu.measure(["kernels", "layers"], True, target)
+    report = json.loads(target.read_text())
+    assert report["kernels"] == [1.5] and report["gpu"] == "none"
+    assert set(report["seconds"]) == {"kernels"}
 
 
 def test_it_needs_nothing_of_the_package_but_what_torch_alone_can_import():
@@ -121,7 +145,14 @@ def test_rows_of_kernels_compare_with_a_copy_of_the_same_bytes():
 
 def test_rows_of_layers_time_dense_basis_and_sbf_in_inference_and_training():
     clock = Clock()
-    rows = gpu_networks.layer_rows(clock, "cpu", torch.float32, 2, [(8, 16, 5, 3), (8, 16, 5, 1)])
+    rows = gpu_networks.layer_rows(
+        clock,
+        "cpu",
+        torch.float32,
+        2,
+        [(8, 16, 5, 3), (8, 16, 5, 1)],
+        dense=[gpu_networks.PlainConvolution],
+    )
     assert [(row["shape"][3], row["ratio"]) for row in rows] == [
         (3, 0.5),
         (3, 0.25),
@@ -142,13 +173,35 @@ def test_networks_are_the_same_but_for_their_convolutions():
         names=("dense", "SBF"),
         modes={"eager": lambda call: call},
     )
-    dense, sbf = rows
+    dense, sbf = (row["macs"] for row in rows)
+    spatial = gpu_networks.multiply_adds(gpu_networks.NETWORKS["SBF, 3 x 3 only"], side=32)
     # All but the stem at half the multiply-adds, rounded to eight channels each.
-    assert 0.45 < sbf["macs"] / dense["macs"] < 0.55
-    assert gpu_networks.speedups(rows) == [
-        {"batch": 1, "mode": "eager", "speedup": dense["ms"] / sbf["ms"]}
-    ]
+    assert 0.45 < sbf / dense < 0.55
+    assert sbf < spatial < dense
     json.dumps(rows)
+
+
+def test_cudnns_fused_operators_are_counted_as_what_they_compute():
+    plain, fused = (
+        gpu_networks.multiply_adds(gpu_networks.NETWORKS[name], side=32)
+        for name in ("dense", "dense, cuDNN fused")
+    )
+    assert plain == fused
+
+
+def test_speedups_compare_with_the_fastest_dense_network_of_the_same_kind():
+    def row(network, batch, ms):
+        return {"network": network, "dtype": "float16", "batch": batch, "mode": "graph", "ms": ms}
+
+    rows = [
+        row("dense", 1, 4.0),
+        row("dense, cuDNN fused", 1, 3.0),
+        row("SBF", 1, 2.0),
+        row("dense", 8, 9.0),
+        row("SBF", 8, 12.0),
+    ]
+    ratios = [(r["network"], r["batch"], r["speedup"]) for r in gpu_networks.speedups(rows)]
+    assert ratios == [("SBF", 1, 1.5), ("SBF", 8, 0.75)]
 
 
 def test_the_dense_network_is_torchvisions():
