@@ -115,7 +115,7 @@ def rebuild_more(
         network,
         shapes,
         {name: _as_it_is(network, name, shape) for name, shape in shapes.items()},
-        images,
+        (images, held),
         search,
         seed=seed,
         among={name: layer.kept for name, layer in sbf.items()},

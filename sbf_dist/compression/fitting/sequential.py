@@ -9,6 +9,7 @@ from sbf_dist.compression.candidates import convolution
 from sbf_dist.compression.fitting.layerwise import Draw, Targets, draws
 from sbf_dist.compression.fitting.mixture import MixtureSpace, best_space, install_mixture
 from sbf_dist.compression.fitting.norms import movable
+from sbf_dist.compression.fitting.prior import prior_variances, with_prior
 from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.fitting.refit import (
     RIDGE,
@@ -49,6 +50,7 @@ class SequentialFit:
         self._sizes = sizes
         self._refit = refit
         self._norms = movable(student, images.first(2))
+        self._priors = prior_variances(student, list(sizes), images)
         self._fit = _Side(student, reference, sizes, images)
         self._held = None if held is None else _Side(student, reference, sizes, held)
 
@@ -117,7 +119,7 @@ class SequentialFit:
             conv.weight.copy_(weight)
             if conv.bias is not None:
                 conv.bias.copy_(bias)
-        moments = self._candidates(name, batches)
+        moments = with_prior(self._candidates(name, batches), conv.weight, self._priors.get(name))
         return moments, None if held is None or not with_held else self._candidates(name, held)
 
     def _solved(
@@ -125,11 +127,11 @@ class SequentialFit:
     ) -> tuple[Tensor, Tensor]:
         conv = convolution(self._student, name)
         moments = filter_moments(conv, batches, batches.draw)
-        ridge = RIDGE
+        ridge, prior = RIDGE, self._priors.get(name)
         if held is not None:
             apart = filter_moments(conv, held, held.draw)
-            ridge = best_ridge(moments, apart, conv.weight, centred=centred)
-        return solve(moments, conv.weight, centred=centred, ridge=ridge)
+            ridge = best_ridge(moments, apart, conv.weight, centred=centred, prior=prior)
+        return solve(moments, conv.weight, centred=centred, ridge=ridge, prior=prior)
 
     def _candidates(self, name: str, batches: "_Batches") -> Moments:
         """Gather what the filters of a convolution give, as candidates for its basis."""
