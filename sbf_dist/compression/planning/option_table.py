@@ -3,10 +3,10 @@
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.fitting.layerwise import gather_layers, layer_of
+from sbf_dist.compression.fitting.resuming import Passes
 from sbf_dist.compression.fitting.statistics import Moments, output_sensitivity
 from sbf_dist.compression.planning.criteria import Ranking, rankings
 from sbf_dist.compression.planning.divergence import divergences
@@ -36,22 +36,22 @@ class OptionTable:
 
 
 def measure_options(
-    model: nn.Module,
+    passes: Passes,
     shapes: Mapping[str, Shape],
     now: Mapping[str, Option],
-    images: Calibration,
     search: Search,
     *,
     seed: int,
     among: Mapping[str, Collection[int]] | None = None,
     progress: Progress | None = None,
 ) -> OptionTable:
-    """Measure the options of the layers of `model` (in eval mode) that `shapes` names.
+    """Measure the options of the layers of a network (in eval mode) that `shapes` names.
 
-    `now` is what each of them is, convolution or SBF layer; `among` names the channels of a layer
-    that may be kept, where these are not all.
+    `passes` are over that network and the images, from the start; `now` is what each of the layers
+    is, convolution or SBF layer; `among` names the channels of a layer that may be kept, where
+    these are not all.
     """
-    names = list(shapes)
+    names, model, images = list(shapes), passes.model, passes.images
 
     def batches() -> Iterator[Tensor]:
         return reported(progress, "measure sensitivities", images, FISHER)
@@ -62,7 +62,7 @@ def measure_options(
     sensitivity = output_sensitivity(model, names, batches, seed)
     sizes = {name: search.size(layer_of(model, name)) for name in names}
     estimated: dict[str, Estimated] = {}
-    for index, (name, moments) in enumerate(gather_layers(model, sizes, images), 1):
+    for index, (name, moments) in enumerate(gather_layers(model, sizes, images, passes), 1):
         report(progress, "measure layers", index, len(sizes))
         estimated[name] = estimate_options(
             shapes[name], now[name], moments, sensitivity[name], ranked[name], search
