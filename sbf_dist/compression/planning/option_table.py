@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.fitting.layerwise import gather_layers, layer_of
 from sbf_dist.compression.fitting.prior import prior_variances, with_prior
+from sbf_dist.compression.fitting.resuming import Passes
 from sbf_dist.compression.fitting.statistics import Moments, output_sensitivity
 from sbf_dist.compression.planning.criteria import Ranking, rankings
 from sbf_dist.compression.planning.divergence import divergences
@@ -38,25 +39,24 @@ class OptionTable:
 
 
 def measure_options(
-    model: nn.Module,
+    passes: Passes,
     shapes: Mapping[str, Shape],
     now: Mapping[str, Option],
-    sides: tuple[Calibration, Calibration | None],
+    held: Calibration | None,
     search: Search,
     *,
     seed: int,
     among: Mapping[str, Collection[int]] | None = None,
     progress: Progress | None = None,
 ) -> OptionTable:
-    """Measure the options of the layers of `model` (in eval mode) that `shapes` names.
+    """Measure the options of the layers of a network (in eval mode) that `shapes` names.
 
-    `now` is what each of them is, convolution or SBF layer; `among` names the channels of a layer
-    that may be kept, where these are not all. `sides` are the images to fit to and those held out,
-    as `holding_out.split` gives them: what trials bring about is measured on the latter, if there
-    are any. On the images that they are fitted to, it would be up to a hundred times less.
+    `passes` are over that network and the images to fit to, from the start; `now` is what each of
+    the layers is, convolution or SBF layer; `among` names the channels of a layer that may be kept,
+    where these are not all. What trials bring about is measured on the images that are `held` out,
+    if there are any: on those that they are fitted to, it would be up to a hundred times less.
     """
-    names = list(shapes)
-    images, held = sides
+    names, model, images = list(shapes), passes.model, passes.images
 
     def batches() -> Iterator[Tensor]:
         return reported(progress, "measure sensitivities", images, FISHER)
@@ -68,7 +68,7 @@ def measure_options(
     sizes = {name: search.size(layer_of(model, name)) for name in names}
     estimated: dict[str, Estimated] = {}
     priors = prior_variances(model, names, images)
-    for index, (name, gathered) in enumerate(gather_layers(model, sizes, images), 1):
+    for index, (name, gathered) in enumerate(gather_layers(model, sizes, images, passes), 1):
         report(progress, "measure layers", index, len(sizes))
         layer, moments = layer_of(model, name), gathered
         if isinstance(layer, nn.Conv2d):
