@@ -91,6 +91,12 @@ class Compression(Settings):
     probe_steps: int = Field(
         100, ge=0, description="steps of distillation before 'auto' compares the shares"
     )
+    feature_memory: float = Field(
+        1.0,
+        ge=0,
+        description="GiB of features that fitting keeps in memory to go on from; more are written "
+        "to a temporary file (in TMPDIR)",
+    )
     between: Literal["bn_relu"] | None = Field(
         None, description="batch norm and ReLU before the transformations, or nothing"
     )
@@ -133,6 +139,11 @@ class Compression(Settings):
                 "be 0"
             )
         return self
+
+    @property
+    def feature_bytes(self) -> int:
+        """Bytes of features that are kept in memory."""
+        return round(self.feature_memory * 2**30)
 
     @property
     def budget(self) -> Budget:

@@ -120,11 +120,9 @@ class Calibration:
         norm in training mode cannot take one. With `first`, no more parts are given than the first
         `first` images are in, whole ones.
         """
-        number = max(1, min(-(-self.count // most), self.count // 2))
-        ends = [self.count * (index + 1) // number for index in range(number)]
         wanted = None if first is None else min(first, self.count)
         held: list[Tensor] = []  # what has come of the next part
-        given, sizes = 0, (end - start for start, end in pairwise([0, *ends]))
+        given, sizes = 0, iter(self.part_sizes(most))
         missing = next(sizes)
         for batch in self._checked():
             images = batch
@@ -139,6 +137,12 @@ class Calibration:
                 # It may be a view of a buffer that its loader writes to again.
                 held.append(images.clone())
                 missing -= len(images)
+
+    def part_sizes(self, most: int) -> list[int]:
+        """Return how many images each part of `parts` has."""
+        number = max(1, min(-(-self.count // most), self.count // 2))
+        ends = [self.count * (index + 1) // number for index in range(number)]
+        return [end - start for start, end in pairwise([0, *ends])]
 
     def first(self, count: int) -> Tensor:
         """Return a copy of the first `count` images, or of all if there are fewer."""

@@ -5,15 +5,15 @@ Which shares are best for a network is tried out: each is built, trained briefly
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sbf_dist import models
 from sbf_dist.budget import COUNTS, ROUNDING, Budget
-from sbf_dist.compression.calibration import BATCH, Calibration, Images, calibration_for, dtype_of
+from sbf_dist.compression.calibration import BATCH, Images, calibration_for, dtype_of
 from sbf_dist.compression.cost import count
 from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.holding_out import split
@@ -22,16 +22,19 @@ from sbf_dist.compression.precision import working_copy
 from sbf_dist.compression.progress import Progress, report
 from sbf_dist.compression.reconstruct import dense_plan, rebuild
 from sbf_dist.compression.remembered import remember
-from sbf_dist.compression.removal.importance import Criterion
 from sbf_dist.compression.removal.probe import Probe, divergence, train_briefly
-from sbf_dist.compression.removal.pruning import Measure, Removable, cost_of, find_removable, remove
+from sbf_dist.compression.removal.pruning import (
+    Criterion,
+    Measure,
+    Removable,
+    cost_of,
+    find_removable,
+    remove,
+)
 from sbf_dist.errors import UserError
 from sbf_dist.settings import Compression
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-HELD_OUT = 0.25  # of the images: candidates are compared on them
-LARGEST_HELD_OUT = 512  # images
-IMPORTANCE: Criterion = "fisher"  # by which channels are removed
 REMOVED_ONLY = "the whole saving comes from removing channels"
 
 
@@ -54,9 +57,9 @@ class Candidate:
 class JointPlanner:
     """What the candidates for one network and budget have in common.
 
-    images: as for `compress`; the first `held_out` of them serve for the comparison alone. probe:
-    how candidates are trained before they are compared; None takes `probe_steps` of the settings
-    where `removal` is 'auto', and compares them as fitted elsewhere.
+    images: as for `compress`; those that fitting holds out (`holding_out`) serve for the
+    comparison. probe: how candidates are trained before they are compared; None takes `probe_steps`
+    of the settings where `removal` is 'auto', and compares them as fitted elsewhere.
     """
 
     def __init__(
@@ -66,7 +69,6 @@ class JointPlanner:
         settings: Compression,
         *,
         probe: Probe | None = None,
-        held_out: float = HELD_OUT,
         name: str | None = None,
         seed: int = 0,
     ) -> None:
@@ -82,12 +84,17 @@ class JointPlanner:
         self.probe = probe or Probe(steps=steps)
         self.seed = seed
         self.dense = working_copy(model)
-        held, self.images = _split(calibration_for(self.dense, images), held_out)
+        self.images = calibration_for(self.dense, images)
+        self.fitted, held = split(self.images)
+        if held is None:
+            raise UserError(
+                f"removal = {settings.removal!r}: of {self.images.count} calibration images none "
+                "can be held out to compare candidates on; give 8 or more, of two sources or more"
+            )
         with torch.no_grad():
-            batches = Calibration.of(held, batch=BATCH)
-            self.held = [(x, self.dense(x).log_softmax(1)) for x in batches]
+            self.held = [(x, self.dense(x).log_softmax(1)) for x in held.parts(BATCH)]
         self.name = name or models.name_of(model, self.held[0][1].shape[1])
-        self.cost = count(self.dense, self.images.shape, held)
+        self.cost = count(self.dense, self.images.shape, self.images.first(2))
         self.share = budget.limit(cost_of(self.cost, self.of)) / cost_of(self.cost, self.of)
 
     def candidate(self, share: float) -> Candidate:
@@ -99,7 +106,7 @@ class JointPlanner:
         fitted = divergence(student, self.held)
         if not self.probe.steps:
             return Candidate(share, student, plan, student, fitted, fitted)
-        trained = train_briefly(self.dense, student, self.images, self.probe, self.seed)
+        trained = train_briefly(self.dense, student, self.fitted, self.probe, self.seed)
         return Candidate(share, student, plan, trained, fitted, divergence(trained, self.held))
 
     def best(
@@ -143,8 +150,13 @@ class JointPlanner:
     def _removable(self) -> Removable:
         keep = tuple(self.settings.keep)
         return find_removable(
-            self.dense, self.images, criterion=IMPORTANCE, keep=keep, seed=self.seed
+            self.dense, self.images, criterion=self._criterion, keep=keep, seed=self.seed
         )
+
+    @property
+    def _criterion(self) -> Criterion:
+        """By what channels are removed: what is solved anew afterwards makes up for some."""
+        return "reconstruction" if self.settings.refit else "fisher"
 
     def _build(self, share: float) -> tuple[nn.Module, Plan]:
         """Remove channels for `share` of the saving, rebuild for the rest."""
@@ -152,7 +164,7 @@ class JointPlanner:
         if share == 0:
             return rebuild(self.dense, self.images, settings, name=self.name, seed=self.seed)
         removal = remove(self._removable, settings, 1 - share * (1 - self.share))
-        cost, criterion = self.cost, f"removal by {IMPORTANCE}"
+        cost, criterion = self.cost, f"removal by {self._criterion}"
         limit, left = self.share * cost_of(cost, self.of), cost_of(removal.cost, self.of)
         if left <= limit * (1 + ROUNDING):
             student = removal.network
@@ -231,35 +243,3 @@ def _row(candidate: Candidate, steps: int) -> str:
         f"KL {candidate.fitted_divergence:.5f} as fitted"
     )
     return f"{row}, {candidate.divergence:.5f} after {steps} steps" if steps else row
-
-
-class _Rest:
-    """The images of a calibration without the first `skip`."""
-
-    def __init__(self, images: Calibration, skip: int) -> None:
-        self.images = images
-        self.skip = skip
-
-    def __iter__(self) -> Iterator[Tensor]:
-        skip = self.skip
-        for batch in self.images:
-            if skip < len(batch):
-                yield batch[skip:]
-            skip = max(0, skip - len(batch))
-
-
-def _split(images: Calibration, held_out: float) -> tuple[Tensor, Calibration]:
-    """Hold out images of other sources than the rest; the first ones, where none are named."""
-    if images.sources is not None:
-        rest, apart = split(images, held_out)
-        if apart is not None:
-            return apart.first(apart.count), rest
-    held = min(LARGEST_HELD_OUT, round(held_out * images.count))
-    if not 0 < held < images.count:
-        raise UserError(
-            f"held_out = {held_out:g} of {images.count} calibration images leaves no image to "
-            f"{'compare candidates' if held <= 0 else 'fit'} on"
-        )
-    return images.first(held), Calibration(
-        _Rest(images, held), device=images.device, dtype=images.dtype
-    )

@@ -7,7 +7,7 @@ produce, towards the dense network's outputs, so that later layers mend what ear
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
-from itertools import chain
+from itertools import chain, takewhile
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,10 @@ from sbf_dist.compression.fitting.between import insert_between
 from sbf_dist.compression.fitting.layerwise import layer_of
 from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.fitting.refit import is_mended
+from sbf_dist.compression.fitting.resuming import Passes, Route
 from sbf_dist.compression.fitting.sequential import SequentialFit
 from sbf_dist.compression.fitting.settle import settle
+from sbf_dist.compression.fitting.shelf import Shelf
 from sbf_dist.compression.holding_out import split
 from sbf_dist.compression.plan import DenseLayer, Latency, Layer, Plan, SBFLayer
 from sbf_dist.compression.planning.allocation import Allocation, share_out
@@ -111,11 +113,13 @@ def rebuild_more(
     search, timing = Search(settings), timing or Timing()
     shapes = {name: _shape(network, plan, name, cost.layers[name]) for name in candidates}
     sbf = {n: layer for n in candidates if isinstance(layer := layer_of(network, n), SBFConv2d)}
+    reference = reference or Reference(network)
+    route = Route.of(network, reference.module, images.first(3), candidates, settings.feature_bytes)
     found = measure_options(
-        network,
+        Passes(network, images, route.student, Shelf(route.memory)),
         shapes,
         {name: _as_it_is(network, name, shape) for name, shape in shapes.items()},
-        images,
+        held,
         search,
         seed=seed,
         among={name: layer.kept for name, layer in sbf.items()},
@@ -138,14 +142,16 @@ def rebuild_more(
         become(student.get_submodule(name), deep_copy(dense.get_submodule(name)))
     in_order = forward_order(dense, examples)
     order = [name for name in in_order if isinstance(layer_of(student, name), nn.Conv2d)]
-    reference = reference or Reference(network)
+    # What comes before the first change gives what it gave: solving it anew could gain nothing.
+    same = list(takewhile(lambda n: n not in changed, order)) if reference.module is network else []
     fit = SequentialFit(
         student,
         reference,
-        _sizes(student, order, changed, found, settings, examples),
+        _sizes(student, order[len(same) :], changed, found, settings, examples),
         images,
         refit=settings.refit,
         held=held,
+        route=route,
     )
     fitted = fit_layers(fit, order, changed, found, progress)
     if settings.between is not None:
@@ -219,7 +225,7 @@ def _sizes(
     settings: Compression,
     examples: Tensor,
 ) -> dict[str, int]:
-    """Return the m of all layers to fit: those `chosen`, and with refit others that had options."""
+    """Return the m of those layers of `order` to fit: `chosen`, with refit others with options."""
     if not chosen:
         return {}
 

@@ -23,10 +23,10 @@ def jointly(model, images=None, macs=0.5, shares=(0,), keep_training=False, **se
     return chosen.best(shares, keep_training=keep_training)
 
 
-def planner(model, images=None, macs=0.5, probe=None, held_out=0.25, **settings):
+def planner(model, images=None, macs=0.5, probe=None, **settings):
     images = pictures(80) if images is None else images
     wanted = Compression(macs=macs, **settings)
-    return JointPlanner(model, images, wanted, probe=probe, held_out=held_out, name="small")
+    return JointPlanner(model, images, wanted, probe=probe, name="small")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
@@ -46,12 +46,10 @@ def test_each_share_meets_the_budget_and_plan_and_weights_make_the_student_again
     assert not student.training
 
 
-def test_rebuilding_alone_is_what_compress_makes_of_the_images_that_are_not_held_out():
+def test_rebuilding_alone_is_what_compress_makes_of_the_same_images():
     model, images = small(), pictures(80)
     student, plan = jointly(model, images, shares=(0,))
-    rest = planner(model, images).images
-    assert torch.equal(torch.cat(list(rest)), images[20:])
-    alone, same = rebuild(model, rest, Compression(macs=0.5), name="small")
+    alone, same = rebuild(model, images, Compression(macs=0.5), name="small")
     assert plan.layers == same.layers
     assert torch.equal(student(images), alone(images))
 
@@ -144,8 +142,7 @@ def test_layers_to_be_kept_are_not_narrowed():
     [
         ({"shares": ()}, r"removal: shares = \[\] must be numbers in \[0, 1\]"),
         ({"shares": (0, 1.5)}, r"removal: shares = \[0, 1\.5\] must be numbers"),
-        ({"held_out": 0.0}, "held_out = 0 of 80 calibration images leaves no image to compare"),
-        ({"held_out": 1.0}, "held_out = 1 of 80 calibration images leaves no image to fit"),
+        ({"images": pictures(4)}, "removal = 0.0: of 4 calibration images none can be held out"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):
@@ -223,7 +220,7 @@ def test_candidates_are_compared_on_images_of_other_sources():
     images[:, 0, 0, 0] = torch.arange(80.0)  # by which they are recognised
     joint = planner(small(), Calibration.of(images, sources=[number % 10 for number in range(80)]))
     held = {int(x[0, 0, 0]) % 10 for batch, _ in joint.held for x in batch}
-    rest = {int(x[0, 0, 0]) % 10 for batch in joint.images for x in batch}
+    rest = {int(x[0, 0, 0]) % 10 for batch in joint.fitted for x in batch}
     assert held
     assert rest
     assert not held & rest

@@ -89,6 +89,19 @@ def test_the_model_is_left_as_it_was():
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_layers_before_the_first_change_stay_as_they_are():
+    torch.manual_seed(1)
+    model = models.build("cifar_resnet14", 5).eval()
+    student, plan = shrink(model, pictures(32, 16), macs=0.93)
+    order = list(plan.layers)
+    first = next(i for i, name in enumerate(order) if isinstance(plan.layers[name], SBFLayer))
+    stay = [name for name in order[:first] if plan.layers[name].convertible]
+    assert len(stay) >= 3
+    for name in stay:
+        before, after = (network.get_submodule(name).weight for network in (model, student))
+        assert torch.equal(before, after), name
+
+
 def test_the_same_seed_gives_the_same_student():
     (one, plan), (other, same) = shrink(small(), seed=3), shrink(small(), seed=3)
     assert plan.digest() == same.digest()

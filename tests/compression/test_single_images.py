@@ -61,13 +61,12 @@ def test_images_so_large_that_one_is_a_part_come_in_pairs(monkeypatch):
     assert student(pictures(2)).isfinite().all()
 
 
-def test_channels_are_removed_with_one_image_held_out():
+def test_channels_are_removed_where_a_batch_would_have_one_image():
     planner = JointPlanner(
         behind_pooling(),
         pictures(65),
         Compression(macs=0.7, removal=0.5),
         probe=Probe(steps=3, batch=16),
-        held_out=1 / 65,
         name=NAME,
     )
     _, plan = planner.best([0.5])

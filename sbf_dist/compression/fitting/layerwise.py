@@ -10,12 +10,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
 
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.fitting.reference import Reference
+from sbf_dist.compression.fitting.resuming import Passes
+from sbf_dist.compression.fitting.shelf import Shelf
 from sbf_dist.compression.fitting.statistics import Moments, MomentSums, neighbourhoods
 from sbf_dist.hooks import registered
 from sbf_dist.layers import SBFConv2d
@@ -112,16 +115,18 @@ def draws(model: nn.Module, sizes: dict[str, int], images: Calibration) -> dict[
 
 
 def gather_layers(
-    model: nn.Module, sizes: dict[str, int], images: Calibration
+    model: nn.Module, sizes: dict[str, int], images: Calibration, passes: Passes | None = None
 ) -> Iterator[tuple[str, Moments]]:
     """Give the moments of each layer's own outputs (without its bias, as candidates), one by one.
 
-    `sizes` are the layers' m, in forward order. Layers are gathered in groups, a pass for each:
-    take them as they come, and no more than one group's matrices are held.
+    `sizes` are the layers' m, in forward order. Layers are gathered in groups, one of `passes` (by
+    default whole ones) for each: take them as they come, and no more than one group's matrices are
+    held.
     """
     chosen = draws(model, sizes, images)
+    passes = passes or Passes(model, images, {}, Shelf(0))
     groups = _groups(list(sizes), lambda name: _bytes_of_sums(model, name, sizes[name]), SUMS)
-    for group in groups:
+    for group, following in zip_longest(groups, groups[1:]):
         sums = {name: MomentSums(sizes[name]) for name in group}
 
         def add(
@@ -132,50 +137,50 @@ def gather_layers(
             columns = chosen[name].rows(plain, sizes[name], start)
             sums[name].add(columns, chosen[name].rows(output, 1, start))
 
-        _visit_drawn(model, {name: chosen[name] for name in group}, images, add)
+        drawn = {name: chosen[name] for name in group}
+        _visit_drawn(passes, drawn, add, following[0] if following else None)
         for name in group:
             yield name, sums.pop(name).moments()
 
 
 def _visit_drawn(
-    model: nn.Module,
+    passes: Passes,
     chosen: dict[str, Draw],
-    images: Calibration,
     seen: Callable[[str, int, Tensor, Tensor], None],
+    then: str | None,
 ) -> None:
-    """Tell `seen` a layer, the first image's number, inputs and outputs while its draw lasts."""
-    start = 0
-    for batch in images.parts(images.part):
-        wanting = [name for name, draw in chosen.items() if start < draw.images]
-        if not wanting:
-            return
-        visit(model, batch, {name: partial(seen, name, start) for name in wanting})
-        start += len(batch)
+    """Tell `seen` a layer, the first image's number, inputs and outputs while its draw lasts.
+
+    `then` is the layer that will be looked at next.
+    """
+    first = {name: draw.images for name, draw in chosen.items()}
+    passes.visit({name: partial(seen, name) for name in chosen}, first, then)
 
 
 class Targets:
     """What a reference's layers give at the positions that are drawn, some layers at a time.
 
     Layers are asked for in the order of `chosen`; the rows of a group of them, TARGETS bytes in
-    all, come from one pass.
+    all, come from one of `passes` over the reference.
     """
 
-    def __init__(self, reference: Reference, chosen: dict[str, Draw], images: Calibration) -> None:
+    def __init__(self, reference: Reference, chosen: dict[str, Draw], passes: Passes) -> None:
         self._reference = reference
         self._chosen = chosen
-        self._images = images
+        self._passes = passes
         self._left = _groups(list(chosen), self._bytes, TARGETS)
         self._held: dict[str, Tensor] = {}
 
     def pop(self, name: str) -> Tensor:
         """Return the rows (images · per_image, C) of a layer's draw, and forget them."""
         if name not in self._held:
-            group = next(group for group in self._left if name in group)
+            index = next(i for i, group in enumerate(self._left) if name in group)
+            following = self._left[index + 1 : index + 2]
             self._held = {}
-            self._gather(group)
+            self._gather(self._left[index], following[0][0] if following else None)
         return self._held.pop(name)
 
-    def _gather(self, group: Sequence[str]) -> None:
+    def _gather(self, group: Sequence[str], then: str | None) -> None:
         def keep(name: str, start: int, _: Tensor, output: Tensor) -> None:
             selected = self._reference.select(name, output)
             draw = self._chosen[name]
@@ -188,7 +193,7 @@ class Targets:
             self._held[name][first : first + len(rows)] = rows
 
         drawn = {name: self._chosen[name] for name in group}
-        _visit_drawn(self._reference.module, drawn, self._images, keep)
+        _visit_drawn(self._passes, drawn, keep, then)
 
     def _bytes(self, name: str) -> int:
         draw = self._chosen[name]

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.candidates import LARGEST_GRAM, convolution
 from sbf_dist.compression.fitting.layerwise import Draw
+from sbf_dist.compression.fitting.prior import floored, prior_variances
 from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.fitting.statistics import Moments, MomentSums, patches, run_until
 from sbf_dist.hooks import registered
@@ -78,12 +79,18 @@ def drawn_patches(conv: nn.Conv2d, inputs: Tensor, draw: Draw, start: int) -> Te
 
 
 def solve(
-    moments: Moments, weight: Tensor, *, centred: bool = True, ridge: float = RIDGE
+    moments: Moments,
+    weight: Tensor,
+    *,
+    centred: bool = True,
+    ridge: float = RIDGE,
+    prior: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return weight and bias that explain the targets of `moments`, near to the old `weight`.
 
-    Each input channel is held by its own variance: behind ReLU6 they differ by ten thousand. With
-    `centred`, means are left to the bias; else the filters have to explain them too.
+    Each input channel is held by its own variance, or by the larger one of the `prior` (C_in,):
+    behind ReLU6 they differ by ten thousand. With `centred`, means are left to the bias; else the
+    filters have to explain them too.
     """
     old = weight.detach().flatten(1).double().cpu()
     new = old
@@ -92,7 +99,8 @@ def solve(
         if not centred:
             gram = gram.addr(moments.z_mean, moments.z_mean)
             cross = cross.addr(moments.z_mean, moments.y_mean)
-        variance = gram.diagonal().view(weight.shape[1], -1).mean(1, keepdim=True)
+        variance = gram.diagonal().view(weight.shape[1], -1).mean(1)
+        variance = floored(variance, prior)[:, None]
         floor = FLOOR * variance.mean() + torch.finfo(torch.double).tiny ** 0.5
         added = (ridge * variance + floor).expand(-1, weight[0, 0].numel()).flatten()
         left = cross - gram @ old.T
@@ -101,7 +109,14 @@ def solve(
     return new.view_as(weight), moments.y_mean - new @ moments.z_mean
 
 
-def best_ridge(fit: Moments, held: Moments, weight: Tensor, *, centred: bool = True) -> float:
+def best_ridge(
+    fit: Moments,
+    held: Moments,
+    weight: Tensor,
+    *,
+    centred: bool = True,
+    prior: Tensor | None = None,
+) -> float:
     """Return the ridge of which the filters solved on `fit` leave the least error on `held`.
 
     Channels count alike, as shares of their variance: norms and filters behind them scale them.
@@ -109,7 +124,7 @@ def best_ridge(fit: Moments, held: Moments, weight: Tensor, *, centred: bool = T
     scale = held.yy + 0.01 * held.yy.mean() + torch.finfo(torch.double).tiny ** 0.5
 
     def lost(ridge: float) -> float:
-        solution = solve(fit, weight, centred=centred, ridge=ridge)
+        solution = solve(fit, weight, centred=centred, ridge=ridge, prior=prior)
         return float((_errors(solution, held) / scale).sum())
 
     # Of equals the last: nothing is changed without a gain.
@@ -128,13 +143,14 @@ def refit_heads(
     none, by what solutions of one half of the batches are worth on the other.
     """
     names = _heads(student, images.first(2))
+    priors = prior_variances(student, names, images)
     for name in names:
         head = student.get_submodule(name)
         assert isinstance(head, nn.Linear)
         solution = (
             _from_halves(student, reference, name, images)
             if held is None
-            else _from_held(student, reference, name, (images, held))
+            else _from_held(student, reference, name, (images, held), priors.get(name))
         )
         if solution is None:
             continue
@@ -149,6 +165,7 @@ def _from_held(
     reference: Reference,
     name: str,
     images: tuple[Calibration, Calibration],
+    prior: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Solve a head on the first of `images`, with the ridge that is best on the second."""
     moments = []
@@ -158,7 +175,8 @@ def _from_held(
             sums.add(*_vectors(student, reference, name, batch))
         moments.append(sums.moments())
     weight = student.get_submodule(name).get_parameter("weight")
-    return solve(moments[0], weight, ridge=best_ridge(moments[0], moments[1], weight))
+    ridge = best_ridge(moments[0], moments[1], weight, prior=prior)
+    return solve(moments[0], weight, ridge=ridge, prior=prior)
 
 
 def _from_halves(

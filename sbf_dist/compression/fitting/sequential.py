@@ -9,6 +9,7 @@ from sbf_dist.compression.candidates import convolution
 from sbf_dist.compression.fitting.layerwise import Draw, Targets, draws
 from sbf_dist.compression.fitting.mixture import MixtureSpace, best_space, install_mixture
 from sbf_dist.compression.fitting.norms import movable
+from sbf_dist.compression.fitting.prior import prior_variances, with_prior
 from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.fitting.refit import (
     RIDGE,
@@ -17,7 +18,9 @@ from sbf_dist.compression.fitting.refit import (
     obstacle,
     solve,
 )
-from sbf_dist.compression.fitting.statistics import Moments, MomentSums, run_until
+from sbf_dist.compression.fitting.resuming import Passes, Route
+from sbf_dist.compression.fitting.shelf import Shelf
+from sbf_dist.compression.fitting.statistics import Moments, MomentSums
 from sbf_dist.compression.fitting.transforms import install
 from sbf_dist.compression.plan import SBFLayer
 
@@ -44,13 +47,26 @@ class SequentialFit:
         *,
         refit: bool,
         held: Calibration | None = None,
+        route: Route | None = None,
     ) -> None:
         self._student = student
         self._sizes = sizes
         self._refit = refit
         self._norms = movable(student, images.first(2))
-        self._fit = _Side(student, reference, sizes, images)
-        self._held = None if held is None else _Side(student, reference, sizes, held)
+        self._priors = prior_variances(student, list(sizes), images)
+        route = route or Route()
+        shelf = Shelf(route.memory)
+
+        def side(images: Calibration) -> _Side:
+            return _Side(
+                draws(student, sizes, images) if sizes else {},
+                reference,
+                Passes(student, images, route.student, shelf),
+                Passes(reference.module, images, route.reference, shelf),
+            )
+
+        self._fit = side(images)
+        self._held = None if held is None else side(held)
 
     def fits(self, name: str) -> bool:
         """Whether a layer is one of those to fit."""
@@ -117,7 +133,7 @@ class SequentialFit:
             conv.weight.copy_(weight)
             if conv.bias is not None:
                 conv.bias.copy_(bias)
-        moments = self._candidates(name, batches)
+        moments = with_prior(self._candidates(name, batches), conv.weight, self._priors.get(name))
         return moments, None if held is None or not with_held else self._candidates(name, held)
 
     def _solved(
@@ -125,11 +141,11 @@ class SequentialFit:
     ) -> tuple[Tensor, Tensor]:
         conv = convolution(self._student, name)
         moments = filter_moments(conv, batches, batches.draw)
-        ridge = RIDGE
+        ridge, prior = RIDGE, self._priors.get(name)
         if held is not None:
             apart = filter_moments(conv, held, held.draw)
-            ridge = best_ridge(moments, apart, conv.weight, centred=centred)
-        return solve(moments, conv.weight, centred=centred, ridge=ridge)
+            ridge = best_ridge(moments, apart, conv.weight, centred=centred, prior=prior)
+        return solve(moments, conv.weight, centred=centred, ridge=ridge, prior=prior)
 
     def _candidates(self, name: str, batches: "_Batches") -> Moments:
         """Gather what the filters of a convolution give, as candidates for its basis."""
@@ -153,16 +169,11 @@ class _Side:
     """Images to fit to or to judge by, with what the reference's layers give for them."""
 
     def __init__(
-        self,
-        student: nn.Module,
-        reference: Reference,
-        sizes: dict[str, int],
-        images: Calibration,
+        self, chosen: dict[str, Draw], reference: Reference, student: Passes, dense: Passes
     ) -> None:
-        self._student = student
-        self._images = images
-        self.draws = draws(student, sizes, images) if sizes else {}
-        self._targets = Targets(reference, self.draws, images)
+        self.draws = chosen
+        self._passes = student
+        self._targets = Targets(reference, chosen, dense)
 
     def skip(self, name: str) -> None:
         """Pass over a layer that is not fitted."""
@@ -170,25 +181,15 @@ class _Side:
 
     def batches(self, name: str) -> "_Batches":
         """Return a layer's inputs and targets."""
-        return _Batches(
-            self._student, name, self._images, self.draws[name], self._targets.pop(name)
-        )
+        return _Batches(name, self._passes, self.draws[name], self._targets.pop(name))
 
 
 class _Batches:
     """First image's number, a layer's inputs and target rows, batch by batch, more than once."""
 
-    def __init__(
-        self,
-        student: nn.Module,
-        name: str,
-        images: Calibration,
-        draw: Draw,
-        targets: Tensor,
-    ) -> None:
-        self._student = student
+    def __init__(self, name: str, passes: Passes, draw: Draw, targets: Tensor) -> None:
         self._name = name
-        self._images = images
+        self._passes = passes
         self.draw = draw
         self._targets = targets
         self._held: Tensor | None = None  # inputs of all images, once they have been seen
@@ -208,8 +209,8 @@ class _Batches:
         held: Tensor | None = None
         self._sizes = []
         start, images = 0, self.draw.images
-        for batch in self._images.parts(self._images.part, images):
-            inputs = run_until(self._student, self._name, batch, output=False)[: images - start]
+        for batch in self._passes.inputs(self._name, images):
+            inputs = batch[: images - start]
             if start == 0 and inputs[0].nbytes * images <= INPUTS:
                 held = inputs.new_empty(images, *inputs.shape[1:])
             if held is not None:

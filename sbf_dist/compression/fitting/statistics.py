@@ -209,7 +209,8 @@ def output_sensitivity(
 
     def keep(name: str) -> Callable[..., Tensor]:
         def backward(gradient: Tensor) -> None:
-            total = gradient.double().square().sum((0, 2, 3))
+            channels = 1 if gradient.ndim == 4 else -1  # of a linear layer
+            total = gradient.double().square().movedim(channels, 0).flatten(1).sum(1)
             totals[name] = totals[name] + total if name in totals else total
 
         def hook(_: nn.Module, __: tuple[Tensor, ...], result: Tensor) -> Tensor:

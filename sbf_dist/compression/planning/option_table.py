@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.fitting.layerwise import gather_layers, layer_of
+from sbf_dist.compression.fitting.prior import prior_variances, with_prior
+from sbf_dist.compression.fitting.resuming import Passes
 from sbf_dist.compression.fitting.statistics import Moments, output_sensitivity
 from sbf_dist.compression.planning.criteria import Ranking, rankings
 from sbf_dist.compression.planning.divergence import divergences
@@ -15,6 +17,7 @@ from sbf_dist.compression.planning.options import PROBES, Estimated, Search, Sha
 from sbf_dist.compression.progress import Progress, report, reported
 
 FISHER = 256  # images on which sensitivities are measured
+LEAST_DRAWN = 64  # labels by which the effect of an option is measured, or as many as images
 
 
 @dataclass(frozen=True)
@@ -36,22 +39,24 @@ class OptionTable:
 
 
 def measure_options(
-    model: nn.Module,
+    passes: Passes,
     shapes: Mapping[str, Shape],
     now: Mapping[str, Option],
-    images: Calibration,
+    held: Calibration | None,
     search: Search,
     *,
     seed: int,
     among: Mapping[str, Collection[int]] | None = None,
     progress: Progress | None = None,
 ) -> OptionTable:
-    """Measure the options of the layers of `model` (in eval mode) that `shapes` names.
+    """Measure the options of the layers of a network (in eval mode) that `shapes` names.
 
-    `now` is what each of them is, convolution or SBF layer; `among` names the channels of a layer
-    that may be kept, where these are not all.
+    `passes` are over that network and the images to fit to, from the start; `now` is what each of
+    the layers is, convolution or SBF layer; `among` names the channels of a layer that may be kept,
+    where these are not all. What trials bring about is measured on the images that are `held` out,
+    if there are any: on those that they are fitted to, it would be up to a hundred times less.
     """
-    names = list(shapes)
+    names, model, images = list(shapes), passes.model, passes.images
 
     def batches() -> Iterator[Tensor]:
         return reported(progress, "measure sensitivities", images, FISHER)
@@ -62,14 +67,20 @@ def measure_options(
     sensitivity = output_sensitivity(model, names, batches, seed)
     sizes = {name: search.size(layer_of(model, name)) for name in names}
     estimated: dict[str, Estimated] = {}
-    for index, (name, moments) in enumerate(gather_layers(model, sizes, images), 1):
+    priors = prior_variances(model, names, images)
+    for index, (name, gathered) in enumerate(gather_layers(model, sizes, images, passes), 1):
         report(progress, "measure layers", index, len(sizes))
+        layer, moments = layer_of(model, name), gathered
+        if isinstance(layer, nn.Conv2d):
+            moments = with_prior(gathered, layer.weight, priors.get(name))
         estimated[name] = estimate_options(
             shapes[name], now[name], moments, sensitivity[name], ranked[name], search
         )
     trials = {name: row.trials for name, row in estimated.items() if row.trials}
-    probes = reported(progress, "measure divergences", images, PROBES)
-    measured = divergences(model, trials, probes, seed=seed)
+    judges = held or images
+    probes = reported(progress, "measure divergences", judges, PROBES)
+    draws = max(1, round(LEAST_DRAWN / judges.count))
+    measured = divergences(model, trials, probes, seed=seed, draws=draws)
     rows = {
         name: [now[name], *row.scaled(measured.get(name, []))] for name, row in estimated.items()
     }

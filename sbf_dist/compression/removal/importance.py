@@ -1,6 +1,6 @@
 """How much the channels of each coupled group matter."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -12,15 +12,15 @@ from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.removal.coupled import Coupled
 from sbf_dist.hooks import registered
 
-Criterion = Literal["fisher", "taylor", "l1", "l2", "bn_scale"]
+Importance = Literal["fisher", "taylor", "l1", "l2", "bn_scale"]
 SAMPLES = 512  # images on which the criteria fisher and taylor are measured
 
 
 def measure_importance(
     dense: nn.Module,
-    groups: list[Coupled],
+    groups: Sequence[Coupled],
     images: Calibration,
-    criterion: Criterion = "fisher",
+    criterion: Importance = "fisher",
     seed: int = 0,
 ) -> list[Tensor]:
     """Return for each group how much each of its channels matters, (channels,).
@@ -45,7 +45,7 @@ def measure_importance(
 
 
 def _products(
-    dense: nn.Module, groups: list[Coupled], images: Calibration, seed: int
+    dense: nn.Module, groups: Sequence[Coupled], images: Calibration, seed: int
 ) -> list[Tensor]:
     """⟨gradient, centred feature⟩ of each group's channels on each image, (images, channels)."""
     readers = {part.name for group in groups for part in group.parts if part.side == "inp"}
@@ -103,7 +103,7 @@ def _gather(values: Tensor, channels: list[list[int]], dim: int) -> Tensor:
     return values.new_zeros(shape).index_add_(dim, owner, values.index_select(dim, flat))
 
 
-def _weight_score(dense: nn.Module, group: Coupled, criterion: Criterion) -> Tensor:
+def _weight_score(dense: nn.Module, group: Coupled, criterion: Importance) -> Tensor:
     total = torch.zeros(group.size, dtype=torch.double)
     for part in group.parts:
         module = dense.get_submodule(part.name)

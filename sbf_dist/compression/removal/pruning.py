@@ -27,13 +27,17 @@ from sbf_dist.compression.holding_out import split
 from sbf_dist.compression.narrow import is_depthwise, narrow
 from sbf_dist.compression.plan import Removed
 from sbf_dist.compression.removal.coupled import Coupled, find_coupled, removed_channels
-from sbf_dist.compression.removal.importance import Criterion, has_scales, measure_importance
+from sbf_dist.compression.removal.elimination import orders_by_elimination
+from sbf_dist.compression.removal.importance import Importance, has_scales, measure_importance
+from sbf_dist.compression.removal.order import Order
+from sbf_dist.compression.removal.readers import solvable
 from sbf_dist.errors import UserError
 from sbf_dist.hooks import registered
 from sbf_dist.settings import Compression
 from sbf_dist.surgery import deep_copy
 
 Measure = Literal["macs", "params"]
+Criterion = Importance | Literal["reconstruction"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class Removable:
     images: Calibration
     cost: Cost
     groups: list[Coupled]
-    importance: list[Tensor]  # of each group's channels
+    orders: list[Order]  # of each group's channels
     left: dict[str, str]
 
 
@@ -81,15 +85,18 @@ def find_removable(
     model: nn.Module,
     images: Tensor | Calibration,
     *,
-    criterion: Criterion = "fisher",
+    criterion: Criterion = "reconstruction",
     keep: tuple[str, ...] = (),
     seed: int = 0,
 ) -> Removable:
-    """Find the coupled channels of `model`, and how much they matter by `criterion`.
+    """Find the coupled channels of `model`, and in which order they go by `criterion`.
 
-    `images` (N, C, H, W) are normalised calibration images. Groups with a layer whose name matches
-    a pattern of `keep` (as in a shell: 'stages.0.*') are left whole, and so is the network's
-    output. Raises UserError for a pattern that matches neither a convolution nor a linear layer.
+    'reconstruction' counts what is lost after the layers that read a group have been solved anew
+    (`elimination`); where one of them is too wide for that, or grouped, what is lost without. The
+    others are those of `importance`. `images` (N, C, H, W) are normalised calibration images.
+    Groups with a layer whose name matches a pattern of `keep` (as in a shell: 'stages.0.*') are
+    left whole, and so is the network's output. Raises UserError for a pattern that matches neither
+    a convolution nor a linear layer.
     """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     kept_dense(model, [pattern for pattern in keep if not fnmatch.filter(linear, pattern)])
@@ -102,9 +109,37 @@ def find_removable(
         without = [group for group in groups if not has_scales(dense, group)]
         left |= {group.name: "no batch norm scales its channels" for group in without}
         groups = [group for group in groups if has_scales(dense, group)]
-    importance = measure_importance(dense, groups, calibration, criterion, seed)
     cost = count(dense, calibration.shape)
-    return Removable(dense, calibration, cost, groups, importance, left)
+    orders = _orders(dense, groups, calibration, criterion, seed)
+    return Removable(dense, calibration, cost, groups, orders, left)
+
+
+def _orders(
+    dense: nn.Module,
+    groups: list[Coupled],
+    images: Calibration,
+    criterion: Criterion,
+    seed: int,
+) -> list[Order]:
+    if criterion != "reconstruction":
+        scores = measure_importance(dense, groups, images, criterion, seed)
+        return [Order.of_scores(score) for score in scores]
+    images, held = split(images)
+    solved = [group for group in groups if solvable(dense, group)]
+    others = [group for group in groups if not solvable(dense, group)]
+    orders = iter(orders_by_elimination(dense, solved, images, held, seed) if solved else [])
+    roots = iter(measure_importance(dense, others, images, "fisher", seed) if others else [])
+    found = []
+    for group in groups:
+        if group in solved:
+            found.append(next(orders))
+        else:
+            root = next(roots)
+            channels = root.argsort(stable=True)
+            # The root of the divergence of several is at most the sum of theirs.
+            losses = root[channels].cumsum(0).square() / 2
+            found.append(Order.of_losses(channels.tolist(), losses.numpy()))
+    return found
 
 
 @torch.no_grad()
@@ -298,11 +333,9 @@ def _choose(
 
     Greedy: again and again those go that matter least for what they save now.
     """
-    groups, importance, cost = removable.groups, removable.importance, removable.cost
+    groups, orders, cost = removable.groups, removable.orders, removable.cost
     widths = _Widths(removable.dense, groups, cost, of)
     neighbours = widths.neighbours()
-    orders = [scores.argsort(stable=True).tolist() for scores in importance]
-    sums = [scores[order].cumsum(0) for scores, order in zip(importance, orders, strict=True)]
     gone = [0] * len(groups)
     floor, round_to = settings.floor, settings.round_to
 
@@ -318,8 +351,8 @@ def _choose(
         saved = widths.saving(index, channels) if channels else 0.0
         if saved <= 0:
             return math.inf
-        start = float(sums[index][gone[index] - 1]) if gone[index] else 0.0
-        return (float(sums[index][gone[index] + channels - 1]) - start) / saved
+        order = orders[index]
+        return (order.loss(gone[index] + channels) - order.loss(gone[index])) / saved
 
     rates = [rate(index) for index in range(len(groups))]
     while widths.total > limit * (1 + 1e-9):
@@ -335,4 +368,4 @@ def _choose(
         gone[best] += channels
         for index in neighbours[best]:
             rates[index] = rate(index)
-    return [sorted(order[:n]) for order, n in zip(orders, gone, strict=True)]
+    return [sorted(order.channels[:n]) for order, n in zip(orders, gone, strict=True)]

@@ -6,8 +6,11 @@ from small_networks import pictures, small
 
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.fitting import layerwise
+from sbf_dist.compression.fitting.cuts import find_cuts
 from sbf_dist.compression.fitting.layerwise import Draw, Targets, draws, gather_layers, visit
 from sbf_dist.compression.fitting.reference import Reference
+from sbf_dist.compression.fitting.resuming import Passes
+from sbf_dist.compression.fitting.shelf import Shelf
 from sbf_dist.compression.fitting.statistics import gather_moments, neighbourhoods, run_until
 
 SIZES = {"conv1": 3, "conv2": 1}
@@ -115,7 +118,8 @@ def test_targets_are_the_references_outputs_at_the_drawn_positions(monkeypatch):
     reference = Reference(model, {"conv1": [4, 2, 9]})
     for budget in (1, 2**30):
         monkeypatch.setattr(layerwise, "TARGETS", budget)
-        targets = Targets(reference, chosen, calibration)
+        cuts = find_cuts(model, images[:3], list(SIZES))
+        targets = Targets(reference, chosen, Passes(model, calibration, cuts, Shelf(2**20)))
         for name, channels in (("conv1", [4, 2, 9]), ("conv2", list(range(16)))):
             outputs = run_until(model, name, images, output=True)[:, channels]
             rows = targets.pop(name)

@@ -1,0 +1,223 @@
+"""Which channels go where the layers that read them are solved anew, and what that costs.
+
+Optimal brain surgeon (Hassibi and Stork 1993) for the channels of a group: what removing some costs
+is counted after all other weights of their readers have made up for it as well as they can, on the
+inputs that calibration images give them. Optimal Brain Compression (Frantar and Alistarh 2022,
+arXiv 2208.11580, section 4) does the same for single weights.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from sbf_dist.compression.calibration import Calibration
+from sbf_dist.compression.planning.options import EVENNESS, PROBES, TINY
+from sbf_dist.compression.removal.coupled import Coupled
+from sbf_dist.compression.removal.order import Order
+from sbf_dist.compression.removal.readers import Reader, readers_of
+from sbf_dist.hooks import registered
+from sbf_dist.surgery import deep_copy
+
+PART = 32  # of the channels that are left, about one in so many goes at a time
+SHARES = (0.05, 0.2, 0.45, 0.75)  # of a group's channels, whose removal is tried
+TRIALS = 256 * 2**20  # bytes of trials' weights that are held at a time
+DRAWN = 64  # labels by which trials are measured, at least
+
+
+@dataclass(frozen=True)
+class Elimination:
+    """The order in which a group's channels go, as far as one layer's numbers say.
+
+    losses: by the first 1, 2, … of them, comparable within the group only; explained: the share of
+    what the readers give that is left then.
+    """
+
+    channels: list[int]
+    losses: np.ndarray
+    explained: np.ndarray
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What the weights and biases of a group's readers change by when some channels go."""
+
+    channels: int
+    changes: dict[str, tuple[Tensor, Tensor]]
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the weights take."""
+        return sum(weight.nbytes for weight, _ in self.changes.values())
+
+
+def orders_by_elimination(
+    dense: nn.Module,
+    groups: Sequence[Coupled],
+    images: Calibration,
+    held: Calibration | None,
+    seed: int,
+) -> list[Order]:
+    """Return for each group in which order its channels go, and the KL divergences it causes.
+
+    The estimates along an order are scaled to what some trials, whose weights are solved on
+    `images`, do to the network's predictions on the images `held` out (on the same, without any).
+    As in the choice of options, EVENNESS x −log of the share of the readers' outputs that is left
+    is added.
+    """
+    found: list[Elimination] = []
+    trials: list[list[Trial]] = []
+    measured: list[list[float]] = []
+    begun = 0
+    for group, readers in readers_of(dense, groups, images, held, seed):
+        one = eliminate(readers, group.size)
+        found.append(one)
+        numbers = {max(1, min(group.size - 1, round(share * group.size))) for share in SHARES}
+        trials.append([_trial(readers, one.channels[:number]) for number in sorted(numbers)])
+        if sum(trial.bytes for row in trials[begun:] for trial in row) > TRIALS:
+            measured += _divergences(dense, trials[begun:], held or images, seed)
+            # Only how many channels went is still needed of them.
+            trials[begun:] = [[Trial(t.channels, {}) for t in row] for row in trials[begun:]]
+            begun = len(trials)
+    measured += _divergences(dense, trials[begun:], held or images, seed)
+    return [
+        _scaled(one, [trial.channels for trial in row], losses)
+        for one, row, losses in zip(found, trials, measured, strict=True)
+    ]
+
+
+def eliminate(readers: Sequence[Reader], size: int) -> Elimination:
+    """Remove a group's channels one after the other, those first that cost the least then."""
+    states = [_State(reader) for reader in readers]
+    whole = max(sum(reader.power() for reader in readers), TINY)
+    left = torch.arange(size)
+    order: list[int] = []
+    losses: list[float] = []
+    lost = 0.0
+    while len(left) > 0:
+        scores = sum((state.scores(left) for state in states), torch.zeros(len(left)).double())
+        ranked = scores.argsort(stable=True)[: max(1, len(left) // PART)]
+        gone, single = left[ranked], scores[ranked].clamp(min=TINY)
+        together = sum(state.remove(gone) for state in states)
+        steps = (single / single.sum()).cumsum(0) * together
+        losses += (lost + steps).tolist()
+        lost += together
+        order += gone.tolist()
+        left = left[torch.isin(left, gone, invert=True)]
+    explained = 1 - np.array(losses) / whole
+    return Elimination(order, np.array(losses), explained.clip(TINY, 1.0))
+
+
+class _State:
+    """The weights of one reader, and the inverse of its Gram matrix, while channels go."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._columns = reader.columns
+        self._weight = reader.weight * reader.sensitivity.sqrt()[:, None]
+        self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(reader.regular_gram()))
+
+    def scores(self, channels: Tensor) -> Tensor:
+        """Return what each of `channels` costs if it goes next."""
+        columns = self._columns[channels]  # (n, t)
+        blocks = self._inverse[columns[:, :, None], columns[:, None, :]]
+        weights = self._weight[:, columns].permute(1, 2, 0)
+        return (weights * torch.linalg.solve(blocks, weights)).sum((1, 2))
+
+    def remove(self, channels: Tensor) -> float:
+        """Remove channels, solve what is left anew, and return what that costs."""
+        columns = self._columns[channels].flatten()
+        across = self._inverse[:, columns]
+        weights = self._weight[:, columns]
+        solved = torch.linalg.solve(across[columns], across.T)
+        lost = float((weights * torch.linalg.solve(across[columns], weights.T).T).sum())
+        self._weight.addmm_(weights, solved, alpha=-1)
+        self._inverse.addmm_(across, solved, alpha=-1)
+        return max(lost, 0.0)
+
+
+def _trial(readers: Sequence[Reader], channels: list[int]) -> Trial:
+    changes = {reader.name: reader.without(torch.tensor(channels)) for reader in readers}
+    return Trial(len(channels), changes)
+
+
+def _divergences(
+    dense: nn.Module, trials: Sequence[Sequence[Trial]], images: Calibration, seed: int
+) -> list[list[float]]:
+    """Estimate the KL divergence that each trial causes, as `planning.divergence` does.
+
+    The readers of a group change together: their products are summed before they are squared.
+    """
+    if not trials:
+        return []
+    generator = torch.Generator().manual_seed(seed)
+    draws = max(1, round(DRAWN / images.count))
+    totals = [torch.zeros(len(row), dtype=torch.double) for row in trials]
+    products: dict[tuple[int, int], Tensor] = {}
+    users: dict[str, list[tuple[int, int, Tensor, Tensor]]] = {}
+    for group, row in enumerate(trials):
+        for index, trial in enumerate(row):
+            for name, (weight, bias) in trial.changes.items():
+                users.setdefault(name, []).append((group, index, weight, bias))
+
+    def measure(name: str) -> Callable[..., Tensor]:
+        module = deep_copy(dense.get_submodule(name))  # without the hooks of this measurement
+        linear = isinstance(module, nn.Linear)
+
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            # A hook that knew `output` would keep the graph that keeps the hook.
+            features = inputs[0].detach()
+
+            def backward(gradient: Tensor) -> None:
+                with torch.no_grad():
+                    for group, index, weight, bias in users[name]:
+                        changed: dict[str, Tensor] = {"weight": weight.to(features)}
+                        if module.bias is not None:
+                            changed["bias"] = torch.zeros_like(module.get_parameter("bias"))
+                        error = functional_call(module, changed, (features,))
+                        shift = bias.to(features)
+                        error += shift if linear else shift[:, None, None]
+                        product = (gradient * error).flatten(1).sum(1).double().cpu()
+                        key = (group, index)
+                        products[key] = products[key] + product if key in products else product
+
+            output.register_hook(backward)
+            return output.clone()  # which an activation may overwrite in place
+
+        return hook
+
+    hooks = (dense.get_submodule(n).register_forward_hook(measure(n)) for n in users)
+    count = 0
+    with registered(hooks):
+        for batch in images.parts(max(2, images.part // 2), PROBES):
+            with torch.enable_grad():
+                given = batch.detach().requires_grad_()
+                predictions = dense(given).log_softmax(1)
+                labels = torch.multinomial(
+                    predictions.detach().exp().cpu(), draws, replacement=True, generator=generator
+                )
+                for number, drawn in enumerate(labels.T.to(predictions.device), 1):
+                    loss = F.nll_loss(predictions, drawn, reduction="sum")
+                    torch.autograd.grad(loss, given, retain_graph=number < draws)
+                    for (group, index), product in products.items():
+                        totals[group][index] += float(product.square().sum()) / 2
+                    products.clear()
+            count += len(batch)
+    return [(total / (count * draws)).tolist() for total in totals]
+
+
+def _scaled(found: Elimination, numbers: list[int], divergences: list[float]) -> Order:
+    """Scale the losses along an order to the divergences that trials of some numbers cause."""
+    losses = found.losses.clip(TINY)
+    scales = [
+        math.log(max(divergence, TINY) / losses[number - 1])
+        for number, divergence in zip(numbers, divergences, strict=True)
+    ]
+    steps = np.arange(1, len(losses) + 1)
+    scaled = losses * np.exp(np.interp(steps, numbers, scales))
+    uneven = -EVENNESS * np.log(found.explained)
+    return Order.of_losses(found.channels, np.maximum.accumulate(scaled + uneven))
