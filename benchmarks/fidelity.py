@@ -14,8 +14,9 @@ compared. `agreement` is the share of these for which dense and compressed netwo
 class, `agreement_sure` the same where the dense network's probability is above 0.4, `kl` the mean
 divergence. A network that ends at its features has `error` instead, the squared difference as a
 share of their variance, and `cosine`. All methods see the same crops and no labels.
-The peers measure the statistics of batch norms anew on the crops, as in the comparison of small
-networks (`quality.py`), which costs them most of the network here.
+Batch norms are treated alike by all: their statistics are moved by what their inputs have changed
+if that brings a network nearer to the dense one on crops held out. Measured anew on the crops, as
+is usual before a training, they would cost most of the network.
 
 Each row is kept in F/rows as soon as it is there: a benchmark that was cut goes on.
 """
@@ -87,13 +88,27 @@ def sbf(given: Problem, macs: float, removal: float | Literal["auto"] = 0.0) -> 
     return compress(given.network.model, given.calibration, settings, name="published")[0]
 
 
+def depgraph(given: Problem, macs: float, *, compensated: bool) -> nn.Module:
+    """Remove channels by DepGraph's importance, the same share of each group."""
+    return prune(
+        given.network.model,
+        macs,
+        given.calibration,
+        importance="depgraph",
+        everywhere=False,
+        compensated=compensated,
+        statistics="moved",
+    )
+
+
 METHODS: dict[str, Callable[[Problem, float], nn.Module]] = {
     "SBF": sbf,
     "SBF, removal auto": partial(sbf, removal="auto"),
-    "low rank": lambda given, macs: low_rank(given.network.model, macs, given.images),
-    "DepGraph": lambda given, macs: prune(
-        given.network.model, macs, given.images, importance="depgraph", everywhere=False
+    "low rank": lambda given, macs: low_rank(
+        given.network.model, macs, given.calibration, statistics="moved"
     ),
+    "DepGraph": partial(depgraph, compensated=False),
+    "DepGraph, next layer solved anew": partial(depgraph, compensated=True),
 }
 
 

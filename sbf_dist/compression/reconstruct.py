@@ -19,6 +19,7 @@ from sbf_dist.compression.candidates import find_candidates, forward_order, logi
 from sbf_dist.compression.cost import Cost, count
 from sbf_dist.compression.fitting.between import insert_between
 from sbf_dist.compression.fitting.layerwise import layer_of
+from sbf_dist.compression.fitting.prior import prior_variances
 from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.fitting.refit import is_mended
 from sbf_dist.compression.fitting.resuming import Passes, Route
@@ -144,13 +145,15 @@ def rebuild_more(
     order = [name for name in in_order if isinstance(layer_of(student, name), nn.Conv2d)]
     # What comes before the first change gives what it gave: solving it anew could gain nothing.
     same = list(takewhile(lambda n: n not in changed, order)) if reference.module is network else []
+    sizes = _sizes(student, order[len(same) :], changed, found, settings, examples)
     fit = SequentialFit(
         student,
         reference,
-        _sizes(student, order[len(same) :], changed, found, settings, examples),
+        sizes,
         images,
         refit=settings.refit,
         held=held,
+        priors=prior_variances(student, list(sizes), images),
         route=route,
     )
     fitted = fit_layers(fit, order, changed, found, progress)

@@ -1,28 +1,28 @@
 """Low-rank factorisation: a convolution to r channels, and a 1 × 1 convolution back to all."""
 
 import math
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from sbf_dist.budget import Budget
-from sbf_dist.compression.calibration import BATCH
+from sbf_dist.compression.calibration import Images, calibration_for
 from sbf_dist.compression.candidates import convolution, find_candidates
 from sbf_dist.compression.cost import count
-from sbf_dist.compression.fitting.statistics import (
-    Moments,
-    gather_moments,
-    measure_batch_norm,
-    run_until,
-)
+from sbf_dist.compression.fitting.layerwise import gather_layers
+from sbf_dist.compression.fitting.reference import Reference
+from sbf_dist.compression.fitting.resuming import Route
+from sbf_dist.compression.fitting.sequential import SequentialFit
+from sbf_dist.compression.fitting.statistics import Moments
 from sbf_dist.compression.planning.knapsack import Option, allocate
 from sbf_dist.errors import UserError
+from sbf_dist.peers.batch_norms import Statistics, settle_batch_norms
 from sbf_dist.surgery import deep_copy
 
 Basis = Literal["filters", "responses"]
 RIDGE = 1e-6  # of the mean variance
+FEATURES = 512 * 2**20  # bytes of features that are kept between passes
 
 
 class LowRankConv2d(nn.Sequential):
@@ -58,9 +58,10 @@ class LowRankConv2d(nn.Sequential):
 def low_rank(
     model: nn.Module,
     macs_share: float,
-    images: Tensor,
+    images: Images,
     *,
     basis: Basis = "responses",
+    statistics: Statistics = "measured",
 ) -> nn.Module:
     """Factorise the convolutions of `model` to reach `macs_share` of its multiply-adds.
 
@@ -70,39 +71,47 @@ def low_rank(
     layer's responses from the inputs that the factorised layers before it give (Zhang et al. 2015,
     arXiv 1505.06798, sections 3.1 and 3.3). The ranks maximise the product of the layers' kept
     energies within the budget (section 3.2 there, solved as a knapsack instead of greedily). The
-    stem stays dense, and so does what would not get cheaper. Batch norm is measured again. Returns
-    the network in eval mode. UserError if the budget cannot be met.
+    stem stays dense, and so does what would not get cheaper. Batch norm is measured again, or moved
+    (`statistics`). Returns the network in eval mode. UserError if the budget cannot be met.
     """
     dense = deep_copy(model).eval()
-    shape = (images.shape[1], images.shape[2], images.shape[3])
-    cost = count(dense, shape)
-    _, names = find_candidates(dense, images, 1)
+    calibration = calibration_for(dense, images)
+    cost = count(dense, calibration.shape)
+    _, names = find_candidates(dense, calibration.first(2), 1)
     if not names:
         raise UserError("low-rank: the network has no convolution that could be factorised")
     fixed = cost.macs - sum(cost.layers[name] for name in names)
-    choices = {}
-    for name in names:
-        conv = convolution(dense, name)
-        if basis == "filters":
-            energies = torch.linalg.svdvals(conv.weight.double().flatten(1)).square()
-        else:
-            moments = _moments(dense, dense, name, images)
-            energies = torch.linalg.eigvalsh(moments.zz).flip(0).clamp(min=0)
-        choices[name] = _ranks(conv, cost.layers[name], energies)
+    sizes = dict.fromkeys(names, 1)
+    if basis == "filters":
+        energies = {
+            name: torch.linalg.svdvals(convolution(dense, name).weight.double().flatten(1)).square()
+            for name in names
+        }
+    else:
+        energies = {
+            name: torch.linalg.eigvalsh(moments.zz).flip(0).clamp(min=0)
+            for name, moments in gather_layers(dense, sizes, calibration)
+        }
+    choices = {
+        name: _ranks(convolution(dense, name), cost.layers[name], energies[name]) for name in names
+    }
     ranks = allocate(choices, fixed=fixed, dense=cost.macs, budget=Budget(macs=macs_share))
-    student = deep_copy(dense)
+    student, reference = deep_copy(dense), Reference(dense)
+    route = Route.of(student, dense, calibration.first(3), names, FEATURES)
+    fit = SequentialFit(student, reference, sizes, calibration, refit=False, route=route)
     for name in names:
         rank = ranks[name].kept
         conv = convolution(dense, name)
         if rank == conv.out_channels:
+            fit.skip(name)
             continue
         layer = LowRankConv2d(conv, rank)
         if basis == "filters":
             layer.set(*truncated_svd(conv, rank))
         else:
-            layer.set(*reduced_regression(conv, rank, _moments(dense, student, name, images)))
+            layer.set(*reduced_regression(conv, rank, fit.moments(name)))
         student.set_submodule(name, layer, strict=True)
-    measure_batch_norm(student, images, BATCH)
+    settle_batch_norms(student, reference, calibration, statistics)
     return student
 
 
@@ -144,23 +153,6 @@ def _padded(reduce: Tensor, expand: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         torch.cat([reduce, reduce.new_zeros(lacking, *reduce.shape[1:])]),
         torch.cat([expand, expand.new_zeros(len(expand), lacking)], 1),
     )
-
-
-def _moments(dense: nn.Module, student: nn.Module, name: str, images: Tensor) -> Moments:
-    """Moments of the layer's dense outputs y and of what it makes, without its bias, of the
-    student's inputs.
-    """
-    conv = convolution(dense, name)
-
-    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in images.split(BATCH):
-            inputs = run_until(student, name, batch, output=False)
-            yield (
-                conv._conv_forward(inputs, conv.weight, None),
-                run_until(dense, name, batch, output=True),
-            )
-
-    return gather_moments(pairs(), 1)
 
 
 def _bias(conv: nn.Conv2d) -> Tensor:

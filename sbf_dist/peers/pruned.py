@@ -6,14 +6,21 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from sbf_dist.compression.calibration import BATCH
+from sbf_dist.compression.calibration import Calibration, Images, calibration_for
+from sbf_dist.compression.candidates import forward_order
 from sbf_dist.compression.cost import count
-from sbf_dist.compression.fitting.statistics import measure_batch_norm
+from sbf_dist.compression.fitting.reference import Reference
+from sbf_dist.compression.fitting.refit import is_mended, refit_heads
+from sbf_dist.compression.fitting.resuming import Route
+from sbf_dist.compression.fitting.sequential import SequentialFit
 from sbf_dist.errors import UserError
+from sbf_dist.peers.batch_norms import Statistics, settle_batch_norms
 from sbf_dist.peers.shrinking import in_proportion, longest_within
 from sbf_dist.surgery import deep_copy
 
+FEATURES = 512 * 2**20  # bytes of features that are kept between passes
 Importance = Literal["l1", "l2", "depgraph"]
 LEAST = 0.125  # share of a group's channels that stays: global orders would empty whole layers
 
@@ -23,10 +30,12 @@ Removal = tuple[str, int]  # a group, named after its first layer, and one of it
 def prune(
     model: nn.Module,
     macs_share: float,
-    images: Tensor,
+    images: Images,
     *,
     importance: Importance,
     everywhere: bool,
+    compensated: bool = False,
+    statistics: Statistics = "measured",
 ) -> nn.Module:
     """Remove channels of `model` until `macs_share` of its multiply-adds are left.
 
@@ -36,22 +45,62 @@ def prune(
     norm, relative to the group's mean (Fang et al., CVPR 2023, section 3.3, without sparse
     training). `everywhere` ranks the channels of all layers together, else every group loses the
     same share of its own. Scores and groups are torch-pruning's. The budget is used to the last
-    channel that fits. Batch norm is measured again on `images` (N, C, H, W), calibration images.
-    Returns the smaller network in eval mode. UserError if the budget cannot be met.
+    channel that fits. With `compensated`, the layers that read what is left are solved anew, in
+    forward order, by ridge regression on `images` (N, C, H, W), calibration images (GRAIL, arXiv
+    2602.23795). Batch norm is then measured again on these, or moved (`statistics`). Returns the
+    smaller network in eval mode. UserError if the budget cannot be met.
     """
     dense = deep_copy(model).eval()
-    shape = (images.shape[1], images.shape[2], images.shape[3])
+    calibration = calibration_for(dense, images)
+    image, shape = calibration.first(1), calibration.shape
     limit = macs_share * count(dense, shape).macs
-    scores = _scores(dense, images[:1], importance)
+    scores = _scores(dense, image, importance)
     order = _order(scores, everywhere)
 
     def cost(removed: Sequence[Removal]) -> int:
-        return count(_without(dense, images[:1], removed), shape).macs
+        return count(_without(dense, image, removed), shape).macs
 
     what = f"{importance} at {macs_share:g} of the MACs"
-    network = _without(dense, images[:1], longest_within(order, cost, limit, what))
-    measure_batch_norm(network, images, BATCH)
+    removed = longest_within(order, cost, limit, what)
+    network = _without(dense, image, removed)
+    reference = Reference(dense, _remaining(dense, image, removed))
+    if compensated:
+        _compensate(network, reference, calibration)
+    settle_batch_norms(network, reference, calibration, statistics)
     return network
+
+
+@torch.no_grad()
+def _compensate(network: nn.Module, reference: Reference, images: Calibration) -> None:
+    """Solve the convolutions anew, in place and in forward order, and the linear layers."""
+    pair = images.first(2)
+    sizes = {name: 1 for name in forward_order(network, pair) if is_mended(network, name, pair)}
+    route = Route.of(network, reference.module, images.first(3), list(sizes), FEATURES)
+    fit = SequentialFit(network, reference, sizes, images, refit=True, route=route)
+    for name in sizes:
+        fit.mend(name)
+    refit_heads(network, reference, images)
+
+
+@torch.no_grad()
+def _remaining(dense: nn.Module, image: Tensor, removed: Sequence[Removal]) -> dict[str, list[int]]:
+    """Return the numbers in `dense` of the channels that its layers and batch norms keep."""
+    marked = deep_copy(dense)
+    for module in marked.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            numbers = torch.arange(len(module.weight)).to(module.weight)
+            module.weight.copy_(
+                numbers.view(-1, *[1] * (module.weight.ndim - 1)).expand_as(module.weight)
+            )
+        elif isinstance(module, _BatchNorm) and module.running_mean is not None:
+            module.running_mean.copy_(torch.arange(len(module.running_mean)))
+    left: dict[str, list[int]] = {}
+    for name, module in _without(marked, image, removed).named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            left[name] = module.weight.flatten(1)[:, 0].long().tolist()
+        elif isinstance(module, _BatchNorm) and module.running_mean is not None:
+            left[name] = module.running_mean.long().tolist()
+    return left
 
 
 def _order(scores: dict[str, Tensor], everywhere: bool) -> list[Removal]:

@@ -114,3 +114,28 @@ def test_depthwise_convolutions_shrink_and_grouped_ones_stay():
     assert small[1].groups == small[1].out_channels == small[0].out_channels < 16
     assert (small[3].in_channels, small[3].out_channels, small[3].groups) == (12, 12, 2)
     assert small[7].out_features == 5
+
+
+def test_layers_solved_anew_bring_a_pruned_network_nearer_to_the_dense_one():
+    dense = network("resnet")
+    x = images()
+    errors = {}
+    for compensated in (False, True):
+        small = prune(
+            dense,
+            0.6,
+            x,
+            importance="depgraph",
+            everywhere=False,
+            compensated=compensated,
+            statistics="moved",
+        )
+        with torch.no_grad():
+            errors[compensated] = float((small(x) - dense(x)).square().mean())
+    assert errors[True] < 0.8 * errors[False]
+
+
+def test_statistics_that_are_moved_are_the_networks_own_where_nothing_goes():
+    dense = network("resnet")
+    small = prune(dense, 1.0, images(), importance="l1", everywhere=False, statistics="moved")
+    torch.testing.assert_close(small(images()), dense(images()), rtol=1e-5, atol=1e-6)

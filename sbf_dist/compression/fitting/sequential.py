@@ -1,6 +1,6 @@
 """Fitting the layers of a student in forward order, each on what the student gives it."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -9,7 +9,7 @@ from sbf_dist.compression.candidates import convolution
 from sbf_dist.compression.fitting.layerwise import Draw, Targets, draws
 from sbf_dist.compression.fitting.mixture import MixtureSpace, best_space, install_mixture
 from sbf_dist.compression.fitting.norms import movable
-from sbf_dist.compression.fitting.prior import prior_variances, with_prior
+from sbf_dist.compression.fitting.prior import with_prior
 from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.fitting.refit import (
     RIDGE,
@@ -35,7 +35,8 @@ class SequentialFit:
     order; each is fitted once, in that order. With `refit`, filters are first solved anew on the
     inputs that the student now gives (`refit`). How far they leave the old ones, and a mixture the
     layer's own outputs, is chosen by the error on images that are `held` out. Where none are,
-    filters are solved anew only with samples enough.
+    filters are solved anew only with samples enough. `priors` say of layers how much their inputs
+    varied in training (`prior`).
     """
 
     def __init__(
@@ -47,13 +48,14 @@ class SequentialFit:
         *,
         refit: bool,
         held: Calibration | None = None,
+        priors: Mapping[str, Tensor] | None = None,
         route: Route | None = None,
     ) -> None:
         self._student = student
         self._sizes = sizes
         self._refit = refit
         self._norms = movable(student, images.first(2))
-        self._priors = prior_variances(student, list(sizes), images)
+        self._priors = priors or {}
         route = route or Route()
         shelf = Shelf(route.memory)
 
@@ -71,6 +73,14 @@ class SequentialFit:
     def fits(self, name: str) -> bool:
         """Whether a layer is one of those to fit."""
         return name in self._sizes
+
+    def skip(self, name: str) -> None:
+        """Pass over a layer that is left as it is."""
+        self._fit.skip(name)
+
+    def moments(self, name: str) -> Moments:
+        """Gather what the filters of a layer give, to be compared with the reference's outputs."""
+        return self._candidates(name, self._fit.batches(name))
 
     def mend(self, name: str) -> None:
         """Solve the filters of a layer that stays dense anew, if the images are enough for it.

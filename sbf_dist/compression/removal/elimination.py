@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.planning.options import EVENNESS, PROBES, TINY
 from sbf_dist.compression.removal.coupled import Coupled
-from sbf_dist.compression.removal.order import Order
 from sbf_dist.compression.removal.readers import Reader, readers_of
+from sbf_dist.compression.removal.removal_order import Order
 from sbf_dist.hooks import registered
 from sbf_dist.surgery import deep_copy
 

@@ -7,8 +7,9 @@ are needed. Pruning is this alone; `joint` shares a budget out between it and re
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Literal
 
 import torch
@@ -19,8 +20,10 @@ from sbf_dist.compression.calibration import Calibration, device_of
 from sbf_dist.compression.candidates import kept_dense, uses
 from sbf_dist.compression.cost import Cost, count
 from sbf_dist.compression.fitting.fidelity import Judge
+from sbf_dist.compression.fitting.prior import prior_variances
 from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.fitting.refit import is_mended
+from sbf_dist.compression.fitting.resuming import Route
 from sbf_dist.compression.fitting.sequential import SequentialFit
 from sbf_dist.compression.fitting.settle import settle
 from sbf_dist.compression.holding_out import split
@@ -29,8 +32,8 @@ from sbf_dist.compression.plan import Removed
 from sbf_dist.compression.removal.coupled import Coupled, find_coupled, removed_channels
 from sbf_dist.compression.removal.elimination import orders_by_elimination
 from sbf_dist.compression.removal.importance import Importance, has_scales, measure_importance
-from sbf_dist.compression.removal.order import Order
 from sbf_dist.compression.removal.readers import solvable
+from sbf_dist.compression.removal.removal_order import Order
 from sbf_dist.errors import UserError
 from sbf_dist.hooks import registered
 from sbf_dist.settings import Compression
@@ -182,22 +185,34 @@ def remove(removable: Removable, settings: Compression, share: float) -> Removal
     images, held = split(removable.images)
     reference = Reference(dense, removal.remaining(dense))
     if settings.refit:
-        _refit(network, reference, images, held)
+        _refit(network, reference, (images, held), removed, settings.feature_bytes)
     judge = settle(network, reference, images, held, refit=settings.refit)
     return dataclasses.replace(removal, judge=judge)
 
 
 def _refit(
-    network: nn.Module, reference: Reference, images: Calibration, held: Calibration | None
+    network: nn.Module,
+    reference: Reference,
+    sides: tuple[Calibration, Calibration | None],
+    removed: Mapping[str, Removed],
+    memory: int,
 ) -> None:
     """Solve the filters of the narrowed network anew, on the inputs that it gives them."""
+    images, held = sides
     examples = images.first(2)
+    found = uses(network, examples)
+    # What comes before the first change gives what it gave.
+    same = set(takewhile(lambda name: name not in removed, found))
     sizes = {
         name: 1
-        for name, use in uses(network, examples).items()
-        if use.calls == 1 and is_mended(network, name, examples)
+        for name, use in found.items()
+        if name not in same and use.calls == 1 and is_mended(network, name, examples)
     }
-    fit = SequentialFit(network, reference, sizes, images, refit=True, held=held)
+    priors = prior_variances(network, list(sizes), images)
+    route = Route.of(network, reference.module, images.first(3), list(sizes), memory)
+    fit = SequentialFit(
+        network, reference, sizes, images, refit=True, held=held, priors=priors, route=route
+    )
     for name in sizes:
         fit.mend(name)
 

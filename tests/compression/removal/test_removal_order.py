@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sbf_dist.compression.removal.order import Order
+from sbf_dist.compression.removal.removal_order import Order
 
 
 def test_scores_are_put_in_order_and_add_up():
