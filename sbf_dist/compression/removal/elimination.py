@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from sbf_dist.compression.calibration import Calibration
-from sbf_dist.compression.planning.options import EVENNESS, PROBES, TINY
+from sbf_dist.compression.planning.options import PROBES, TINY
 from sbf_dist.compression.removal.coupled import Coupled
 from sbf_dist.compression.removal.readers import Reader, readers_of
 from sbf_dist.compression.removal.removal_order import Order
@@ -34,13 +34,11 @@ DRAWN = 64  # labels by which trials are measured, at least
 class Elimination:
     """The order in which a group's channels go, as far as one layer's numbers say.
 
-    losses: by the first 1, 2, … of them, comparable within the group only; explained: the share of
-    what the readers give that is left then.
+    losses: by the first 1, 2, … of them, comparable within the group only.
     """
 
     channels: list[int]
     losses: np.ndarray
-    explained: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -67,8 +65,6 @@ def orders_by_elimination(
 
     The estimates along an order are scaled to what some trials, whose weights are solved on
     `images`, do to the network's predictions on the images `held` out (on the same, without any).
-    As in the choice of options, EVENNESS x −log of the share of the readers' outputs that is left
-    is added.
     """
     found: list[Elimination] = []
     trials: list[list[Trial]] = []
@@ -94,7 +90,6 @@ def orders_by_elimination(
 def eliminate(readers: Sequence[Reader], size: int) -> Elimination:
     """Remove a group's channels one after the other, those first that cost the least then."""
     states = [_State(reader) for reader in readers]
-    whole = max(sum(reader.power() for reader in readers), TINY)
     left = torch.arange(size)
     order: list[int] = []
     losses: list[float] = []
@@ -109,8 +104,7 @@ def eliminate(readers: Sequence[Reader], size: int) -> Elimination:
         lost += together
         order += gone.tolist()
         left = left[torch.isin(left, gone, invert=True)]
-    explained = 1 - np.array(losses) / whole
-    return Elimination(order, np.array(losses), explained.clip(TINY, 1.0))
+    return Elimination(order, np.array(losses))
 
 
 class _State:
@@ -219,5 +213,4 @@ def _scaled(found: Elimination, numbers: list[int], divergences: list[float]) ->
     ]
     steps = np.arange(1, len(losses) + 1)
     scaled = losses * np.exp(np.interp(steps, numbers, scales))
-    uneven = -EVENNESS * np.log(found.explained)
-    return Order.of_losses(found.channels, np.maximum.accumulate(scaled + uneven))
+    return Order.of_losses(found.channels, np.maximum.accumulate(scaled))

@@ -41,10 +41,6 @@ class Reader:
     variance: Tensor
     sensitivity: Tensor
 
-    def power(self) -> float:
-        """Return the variance of all outputs, weighted by how sensitive each is."""
-        return float((self.sensitivity * ((self.weight @ self.gram) * self.weight).sum(1)).sum())
-
     def regular_gram(self) -> Tensor:
         """Return the Gram matrix with the ridge by which channels are put in order."""
         return self.gram + torch.diag(ORDERING_RIDGE * self.variance + self._least())

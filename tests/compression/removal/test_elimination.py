@@ -58,8 +58,7 @@ def test_the_channel_that_goes_first_costs_the_least_in_all_readers_together():
     assert first == costs.index(min(costs))
 
 
-def test_losses_are_the_divergences_that_are_measured(monkeypatch):
-    monkeypatch.setattr("sbf_dist.compression.removal.elimination.EVENNESS", 0.0)
+def test_losses_are_the_divergences_that_are_measured():
     model, images = small(), Calibration.of(pictures(192))
     groups, _ = find_coupled(model, pictures(2))
     group = next(group for group in groups if group.name == "conv2")
