@@ -18,8 +18,10 @@ import tempfile
 import textwrap
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import track
@@ -30,15 +32,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sbf_dist.compression.cost import count
 from sbf_dist.compression.one_shot import compress
+from sbf_dist.compression.outputs import named_tensors
 from sbf_dist.compression.plan import DenseLayer, Plan, SBFLayer
 from sbf_dist.export.onnx import export_onnx, verify_onnx
 from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import Card, load_student, save_student
-from sbf_dist.models import build
+from sbf_dist.models import Architecture
 from sbf_dist.settings import Compression
 
 SHARE = 0.5  # of the multiply-adds
-TOLERANCE = 1e-3  # of the largest logit: between engines, in float32
+TOLERANCE = 1e-3  # of the largest output: between engines, in float32
 EXACT = 1e-9  # the same, in double: what is left of a difference that is rounding
 
 
@@ -48,16 +51,31 @@ class Network:
 
     size: of its own images; planned: of the images that it is planned on; transform_size: m, at
     most, 1 where layers are wide, whose fits take minutes with more; macs: the budget, more where
-    other operators than convolutions, which stay as they are, do most of the work.
+    other operators than convolutions, which stay as they are, do most of the work; model,
+    arguments: what it is built of, where the row has another name.
     """
 
     size: int = 224
     planned: int = 64
-    classes: int = 1000
+    classes: int | None = 1000
     transform_size: int = 1
     macs: float = SHARE
+    model: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def architecture(self, name: str) -> Architecture:
+        """Return what the network of a row is built of."""
+        return Architecture.of(self.model or name, self.classes, self.arguments)
+
+    @property
+    def channels(self) -> int:
+        """Channels of its images."""
+        return self.arguments.get("in_chans", self.arguments.get("channels", 3))
 
 
+OWN = Path(__file__).with_name("own_networks.py")
+SEGMENTATION = Network(classes=21)
+DETECTION = Network(classes=None, model=f"{OWN}:backbone_of")
 CIFAR = Network(size=32, planned=32, classes=10, transform_size=3)
 NETWORKS = {
     **dict.fromkeys(
@@ -100,13 +118,32 @@ NETWORKS = {
     ),
     "torchvision:inception_v3": Network(size=299, planned=96),
     "torchvision:maxvit_t": Network(planned=224, macs=0.9),  # its windows want that size
+    **dict.fromkeys(
+        [
+            "torchvision:deeplabv3_mobilenet_v3_large",
+            "torchvision:fcn_resnet50",
+            "torchvision:lraspp_mobilenet_v3_large",
+        ],
+        SEGMENTATION,
+    ),
+    **{
+        f"backbone of torchvision's {name}": replace(DETECTION, arguments={"detector": name})
+        for name in ("fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn")
+    },
+    "timm:resnet18, features_only": Network(
+        classes=None, model="timm:resnet18", arguments={"features_only": True, "num_classes": 0}
+    ),
+    "timm:resnet18, embedding": Network(classes=0, model="timm:resnet18"),
+    "timm:resnet18, in_chans=1": Network(model="timm:resnet18", arguments={"in_chans": 1}),
+    "UNet": Network(classes=4, model=f"{OWN}:UNet", arguments={"channels": 1}),
+    "YOLO-like network": Network(classes=80, model=f"{OWN}:Yolo"),
 }
 
 
-def pictures(number: int, size: int) -> Tensor:
+def pictures(number: int, size: int, channels: int = 3) -> Tensor:
     """Smooth noise: neighbours are alike, as in photographs."""
     generator = torch.Generator().manual_seed(1)
-    raw = torch.randn(number, 3, size, size, generator=generator)
+    raw = torch.randn(number, channels, size, size, generator=generator)
     return raw + 2 * F.avg_pool2d(raw, 5, 1, 2)
 
 
@@ -124,38 +161,32 @@ def settle(model: nn.Module, images: Tensor) -> nn.Module:
 
 
 def check(name: str, network: Network, images: int) -> dict:
-    """Run a network through all steps; RuntimeError where two forms differ in their logits."""
+    """Run a network through all steps; RuntimeError where two forms differ in their outputs."""
     start = time.process_time()
     torch.manual_seed(0)
-    batch = pictures(images, network.planned)
-    model = settle(build(name, network.classes), batch)
+    batch = pictures(images, network.planned, network.channels)
+    model = settle(network.architecture(name).build(), batch)
     student, plan = planned_within(network.macs, name, network, model, batch)
     planned = time.process_time() - start
     take_a_step(name, student, batch)
     pair = batch[:2]
     with torch.inference_mode():
-        expected = student(pair)
+        expected = named_tensors(student(pair))
     with tempfile.TemporaryDirectory() as folder:
-        card = Card.of(
-            plan,
-            classes=[str(i) for i in range(network.classes)],
-            mean=[0.0] * 3,
-            std=[1.0] * 3,
-        )
+        card = Card.of(plan, mean=[0.0] * network.channels, std=[1.0] * network.channels)
         save_student(Path(folder) / "student", student, plan, card)
-        scale = expected.abs().max().item()
+        scale = max(tensor.abs().max().item() for tensor in expected.values())
+        own = plan.model if network.model.startswith(str(OWN)) else None
+        loaded = load_student(Path(folder) / "student", build=own)
         with torch.inference_mode():
             precise = copy.deepcopy(student).double()
-            exact = precise(pair.double())
+            exact = named_tensors(precise(pair.double()))
+            last = pair.contiguous(memory_format=torch.channels_last)
             differences = {
-                "loaded": (load_student(Path(folder) / "student")(pair) - expected).abs().max(),
-                "optimized": (
-                    optimize(student)(pair.contiguous(memory_format=torch.channels_last)) - expected
-                )
-                .abs()
-                .max(),
-                "optimized, double": (optimize(precise)(pair.double()) - exact).abs().max(),
-                "rounding": (expected - exact).abs().max(),  # of the student itself
+                "loaded": difference(loaded(pair), expected),
+                "optimized": difference(optimize(student)(last), expected),
+                "optimized, double": difference(optimize(precise)(pair.double()), exact),
+                "rounding": difference(expected, exact),  # of the student itself
             }
         path = Path(folder) / "student.onnx"
         export_onnx(student, path, card)
@@ -168,10 +199,10 @@ def check(name: str, network: Network, images: int) -> dict:
     for form, most in allowed.items():
         if not relative[form] <= most:
             raise RuntimeError(
-                f"{name}, {form}: logits differ by {relative[form]:.1e} of the largest"
+                f"{name}, {form}: outputs differ by {relative[form]:.1e} of the largest"
             )
-    own = (3, network.size, network.size)
-    before, after = count(model, own), count(student, own)
+    shape = (network.channels, network.size, network.size)
+    before, after = count(model, shape), count(student, shape)
     return {
         "size": network.size,
         "planned_size": network.planned,
@@ -193,12 +224,18 @@ def check(name: str, network: Network, images: int) -> dict:
     }
 
 
+def difference(outputs: Any, wanted: Mapping[str, Tensor]) -> float:
+    """Return the largest difference in any of a network's outputs."""
+    found = named_tensors(outputs)
+    return max((found[name] - tensor).abs().max().item() for name, tensor in wanted.items())
+
+
 def planned_within(
     macs: float, name: str, network: Network, model: nn.Module, batch: Tensor
 ) -> tuple[nn.Module, Plan]:
     """Plan and fit a student within this number of multiply-adds."""
     settings = Compression(macs=macs, sources=2, transform_size=network.transform_size, floor=0.25)
-    return compress(model, batch, settings, name=name)
+    return compress(model, batch, settings, name=network.architecture(name))
 
 
 def take_a_step(name: str, student: nn.Module, images: Tensor) -> None:
@@ -207,8 +244,9 @@ def take_a_step(name: str, student: nn.Module, images: Tensor) -> None:
     RuntimeError unless every parameter gets a gradient of numbers.
     """
     trained = copy.deepcopy(student).train()
-    logits = trained(images)
-    F.cross_entropy(logits, torch.arange(len(images)) % logits.shape[1]).backward()
+    outputs = named_tensors(trained(images)).values()
+    # As classes, whatever they are.
+    torch.stack([F.cross_entropy(x, x.detach().argmin(1)) for x in outputs]).sum().backward()
     for parameter_name, parameter in trained.named_parameters():
         if parameter.grad is None or not parameter.grad.isfinite().all():
             raise RuntimeError(f"{name}: {parameter_name} has no finite gradient")
@@ -248,8 +286,8 @@ def markdown(report: dict) -> str:
         f"The weights are random, and the {report['images']} calibration images are smooth noise "
         'of the size "planned at": this page says what can be converted, not what accuracy is '
         "left. The budget holds at that size; multiply-adds (M) are those at the network's own. A "
-        "loaded student gives the very logits that were saved; those of the optimized network "
-        f"differ by at most {fused:.0e} of the largest logit, those of the ONNX file in ONNX "
+        "loaded student gives the very outputs that were saved; those of the optimized network "
+        f"differ by at most {fused:.0e} of the largest output, those of the ONNX file in ONNX "
         f"Runtime by at most {worst:.0e}. What is more than {TOLERANCE:g} of it is rounding: the "
         f"student itself differs by up to {own:.0e} between float32 and double; in double the "
         f"optimized network differs by no more than {EXACT:g} ({len(doubles)} networks were "

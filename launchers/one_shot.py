@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from launchers.display import Display, results_table
 from launchers.images import (
@@ -18,14 +18,13 @@ from launchers.machine import available_cpus
 from launchers.student import NUM_VERIFIED_IMAGES, export_student, make_student
 from pipelines.index import DataIndex
 from pipelines.sources.folder import index_plain
-from sbf_dist import models
 from sbf_dist.compress_recipe import OneShot
 from sbf_dist.compression.cost import count
 from sbf_dist.compression.plan import Plan
 from sbf_dist.compression.planning.latency import latencies_if_quiet
-from sbf_dist.errors import UserError
 from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import ONNX, PLAN, WEIGHTS, check_folder
+from sbf_dist.models import Architecture
 from sbf_dist.train.evaluate import accuracy
 from sbf_dist.weights import load_weights
 
@@ -40,7 +39,7 @@ def compress_once(
 ) -> None:
     """Compress a network, write the student to `out` and show the results.
 
-    `classes`: outputs of the network, None for one to each class of the images; `weights_key`,
+    `classes`: of the network, None for those of the images; `weights_key`,
     `weights_prefix`: see load_weights. UserError for weights, images and folders that do not fit.
     """
     check_folder(out)
@@ -49,19 +48,15 @@ def compress_once(
         # Embedded sets are written beside the student.
         index = _index(settings, out.parent, display)
         display.say(f"  {index.root}: {len(index)} images of {len(index.classes)} classes")
-        outputs = classes or len(index.classes)
-        if not outputs:
-            raise UserError(
-                f"data {index.root}: has no class folders; give the network's number of outputs "
-                "with --classes"
-            )
-        dense = models.build(settings.model, outputs)
+        known = classes if classes is not None else len(index.classes) or None
+        architecture = Architecture.of(settings.model, known, settings.arguments)
+        dense = architecture.build()
         found = load_weights(dense, settings.weights, key=weights_key, prefix=weights_prefix)
         if found is not None:
             display.say(f"  {found}")
         images = calibration_images(settings.data, index, settings.compress.images, settings.seed)
         student, plan = make_student(
-            dense, images, settings.compress, settings.model, settings.seed, display
+            dense, images, settings.compress, architecture, settings.seed, display
         )
         top1 = _accuracies(settings, index, [dense, student], display)
         ids = index.parts["validation" if index.classes else "unlabelled"][:NUM_VERIFIED_IMAGES]
@@ -70,7 +65,7 @@ def compress_once(
             student,
             plan,
             settings.data,
-            classes=index.classes if top1 else [str(i) for i in range(outputs)],
+            classes=index.classes if top1 else [str(i) for i in range(plan.classes)],
             top1=top1[1] if top1 else None,
             images=evaluation_images(settings.data, index, ids),
         )
@@ -95,13 +90,16 @@ def _accuracies(
     ids = index.parts["validation"]
     probe = torch.zeros(1, 3, settings.data.image_size, settings.data.image_size)
     with torch.no_grad():
-        outputs = networks[0].eval()(probe).shape[1]
+        outputs = networks[0].eval()(probe)
     if not index.classes:
         display.say("  accuracy not measured: the images have no labels")
         return []
-    if outputs != len(index.classes):
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2:
+        display.say("  accuracy not measured: the network is no classifier")
+        return []
+    if outputs.shape[1] != len(index.classes):
         display.say(
-            f"  accuracy not measured: the network has {outputs} outputs, the images have "
+            f"  accuracy not measured: the network has {outputs.shape[1]} outputs, the images have "
             f"{len(index.classes)} classes"
         )
         return []

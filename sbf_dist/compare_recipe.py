@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -85,6 +85,9 @@ class Comparison(Section):
     )
     data: Data
     model: str = Field(description="network, e.g. cifar_resnet14 (sbf_dist.models.build)")
+    arguments: dict[str, Any] = Field(
+        {}, description="further arguments that the network is built with, e.g. in_chans"
+    )
     methods: list[Method] = Field(
         ["magnitude", "depgraph", "depgraph-global", "ghost", "low-rank", "sbf"],
         min_length=1,

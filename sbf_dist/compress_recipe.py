@@ -31,7 +31,11 @@ class OneShot(Section):
     """One network that is compressed in one step."""
 
     model: str = Field(
-        description="network, e.g. timm:resnet50 or cifar_resnet20 (sbf_dist.models.build)"
+        description="network, e.g. timm:resnet50, cifar_resnet20 or nets/mine.py:function "
+        "(sbf_dist.models.build)"
+    )
+    arguments: dict[str, Any] = Field(
+        {}, description="further arguments that the network is built with, e.g. in_chans"
     )
     weights: Path = Field(description="safetensors file, or a state dict of torch.save")
     seed: int = Field(0, ge=0, description="seed of all random numbers")

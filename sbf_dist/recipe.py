@@ -136,7 +136,11 @@ class Teacher(Section):
 
     name: Name = Field(description="name of the teacher, its files and its row in the table")
     model: str = Field(
-        description="network, e.g. timm:resnet50 or cifar_resnet20 (sbf_dist.models.build)"
+        description="network, e.g. timm:resnet50, cifar_resnet20 or nets/mine.py:function "
+        "(sbf_dist.models.build)"
+    )
+    arguments: dict[str, Any] = Field(
+        {}, description="further arguments that the network is built with, e.g. in_chans"
     )
     training: Training | None = Field(None, description="training on the labels")
     weights: Path | None = Field(

@@ -3,7 +3,8 @@
 A recipe's sections are these classes, plus what only a run knows.
 """
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast, get_args
 
 from pydantic import (
     BaseModel,
@@ -19,7 +20,9 @@ from sbf_dist.errors import UserError
 from sbf_dist.schema import Above0, Positive, Section, Share, explain
 
 Criterion = Literal["reconstruction", "l1", "l2", "bn_scale", "taylor", "random"]
-
+# Of the outputs of a student and of the dense network, both as the networks give them.
+DivergenceFunction = Callable[[Any, Any], Any]
+Divergence = Literal["auto", "kl", "error"]
 
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass
@@ -100,6 +103,37 @@ class Compression(Settings):
     between: Literal["bn_relu"] | None = Field(
         None, description="batch norm and ReLU before the transformations, or nothing"
     )
+    outputs: list[str] | None = Field(
+        None,
+        description="names or numbers of the outputs that count, e.g. 'out' or 'features.1'; null: "
+        "all of floating type",
+    )
+    divergence: Divergence | DivergenceFunction = Field(
+        "auto",
+        description="how far a student is from the dense network: 'kl' of logits, 'error' (squared,"
+        " in units of the outputs' variance), or 'auto': 'kl' of (N, classes) that a linear layer "
+        "gives, 'error' of others (docs/networks.md); in Python also a function of both outputs",
+    )
+
+    @field_validator("outputs", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        names = value if isinstance(value, list | tuple) else [value]
+        if not names or not all(type(name) in (str, int) for name in names):
+            raise ValueError("must be names or numbers of outputs")
+        return [str(name) for name in names]
+
+    @field_validator("divergence", mode="before")
+    @classmethod
+    def _is_known(cls, value: Any) -> Any:
+        if value not in get_args(Divergence) and not callable(value):
+            raise ValueError(
+                "must be 'auto', 'kl', 'error' or, in Python, a function of the outputs of student "
+                "and dense network"
+            )
+        return value
 
     @field_validator("macs", "params")
     @classmethod

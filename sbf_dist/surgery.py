@@ -6,11 +6,45 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.overrides import TorchFunctionMode
 
 from sbf_dist.layers import SBFConv2d
 
 M = TypeVar("M", bound=nn.Module)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the network inside of DataParallel, torch.compile and the like, in any nesting.
+
+    Where modules within the network are wrapped, it is a copy without their wrappers, so that
+    names are those of the network itself.
+    """
+    while (inside := _inside(model)) is not None:
+        model = inside
+    if all(_inside(module) is None for module in model.modules()):
+        return model
+    plain = deep_copy(model)
+    _unwrap_parts(plain)
+    return plain
+
+
+def _unwrap_parts(model: nn.Module) -> None:
+    for name, part in model.named_children():
+        inside = unwrapped(part)
+        if inside is not part:
+            setattr(model, name, inside)
+        _unwrap_parts(inside)
+
+
+def _inside(module: nn.Module) -> nn.Module | None:
+    """Return what `module` wraps, or None if it is no wrapper."""
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel):
+        return module.module
+    # Its class is private to torch._dynamo, which takes a second to import.
+    if type(module).__name__ == "OptimizedModule":
+        return module._orig_mod  # type: ignore[return-value]
+    return None
 
 
 class _DetachedCopies(TorchFunctionMode):

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sbf_dist.errors import UserError
-from sbf_dist.surgery import deep_copy
+from sbf_dist.surgery import deep_copy, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +79,7 @@ def load_weights(
     counts of old files are filled in. Raises UserError, in one line that names the file, where
     nothing or more than one thing fits; `model` is then as it was.
     """
+    model = unwrapped(model)
     states = _states(path, _read(path), key)
     own = model.state_dict()
     found = [view for name, state in states.items() for view in _views(name, state, own, prefix)]

@@ -142,19 +142,19 @@ def test_settings_may_ask_for_removal():
 )  # fmt: skip
 def test_networks_that_can_be_built_by_name_are_recognised(name):
     assert models.is_buildable(name)
-    assert models.name_of(models.build(name, 7), 7) == name
+    assert models.architecture_of(models.build(name, 7), 7) == models.Architecture(name, 7)
 
 
 def test_a_network_that_was_changed_is_not_taken_for_the_one_it_was():
     wider = models.build("timm:test_resnet", 7)
     wider.layer1.add_module("more", nn.Conv2d(8, 8, 1))
-    assert models.name_of(wider, 7) == "timm.models.resnet:ResNet"
+    assert models.architecture_of(wider, 7).name == "timm.models.resnet:ResNet"
     strided = models.build("torchvision:resnet18", 7)
     strided.conv1.stride = (1, 1)  # which no tensor shows
-    assert models.name_of(strided, 7) == "torchvision.models.resnet:ResNet"
+    assert models.architecture_of(strided, 7).name == "torchvision.models.resnet:ResNet"
     deeper = models.build("cifar_resnet8", 7)
     deeper.more = nn.Conv2d(3, 3, 3)
-    assert models.name_of(deeper, 7) == "sbf_dist.cifar:CifarResNet"
+    assert models.architecture_of(deeper, 7).name == "sbf_dist.cifar:CifarResNet"
     assert not models.is_buildable("sbf_dist.cifar:CifarResNet")
 
 

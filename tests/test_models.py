@@ -54,6 +54,17 @@ def test_networks_with_auxiliary_heads_come_without_and_return_logits_in_trainin
     assert models.build(name, 4).train()(torch.randn(2, 3, 96, 96)).shape == (2, 4)
 
 
+def test_what_only_attributes_tell_is_recognised_too():
+    """Torchvision's pretrained GoogLeNet normalises images anew, which nothing else shows."""
+    for arguments in ({}, {"transform_input": True}, {"transform_input": True, "aux_logits": True}):
+        built = models.Architecture("torchvision:googlenet", 4, arguments)
+        network = built.build()
+        assert network.transform_input is ("transform_input" in arguments)
+        assert models.architecture_of(network, 4) == built
+    network.dropout_is_off = True
+    assert models.architecture_of(network, 4).name == "torchvision.models.googlenet:GoogLeNet"
+
+
 @pytest.mark.parametrize("name", ["timm:resnet18", "torchvision:shufflenet_v2_x0_5"])
 def test_networks_of_the_libraries_have_the_classes_asked_for(name):
     assert models.build(name, 7).eval()(torch.randn(1, 3, 64, 64)).shape == (1, 7)
@@ -73,8 +84,8 @@ def test_networks_of_the_libraries_have_the_classes_asked_for(name):
         ("cifar_vgg16_bn", "model 'cifar_vgg16_bn' is unknown; names look like"),
         ("timm:resnet5O", "model 'timm:resnet5O' is unknown; did you mean 'resnet50'?"),
         ("torchvision:resnet19", "model 'torchvision:resnet19' is unknown; did you mean 'resnet1"),
-        ("torchvision:fcn_resnet50", "model 'torchvision:fcn_resnet50' is unknown"),
-        ("keras:resnet50", "model 'keras:resnet50' is unknown; names look like"),
+        ("torchvision:fasterrcnn", "model 'torchvision:fasterrcnn' is unknown"),
+        ("keras:resnet50", "model 'keras:resnet50' is unknown: there is no module 'keras'"),
         ("timm:", "model 'timm:' is unknown"),
     ],
 )

@@ -15,7 +15,11 @@ HELD_OUT_SHARE = 0.1  # of the images, where the folder has no val/: accuracy is
 
 def command(
     model: Annotated[
-        str, typer.Option(help="The network: timm:NAME, torchvision:NAME, cifar_resnet20, …")
+        str,
+        typer.Option(
+            help="The network: timm:NAME, torchvision:NAME, cifar_resnet20, or your own as "
+            "path/to/file.py:function or package.module:function (arguments.KEY=VALUE for it)."
+        ),
     ],
     weights: Annotated[
         Path, typer.Option(help="Its weights: safetensors, or PyTorch's file of a state dict.")
@@ -37,7 +41,9 @@ def command(
     classes: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Number of outputs, if it differs from the number of class folders."
+            min=0,
+            help="Number of classes, if it differs from the number of class folders; 0: timm's "
+            "networks without classifier.",
         ),
     ] = None,
     weights_key: Annotated[
@@ -52,7 +58,8 @@ def command(
         list[str] | None,
         typer.Argument(
             metavar="KEY=VALUE",
-            help="Settings as in a recipe, e.g. data.image_size=160 compress.sources=8 seed=1.",
+            help="Settings as in a recipe, e.g. data.image_size=160 compress.sources=8 "
+            "compress.outputs=[out] seed=1.",
         ),
     ] = None,
 ) -> None:

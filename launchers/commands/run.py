@@ -102,7 +102,7 @@ def check_models(recipe: Recipe) -> None:
             raise UserError(
                 f"teachers.{index}.name = {teacher.name!r} must not be one of {', '.join(TITLES)}"
             )
-        models.build(teacher.model, classes=2)
+        models.build(teacher.model, 2, teacher.arguments)
 
 
 def describe(recipe: Recipe, folder: RunFolder) -> None:

@@ -24,7 +24,9 @@ def compare(recipe: Comparison, runs: Path, display: Display) -> Result:
     UserError for a folder that was done with other settings, and for images that are not there.
     """
     folder = runs / recipe.name
-    models.build(recipe.model, classes=2)  # an unknown one is refused before anything is written
+    models.build(
+        recipe.model, 2, recipe.arguments
+    )  # an unknown one is refused before anything is written
     _check_identity(recipe, folder)
     todo = trials(recipe)
     missing = [trial for trial in todo if not _path(folder, trial).exists()]

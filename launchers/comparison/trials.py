@@ -84,7 +84,7 @@ class SeedContext:
         """Train the dense network of the seed, unless it is there, and load what all share."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(seed)
-        dense = models.build(recipe.model, len(index.classes)).to(device)
+        dense = models.build(recipe.model, len(index.classes), recipe.arguments).to(device)
         weights = folder / "dense" / f"seed-{seed}.safetensors"
         if weights.exists():
             load_weights(dense, weights)
@@ -160,7 +160,9 @@ class SeedContext:
 
     def _compressed(self, trial: Trial) -> nn.Module:
         if trial.method is None:
-            network = models.build(self.recipe.model, self.classes).to(self.device)
+            network = models.build(self.recipe.model, self.classes, self.recipe.arguments).to(
+                self.device
+            )
             network.load_state_dict(self.dense.state_dict())
             return network
         return compressed(

@@ -71,7 +71,12 @@ def run_workers(
     """
     key = uuid.uuid4().hex
     # The worker travels as bytes: Ray's controller would import all of its module's imports.
-    work = {"worker": cloudpickle.dumps(worker), "config": config, "progress_key": key}
+    work = {
+        "worker": cloudpickle.dumps(worker),
+        "config": config,
+        "progress_key": key,
+        "directory": str(Path.cwd()),
+    }
     trainer = trainer_class(on_one_machine=runs_locally())(
         _run_worker,
         train_loop_config=work,
@@ -201,6 +206,10 @@ def _watch(key: str, on_progress: Callable[[Record], None] | None) -> Iterator[N
 def _run_worker(given: Config) -> Record | None:
     global _progress_key  # noqa: PLW0603  one training per process, as Ray Train's own context
     _progress_key = given["progress_key"]
+    # Relative paths in a recipe, and the user's own modules, are the driver's; on another machine
+    # they may lie on shared storage.
+    if Path(given["directory"]).is_dir():
+        os.chdir(given["directory"])
     if train.get_context().get_world_rank() == 0:
         logging.getLogger().addHandler(_WarningsForDriver(_progress_key + _WARNINGS))
     return cloudpickle.loads(given["worker"])(given["config"])

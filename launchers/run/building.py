@@ -17,7 +17,7 @@ def build_network(network: Network, num_classes: int, weights: Path | None) -> n
     `weights` is network.weights for the network as it came out of its training, and what its
     training starts from for the network before.
     """
-    model = models.build(network.model, num_classes)
+    model = models.build(network.model, num_classes, network.arguments)
     if network.plan is not None:
         model = convert(model, Plan.load(network.plan))
     if weights is not None:

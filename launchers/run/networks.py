@@ -1,11 +1,12 @@
 """The networks of a run: one record each, built once from the recipe and the run's folder."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from launchers.run.folder import RunFolder
+from sbf_dist.models import Architecture
 from sbf_dist.recipe import Recipe, Teacher, Training
 from sbf_dist.settings import View
 
@@ -61,7 +62,7 @@ class Network:
     """One network of a run.
 
     title            in the table of results
-    model            as sbf_dist.models.build takes it
+    model            as sbf_dist.models.build takes it, with `arguments`
     view             how it sees an image
     weights          file of its weights
     plan             file of the plan that turns the model into an SBF network; None: it is dense
@@ -79,6 +80,11 @@ class Network:
     job: Job | None = None
     reads: tuple[str, ...] = ()
     ensemble_weight: float = 1.0
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def architecture(self, num_classes: int) -> Architecture:
+        """Return what the network is built of, with so many classes."""
+        return Architecture.of(self.model, num_classes, self.arguments)
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -186,6 +192,7 @@ def _teacher(recipe: Recipe, folder: RunFolder, index: int) -> Network:
         job=job,
         reads=_teacher_reads(teacher, index),
         ensemble_weight=teacher.weight,
+        arguments=teacher.arguments,
     )
 
 
@@ -229,6 +236,7 @@ class _Students:
             plan=plan,
             job=job,
             reads=(*_TRAINING_IMAGES, *_STUDENT_VIEW, *reads) if job is not None else (),
+            arguments=self.teacher.arguments,
         )
 
     def dense_labels(self) -> Network | None:
@@ -238,7 +246,8 @@ class _Students:
         job = Job("teachers", self.recipe.baselines, "labels", self.recipe.seed + teachers)
         index = [teacher.name for teacher in self.recipe.teachers].index(self.teacher.name)
         # Its seed is the number of teachers.
-        reads = ("baselines", "teachers.*.name", f"teachers.{index}.model", "compress.teacher")
+        built = (f"teachers.{index}.model", f"teachers.{index}.arguments")
+        reads = ("baselines", "teachers.*.name", *built, "compress.teacher")
         return self.network(DENSE, None, job, reads)
 
     def sbf_labels(self) -> Network | None:

@@ -42,7 +42,8 @@ def shrink_in_rounds(
             display.say(f"  round {number} of {len(budgets)}")
             smaller = settings.with_budget(budget)
             if before is None:
-                student, plan = make_student(dense, images, smaller, teacher.model, seed, display)
+                built = teacher.architecture(num_classes)
+                student, plan = make_student(dense, images, smaller, built, seed, display)
             else:
                 student, plan = _shrink(before, num_classes, images, smaller, seed, display)
             one.plan.parent.mkdir(exist_ok=True)

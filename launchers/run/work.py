@@ -75,7 +75,12 @@ def compress_teacher(session: Session, log: tracking.Run) -> Result:
     dense = build_network(networks.compressed, session.num_classes, networks.compressed.weights)
     images = _calibration(session)
     student, plan = make_student(
-        dense, images, recipe.compress, networks.compressed.model, recipe.seed, session.display
+        dense,
+        images,
+        recipe.compress,
+        networks.compressed.architecture(session.num_classes),
+        recipe.seed,
+        session.display,
     )
     reached = plan.macs_after / plan.macs_before
     convertible = [

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sbf_dist.compression.inputs import Packing, number_of_inputs
 from sbf_dist.errors import UserError
 from sbf_dist.layout import needs_contiguous
 
@@ -25,7 +26,10 @@ class Calibration:
     batches: an object whose iter() starts anew, as a list or a DataLoader, of tensors or of
     (image, label). Each iteration gives the same batches in the same order, on `device`, in `dtype`
     (their own, if that is None). Only the batch at hand is held, so memory does not grow with the
-    number of images. `count` is that number, `shape` is (C, H, W). `sources` says of each image
+    number of images. `count` is that number, `shape` is that of an image, (C, H, W). With a
+    `packing`, batches are tuples of the inputs of a network that takes several, or come packed;
+    they are given packed, (N, L), `shape` is (L,), and `image_shape` is that of the first input, an
+    image. `sources` says of each image
     which file or folder it comes from: what is held out to judge by comes from other sources than
     what is fitted to (`holding_out`). Raises UserError if there are no images, if they differ in
     shape, if an iteration gives others than the first, or in another order, or if `sources` are not
@@ -39,6 +43,7 @@ class Calibration:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         sources: Sequence[Hashable] | None = None,
+        packing: Packing | None = None,
     ) -> None:
         if isinstance(batches, Iterator):
             raise UserError(
@@ -49,12 +54,14 @@ class Calibration:
         self.device = torch.device(device)
         self.dtype = dtype
         self._layout = torch.preserve_format
+        self.packing = packing
+        self.shape: tuple[int, ...] = ()
         self.count = 0
         samples: list[Tensor] = []
         for batch in batches:
-            images = _images_of(batch)
+            images = self._images_of(batch)
             if self.count == 0:
-                self.shape = _shape(images)
+                self.shape = tuple(images.shape[1:])
             self._check_shape(images)
             self.count += len(images)
             samples.append(_samples(images))
@@ -76,20 +83,22 @@ class Calibration:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         sources: Sequence[Hashable] | None = None,
+        packing: Packing | None = None,
     ) -> "Calibration":
         """Make a Calibration of a tensor (N, C, H, W), of a re-iterable of batches, or of another.
 
         `batch` is the number of images at a time where a tensor is given; `device` is where the
         batches come, if not where they are given (of an iterable: the CPU), `dtype` their
-        floating-point type. `sources` are of a tensor's or an iterable's images.
+        floating-point type. `sources` and `packing` are of a tensor's or an iterable's images.
         """
         if isinstance(images, Calibration):
             return images.to(device, dtype)
         if isinstance(images, Tensor):
             where = images.device if device is None else device
-            return cls(_evenly(images, batch), device=where, dtype=dtype, sources=sources)
-        device = "cpu" if device is None else device
-        return cls(images, device=device, dtype=dtype, sources=sources)
+            given: Batches = _evenly(images, batch)
+        else:
+            given, where = images, torch.device("cpu" if device is None else device)
+        return cls(given, device=where, dtype=dtype, sources=sources, packing=packing)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -158,8 +167,24 @@ class Calibration:
     @property
     def part(self) -> int:
         """Images in a batch whose features are held for statistics: fewer where they are large."""
-        _, height, width = self.shape
+        _, height, width = self.image_shape
         return max(2, min(BATCH, PIXELS // (height * width)))
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image, the first input."""
+        channels, height, width = self.shape if self.packing is None else self.packing.shapes[0]
+        return channels, height, width
+
+    def _images_of(self, batch: Any) -> Tensor:
+        """Return the images of a batch, which may have labels behind them; or its inputs packed."""
+        if self.packing is None:
+            images = batch[0] if isinstance(batch, list | tuple) and batch else batch
+            _shape(images)
+            return images
+        if isinstance(batch, Tensor) and batch.shape[1:] == (sum(self.packing.sizes),):
+            return batch
+        return self.packing.pack(batch)
 
     def _ready(self, images: Tensor) -> Tensor:
         dtype = self.dtype if images.is_floating_point() else None
@@ -169,7 +194,7 @@ class Calibration:
         """Give the batches as they come, as long as they are the images of the first pass."""
         seen = 0
         for batch in self._batches:
-            images = _images_of(batch)
+            images = self._images_of(batch)
             self._check_shape(images)
             self._check_same(images, seen)
             seen += len(images)
@@ -181,7 +206,7 @@ class Calibration:
             )
 
     def _check_shape(self, images: Tensor) -> None:
-        if _shape(images) != self.shape:
+        if images.shape[1:] != self.shape:
             raise UserError(
                 f"calibration images: a batch of {tuple(images.shape)} came where the first images "
                 f"are {self.shape}"
@@ -208,20 +233,19 @@ class Calibration:
 Images = Tensor | Calibration | Batches
 
 
-def _images_of(batch: Any) -> Tensor:
-    """Return the images of a batch, which may have labels behind them."""
-    images = batch[0] if isinstance(batch, list | tuple) and batch else batch
-    _shape(images)
-    return images
-
-
 def _evenly(images: Tensor, most: int) -> Sequence[Tensor]:
     """Cut a tensor into batches of about equal size, of at most `most` images."""
     return images.tensor_split(-(-len(images) // most)) if len(images) else ()
 
 
 def _samples(images: Tensor) -> Tensor:
-    """Copy the values of pixels on a grid, a row for each image: enough to recognise it by."""
+    """Copy the values of pixels on a grid, a row for each image: enough to recognise it by.
+
+    Of packed inputs (N, L), as many values.
+    """
+    if images.ndim == 2:
+        places = torch.linspace(0, images.shape[1] - 1, 3 * GRID**2).long()
+        return images.detach()[:, places.to(images.device)].float().cpu()
     rows, columns = (torch.linspace(0, size - 1, GRID).long() for size in images.shape[2:])
     grid = images.detach()[:, :, rows.to(images.device)][..., columns.to(images.device)]
     return grid.float().cpu().flatten(1).clone()
@@ -251,8 +275,36 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 
 def calibration_for(model: nn.Module, images: Images) -> Calibration:
-    """Return `images` on the device, in the floating-point type and the layout of `model`."""
-    calibration = Calibration.of(images, device=device_of(model), dtype=dtype_of(model))
+    """Return `images` on the device, in the floating-point type and the layout of `model`.
+
+    A network whose forward pass needs several inputs takes them packed from here on; its batches
+    must be tuples that begin with them.
+    """
+    calibration = Calibration.of(
+        images, device=device_of(model), dtype=dtype_of(model), packing=_packing_for(model, images)
+    )
+    if calibration.packing is not None:
+        calibration.packing.install(model)
     if needs_contiguous(model, calibration.first(1)):
         return calibration.contiguous()
     return calibration
+
+
+def _packing_for(model: nn.Module, images: Images) -> Packing | None:
+    wanted = number_of_inputs(model)
+    if wanted == 1 or isinstance(images, Calibration):
+        return None
+    first = None if isinstance(images, Tensor | Iterator) else next(iter(images), None)
+    if not isinstance(first, list | tuple) or len(first) < wanted:
+        raise UserError(
+            f"calibration images: {type(model).__name__} takes {wanted} inputs; give batches that "
+            "are tuples of so many tensors, the images first"
+        )
+    _shape(first[0])
+    for tensor in first[1:wanted]:
+        if not isinstance(tensor, Tensor) or tensor.ndim == 0:
+            raise UserError(
+                f"calibration images: {type(model).__name__} takes {wanted} inputs, and a batch "
+                f"has a {type(tensor).__name__} among its first {wanted}"
+            )
+    return Packing.of(first[:wanted])

@@ -3,7 +3,7 @@
 import difflib
 import fnmatch
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from sbf_dist.compression.inputs import input_shapes, packing_of
+from sbf_dist.compression.outputs import counted, run_on
 from sbf_dist.errors import UserError
 from sbf_dist.hooks import registered
 from sbf_dist.layers import SBFConv2d
@@ -26,7 +28,7 @@ class Use:
     """How one forward pass uses a convolution.
 
     calls: how often; macs: multiply-adds per image, all calls; input_shape, output_shape: of one
-    image, in the last call; matters: whether the network's output depends on the layer's;
+    image, in the last call; matters: whether an output that counts depends on the layer's;
     is_read: whether code outside of the layer looks at its weight.
     """
 
@@ -62,14 +64,15 @@ class _Readers(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def uses(model: nn.Module, images: Tensor) -> dict[str, Use]:
+def uses(model: nn.Module, images: Tensor, counting: Sequence[str] | None = None) -> dict[str, Use]:
     """Observe the convolutions of `model` in a forward and a backward pass.
 
     The first two of `images` (N, C, H, W) are used; names in the order in which the forward pass
-    reaches them. Raises UserError if the network has no convolution, cannot take the images, or
-    gives no logits.
+    reaches them. `counting` are the outputs that count, None all of floating type (`counted`).
+    Raises UserError if the network has no convolution, cannot take the images, or gives nothing
+    that counts.
     """
-    _check_images(images)
+    _check_images(model, images)
     names = {n: module for n, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     if not names:
         raise UserError(f"model {type(model).__name__} has no convolution (nn.Conv2d)")
@@ -99,16 +102,18 @@ def uses(model: nn.Module, images: Tensor) -> dict[str, Use]:
     before = (conv.register_forward_pre_hook(begin(name)) for name, conv in names.items())
     after = (conv.register_forward_hook(observe(name)) for name, conv in names.items())
     with registered(before), registered(after), torch.enable_grad(), readers:
-        logits = logits_of(model, images[:2].detach().requires_grad_())
+        given = run_on(model, images[:2].detach().requires_grad_())
+    tensors = counted(model, given, len(images[:2]), counting)
+    learnt = [tensor for tensor in tensors.values() if tensor.requires_grad]
     for name in readers.read & found.keys():
         found[name].is_read = True
-    # Where nothing at all has a gradient the network detaches its output: nothing in it matters.
+    # Where nothing at all has a gradient the network detaches its outputs: nothing in it matters.
     reached = [name for name in found if outputs[name].requires_grad]
-    if reached and logits.requires_grad:
+    if reached and learnt:
         gradients = torch.autograd.grad(
-            logits,
+            learnt,
             [outputs[name] for name in reached],
-            grad_outputs=torch.ones_like(logits),
+            grad_outputs=[torch.ones_like(tensor) for tensor in learnt],
             allow_unused=True,
         )
         for name, gradient in zip(reached, gradients, strict=True):
@@ -116,8 +121,8 @@ def uses(model: nn.Module, images: Tensor) -> dict[str, Use]:
     return found
 
 
-def _check_images(images: Tensor) -> None:
-    if images.ndim != 4 or len(images) == 0:
+def _check_images(model: nn.Module, images: Tensor) -> None:
+    if (images.ndim != 4 and packing_of(model) is None) or len(images) == 0:
         raise UserError(
             f"calibration images have shape {tuple(images.shape)}: wanted (N, channels, height, "
             "width) with N > 0"
@@ -126,45 +131,26 @@ def _check_images(images: Tensor) -> None:
         raise UserError(f"calibration images are {images.dtype}: wanted floats, normalised")
 
 
-def logits_of(model: nn.Module, images: Tensor) -> Tensor:
-    """Return the logits (N, classes) of `images` (N, C, H, W).
-
-    Raises UserError if the network cannot take the images, or gives anything else.
-    """
-    kind = type(model).__name__
-    size = " x ".join(map(str, images.shape[1:]))
-    try:
-        logits = model(images)
-    except Exception as error:  # whatever the network's own code raises on what it cannot take
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"model {kind} cannot take images of {size}: {type(error).__name__}: {reason}"
-        ) from error
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        what = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"{type(logits)}"
-        raise UserError(
-            f"model {kind} must return one tensor of logits (N, classes) in evaluation mode; for "
-            f"images of {size} it returns {what}"
-        )
-    return logits
-
-
 def forward_order(model: nn.Module, images: Tensor) -> list[str]:
     """Names of the convolutions of `model` in the order in which a forward pass reaches them."""
     return list(uses(model, images))
 
 
 def find_candidates(
-    model: nn.Module, images: Tensor, transform_size: int, keep: Sequence[str] = ()
+    model: nn.Module,
+    images: Tensor,
+    transform_size: int,
+    keep: Sequence[str] = (),
+    counting: Sequence[str] | None = None,
 ) -> tuple[dict[str, str], list[str]]:
     """Split the convolutions into those left dense, with the reason, and those to convert.
 
-    `model` is in eval mode; `images` (N, C, H, W) as for `uses`. Layers whose names match a pattern
-    of `keep` (`fnmatch`, e.g. "layer1.*") stay dense. Both results are in forward order; layers
-    that no forward pass reaches are in neither. Raises UserError as `uses` does, and for a pattern
-    that matches no convolution.
+    `model` is in eval mode; `images` (N, C, H, W) and `counting` as for `uses`. Layers whose names
+    match a pattern of `keep` (`fnmatch`, e.g. "layer1.*") stay dense. Both results are in forward
+    order; layers that no forward pass reaches are in neither. Raises UserError as `uses` does, and
+    for a pattern that matches no convolution.
     """
-    found = uses(model, images)
+    found = uses(model, images, counting)
     kept = kept_dense(model, keep)
     shared = sharing_modules(model)
     total = sum(use.macs for use in found.values())
@@ -176,7 +162,7 @@ def find_candidates(
             kept.get(name)
             or (name in shared and _by_sharing(shared[name]))
             or _as_a_module(conv)
-            or _by_its_use(use, tuple(images.shape[1:]))
+            or _by_its_use(use, input_shapes(model, images))
             or _by_its_cost(conv, use, total, transform_size)
         )
         if not reason:
@@ -237,15 +223,15 @@ def _as_a_module(conv: nn.Conv2d) -> str | None:
     return None
 
 
-def _by_its_use(use: Use, image_shape: tuple[int, ...]) -> str | None:
+def _by_its_use(use: Use, shapes: Collection[tuple[int, ...]]) -> str | None:
     if use.calls > 1:
         return f"used {use.calls} times in a forward pass: one fit cannot serve different inputs"
     if use.is_read:
         return "its weight is read by another module, and an SBF layer does not have it"
     if not use.matters:
-        return "no gradient reaches it from the network's output: its importance is unknown"
+        return "no gradient reaches it from an output that counts: its importance is unknown"
     # The channels alone would not do: squeeze-and-excitation may have the same number.
-    if use.input_shape == image_shape:
+    if use.input_shape in shapes:
         return "the stem: it reads the image itself"
     return None
 

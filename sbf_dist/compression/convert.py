@@ -4,12 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from sbf_dist.compression.candidates import is_plain
+from sbf_dist.compression.inputs import Packing
 from sbf_dist.compression.narrow import check_fits, narrow
 from sbf_dist.compression.plan import Plan, SBFLayer
 from sbf_dist.compression.remembered import remember
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
-from sbf_dist.surgery import become, deep_copy
+from sbf_dist.surgery import become, deep_copy, unwrapped
 
 
 def convert(model: nn.Module, plan: Plan) -> nn.Module:
@@ -19,14 +20,14 @@ def convert(model: nn.Module, plan: Plan) -> nn.Module:
     fitted (`reconstruct`) or loaded. `model` itself is not changed. Raises UserError,
     naming the first layer that differs, if the plan belongs to another network.
     """
-    student = deep_copy(model)
+    student = deep_copy(unwrapped(model))
     convolutions = [n for n, module in student.named_modules() if isinstance(module, nn.Conv2d)]
     for name in convolutions:
         if name not in plan.layers:
             raise UserError(f"plan has no layer {name}: it belongs to {plan.model!r}")
     if plan.removed:
         narrow(student, plan.removed)
-        check_fits(student, plan.input_shape)
+        check_fits(student, plan.input_shape, Packing.planned(plan))
     for name, layer in plan.layers.items():
         if name not in convolutions:
             raise UserError(

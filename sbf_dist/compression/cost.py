@@ -22,7 +22,7 @@ class Cost:
     layers: dict[str, int]
 
 
-def count(model: nn.Module, input_shape: tuple[int, int, int], image: Tensor | None = None) -> Cost:
+def count(model: nn.Module, input_shape: tuple[int, ...], image: Tensor | None = None) -> Cost:
     """Count `model` on one image of `input_shape` (channels, height, width).
 
     Every operator, however it is called, is seen by PyTorch's own counter. Nothing is computed,

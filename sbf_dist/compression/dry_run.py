@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 def dry_run(
     model: nn.Module,
-    input_shape: tuple[int, int, int],
+    input_shape: tuple[int, ...],
     run: Callable[[nn.Module, Tensor], T],
     image: Tensor | None = None,
 ) -> T:

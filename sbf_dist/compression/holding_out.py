@@ -73,4 +73,6 @@ def _part(images: Calibration, chosen: list[bool]) -> Calibration:
     if sources is not None:
         sources = [source for source, take in zip(sources, chosen, strict=True) if take]
     # They come on the device, in the type and the layout of `images`.
-    return Calibration(_Chosen(images, chosen), device=images.device, sources=sources)
+    return Calibration(
+        _Chosen(images, chosen), device=images.device, sources=sources, packing=images.packing
+    )

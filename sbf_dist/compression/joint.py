@@ -8,21 +8,22 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
-from sbf_dist import models
 from sbf_dist.budget import COUNTS, ROUNDING, Budget
-from sbf_dist.compression.calibration import BATCH, Images, calibration_for, dtype_of
+from sbf_dist.compression.calibration import Images, calibration_for, dtype_of
 from sbf_dist.compression.cost import count
+from sbf_dist.compression.fitting.fidelity import OutputsFor, Wanted
 from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.holding_out import split
+from sbf_dist.compression.inputs import without_packing
+from sbf_dist.compression.outputs import Yardstick
 from sbf_dist.compression.plan import Layer, Plan
 from sbf_dist.compression.precision import working_copy
 from sbf_dist.compression.progress import Progress, report
-from sbf_dist.compression.reconstruct import dense_plan, rebuild
+from sbf_dist.compression.reconstruct import architecture_of, dense_plan, rebuild
 from sbf_dist.compression.remembered import remember
-from sbf_dist.compression.removal.probe import Probe, divergence, train_briefly
+from sbf_dist.compression.removal.probe import Probe, train_briefly
 from sbf_dist.compression.removal.pruning import (
     Criterion,
     Measure,
@@ -32,7 +33,9 @@ from sbf_dist.compression.removal.pruning import (
     remove,
 )
 from sbf_dist.errors import UserError
+from sbf_dist.models import Architecture
 from sbf_dist.settings import Compression
+from sbf_dist.surgery import unwrapped
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 REMOVED_ONLY = "the whole saving comes from removing channels"
@@ -40,7 +43,7 @@ REMOVED_ONLY = "the whole saving comes from removing channels"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A network compressed with one share, and its KL divergence from the dense network.
+    """A network compressed with one share, and its divergence from the dense network.
 
     student: as it was fitted; trained: after the probe, or the same; fitted_divergence,
     divergence: of the two on held-out images.
@@ -69,7 +72,7 @@ class JointPlanner:
         settings: Compression,
         *,
         probe: Probe | None = None,
-        name: str | None = None,
+        name: str | Architecture | None = None,
         seed: int = 0,
     ) -> None:
         budget = settings.budget
@@ -91,10 +94,13 @@ class JointPlanner:
                 f"removal = {settings.removal!r}: of {self.images.count} calibration images none "
                 "can be held out to compare candidates on; give 8 or more, of two sources or more"
             )
-        with torch.no_grad():
-            self.held = [(x, self.dense(x).log_softmax(1)) for x in held.parts(BATCH)]
-        self.name = name or models.name_of(model, self.held[0][1].shape[1])
-        self.cost = count(self.dense, self.images.shape, self.images.first(2))
+        self.held = held
+        self.yardstick = Yardstick.of(self.dense, self.images, settings)
+        self.wanted = Wanted.of(self.dense, held, self.yardstick)
+        examples = self.images.first(2)
+        # Of the network itself: what is narrowed is not recognised.
+        self.name = architecture_of(self.dense, examples, name, settings)
+        self.cost = count(self.dense, self.images.shape, examples)
         self.share = budget.limit(cost_of(self.cost, self.of)) / cost_of(self.cost, self.of)
 
     def candidate(self, share: float) -> Candidate:
@@ -103,11 +109,13 @@ class JointPlanner:
         Raises UserError if it cannot meet the budget.
         """
         student, plan = self._build(share)
-        fitted = divergence(student, self.held)
+        fitted = self._divergence(student)
         if not self.probe.steps:
             return Candidate(share, student, plan, student, fitted, fitted)
-        trained = train_briefly(self.dense, student, self.fitted, self.probe, self.seed)
-        return Candidate(share, student, plan, trained, fitted, divergence(trained, self.held))
+        trained = train_briefly(
+            self.dense, student, self.fitted, self.probe, self.seed, self.yardstick
+        )
+        return Candidate(share, student, plan, trained, fitted, self._divergence(trained))
 
     def best(
         self,
@@ -130,7 +138,7 @@ class JointPlanner:
                 refusals.append(error)
                 rows.append(f"share {share:g} by removal: impossible, {error}")
                 continue
-            rows.append(_row(candidate, self.probe.steps))
+            rows.append(_row(candidate, self.probe.steps, self.yardstick.title))
             if best is None or candidate.divergence < best.divergence:
                 best = candidate
         if best is None:
@@ -139,18 +147,27 @@ class JointPlanner:
         when = f"after {steps} steps of distillation" if steps else "as fitted"
         choice = (
             f"share {best.share:g} of the saving comes from removing channels, the rest from "
-            f"rebuilding: the least KL divergence from the dense network {when}, on images held out"
+            f"rebuilding: the least divergence from the dense network {when}, on images held out"
         )
         student = best.trained if keep_training else best.student
         after = "" if best.share == 0 else "After removal: "
         explanation = [choice, *rows, *(after + line for line in best.plan.explanation)]
         return student, best.plan.model_copy(update={"explanation": explanation})
 
+    def _divergence(self, student: nn.Module) -> float:
+        """Measure on the images held out, in evaluation mode."""
+        return self.wanted.compare(OutputsFor(student.eval(), self.held)).divergence
+
     @functools.cached_property
     def _removable(self) -> Removable:
         keep = tuple(self.settings.keep)
         return find_removable(
-            self.dense, self.images, criterion=self._criterion, keep=keep, seed=self.seed
+            self.dense,
+            self.images,
+            criterion=self._criterion,
+            keep=keep,
+            seed=self.seed,
+            yardstick=self.yardstick,
         )
 
     @property
@@ -195,7 +212,7 @@ class JointPlanner:
         )
 
     def _plan_without_rebuilding(self, network: nn.Module) -> Plan:
-        plan = dense_plan(network, self.images, self.name)
+        plan = dense_plan(network, self.images, self.name, self.settings)
         layers: dict[str, Layer] = {}
         for name, layer in plan.layers.items():
             conv = network.get_submodule(name)
@@ -212,7 +229,7 @@ def plan_jointly(
     *,
     probe: Probe | None = None,
     keep_training: bool = False,
-    name: str | None = None,
+    name: str | Architecture | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[nn.Module, Plan]:
@@ -229,17 +246,18 @@ def plan_jointly(
     and the training that follows has a schedule of its own. `keep_training` returns it as the
     probe left it. Raises UserError if no candidate meets the budget, or if it is one of time.
     """
+    model = unwrapped(model)
     planner = JointPlanner(model, images, settings, probe=probe, name=name, seed=seed)
     shares = SHARES if settings.removal == "auto" else (settings.removal,)
     student, plan = planner.best(shares, keep_training=keep_training, progress=progress)
-    return remember(student.to(dtype_of(model)), plan), plan
+    return remember(without_packing(student.to(dtype_of(model))), plan), plan
 
 
-def _row(candidate: Candidate, steps: int) -> str:
+def _row(candidate: Candidate, steps: int, title: str) -> str:
     plan = candidate.plan
     row = (
         f"share {candidate.share:g} by removal: {plan.macs_after / plan.macs_before:.4f} of the "
         f"multiply-adds, {plan.params_after / plan.params_before:.4f} of the parameters, "
-        f"KL {candidate.fitted_divergence:.5f} as fitted"
+        f"{title} {candidate.fitted_divergence:.5f} as fitted"
     )
     return f"{row}, {candidate.divergence:.5f} after {steps} steps" if steps else row

@@ -12,8 +12,10 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from sbf_dist.compression.dry_run import dry_run
+from sbf_dist.compression.inputs import Packing
 from sbf_dist.compression.plan import Removed
 from sbf_dist.errors import UserError
+from sbf_dist.surgery import deep_copy
 
 # Of each kind of module: the attributes that hold its numbers of output and of input channels.
 # The normalisations and PReLU have one number for both.
@@ -98,9 +100,17 @@ def is_depthwise(module: nn.Module) -> bool:
     )
 
 
-def check_fits(model: nn.Module, input_shape: tuple[int, int, int]) -> None:
-    """Run `model` on one image (`dry_run`); UserError naming where channels do not fit."""
+def check_fits(
+    model: nn.Module, input_shape: tuple[int, int, int], packing: Packing | None = None
+) -> None:
+    """Run `model` on one image (`dry_run`); UserError naming where channels do not fit.
+
+    packing: of the inputs, where there are several.
+    """
     reached: list[str] = []
+    shape: tuple[int, ...] = input_shape
+    if packing is not None:
+        model, shape = packing.install(deep_copy(model)), (sum(packing.sizes),)
 
     def run(network: nn.Module, image: Tensor) -> None:
         reached.clear()
@@ -110,7 +120,7 @@ def check_fits(model: nn.Module, input_shape: tuple[int, int, int]) -> None:
         network(image)
 
     try:
-        dry_run(model, input_shape, run)
+        dry_run(model, shape, run)
     except (RuntimeError, ValueError) as error:
         where = f"at or after {reached[-1]}" if reached else "at the input"
         reason = " ".join(str(error).split())[:200]

@@ -6,13 +6,16 @@ from torch import nn
 
 from sbf_dist.budget import Budget, BudgetKeywords
 from sbf_dist.compression.calibration import Images
+from sbf_dist.compression.inputs import without_packing
 from sbf_dist.compression.joint import plan_jointly
 from sbf_dist.compression.plan import Plan
 from sbf_dist.compression.planning.latency_table import Timing
 from sbf_dist.compression.progress import Progress
 from sbf_dist.compression.reconstruct import rebuild
 from sbf_dist.compression.remembered import remember
+from sbf_dist.models import Architecture
 from sbf_dist.settings import Compression
+from sbf_dist.surgery import unwrapped
 
 
 def compress(
@@ -20,7 +23,7 @@ def compress(
     images: Images,
     settings: Compression | None = None,
     *,
-    name: str | None = None,
+    name: str | Architecture | None = None,
     seed: int = 0,
     progress: Progress | None = None,
     timing: Timing | None = None,
@@ -28,12 +31,16 @@ def compress(
 ) -> tuple[nn.Module, Plan]:
     """Compress a trained network within a budget, without labels and without training.
 
-    model: a classifier; it stays as it is. Its device is where the work is done.
+    model: any network with convolutions; it stays as it is. Its device is where the work is done.
+        DataParallel, torch.compile and the like are taken off: names are those of the network
+        inside.
     images: normalised calibration images, some hundreds: a tensor (N, C, H, W), a DataLoader of
         images or of (image, label), or anything that can be gone through again and gives the same
-        batches each time.
+        batches each time. A network whose forward pass needs several inputs takes that many of a
+        batch's first tensors.
     settings: what is kept, rebuilt and removed; None takes the defaults of Compression.
-    name: of the network, as `sbf_dist.models.build` takes it; None finds it out.
+    name: of the network, as `sbf_dist.models.build` takes it, or a `models.Architecture`, with
+        its arguments; None finds it out.
     seed: of what is drawn at random.
     progress: is called with (what, done, of).
     timing: how times are measured, where the budget is one of time.
@@ -42,6 +49,7 @@ def compress(
     Returns the student in eval mode, and its plan. Raises UserError if the budget cannot be met,
     a weight is not finite, nothing can be converted, or the network has SBF layers already.
     """
+    model = unwrapped(model)
     if settings is None:
         settings = Compression(**budget)
     elif budget:
@@ -54,4 +62,4 @@ def compress(
         student, plan = plan_jointly(
             model, images, settings, name=name, seed=seed, progress=progress
         )
-    return remember(student, plan), plan
+    return remember(without_packing(student), plan), plan

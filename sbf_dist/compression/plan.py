@@ -103,9 +103,18 @@ class DenseLayer(BaseModel):
     convertible: bool = Field(description="whether it could have been an SBF layer")
 
 
-NEW_IN_2 = ("criterion", "explanation", "removed")
+NEW_IN_2 = ("criterion", "explanation", "removed", "arguments", "other_inputs")
 
 Layer = Annotated[SBFLayer | DenseLayer, Field(discriminator="kind")]
+
+
+class OtherInput(BaseModel):
+    """An input of a network beside the images."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    shape: tuple[int, ...] = Field(description="without the number of images")
+    dtype: str = Field(description="'float': the network's own, or PyTorch's name, e.g. 'int64'")
 
 
 class Removed(BaseModel):
@@ -147,11 +156,34 @@ class MeasuredFidelity(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     images: int = Field(gt=0, description="held out, from other sources than those fitted to")
-    agreement: float = Field(description="share of them of which both give the same class")
+    agreement: float | None = Field(
+        None, description="share of them of which both give the same class; None without classes"
+    )
     agreement_sure: float | None = Field(
         None, description="the same where the dense network's probability is above 0.4"
     )
-    kl: float = Field(description="mean KL divergence from the dense network's predictions")
+    kl: float | None = Field(
+        None, description="mean KL divergence from the dense network's predictions, of logits"
+    )
+    error: float | None = Field(
+        None, description="mean squared error of other outputs, in units of their variance"
+    )
+    divergence: float | None = Field(
+        None, description="what decided, if it is neither kl nor error: their mean, or the user's"
+    )
+
+    def in_words(self) -> str:
+        """Say it without the images: '98.1% of the dense network's classes, KL 0.012'."""
+        words = []
+        if self.agreement is not None:
+            words.append(f"{self.agreement:.1%} of the dense network's classes")
+        if self.kl is not None:
+            words.append(f"KL {self.kl:.3g}")
+        if self.error is not None:
+            words.append(f"error {self.error:.2%} of the outputs' variance")
+        if self.divergence is not None:
+            words.append(f"divergence {self.divergence:.3g}")
+        return ", ".join(words)
 
 
 class Plan(BaseModel):
@@ -164,8 +196,10 @@ class Plan(BaseModel):
         description="name of the dense network, as sbf_dist.models.build takes it, or the class "
         "'package.module:Class' of a network that it does not know"
     )
-    classes: int = Field(description="number of outputs")
+    classes: int = Field(description="number of classes that it was built with, or 0")
+    arguments: dict[str, Any] = Field({}, description="further ones that it was built with")
     input_shape: tuple[int, int, int] = Field(description="channels, height, width")
+    other_inputs: list[OtherInput] = Field([], description="what it takes beside the images")
     budget: dict[str, float] = Field(description="the budget, e.g. {'macs': 0.5}")
     macs_before: int
     macs_after: int
@@ -211,10 +245,9 @@ class Plan(BaseModel):
         if self.latency is not None:
             summary += f", {self.latency.ms_before:.2f} → {self.latency.ms_after:.2f} ms"
         if self.fidelity is not None:
-            summary += (
-                f", {self.fidelity.agreement:.1%} of the dense network's classes on "
-                f"{self.fidelity.images} images held out (KL {self.fidelity.kl:.3g})"
-            )
+            first, _, rest = self.fidelity.in_words().partition(", ")
+            summary += f", {first} on {self.fidelity.images} images held out"
+            summary += f" ({rest})" if rest else ""
         return summary
 
     def _removed_channels(self) -> int:

@@ -6,6 +6,7 @@ from torch import nn
 from sbf_dist.budget import Budget
 from sbf_dist.compression.calibration import Images, calibration_for, dtype_of
 from sbf_dist.compression.fitting.reference import Reference
+from sbf_dist.compression.inputs import Packing, without_packing
 from sbf_dist.compression.plan import Plan, SBFLayer
 from sbf_dist.compression.precision import working_copy, working_reference
 from sbf_dist.compression.progress import Progress
@@ -13,6 +14,7 @@ from sbf_dist.compression.reconstruct import rebuild_more
 from sbf_dist.compression.remembered import remember
 from sbf_dist.errors import UserError
 from sbf_dist.settings import Compression
+from sbf_dist.surgery import deep_copy, unwrapped
 
 
 def round_budgets(final: Budget, rounds: int, dense: float | None = None) -> list[Budget]:
@@ -81,15 +83,26 @@ def shrink(
                 f"layer {name} has {layer.between} between basis and transformations: it cannot be "
                 "shrunk again"
             )
-    network = working_copy(student)
+    network = working_copy(unwrapped(student))
+    calibration = calibration_for(network, images)
+    if reference is not None:
+        reference = _prepared(reference, calibration.packing)
     smaller, new = rebuild_more(
         network,
         plan,
-        calibration_for(network, images),
+        calibration,
         settings,
         seed=seed,
         progress=progress,
         timing=None,
-        reference=None if reference is None else working_reference(reference),
+        reference=reference,
     )
-    return remember(smaller.to(dtype_of(student)), new), new
+    return remember(without_packing(smaller.to(dtype_of(student))), new), new
+
+
+def _prepared(reference: Reference, packing: Packing | None) -> Reference:
+    """Return `reference` without wrappers, in the type and with the inputs that are worked with."""
+    reference = working_reference(Reference(unwrapped(reference.module), reference.channels))
+    if packing is None:
+        return reference
+    return Reference(packing.install(deep_copy(reference.module)), reference.channels)

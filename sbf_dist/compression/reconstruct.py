@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sbf_dist import models
 from sbf_dist.budget import ROUNDING, Budget
 from sbf_dist.compression.calibration import Calibration, Images, calibration_for, dtype_of
-from sbf_dist.compression.candidates import find_candidates, forward_order, logits_of
+from sbf_dist.compression.candidates import find_candidates, forward_order
 from sbf_dist.compression.cost import Cost, count
 from sbf_dist.compression.fitting.between import insert_between
 from sbf_dist.compression.fitting.layerwise import layer_of
@@ -27,7 +27,9 @@ from sbf_dist.compression.fitting.sequential import SequentialFit
 from sbf_dist.compression.fitting.settle import settle
 from sbf_dist.compression.fitting.shelf import Shelf
 from sbf_dist.compression.holding_out import split
-from sbf_dist.compression.plan import DenseLayer, Latency, Layer, Plan, SBFLayer
+from sbf_dist.compression.inputs import Packing
+from sbf_dist.compression.outputs import Yardstick, number_of_classes
+from sbf_dist.compression.plan import DenseLayer, Latency, Layer, OtherInput, Plan, SBFLayer
 from sbf_dist.compression.planning.allocation import Allocation, share_out
 from sbf_dist.compression.planning.explanation import Spending
 from sbf_dist.compression.planning.knapsack import Option
@@ -40,8 +42,9 @@ from sbf_dist.compression.precision import check_timed, working_copy, working_re
 from sbf_dist.compression.progress import Progress, report
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
+from sbf_dist.models import Architecture
 from sbf_dist.settings import Compression
-from sbf_dist.surgery import become, deep_copy, with_convolutions
+from sbf_dist.surgery import become, deep_copy, unwrapped, with_convolutions
 
 NEVER_REACHED = "no forward pass in evaluation mode reaches it"
 LISTED = 5  # reasons in a refusal
@@ -53,7 +56,7 @@ def rebuild(
     images: Images,
     settings: Compression,
     *,
-    name: str | None = None,
+    name: str | Architecture | None = None,
     seed: int = 0,
     progress: Progress | None = None,
     timing: Timing | None = None,
@@ -65,13 +68,14 @@ def rebuild(
     (`model` itself, if that is None). The other arguments, and what is returned and raised, are
     those of `one_shot.compress`.
     """
-    kind = name or type(model).__name__
+    model = unwrapped(model)
+    kind = (name.name if isinstance(name, Architecture) else name) or type(model).__name__
     _check_finite(model, kind)
     _check_dense(model, kind)
     check_timed(model, settings.budget)
     dense = working_copy(model)
     calibration = calibration_for(dense, images)
-    plan = dense_plan(dense, calibration, name)
+    plan = dense_plan(dense, calibration, name, settings)
     student, new = rebuild_more(
         dense,
         plan,
@@ -105,13 +109,14 @@ def rebuild_more(
     """
     dense = with_convolutions(network)
     examples = images.first(2)
+    yardstick = Yardstick.of(network, images, settings)
     images, held = split(images)
     # The least that rebuilding a channel takes is one tap.
-    reasons, candidates = find_candidates(dense, examples, 1, settings.keep)
+    reasons, candidates = find_candidates(dense, examples, 1, settings.keep, settings.outputs)
     cost = count(network, images.shape, examples)
     if not candidates and not _fits(settings.budget, cost, plan):
         raise _nothing_to_convert(dense, plan.model, reasons)
-    search, timing = Search(settings), timing or Timing()
+    search, timing = Search(settings, yardstick), timing or Timing()
     shapes = {name: _shape(network, plan, name, cost.layers[name]) for name in candidates}
     sbf = {n: layer for n in candidates if isinstance(layer := layer_of(network, n), SBFConv2d)}
     reference = reference or Reference(network)
@@ -161,7 +166,7 @@ def rebuild_more(
         fitted = insert_between(student, fitted, images, settings.between)
     judge = None
     if changed or reference.module is not network:
-        judge = settle(student, reference, images, held, refit=settings.refit)
+        judge = settle(student, reference, images, held, refit=settings.refit, yardstick=yardstick)
     after = count(student, images.shape, examples)
     latency = None
     if shared.timed is not None:
@@ -239,15 +244,20 @@ def _sizes(
     return {name: chosen[name].size if name in chosen else 1 for name in order if is_fitted(name)}
 
 
-def dense_plan(model: nn.Module, images: Calibration, name: str | None) -> Plan:
+def dense_plan(
+    model: nn.Module,
+    images: Calibration,
+    name: str | Architecture | None,
+    settings: Compression,
+) -> Plan:
     """Return the plan of a network, in eval mode, of which nothing is converted or removed.
 
-    `name` is the network's; None finds it out (`models.name_of`). Raises UserError if the network
-    cannot take the images, or gives no logits.
+    `name` is the network's; None finds it out (`models.architecture_of`). Raises UserError as
+    `Yardstick.of` does.
     """
     examples = images.first(2)
     order = forward_order(model, examples)
-    classes = logits_of(model, examples[:1]).shape[1]
+    architecture = architecture_of(model, examples, name, settings)
     cost = count(model, images.shape, examples)
     layers: dict[str, Layer] = {
         layer: DenseLayer(reason="", macs=cost.layers[layer], convertible=True) for layer in order
@@ -256,9 +266,11 @@ def dense_plan(model: nn.Module, images: Calibration, name: str | None) -> Plan:
         if isinstance(module, nn.Conv2d) and layer not in layers:
             layers[layer] = DenseLayer(reason=NEVER_REACHED, macs=0, convertible=False)
     return Plan(
-        model=name or models.name_of(model, classes),
-        classes=classes,
-        input_shape=images.shape,
+        model=architecture.name,
+        classes=architecture.classes or 0,
+        arguments=dict(architecture.arguments),
+        input_shape=images.image_shape,
+        other_inputs=_other_inputs(images.packing),
         budget={},
         macs_before=cost.macs,
         macs_after=cost.macs,
@@ -266,6 +278,28 @@ def dense_plan(model: nn.Module, images: Calibration, name: str | None) -> Plan:
         params_after=cost.params,
         layers=layers,
     )
+
+
+def architecture_of(
+    model: nn.Module, examples: Tensor, name: str | Architecture | None, settings: Compression
+) -> Architecture:
+    """Return what `model` is built of, as far as `name` does not say it."""
+    if isinstance(name, Architecture) and name.classes is not None:
+        return name
+    classes = number_of_classes(model, examples, settings)
+    if isinstance(name, Architecture):
+        return Architecture(name.name, classes, name.arguments)
+    return Architecture(name, classes) if name else models.architecture_of(model, classes)
+
+
+def _other_inputs(packing: Packing | None) -> list[OtherInput]:
+    if packing is None:
+        return []
+    pairs = zip(packing.shapes[1:], packing.dtypes[1:], strict=True)
+    return [
+        OtherInput(shape=shape, dtype="float" if dtype.is_floating_point else str(dtype)[6:])
+        for shape, dtype in pairs
+    ]
 
 
 def _shape(network: nn.Module, plan: Plan, name: str, macs: int) -> Shape:
@@ -293,7 +327,7 @@ def _latency(
     network: nn.Module, student: nn.Module, images: Calibration, timing: Timing
 ) -> Latency:
     """Measure both networks side by side."""
-    ready = [timing.for_inference(network), timing.for_inference(student)]
+    ready = [timing.prepare(network), timing.prepare(student)]
     before, after = latencies(ready, images.shape, batch=timing.table.batch)
     return Latency(
         machine=environment(next(network.parameters())),
@@ -373,11 +407,6 @@ def _nothing_to_convert(model: nn.Module, name: str, reasons: Mapping[str, str])
 
 def _check_dense(model: nn.Module, name: str) -> None:
     for layer, module in model.named_modules():
-        if type(module).__name__ == "OptimizedModule":
-            raise UserError(
-                f"model {name!r} is compiled by torch.compile: give the network inside, "
-                "model._orig_mod"
-            )
         if isinstance(module, SBFConv2d):
             raise UserError(
                 f"model {name!r} has an SBF layer already ({layer}): sbf_dist.shrink makes it "

@@ -8,6 +8,7 @@ from torch import nn
 
 from sbf_dist.compression.plan import Plan
 from sbf_dist.errors import UserError
+from sbf_dist.surgery import unwrapped
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ def plan_of(student: nn.Module) -> Plan:
 
     Raises UserError for any other network, and for a student whose tensors are others than then.
     """
+    student = unwrapped(student)
     remembered = getattr(student, "_sbf_plan", None)
     if not isinstance(remembered, _Remembered):
         raise UserError(

@@ -9,7 +9,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.ops import expand
-from sbf_dist.surgery import become, deep_copy
+from sbf_dist.surgery import become, deep_copy, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     to rounding, borders included. Batch norms that stay are logged as a warning with the reason;
     so is a network that torch.fx cannot trace, which is copied unfolded. `model` is not changed.
     """
-    folded = deep_copy(model).eval()
+    folded = deep_copy(unwrapped(model)).eval()
     for parameter in folded.parameters():
         parameter.requires_grad_(False)
     inside = {

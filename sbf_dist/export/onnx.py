@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sbf_dist.compression.inputs import Packing
+from sbf_dist.compression.outputs import named_tensors
 from sbf_dist.compression.remembered import plan_of
 from sbf_dist.errors import UserError
 from sbf_dist.export.fold import fold_batchnorm
 from sbf_dist.export.saved import Card
 from sbf_dist.export.standard_operators import with_standard_operators
 from sbf_dist.files import write_bytes
-from sbf_dist.surgery import deep_copy
+from sbf_dist.surgery import deep_copy, unwrapped
 
 OPSET = 18  # ONNX 1.13 (2022), which the runtimes in use read
 
@@ -38,7 +40,9 @@ def export_onnx(
         classes and normalisation, see `Card.of`.
 
     Input "images": float32 (N, *input_shape), (channels, height, width); N is free, or 1 if not
-    `dynamic_batch`. Output "logits": float32 (N, classes). A card gives the shape, and the mean and
+    `dynamic_batch`. Further inputs, of a student's plan, are "input_1", "input_2", … Output
+    "logits": float32 (N, classes), or "output" where the card names no classes; several outputs
+    have the names that `outputs.named_tensors` gives them. A card gives the shape, and the mean and
     std that the images are to be normalised with; it stands in the file's metadata under the keys
     sbf.FIELD, as JSON. The file is checked, and replaced in one step. Raises UserError if the
     network cannot be exported, if both `card` and `input_shape` are given, and if neither is given
@@ -46,25 +50,32 @@ def export_onnx(
     """
     import onnx
 
+    model = unwrapped(model)
     if card is not None and input_shape is not None:
         raise UserError("export_onnx: give either a card or input_shape=(channels, height, width)")
     if card is None and input_shape is None:
         card = Card.of(plan_of(model), classes=classes, mean=mean, std=std)
-    name, shape = type(model).__name__, input_shape
-    if card is not None:
-        name, shape = card.model, card.input_shape
-    assert shape is not None
+    name = type(model).__name__ if card is None else card.model
     portable = with_standard_operators(fold_batchnorm(model)).cpu().float()
-    example = torch.zeros(2 if dynamic_batch else 1, *shape)
+    examples = _examples(2 if dynamic_batch else 1, card, input_shape)
+    names = ["output" if card is not None and not card.classes else "logits"]
+    with torch.no_grad():
+        outputs = portable(*examples)
+    if not isinstance(outputs, Tensor):
+        portable, names = _Flat(portable).eval(), list(named_tensors(outputs))
+    free = torch.export.Dim("batch")
+    shapes: Any = tuple({0: free} for _ in examples)
+    if isinstance(portable, _Flat):
+        shapes = (shapes,)
     try:
         program = torch.onnx.export(
             portable,
-            (example,),
+            examples,
             dynamo=True,
             opset_version=OPSET,
-            input_names=["images"],
-            output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},) if dynamic_batch else None,
+            input_names=["images", *(f"input_{i}" for i in range(1, len(examples)))],
+            output_names=names,
+            dynamic_shapes=shapes if dynamic_batch else None,
             verbose=False,
         )
     except torch.onnx.errors.OnnxExporterError as error:
@@ -80,6 +91,31 @@ def export_onnx(
         onnx.helper.set_model_props(proto, dict(_metadata(card)))
     onnx.checker.check_model(proto, full_check=True)
     write_bytes(Path(path), proto.SerializeToString())
+
+
+class _Flat(nn.Module):
+    """Gives all tensors of a network's outputs as one tuple, which the exporter understands."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(named_tensors(self.network(*inputs)).values())
+
+
+def _examples(
+    batch: int, card: Card | None, input_shape: tuple[int, int, int] | None
+) -> tuple[Tensor, ...]:
+    """Return inputs of zeros."""
+    if card is None:
+        assert input_shape is not None
+        return (torch.zeros(batch, *input_shape),)
+    others = Packing.planned(card)
+    if others is None:
+        return (torch.zeros(batch, *card.input_shape),)
+    pairs = zip(others.shapes, others.dtypes, strict=True)
+    return tuple(torch.zeros(batch, *shape, dtype=dtype) for shape, dtype in pairs)
 
 
 def _reason(error: Exception) -> str:
@@ -108,10 +144,11 @@ def _remove_traces(proto: Any) -> None:
         tensor.doc_string = ""
 
 
-def verify_onnx(path: Path, model: nn.Module, images: Tensor) -> float:
-    """Return the largest absolute difference between the logits of the file and of `model`.
+def verify_onnx(path: Path, model: nn.Module, images: Tensor | tuple[Tensor, ...]) -> float:
+    """Return the largest absolute difference between the outputs of the file and of `model`.
 
-    images: float32 (N, C, H, W), normalised; both run on the CPU, `model` in eval mode.
+    images: float32 (N, C, H, W), normalised, or a tuple of all inputs; both run on the CPU, `model`
+    in eval mode.
     Raises UserError if ONNX Runtime cannot read the file.
     """
     import onnxruntime
@@ -120,12 +157,18 @@ def verify_onnx(path: Path, model: nn.Module, images: Tensor) -> float:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         raise UserError(f"ONNX file {path} cannot be read: {error}") from error
+    inputs = [one.name for one in session.get_inputs()]
     batch = session.get_inputs()[0].shape[0]
-    reference = deep_copy(model).cpu().float().eval()
+    size = batch if isinstance(batch, int) else 64
+    reference = deep_copy(unwrapped(model)).cpu().float().eval()
     largest = 0.0
-    for part in images.cpu().split(batch if isinstance(batch, int) else 64):
-        (found,) = session.run(["logits"], {"images": part.numpy()})
+    given = images if isinstance(images, tuple) else (images,)
+    for parts in zip(*(tensor.cpu().split(size) for tensor in given), strict=True):
+        feed = {name: part.numpy() for name, part in zip(inputs, parts, strict=True)}
+        found = session.run(None, feed)
         with torch.inference_mode():
-            expected = reference(part)
-        largest = max(largest, (torch.from_numpy(found) - expected).abs().max().item())
+            expected = named_tensors(reference(*parts)).values()
+        for one, other in zip(found, expected, strict=True):
+            if other.numel():
+                largest = max(largest, (torch.from_numpy(one) - other).abs().max().item())
     return largest

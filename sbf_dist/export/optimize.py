@@ -19,7 +19,7 @@ from sbf_dist.export.fused import (
 from sbf_dist.export.whole_basis import reads_most_of_basis
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.ops import Activation
-from sbf_dist.surgery import become
+from sbf_dist.surgery import become, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,7 @@ def optimize(model: nn.Module) -> nn.Module:
     lie in memory, a warning gives the reason, layers are fused without what follows them, and
     features lie as in `model`. `model` is not changed.
     """
+    model = unwrapped(model)
     folded = fold_batchnorm(model)
     for parameter in folded.parameters():
         parameter.requires_grad_(False)

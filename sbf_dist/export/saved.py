@@ -1,10 +1,11 @@
 """A student as a folder of safetensors and JSON: read without pickle, and checked when read."""
 
+import inspect
 import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
@@ -13,10 +14,11 @@ from torch import nn
 
 from sbf_dist import models
 from sbf_dist.compression.convert import convert
-from sbf_dist.compression.plan import Plan
+from sbf_dist.compression.plan import OtherInput, Plan
 from sbf_dist.compression.remembered import plan_of
 from sbf_dist.errors import UserError
 from sbf_dist.files import sha256
+from sbf_dist.surgery import unwrapped
 from sbf_dist.weights import load_state
 
 WEIGHTS = "weights.safetensors"
@@ -32,8 +34,10 @@ class Card(BaseModel):
 
     format: Literal[1] = 1
     model: str  # as sbf_dist.models.build takes it, or 'package.module:Class'
-    classes: list[str]  # names, in the order of the logits
+    arguments: dict[str, Any] = {}  # further ones that the dense network was built with
+    classes: list[str]  # names, in the order of the logits; none if it gives no logits
     input_shape: tuple[int, int, int]  # channels, height, width
+    other_inputs: list[OtherInput] = []  # what it takes beside the images
     mean: list[float] | None = None  # per channel, of values in [0, 1]; None if not known
     std: list[float] | None = None
     top1: float | None = None  # validation accuracy in [0, 1], None if not measured
@@ -65,8 +69,10 @@ class Card(BaseModel):
                 raise UserError(f"{key} has {len(values)} values for {channels} channels")
         return cls(
             model=plan.model,
+            arguments=plan.arguments,
             classes=names,
             input_shape=plan.input_shape,
+            other_inputs=plan.other_inputs,
             mean=None if mean is None else list(mean),
             std=None if std is None else list(std),
             top1=top1,
@@ -81,6 +87,7 @@ def save_student(folder: Path, model: nn.Module, plan: Plan, card: Card) -> None
     is replaced (with its student.onnx, which belongs to it); UserError if the folder holds other
     things. Raises ValueError if model, plan and card do not belong together.
     """
+    model = unwrapped(model)
     if card.plan_digest != plan.digest():
         raise ValueError("the card belongs to another plan")
     difference = _difference(model, plan)
@@ -107,6 +114,7 @@ def save(
     An older student in `folder` is replaced. Raises UserError if the folder holds other things, or
     the student does not match its plan.
     """
+    student = unwrapped(student)
     plan = plan_of(student)
     card = Card.of(plan, classes=classes, mean=mean, std=std, top1=top1)
     difference = _difference(student, plan)
@@ -139,7 +147,8 @@ def _difference(student: nn.Module, plan: Plan) -> str | None:
     """Say in what `student` is not what `plan` makes of the dense network, if that can be built."""
     if not models.is_buildable(plan.model):
         return None
-    expected = convert(models.build(plan.model, plan.classes), plan).state_dict()
+    dense = models.build(plan.model, plan.classes, plan.arguments)
+    expected = convert(dense, plan).state_dict()
     state = student.state_dict()
     for name in [*expected, *(key for key in state if key not in expected)]:
         shapes = [tuple(d[name].shape) if name in d else None for d in (state, expected)]
@@ -174,14 +183,18 @@ def load_card(folder: Path) -> Card:
         raise UserError(f"file {path} is damaged: {_first_line(error)}") from None
 
 
-def load_student(folder: Path | str, build: Callable[[], nn.Module] | None = None) -> nn.Module:
+def load_student(
+    folder: Path | str, build: Callable[..., nn.Module] | str | None = None
+) -> nn.Module:
     """Build the student that was saved in `folder`, on the CPU, in eval mode.
 
-    build: makes the dense network, with any weights, for instance its class. It is not needed for
-    the networks of `sbf_dist.models.build`: timm's, torchvision's and ours.
+    build: makes the dense network, with any weights: a function, for instance its class, or the
+    name of one, 'path/to/file.py:function' or 'package.module:function'. It is called with the
+    arguments that the plan keeps. It is not needed for timm's, torchvision's and our networks.
 
-    Nothing is unpickled. Raises UserError naming the file that is missing, damaged, or does not
-    belong to the others, and where `build` is needed.
+    Nothing is unpickled, and no code is run that the folder names: it has to be named here. Raises
+    UserError naming the file that is missing, damaged, or does not belong to the others, and where
+    `build` is needed.
     """
     folder = Path(folder)
     card = load_card(folder)
@@ -212,16 +225,28 @@ def _replace_folder(new: Path, folder: Path) -> None:
     shutil.rmtree(old)
 
 
-def _dense(folder: Path, plan: Plan, build: Callable[[], nn.Module] | None) -> nn.Module:
+def _dense(folder: Path, plan: Plan, build: Callable[..., nn.Module] | str | None) -> nn.Module:
     """Build the dense network of a plan."""
+    if isinstance(build, str):
+        return models.build(build, None, plan.arguments)
     if build is None:
         if not models.is_buildable(plan.model):
             raise UserError(
                 f"folder {folder} holds a student of {plan.model!r}, which sbf_dist cannot build: "
-                "give the function that makes the dense network, as load(folder, build=MyNet)"
+                "give the function that makes the dense network, as load(folder, build=MyNet), or "
+                f"its name, build={plan.model!r}, if you trust that code; what a folder names is "
+                "not run"
             )
-        return models.build(plan.model, plan.classes)
-    dense = build()
+        return models.build(plan.model, plan.classes, plan.arguments)
+    try:
+        inspect.signature(build).bind(**plan.arguments)
+    except TypeError as error:
+        raise UserError(
+            f"build does not take the arguments {plan.arguments} of the plan in {folder}: {error}"
+        ) from None
+    except ValueError:
+        pass  # it has no signature: the call will tell
+    dense = build(**plan.arguments)
     if not isinstance(dense, nn.Module):
         raise UserError(
             f"build returns a {type(dense).__name__}: it must return the dense network, a module"

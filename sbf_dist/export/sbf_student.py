@@ -30,6 +30,9 @@ class Student:
         )
         metadata = self.session.get_modelmeta().custom_metadata_map
         self.classes = np.array(json.loads(metadata["sbf.classes"]))
+        outputs = [one.name for one in self.session.get_outputs()]
+        if "logits" not in outputs:
+            raise ValueError(f"{path} is no classifier: it gives {', '.join(outputs)}, no logits")
         self.input_shape = tuple(json.loads(metadata["sbf.input_shape"]))
         mean, std = (json.loads(metadata[key]) for key in ("sbf.mean", "sbf.std"))
         if mean is None or std is None:

@@ -9,6 +9,8 @@ from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.fitting.settle import settle
 from sbf_dist.compression.fitting.statistics import measure_batch_norm
 from sbf_dist.compression.holding_out import split
+from sbf_dist.compression.outputs import Yardstick
+from sbf_dist.settings import Compression
 
 Statistics = Literal["measured", "moved"]
 
@@ -25,4 +27,7 @@ def settle_batch_norms(
         measure_batch_norm(network, images, BATCH)
         return
     network.eval()
-    settle(network, reference, *split(images), refit=False)
+    # How outputs are compared unless it is asked for otherwise; a budget is not looked at.
+    yardstick = Yardstick.of(reference.module, images, Compression(macs=1.0))
+    fitted, held = split(images)
+    settle(network, reference, fitted, held, refit=False, yardstick=yardstick)

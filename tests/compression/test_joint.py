@@ -8,10 +8,11 @@ from torch import nn
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.convert import convert
 from sbf_dist.compression.cost import count
+from sbf_dist.compression.fitting.fidelity import OutputsFor, Wanted
 from sbf_dist.compression.joint import SHARES, JointPlanner, plan_jointly
 from sbf_dist.compression.plan import Plan, SBFLayer
 from sbf_dist.compression.reconstruct import rebuild
-from sbf_dist.compression.removal.probe import Probe, divergence, train_briefly
+from sbf_dist.compression.removal.probe import Probe, train_briefly
 from sbf_dist.compression.removal.pruning import find_removable
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
@@ -92,10 +93,11 @@ def test_a_probe_gives_the_same_twice_and_brings_a_student_nearer_to_its_teacher
         train_briefly(dense, student, images, Probe(steps=15, flip=True), seed=4) for _ in range(2)
     )
     with torch.no_grad():
-        targets = [(x, dense(x).log_softmax(1)) for x in images]
         assert torch.equal(one(pictures(2)), other(pictures(2)))
-    assert divergence(one, targets) < divergence(student, targets)
-    assert divergence(dense, targets) == pytest.approx(0, abs=1e-6)
+    wanted = Wanted.of(dense, images)
+    found = [wanted.compare(OutputsFor(net, images)).divergence for net in (one, student, dense)]
+    assert found[0] < found[1]
+    assert found[2] == pytest.approx(0, abs=1e-6)
     assert all(torch.equal(value, student.state_dict()[name]) for name, value in before.items())
 
 
@@ -219,7 +221,7 @@ def test_candidates_are_compared_on_images_of_other_sources():
     images = pictures(80)
     images[:, 0, 0, 0] = torch.arange(80.0)  # by which they are recognised
     joint = planner(small(), Calibration.of(images, sources=[number % 10 for number in range(80)]))
-    held = {int(x[0, 0, 0]) % 10 for batch, _ in joint.held for x in batch}
+    held = {int(x[0, 0, 0]) % 10 for batch in joint.held for x in batch}
     rest = {int(x[0, 0, 0]) % 10 for batch in joint.fitted for x in batch}
     assert held
     assert rest

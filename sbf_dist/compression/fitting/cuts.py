@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from sbf_dist.compression.outputs import named_tensors
 from sbf_dist.hooks import registered
 
 logger = logging.getLogger(__name__)
@@ -181,7 +182,7 @@ def find_cuts(model: nn.Module, images: Tensor, layers: Sequence[str]) -> dict[s
 
 def _proven(model: nn.Module, images: Tensor, cuts: list[Cut]) -> list[Cut]:
     """Return those of `cuts`, in forward order, from which the network gives what it gives."""
-    expected = tensors_of(model(images))
+    expected = _tensors(model(images))
     proven: list[Cut] = []
     last: tuple[Cut, State] | None = None
     for proposed in cuts:
@@ -190,7 +191,7 @@ def _proven(model: nn.Module, images: Tensor, cuts: list[Cut]) -> list[Cut]:
             cut = dataclasses.replace(proposed, solid=solid)
             try:
                 with Resuming(model, cut, _copied(state), len(images)) as blank:
-                    found = tensors_of(model(blank))
+                    found = _tensors(model(blank))
             except Exception as error:  # whatever the network's own code makes of blanks
                 logger.debug("%s cannot go on from %s: %s", type(model).__name__, cut.last, error)
                 continue
@@ -227,16 +228,8 @@ def _state_at(model: nn.Module, images: Tensor, last: tuple[Cut, State] | None, 
     return keeping.state
 
 
-def tensors_of(output: object) -> list[Tensor]:
-    """List the tensors in what a network gives: in tuples, lists, dicts and dataclasses."""
-    found: list[Tensor] = []
-    for leaf in tree_leaves(output):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            for entry in dataclasses.fields(leaf):
-                found += tensors_of(getattr(leaf, entry.name))
-    return found
+def _tensors(output: object) -> list[Tensor]:
+    return list(named_tensors(output).values())
 
 
 def _are_alike(found: list[Tensor], expected: list[Tensor]) -> bool:
@@ -421,7 +414,7 @@ def _observe(model: nn.Module, images: Tensor, layers: Sequence[str]) -> _Watche
     if watched.taken is not None:
         logger.debug("%s takes values out of tensors: %s", type(model).__name__, watched.taken)
         return None
-    for tensor in tensors_of(output):  # which are read in the end
+    for tensor in _tensors(output):  # which are read in the end
         life = memory.life(tensor)
         if life is not None:
             life.read = len(watched.finished)

@@ -17,6 +17,7 @@ from sbf_dist.compression.fitting.layerwise import Draw
 from sbf_dist.compression.fitting.prior import floored, prior_variances
 from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.fitting.statistics import Moments, MomentSums, patches, run_until
+from sbf_dist.compression.inputs import input_shapes
 from sbf_dist.hooks import registered
 from sbf_dist.surgery import sharing_modules
 
@@ -45,7 +46,8 @@ def is_mended(model: nn.Module, name: str, images: Tensor) -> bool:
     conv = convolution(model, name)
     if name in sharing_modules(model) or conv._forward_pre_hooks:
         return False
-    return conv.in_channels != images.shape[1] and obstacle(conv) is None
+    of_images = {shape[0] for shape in input_shapes(model, images) if len(shape) == 3}
+    return conv.in_channels not in of_images and obstacle(conv) is None
 
 
 @torch.no_grad()

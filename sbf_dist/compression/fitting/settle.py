@@ -7,6 +7,7 @@ from sbf_dist.compression.fitting.fidelity import Judge
 from sbf_dist.compression.fitting.norms import move_batch_norms
 from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.fitting.refit import refit_heads
+from sbf_dist.compression.outputs import Yardstick
 
 
 def settle(
@@ -16,15 +17,17 @@ def settle(
     held: Calibration | None,
     *,
     refit: bool,
+    yardstick: Yardstick,
 ) -> Judge | None:
     """Move batch norm statistics and solve linear layers anew, in place, each if that is a gain.
 
-    A step is kept only if the predictions on the images that are `held` out come nearer to the
-    reference's by it. Where none are, nothing is changed, and None is returned.
+    A step is kept only if the outputs for the images that are `held` out come nearer to the
+    reference's by it, as `yardstick` measures. Where none are, nothing is changed, and None is
+    returned.
     """
     if held is None:
         return None
-    judge = Judge(student, reference, held)
+    judge = Judge(student, reference, held, yardstick)
     judge.keep_if_nearer(
         "Statistics of batch norms moved", lambda: move_batch_norms(student, reference, images)
     )

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sbf_dist.compression.calibration import Calibration
-from sbf_dist.hooks import registered
+from sbf_dist.compression.outputs import LOGITS, Yardstick
+from sbf_dist.hooks import leaves, registered
 
 BLOCK = 1024  # rows of a Gram matrix at a time
 
@@ -196,13 +197,18 @@ def gather_moments(batches: Iterable[tuple[Tensor, Tensor]], size: int) -> Momen
 
 
 def output_sensitivity(
-    model: nn.Module, names: list[str], batches: Callable[[], Iterator[Tensor]], seed: int
+    model: nn.Module,
+    names: list[str],
+    batches: Callable[[], Iterator[Tensor]],
+    seed: int,
+    yardstick: Yardstick = LOGITS,
 ) -> dict[str, Tensor]:
     """Estimate how much the loss grows per squared error of each channel of each named layer.
 
     The diagonal Fisher information of the layer's outputs, summed over positions, with labels
     drawn from the network's own predictions (Martens, arXiv 1412.1193, section 5): a second-order
-    estimate of the KL divergence that a small error in a channel causes. Each result is (C,).
+    estimate of the divergence, by `yardstick`, that a small error in a channel causes. Each result
+    is (C,).
     """
     generator = torch.Generator().manual_seed(seed)
     totals: dict[str, Tensor] = {}
@@ -221,14 +227,14 @@ def output_sensitivity(
 
     count = 0
     hooks = (model.get_submodule(name).register_forward_hook(keep(name)) for name in names)
-    with registered(hooks):
+    watched = [model.get_submodule(name) for name in names]
+    with leaves(watched) as found, registered(hooks):
         for batch in batches():
             with torch.enable_grad():
                 images = batch.detach().requires_grad_()
-                logits = model(images)
-                drawn = torch.multinomial(logits.softmax(1).cpu(), 1, generator=generator)
-                loss = F.cross_entropy(logits, drawn[:, 0].to(logits.device), reduction="sum")
-                torch.autograd.grad(loss, images)
+                (loss,) = yardstick.losses(model(images), generator)
+                torch.autograd.grad(loss, [images, *found], allow_unused=True)
+            found.clear()
             count += len(images)
     return {name: totals[name].cpu() / count for name in names}
 

@@ -5,7 +5,8 @@
 - bn_scale: |gamma| of the batch norm that reads the layer's output (Liu et al., arXiv 1708.06519).
 - taylor: the squared sum over positions of gradient x activation, behind the batch norm where one
   follows (Molchanov et al. 2019, arXiv 1906.10771, section 3.2), of the loss with labels drawn
-  from the network's own predictions: calibration images have no labels.
+  from the network's own predictions: calibration images have no labels. Of outputs that are no
+  logits, of the loss that `outputs.Output.losses` draws.
 - random: an order drawn from the seed; what a criterion must beat.
 
 A criterion decides what is kept. How much is lost by it is estimated in the same way for all.
@@ -18,12 +19,12 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sbf_dist.compression.fitting.layerwise import layer_of
 from sbf_dist.compression.fitting.norms import following_norms
 from sbf_dist.compression.fitting.statistics import Moments
 from sbf_dist.compression.fitting.transforms import rank_channels
+from sbf_dist.compression.outputs import LOGITS, Yardstick
 from sbf_dist.errors import UserError
 from sbf_dist.hooks import registered
 from sbf_dist.layers import SBFConv2d
@@ -63,6 +64,7 @@ def rankings(
     batches: Callable[[], Iterable[Tensor]],
     criterion: str,
     seed: int,
+    yardstick: Yardstick = LOGITS,
 ) -> dict[str, Ranking]:
     """Give each of the layers `names` of `model` (in eval mode) its order of channels.
 
@@ -90,7 +92,7 @@ def rankings(
     if criterion == "bn_scale":
         return {name: _by_scale(model, name, following.get(name)) for name in names}
     readers = {name: following.get(name, name) for name in names}
-    scores = _taylor(model, list(readers.values()), batches, seed)
+    scores = _taylor(model, list(readers.values()), batches, seed, yardstick)
     return {name: Ranking(criterion, scores[reader]) for name, reader in readers.items()}
 
 
@@ -114,12 +116,16 @@ def _by_scale(model: nn.Module, name: str, norm: str | None) -> Ranking:
 
 
 def _taylor(
-    model: nn.Module, names: list[str], batches: Callable[[], Iterable[Tensor]], seed: int
+    model: nn.Module,
+    names: list[str],
+    batches: Callable[[], Iterable[Tensor]],
+    seed: int,
+    yardstick: Yardstick,
 ) -> dict[str, Tensor]:
     """Mean over images of (sum over positions of gradient x activation)² of each channel."""
     totals: dict[str, Tensor] = {}
     count = 0
-    for outputs, gradients in _gradients(model, names, batches(), seed):
+    for outputs, gradients in _gradients(model, names, batches(), seed, yardstick):
         for name, gradient in zip(names, gradients, strict=True):
             products = (gradient.double() * outputs[name].detach().double()).sum((2, 3))
             total = products.square().sum(0)
@@ -129,7 +135,11 @@ def _taylor(
 
 
 def _gradients(
-    model: nn.Module, names: list[str], batches: Iterable[Tensor], seed: int
+    model: nn.Module,
+    names: list[str],
+    batches: Iterable[Tensor],
+    seed: int,
+    yardstick: Yardstick,
 ) -> Iterator[tuple[dict[str, Tensor], tuple[Tensor, ...]]]:
     """Outputs of the named modules and, for each, the gradient of every image's own loss."""
     generator = torch.Generator().manual_seed(seed)
@@ -146,8 +156,7 @@ def _gradients(
     with registered(hooks):
         for images in batches:
             with torch.enable_grad():
-                logits = model(images.detach().requires_grad_())
-                drawn = torch.multinomial(logits.softmax(1).cpu(), 1, generator=generator)
-                loss = F.cross_entropy(logits, drawn[:, 0].to(logits.device), reduction="sum")
+                given = model(images.detach().requires_grad_())
+                (loss,) = yardstick.losses(given, generator)
                 gradients = torch.autograd.grad(loss, [outputs[name] for name in names])
             yield outputs, gradients

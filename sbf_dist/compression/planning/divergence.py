@@ -1,4 +1,4 @@
-"""How much rebuilding a layer changes the network's predictions, for all layers in one pass."""
+"""How much rebuilding a layer changes the network's outputs, for all layers in one pass."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from sbf_dist.compression.fitting.layerwise import layer_of
 from sbf_dist.compression.fitting.mixture import Mixture
 from sbf_dist.compression.fitting.transforms import Fit
-from sbf_dist.hooks import registered
+from sbf_dist.compression.outputs import LOGITS, Yardstick
+from sbf_dist.hooks import leaves, registered
 from sbf_dist.ops import expand
 
 
@@ -71,13 +72,14 @@ def divergences(
     *,
     seed: int,
     draws: int = 1,
+    yardstick: Yardstick = LOGITS,
 ) -> dict[str, list[float]]:
-    """Estimate the KL divergence that each trial causes, all other layers being as they are.
+    """Estimate the divergence that each trial causes, all other layers being as they are.
 
-    To second order, half of E⟨g, e⟩² with the gradient g of the log-probability of a label drawn
-    from the network's own predictions and the error e in the layer's outputs (Martens, arXiv
-    1412.1193, section 5). The product sums over channels and positions, so errors that add up
-    count as they do in the network. `draws` labels are drawn for each image.
+    To second order, half of E⟨g, e⟩² with the gradient g of a loss that `yardstick` draws (of
+    logits, the log-probability of a label drawn from the network's own predictions) and the error e
+    in the layer's outputs. The product sums over channels and positions, so errors that add up
+    count as they do in the network. `draws` losses are drawn for each image.
     """
     generator = torch.Generator().manual_seed(seed)
     totals = {name: torch.zeros(len(row), dtype=torch.double) for name, row in trials.items()}
@@ -103,16 +105,15 @@ def divergences(
         return hook
 
     hooks = (model.get_submodule(name).register_forward_hook(measure(name)) for name in trials)
-    with registered(hooks):
+    with leaves(model.get_submodule(name) for name in trials) as found, registered(hooks):
         for batch in batches:
             with torch.enable_grad():
                 images = batch.detach().requires_grad_()
-                predictions = model(images).log_softmax(1)
-                labels = torch.multinomial(
-                    predictions.detach().exp().cpu(), draws, replacement=True, generator=generator
-                )
-                for number, drawn in enumerate(labels.T.to(predictions.device), 1):
-                    loss = F.nll_loss(predictions, drawn, reduction="sum")
-                    torch.autograd.grad(loss, images, retain_graph=number < draws)
+                losses = yardstick.losses(model(images), generator, draws)
+                for number, loss in enumerate(losses, 1):
+                    torch.autograd.grad(
+                        loss, [images, *found], retain_graph=number < draws, allow_unused=True
+                    )
+            found.clear()
             count += len(images)
     return {name: (total / (count * draws)).tolist() for name, total in totals.items()}

@@ -1,7 +1,8 @@
 """The reasons in a plan: cost and loss of each layer, and how the budget was shared out.
 
-Losses are estimates of the KL divergence (nats per image) from the predictions before, plus a term
-for layers that keep a small number of dimensions (`options.Estimated.scaled`).
+Losses are estimates of the divergence from the outputs before (of logits in nats per image, of
+others as a share of their variance), plus a term for layers that keep a small number of dimensions
+(`options.Estimated.scaled`).
 """
 
 from collections.abc import Iterable, Mapping

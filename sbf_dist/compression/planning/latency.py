@@ -35,7 +35,7 @@ class MachineBusyError(UserError):
 
 
 def latency(
-    model: nn.Module, input_shape: tuple[int, int, int], *, batch: int = 1, seconds: float = 0.5
+    model: nn.Module, input_shape: tuple[int, ...], *, batch: int = 1, seconds: float = 0.5
 ) -> float:
     """Measure the median milliseconds of a forward pass; see `latencies`."""
     (measured,) = latencies([model], input_shape, batch=batch, seconds=seconds)
@@ -44,7 +44,7 @@ def latency(
 
 def latencies(
     models: Sequence[nn.Module],
-    input_shape: tuple[int, int, int],
+    input_shape: tuple[int, ...],
     *,
     batch: int = 1,
     seconds: float = 0.5,
@@ -84,7 +84,7 @@ def latencies(
 
 
 def latencies_if_quiet(
-    models: Sequence[nn.Module], input_shape: tuple[int, int, int], *, batch: int = 1
+    models: Sequence[nn.Module], input_shape: tuple[int, ...], *, batch: int = 1
 ) -> list[float] | None:
     """Measure as `latencies` does; None if the machine is too busy for figures."""
     try:
@@ -133,13 +133,14 @@ def _seconds_waited() -> float:
     return total / 1e9
 
 
-def _timer(model: nn.Module, input_shape: tuple[int, int, int], batch: int) -> Timer:
+def _timer(model: nn.Module, input_shape: tuple[int, ...], batch: int) -> Timer:
     parameter = next(model.parameters())
     shadow = deep_copy(model).eval()
     images = torch.randn(batch, *input_shape, device=parameter.device, dtype=parameter.dtype)
-    if not needs_contiguous(shadow, images.to(memory_format=torch.channels_last)):
-        shadow = shadow.to(memory_format=torch.channels_last)
-        images = images.to(memory_format=torch.channels_last)
+    last = torch.channels_last
+    # Inputs that are packed lie as they do.
+    if images.ndim == 4 and not needs_contiguous(shadow, images.to(memory_format=last)):
+        shadow, images = shadow.to(memory_format=last), images.to(memory_format=last)
     return Timer(
         "model(images)",
         globals={"model": shadow, "images": images},

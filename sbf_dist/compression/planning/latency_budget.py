@@ -82,11 +82,11 @@ def allocate_time(
     it is.
     """
     priced = price(dense, options, image, timing.table, report)
-    shape = (image.shape[1], image.shape[2], image.shape[3])
-    ready = timing.for_inference(dense)
+    shape = tuple(image.shape[1:])
+    ready = timing.prepare(dense)
 
     def measure(chosen: dict[str, Option]) -> tuple[float, float]:
-        trial = timing.for_inference(_build(dense, chosen))
+        trial = timing.prepare(_build(dense, chosen))
         before, after = latencies([ready, trial], shape, batch=timing.table.batch)
         return before, after
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from sbf_dist import _C
+from sbf_dist.compression.inputs import packing_of
 from sbf_dist.compression.planning.latency import Form, layer_latencies
 from sbf_dist.errors import UserError
 from sbf_dist.files import replacing, sha256
@@ -126,6 +127,11 @@ class Timing:
 
     table: LatencyTable = field(default_factory=LatencyTable)
     for_inference: Callable[[nn.Module], nn.Module] = _as_it_is
+
+    def prepare(self, network: nn.Module) -> nn.Module:
+        """Make of `network` what is timed, which takes its inputs packed if that does."""
+        prepared, packing = self.for_inference(network), packing_of(network)
+        return prepared if packing is None else packing.install(prepared)
 
 
 @dataclass(frozen=True)

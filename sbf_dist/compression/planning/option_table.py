@@ -57,14 +57,15 @@ def measure_options(
     if there are any: on those that they are fitted to, it would be up to a hundred times less.
     """
     names, model, images = list(shapes), passes.model, passes.images
+    yardstick = search.yardstick
 
     def batches() -> Iterator[Tensor]:
         return reported(progress, "measure sensitivities", images, FISHER)
 
-    ranked = rankings(model, names, batches, search.settings.criterion, seed)
+    ranked = rankings(model, names, batches, search.settings.criterion, seed, yardstick)
     for name, channels in (among or {}).items():
         ranked[name] = ranked[name].restrict(channels)
-    sensitivity = output_sensitivity(model, names, batches, seed)
+    sensitivity = output_sensitivity(model, names, batches, seed, yardstick)
     sizes = {name: search.size(layer_of(model, name)) for name in names}
     estimated: dict[str, Estimated] = {}
     priors = prior_variances(model, names, images)
@@ -80,7 +81,7 @@ def measure_options(
     judges = held or images
     probes = reported(progress, "measure divergences", judges, PROBES)
     draws = max(1, round(LEAST_DRAWN / judges.count))
-    measured = divergences(model, trials, probes, seed=seed, draws=draws)
+    measured = divergences(model, trials, probes, seed=seed, draws=draws, yardstick=yardstick)
     rows = {
         name: [now[name], *row.scaled(measured.get(name, []))] for name, row in estimated.items()
     }

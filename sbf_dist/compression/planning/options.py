@@ -14,6 +14,7 @@ from sbf_dist.compression.candidates import size_for
 from sbf_dist.compression.fitting.mixture import MixtureSpace
 from sbf_dist.compression.fitting.statistics import Moments
 from sbf_dist.compression.fitting.transforms import fit_transforms
+from sbf_dist.compression.outputs import LOGITS, Yardstick
 from sbf_dist.compression.planning.criteria import Ranking
 from sbf_dist.compression.planning.divergence import MixtureTrial, Trial
 from sbf_dist.compression.planning.knapsack import Option, frontier
@@ -35,11 +36,12 @@ MIXTURE_STEPS = 64  # the same of mixtures, which take one decomposition in all
 class Search:
     """What the options of a layer range over, by the settings of a compression.
 
-    Beside the largest m, 1 is tried. Kept channels come in multiples of round_to, so that layers
-    of no more channels than that stay as they are.
+    `yardstick` measures what they lose. Beside the largest m, 1 is tried. Kept channels come in
+    multiples of round_to, so that layers of no more channels than that stay as they are.
     """
 
     settings: Compression
+    yardstick: Yardstick = LOGITS
 
     @property
     def has_between(self) -> bool:
@@ -128,7 +130,7 @@ class Estimated:
     trials: list[Trial | MixtureTrial]
 
     def scaled(self, divergences: list[float]) -> list[Option]:
-        """Return the options with losses scaled to the KL divergences that the trials cause.
+        """Return the options with losses scaled to the divergences that the trials cause.
 
         To these, EVENNESS x −log of the explained share is added (the logarithm: Zhang et al. 2015,
         arXiv 1505.06798, section 3.2): a layer of a small number of
@@ -166,7 +168,7 @@ def estimate_options(
     Costs are multiply-adds; `moments` are those of the layer's own outputs at the largest m. The
     summed squared errors, weighted by sensitivity, rank the options of one layer well but not
     those of different layers (errors that add up coherently over positions count for more), so
-    they are to be scaled to the KL divergence that some of the options cause.
+    they are to be scaled to the divergence that some of the options cause.
     """
     estimated: list[tuple[Option, float]] = []
     variance = max(float(moments.yy.sum()), TINY)

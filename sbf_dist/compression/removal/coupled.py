@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sbf_dist.compression.narrow import cannot_narrow, is_depthwise, narrow
+from sbf_dist.compression.outputs import named_tensors
 from sbf_dist.compression.plan import Removed
 from sbf_dist.errors import UserError
 from sbf_dist.surgery import deep_copy, sharing_modules
@@ -62,7 +63,10 @@ def find_coupled(model: nn.Module, images: Tensor) -> tuple[list[Coupled], dict[
     try:
         with torch.enable_grad():
             graph.build_dependency(
-                shadow, example, forward_fn=lambda network, x: network(x), verbose=False
+                shadow,
+                example,
+                forward_fn=lambda network, x: list(named_tensors(network(x)).values()),
+                verbose=False,
             )
             found = list(graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear]))
     except Exception as error:  # whatever a foreign tracer meets in a foreign network
@@ -205,16 +209,19 @@ def _difference(shadow: nn.Module, removed: dict[str, Removed], images: Tensor) 
     narrowed, silenced = _with_the_same_tensors(shadow), _with_the_same_tensors(shadow)
     try:
         narrow(narrowed, removed)
-        output = narrowed(images)
+        outputs = named_tensors(narrowed(images))
     except (UserError, RuntimeError, ValueError) as error:
         message = " ".join(str(error).split())[:200]
         return f"torch-pruning's graph does not fit it: {message}"
     silence(silenced, removed)
-    wanted = silenced(images)
-    if output.shape != wanted.shape:
-        return "torch-pruning's graph does not fit it: the output changes its shape"
-    # Also false for NaN.
-    if not (output - wanted).abs().max() <= TOLERANCE * wanted.abs().max():
+    expected = named_tensors(silenced(images))
+    for name, wanted in expected.items():
+        output = outputs[name]
+        if output.shape != wanted.shape:
+            return "torch-pruning's graph does not fit it: an output changes its shape"
+        # Also false for NaN.
+        if not wanted.numel() or (output - wanted).abs().max() <= TOLERANCE * wanted.abs().max():
+            continue
         return (
             "its channels are not independent of each other, or torch-pruning's graph does not "
             "fit it: without them the network computes other than if nothing read them"

@@ -14,20 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
 
 from sbf_dist.compression.calibration import Calibration
+from sbf_dist.compression.outputs import LOGITS, Yardstick
 from sbf_dist.compression.planning.options import PROBES, TINY
 from sbf_dist.compression.removal.coupled import Coupled
 from sbf_dist.compression.removal.readers import Reader, readers_of
 from sbf_dist.compression.removal.removal_order import Order
-from sbf_dist.hooks import registered
+from sbf_dist.hooks import leaves, registered
 from sbf_dist.surgery import deep_copy
 
 PART = 32  # of the channels that are left, about one in so many goes at a time
 SHARES = (0.05, 0.2, 0.45, 0.75)  # of a group's channels, whose removal is tried
 TRIALS = 256 * 2**20  # bytes of trials' weights that are held at a time
-DRAWN = 64  # labels by which trials are measured, at least
+DRAWN = 64  # losses by which trials are measured, at least
 
 
 @dataclass(frozen=True)
@@ -60,27 +60,29 @@ def orders_by_elimination(
     images: Calibration,
     held: Calibration | None,
     seed: int,
+    yardstick: Yardstick = LOGITS,
 ) -> list[Order]:
-    """Return for each group in which order its channels go, and the KL divergences it causes.
+    """Return for each group in which order its channels go, and the divergences it causes.
 
     The estimates along an order are scaled to what some trials, whose weights are solved on
-    `images`, do to the network's predictions on the images `held` out (on the same, without any).
+    `images`, do to the network's outputs, as `yardstick` measures, on the images `held` out (on
+    the same, without any).
     """
     found: list[Elimination] = []
     trials: list[list[Trial]] = []
     measured: list[list[float]] = []
     begun = 0
-    for group, readers in readers_of(dense, groups, images, held, seed):
+    for group, readers in readers_of(dense, groups, images, held, seed, yardstick):
         one = eliminate(readers, group.size)
         found.append(one)
         numbers = {max(1, min(group.size - 1, round(share * group.size))) for share in SHARES}
         trials.append([_trial(readers, one.channels[:number]) for number in sorted(numbers)])
         if sum(trial.bytes for row in trials[begun:] for trial in row) > TRIALS:
-            measured += _divergences(dense, trials[begun:], held or images, seed)
+            measured += _divergences(dense, trials[begun:], held or images, seed, yardstick)
             # Only how many channels went is still needed of them.
             trials[begun:] = [[Trial(t.channels, {}) for t in row] for row in trials[begun:]]
             begun = len(trials)
-    measured += _divergences(dense, trials[begun:], held or images, seed)
+    measured += _divergences(dense, trials[begun:], held or images, seed, yardstick)
     return [
         _scaled(one, [trial.channels for trial in row], losses)
         for one, row, losses in zip(found, trials, measured, strict=True)
@@ -140,9 +142,13 @@ def _trial(readers: Sequence[Reader], channels: list[int]) -> Trial:
 
 
 def _divergences(
-    dense: nn.Module, trials: Sequence[Sequence[Trial]], images: Calibration, seed: int
+    dense: nn.Module,
+    trials: Sequence[Sequence[Trial]],
+    images: Calibration,
+    seed: int,
+    yardstick: Yardstick,
 ) -> list[list[float]]:
-    """Estimate the KL divergence that each trial causes, as `planning.divergence` does.
+    """Estimate the divergence that each trial causes, as `planning.divergence` does.
 
     The readers of a group change together: their products are summed before they are squared.
     """
@@ -186,20 +192,19 @@ def _divergences(
 
     hooks = (dense.get_submodule(n).register_forward_hook(measure(n)) for n in users)
     count = 0
-    with registered(hooks):
+    with leaves(dense.get_submodule(name) for name in users) as found, registered(hooks):
         for batch in images.parts(max(2, images.part // 2), PROBES):
             with torch.enable_grad():
                 given = batch.detach().requires_grad_()
-                predictions = dense(given).log_softmax(1)
-                labels = torch.multinomial(
-                    predictions.detach().exp().cpu(), draws, replacement=True, generator=generator
-                )
-                for number, drawn in enumerate(labels.T.to(predictions.device), 1):
-                    loss = F.nll_loss(predictions, drawn, reduction="sum")
-                    torch.autograd.grad(loss, given, retain_graph=number < draws)
+                losses = yardstick.losses(dense(given), generator, draws)
+                for number, loss in enumerate(losses, 1):
+                    torch.autograd.grad(
+                        loss, [given, *found], retain_graph=number < draws, allow_unused=True
+                    )
                     for (group, index), product in products.items():
                         totals[group][index] += float(product.square().sum()) / 2
                     products.clear()
+            found.clear()
             count += len(batch)
     return [(total / (count * draws)).tolist() for total in totals]
 

@@ -5,12 +5,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sbf_dist.compression.calibration import Calibration
+from sbf_dist.compression.outputs import LOGITS, Yardstick
 from sbf_dist.compression.removal.coupled import Coupled
-from sbf_dist.hooks import registered
+from sbf_dist.hooks import leaves, registered
 
 Importance = Literal["fisher", "taylor", "l1", "l2", "bn_scale"]
 SAMPLES = 512  # images on which the criteria fisher and taylor are measured
@@ -22,11 +22,13 @@ def measure_importance(
     images: Calibration,
     criterion: Importance = "fisher",
     seed: int = 0,
+    yardstick: Yardstick = LOGITS,
 ) -> list[Tensor]:
     """Return for each group how much each of its channels matters, (channels,).
 
-    fisher: the root of the KL divergence that removing it causes, to second order. With g the
-    gradient of the log-probability of a label drawn from the network's own predictions and x the
+    fisher: the root of the divergence that removing it causes, to second order. With g the
+    gradient of the loss that `yardstick` draws (of logits, the log-probability of a label drawn
+    from the network's own predictions) and x the
     channel where it is read, less its mean (which the next layer's bias or batch norm makes up
     for), that is E⟨g, x⟩² up to a factor; products are summed over positions and over all layers
     that read the channel before they are squared (Liu et al. 2021, Group Fisher Pruning, section
@@ -36,7 +38,7 @@ def measure_importance(
     (Fang et al. 2023, DepGraph, section 3.3).
     """
     if criterion in ("fisher", "taylor"):
-        products = _products(dense, groups, images, seed)
+        products = _products(dense, groups, images, seed, yardstick)
         if criterion == "taylor":
             return [product.abs().mean(0) for product in products]
         return [product.square().mean(0).sqrt() for product in products]
@@ -45,7 +47,11 @@ def measure_importance(
 
 
 def _products(
-    dense: nn.Module, groups: Sequence[Coupled], images: Calibration, seed: int
+    dense: nn.Module,
+    groups: Sequence[Coupled],
+    images: Calibration,
+    seed: int,
+    yardstick: Yardstick,
 ) -> list[Tensor]:
     """⟨gradient, centred feature⟩ of each group's channels on each image, (images, channels)."""
     readers = {part.name for group in groups for part in group.parts if part.side == "inp"}
@@ -76,15 +82,14 @@ def _products(
 
     rows: list[list[Tensor]] = [[] for _ in groups]
     hooks = (dense.get_submodule(name).register_forward_pre_hook(read(name)) for name in readers)
-    with registered(hooks):
+    with leaves(dense.get_submodule(n) for n in readers) as found, registered(hooks):
         for part_of_images in images.parts(images.part // 2, SAMPLES):
             sums.clear()
             with torch.enable_grad():
                 batch = part_of_images.detach().requires_grad_()
-                predictions = dense(batch).log_softmax(1)
-                drawn = torch.multinomial(predictions.exp().cpu(), 1, generator=generator)[:, 0]
-                loss = F.nll_loss(predictions, drawn.to(predictions.device), reduction="sum")
-                torch.autograd.grad(loss, batch)
+                (loss,) = yardstick.losses(dense(batch), generator)
+                torch.autograd.grad(loss, [batch, *found], allow_unused=True)
+            found.clear()
             for group, row in zip(groups, rows, strict=True):
                 parts = [p for p in group.parts if p.side == "inp" and p.name in sums]
                 total = torch.zeros(len(batch), group.size, dtype=torch.double)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from sbf_dist.compression.calibration import BATCH, Calibration
 from sbf_dist.compression.fitting.statistics import measure_batch_norm
+from sbf_dist.compression.outputs import LOGITS, Yardstick
 from sbf_dist.surgery import deep_copy
 
 
@@ -28,19 +29,13 @@ class Probe:
     flip: bool = False
 
 
-@torch.no_grad()
-def divergence(student: nn.Module, targets: list[tuple[Tensor, Tensor]]) -> float:
-    """Mean KL divergence of `student` from (images, log-probabilities), in evaluation mode."""
-    student.eval()
-    total = sum(
-        float(F.kl_div(student(x).log_softmax(1), wanted, reduction="sum", log_target=True))
-        for x, wanted in targets
-    )
-    return total / sum(len(x) for x, _ in targets)
-
-
 def train_briefly(
-    dense: nn.Module, student: nn.Module, images: Calibration, probe: Probe, seed: int
+    dense: nn.Module,
+    student: nn.Module,
+    images: Calibration,
+    probe: Probe,
+    seed: int,
+    yardstick: Yardstick = LOGITS,
 ) -> nn.Module:
     """Return a copy of `student` that was trained as `probe` says, in evaluation mode."""
     trained = deep_copy(student).train()
@@ -50,15 +45,13 @@ def train_briefly(
         trained.parameters(), lr=probe.rate, momentum=0.9, nesterov=True, weight_decay=1e-4
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, probe.steps)
-    temperature = probe.temperature
     with torch.enable_grad():
         for _, x in zip(range(probe.steps), _augmented(images, probe, seed), strict=False):
             with torch.no_grad():
-                wanted = (dense(x) / temperature).log_softmax(1)
-            found = (trained(x) / temperature).log_softmax(1)
-            loss = F.kl_div(found, wanted, reduction="batchmean", log_target=True)
+                wanted = dense(x)
+            loss = yardstick.distillation(trained(x), wanted, probe.temperature)
             optimizer.zero_grad()
-            (loss * temperature**2).backward()
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(trained.parameters(), 5.0)
             optimizer.step()
             schedule.step()
@@ -69,11 +62,14 @@ def train_briefly(
 def _augmented(images: Calibration, probe: Probe, seed: int) -> Iterator[Tensor]:
     """Shifted batches without end: of what the calibration gives, each time in another order."""
     generator = torch.Generator().manual_seed(seed)
-    _, height, width = images.shape
+    _, height, width = images.image_shape
     reach = (height // 8, width // 8)
     padding = (reach[1], reach[1], reach[0], reach[0])
     while True:
         for batch in _shuffled(images, probe.batch, generator):
+            if images.packing is not None:  # what belongs together would not be moved alike
+                yield batch
+                continue
             padded = F.pad(batch, padding, mode="reflect")
             shifts = [
                 torch.randint(0, 2 * r + 1, (len(batch),), generator=generator).tolist()

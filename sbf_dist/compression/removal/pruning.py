@@ -28,6 +28,7 @@ from sbf_dist.compression.fitting.sequential import SequentialFit
 from sbf_dist.compression.fitting.settle import settle
 from sbf_dist.compression.holding_out import split
 from sbf_dist.compression.narrow import is_depthwise, narrow
+from sbf_dist.compression.outputs import LOGITS, Yardstick
 from sbf_dist.compression.plan import Removed
 from sbf_dist.compression.removal.coupled import Coupled, find_coupled, removed_channels
 from sbf_dist.compression.removal.elimination import orders_by_elimination
@@ -81,6 +82,7 @@ class Removable:
     groups: list[Coupled]
     orders: list[Order]  # of each group's channels
     left: dict[str, str]
+    yardstick: Yardstick
 
 
 @torch.no_grad()
@@ -91,6 +93,7 @@ def find_removable(
     criterion: Criterion = "reconstruction",
     keep: tuple[str, ...] = (),
     seed: int = 0,
+    yardstick: Yardstick = LOGITS,
 ) -> Removable:
     """Find the coupled channels of `model`, and in which order they go by `criterion`.
 
@@ -98,8 +101,8 @@ def find_removable(
     (`elimination`); where one of them is too wide for that, or grouped, what is lost without. The
     others are those of `importance`. `images` (N, C, H, W) are normalised calibration images.
     Groups with a layer whose name matches a pattern of `keep` (as in a shell: 'stages.0.*') are
-    left whole, and so is the network's output. Raises UserError for a pattern that matches neither
-    a convolution nor a linear layer.
+    left whole, and so are the network's outputs, which `yardstick` measures. Raises UserError for a
+    pattern that matches neither a convolution nor a linear layer.
     """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     kept_dense(model, [pattern for pattern in keep if not fnmatch.filter(linear, pattern)])
@@ -113,8 +116,8 @@ def find_removable(
         left |= {group.name: "no batch norm scales its channels" for group in without}
         groups = [group for group in groups if has_scales(dense, group)]
     cost = count(dense, calibration.shape)
-    orders = _orders(dense, groups, calibration, criterion, seed)
-    return Removable(dense, calibration, cost, groups, orders, left)
+    orders = _orders(dense, groups, calibration, criterion, seed, yardstick)
+    return Removable(dense, calibration, cost, groups, orders, left, yardstick)
 
 
 def _orders(
@@ -123,15 +126,20 @@ def _orders(
     images: Calibration,
     criterion: Criterion,
     seed: int,
+    yardstick: Yardstick,
 ) -> list[Order]:
     if criterion != "reconstruction":
-        scores = measure_importance(dense, groups, images, criterion, seed)
+        scores = measure_importance(dense, groups, images, criterion, seed, yardstick)
         return [Order.of_scores(score) for score in scores]
     images, held = split(images)
     solved = [group for group in groups if solvable(dense, group)]
     others = [group for group in groups if not solvable(dense, group)]
-    orders = iter(orders_by_elimination(dense, solved, images, held, seed) if solved else [])
-    roots = iter(measure_importance(dense, others, images, "fisher", seed) if others else [])
+    orders = iter(
+        orders_by_elimination(dense, solved, images, held, seed, yardstick) if solved else []
+    )
+    roots = iter(
+        measure_importance(dense, others, images, "fisher", seed, yardstick) if others else []
+    )
     found = []
     for group in groups:
         if group in solved:
@@ -186,7 +194,14 @@ def remove(removable: Removable, settings: Compression, share: float) -> Removal
     reference = Reference(dense, removal.remaining(dense))
     if settings.refit:
         _refit(network, reference, (images, held), removed, settings.feature_bytes)
-    judge = settle(network, reference, images, held, refit=settings.refit)
+    judge = settle(
+        network,
+        reference,
+        images,
+        held,
+        refit=settings.refit,
+        yardstick=removable.yardstick,
+    )
     return dataclasses.replace(removal, judge=judge)
 
 

@@ -14,6 +14,7 @@ from sbf_dist.compression.fitting.layerwise import SUMS, Draw, visit
 from sbf_dist.compression.fitting.prior import floored, prior_variances
 from sbf_dist.compression.fitting.refit import RIDGE, drawn_patches
 from sbf_dist.compression.fitting.statistics import Moments, MomentSums, output_sensitivity
+from sbf_dist.compression.outputs import LOGITS, Yardstick
 from sbf_dist.compression.removal.coupled import Coupled, Part
 
 ORDERING_RIDGE = 0.03  # of each input's variance, by which channels are put in order
@@ -100,6 +101,7 @@ def readers_of(
     images: Calibration,
     held: Calibration | None,
     seed: int,
+    yardstick: Yardstick = LOGITS,
 ) -> Iterator[tuple[Coupled, list[Reader]]]:
     """Give each group, in order, with its readers; all groups must be `solvable`.
 
@@ -107,7 +109,7 @@ def readers_of(
     """
     names = list(dict.fromkeys(part.name for group in groups for part in _reading(group)))
     sensitivity = output_sensitivity(
-        dense, names, lambda: images.parts(images.part, SENSITIVE), seed
+        dense, names, lambda: images.parts(images.part, SENSITIVE), seed, yardstick
     )
     priors = prior_variances(dense, names, images)
     for run in _runs(dense, groups, SUMS if held is None else SUMS // 2):

@@ -121,12 +121,56 @@ def test_images_without_labels_serve_as_well(output: str, folder: Path, tmp_path
         (plain / picture.name).symlink_to(picture)
     words = arguments(folder, data=str(plain), out=str(tmp_path / "student"))
     refused = CliRunner().invoke(cli.app, [*words, *SMALL])
-    assert "number of outputs with --classes" in str(refused.exception)
+    assert "how many classes it has is not known" in str(refused.exception)
+    assert "--classes" in str(refused.exception)
     result = CliRunner().invoke(
         cli.app, [*words, "--classes", "10", *SMALL], catch_exceptions=False
     )
     assert "accuracy not measured: the images have no labels" in result.output
     assert load_card(tmp_path / "student").top1 is None
+
+
+OWN = """
+import torch
+from torch import nn
+
+class Two(nn.Module):
+    \"\"\"A map and its mean.\"\"\"
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, 16, 3, padding=1),
+            nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1),
+        )
+
+    def forward(self, x):
+        x = self.body(x)
+        return {"map": x, "mean": x.mean((2, 3))}
+"""
+
+
+def test_a_network_of_ones_own_is_named_by_its_file_and_needs_no_classes(
+    output: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets").mkdir()
+    (tmp_path / "nets" / "two.py").write_text(OWN)
+    torch.manual_seed(0)
+    model = models.build("nets/two.py:Two", None, {"width": 12})
+    save_weights(model, tmp_path / "two.safetensors")
+    words = arguments(folder, model="nets/two.py:Two", weights="two.safetensors", out="student")
+    settings = ["arguments.width=12", "compress.outputs=[map]", "compress.divergence=error"]
+    result = CliRunner().invoke(cli.app, [*words, *SMALL, *settings], catch_exceptions=False)
+    assert "error" in result.output
+    assert "of the outputs' variance" in " ".join(result.output.split())
+    assert "accuracy not measured: the network is no classifier" in result.output
+    card = load_card(Path("student"))
+    assert (card.model, card.arguments, card.classes) == ("nets/two.py:Two", {"width": 12}, [])
+    student = load_student("student", build="nets/two.py:Two")
+    assert set(student(torch.zeros(1, 3, 20, 20))) == {"map", "mean"}
+    with pytest.raises(ValueError, match="is no classifier: it gives map, mean"):
+        Student("student/student.onnx")
 
 
 def test_rounds_are_refused_where_nothing_is_trained_between_them(

@@ -188,3 +188,21 @@ def test_any_other_error_arrives_with_the_workers_traceback(ray: None, tmp_path:
             workers=Workers(count=1, max_failures=0),
         )
     assert re.search(r"break_down[\s\S]*KeyError: 'no such layer: conv1'", str(caught.value))
+
+
+def test_workers_find_the_users_network_where_the_driver_works(
+    ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nets").mkdir()
+    (tmp_path / "nets" / "mine.py").write_text(
+        "from torch import nn\ndef make(num_classes):\n    return nn.Linear(4, num_classes)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    found = run_workers(
+        tiny_worker.build_from_relative_path,
+        {"model": "nets/mine.py:make"},
+        name="own",
+        storage=tmp_path / "runs",
+        workers=Workers(count=1, max_failures=0),
+    )
+    assert found == {"directory": str(tmp_path), "outputs": 3}

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from tiny import TinyLoader, TinyTask
 
 from launchers.on_ray.ray_train import latest_checkpoint, progress, report
+from sbf_dist import models
 from sbf_dist.errors import UserError
 from sbf_dist.settings import Optimizer
 from sbf_dist.train import checkpoint
@@ -90,6 +91,12 @@ def refuse_on_rank_1(config: dict[str, Any]) -> None:
     if dist.get_rank() == 1:
         raise UserError("batch size 7: must be a multiple of 2")
     dist.barrier()
+
+
+def build_from_relative_path(config: dict[str, Any]) -> dict[str, Any]:
+    """Build the user's network where the driver works."""
+    model = models.build(config["model"], 3)
+    return {"directory": str(Path.cwd()), "outputs": model.out_features}
 
 
 def break_down(config: dict[str, Any]) -> None:

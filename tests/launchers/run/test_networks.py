@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from launchers.run.building import build_network
 from launchers.run.folder import RunFolder
 from launchers.run.networks import Network, Networks
 from sbf_dist import recipe
@@ -128,6 +129,24 @@ def test_networks_are_built_from_their_teachers_architecture(network, model, pla
     found = by_name(networks_of())[network]
     assert found.model == model
     assert (found.plan is not None) is planned
+
+
+def test_a_network_of_ones_own_is_built_with_its_arguments_and_the_classes(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def make(num_classes, width):\n"
+        "    return nn.Sequential(nn.Conv2d(3, width, 3), nn.Linear(width, num_classes))\n"
+    )
+    own = {"model": f"{tmp_path}/mine.py:make", "arguments": {"width": 6}}
+    teachers = [*CONTENT["teachers"][:2], CONTENT["teachers"][2] | own]
+    found = by_name(networks_of(teachers=teachers))
+    for name in ("three", "dense-labels", "zeroed"):
+        built = build_network(found[name], 10, None)
+        assert (built[0].out_channels, built[1].out_features) == (6, 10)
+    student = found["sbf-distilled"]
+    assert student.architecture(10).arguments == {"width": 6, "num_classes": 10}
+    for name in ("three", "dense-labels"):
+        assert "teachers.2.arguments" in found[name].reads
 
 
 def test_each_network_is_there_once():

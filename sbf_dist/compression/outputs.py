@@ -1,0 +1,328 @@
+"""What a network's outputs are, and how far those of two networks are apart.
+
+Outputs are one tensor, or tensors in tuples, lists, dicts and dataclasses, in any depth; each has a
+name: 'out', '0', 'features.1'. Those that count are tensors of floating type that have a row for
+each image and depend on the network's weights. The divergence of each is one of two:
+
+kl      of logits (N, K, …): KL divergence from the dense network's predictions, mean over positions
+error   of anything else: mean squared error, in units of the variance of the dense network's output
+
+'auto' takes an output (N, K), K ≥ 2, for logits if it is what a linear layer gives (log_softmax
+and changes of shape or type may follow), or if K is the network's own attribute `num_classes`.
+Several outputs count alike.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from sbf_dist.compression.calibration import Calibration
+from sbf_dist.compression.inputs import input_shapes
+from sbf_dist.errors import UserError
+from sbf_dist.settings import Compression, Divergence, DivergenceFunction
+
+Kind = Literal["kl", "error"]
+
+ALONE = ""  # name of an output that is the only one
+IMAGES = 128  # on which the variance of outputs is measured
+
+_LINEAR = {F.linear, F.log_softmax, torch.log_softmax, Tensor.log_softmax}
+_PASSING = {
+    *(Tensor.to, Tensor.float, Tensor.double, Tensor.clone, Tensor.contiguous, Tensor.view),
+    *(Tensor.reshape, Tensor.flatten, torch.flatten, Tensor.squeeze, torch.squeeze),
+}
+
+
+def named_tensors(outputs: Any) -> dict[str, Tensor]:
+    """Map names to all tensors in a network's outputs, in order; a lone tensor's name is ALONE."""
+    return dict(_walk(outputs, ()))
+
+
+def _walk(value: Any, place: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield ".".join(place), value
+    for key, part in _parts(value):
+        yield from _walk(part, (*place, str(key)))
+
+
+def _parts(value: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(value, Mapping):
+        return value.items()
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a namedtuple
+        return zip(value._fields, value, strict=True)
+    if isinstance(value, list | tuple):
+        return enumerate(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    return ()
+
+
+def run_on(model: nn.Module, images: Tensor) -> Any:
+    """Return what `model` gives for `images`; UserError, in one line, if it cannot take them."""
+    try:
+        return model(images)
+    except Exception as error:  # whatever the network's own code raises on what it cannot take
+        shapes = input_shapes(model, images)
+        size = " and ".join(" x ".join(map(str, shape)) for shape in shapes)
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"model {type(model).__name__} cannot take images of {size}: "
+            f"{type(error).__name__}: {reason}"
+        ) from error
+
+
+def counted(
+    model: nn.Module, outputs: Any, images: int, names: Sequence[str] | None
+) -> dict[str, Tensor]:
+    """Return the outputs of `model` for so many images that count: see the top of this file.
+
+    names: those that are to count, each an output or a structure of them; None for all. Raises
+    UserError if there is none, and for a name of none.
+    """
+    kind = type(model).__name__
+    everything = named_tensors(outputs)
+    rows = {
+        name: tensor
+        for name, tensor in everything.items()
+        if tensor.is_floating_point() and tensor.ndim > 0 and len(tensor) == images
+    }
+    if not rows:
+        found = ", ".join(
+            f"{name or 'one tensor'} {tuple(tensor.shape)}" for name, tensor in everything.items()
+        )
+        raise UserError(
+            f"model {kind} must return floats with a row for each image in evaluation mode; for "
+            f"{images} images it returns {found or type(outputs).__name__}; of a detector, give "
+            "the backbone"
+        )
+    if names is not None:
+        rows = {n: t for name in names for n, t in rows.items() if _is_in(n, name)}
+        for name in names:
+            if not any(_is_in(one, name) for one in rows):
+                known = ", ".join(n or "a single one without a name" for n in everything)
+                raise UserError(
+                    f"outputs: {name!r} is no output of {kind} that can count; it has {known}"
+                )
+    # Where no output depends on weights, as under no_grad, the reasons of layers say so.
+    learnt = {name: tensor for name, tensor in rows.items() if tensor.requires_grad}
+    return learnt or rows
+
+
+def _is_in(name: str, place: str) -> bool:
+    return name == place or name.startswith(f"{place}.")
+
+
+@dataclass(frozen=True)
+class Output:
+    """An output that counts. variance: the unit of a squared error, not used by a KL divergence."""
+
+    name: str
+    kind: Kind
+    variance: float = 1.0
+
+    def distances(self, found: Tensor, wanted: Tensor) -> Tensor:
+        """Return how far `found` is from the dense network's `wanted`, of each image, (N,)."""
+        if self.kind == "error":
+            return (found - wanted).square().reshape(len(found), -1).mean(1) / self.variance
+        logs = wanted.log_softmax(1)
+        divergence = (logs.exp() * (logs - found.log_softmax(1))).sum(1)
+        return divergence.reshape(len(divergence), -1).mean(1)
+
+    def losses(self, output: Tensor, generator: torch.Generator, draws: int) -> Iterator[Tensor]:
+        """Give losses, drawn at random, with gradients g such that E⟨g, e⟩² / 2 is the divergence.
+
+        Of an error e of the output, to second order, and of each image. For logits, the negative
+        log-probability of a class that is drawn from them, at each position; for others, a
+        normally distributed direction: a square root of the generalised Gauss-Newton matrix
+        (Martens, arXiv 1412.1193, sections 5 and 9).
+        """
+        if self.kind == "error":
+            for _ in range(draws):
+                direction = torch.randn(output.shape, generator=generator).to(output)
+                scale = 2 / (self.variance * output[0].numel())
+                yield (direction * output).sum() * scale**0.5
+            return
+        logs = output.log_softmax(1).movedim(1, -1)
+        positions = logs[0].numel() // logs.shape[-1]
+        logs = logs.reshape(-1, logs.shape[-1])
+        drawn = torch.multinomial(
+            logs.detach().exp().cpu(), draws, replacement=True, generator=generator
+        )
+        for classes in drawn.T.to(logs.device):
+            yield F.nll_loss(logs, classes, reduction="sum") / positions**0.5
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """Which outputs of a network count, and how far those of another are from them.
+
+    function: the user's own, of (student's outputs, dense network's outputs), both as the networks
+    give them; its result judges instead of the mean over `outputs`. Where derivatives are needed,
+    those of `outputs` serve.
+    """
+
+    outputs: tuple[Output, ...]
+    function: DivergenceFunction | None = None
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, dense: nn.Module, images: Calibration, settings: Compression) -> "Yardstick":
+        """Find out what counts in the outputs of `dense`, in eval mode, for `images`.
+
+        Raises UserError if it cannot take them, for names of `settings.outputs` that it does not
+        have, and for divergence 'kl' of an output without classes.
+        """
+        kinds = _kinds(dense, images.first(2), settings.outputs, settings.divergence)
+        others = [name for name, (kind, _) in kinds.items() if kind == "error"]
+        variances = _variances(dense, images, others)
+        own = settings.divergence
+        return cls(
+            tuple(
+                Output(name, kind, variances.get(name, 1.0)) for name, (kind, _) in kinds.items()
+            ),
+            own if callable(own) else None,
+        )
+
+    @property
+    def title(self) -> str:
+        """What the divergence is called, and how large ones are meant."""
+        if self.function is not None:
+            return "divergence"
+        kinds = {output.kind for output in self.outputs}
+        return {"kl": "KL", "error": "error"}[kinds.pop()] if len(kinds) == 1 else "divergence"
+
+    def tensors(self, outputs: Any) -> list[Tensor]:
+        """Take what counts out of a network's outputs.
+
+        Networks that give one tensor may give more of them in training, with auxiliary heads: then
+        the first.
+        """
+        found = named_tensors(outputs)
+        if ALONE not in found and [output.name for output in self.outputs] == [ALONE]:
+            return [next(iter(found.values()))]
+        return [found[output.name] for output in self.outputs]
+
+    def losses(self, outputs: Any, generator: torch.Generator, draws: int = 1) -> Iterator[Tensor]:
+        """Give losses as `Output.losses` does, of all that counts in a network's outputs."""
+        scale = len(self.outputs) ** -0.5
+        rows = [
+            output.losses(tensor, generator, draws)
+            for output, tensor in zip(self.outputs, self.tensors(outputs), strict=True)
+        ]
+        for losses in zip(*rows, strict=True):
+            yield torch.stack([scale * loss for loss in losses]).sum()
+
+    def distillation(self, found: Any, wanted: Any, temperature: float) -> Tensor:
+        """Return the loss that draws outputs `found` to the dense network's `wanted`."""
+        pairs = zip(self.outputs, self.tensors(found), self.tensors(wanted), strict=True)
+        losses = [
+            output.distances(one / temperature, other / temperature).mean() * temperature**2
+            for output, one, other in pairs
+        ]
+        return torch.stack(losses).mean()
+
+
+LOGITS = Yardstick((Output(ALONE, "kl"),))  # of a classifier that gives one tensor
+
+
+def number_of_classes(dense: nn.Module, examples: Tensor, settings: Compression) -> int:
+    """Return the classes of the first output that is logits; 0 if none is.
+
+    Logits are what 'auto' takes for them, unless `settings` ask for 'kl'. Raises UserError as
+    `Yardstick.of` does.
+    """
+    kinds = (
+        _kinds(dense, examples, settings.outputs, "kl")
+        if settings.divergence == "kl"
+        else _kinds(dense, examples, None, "auto")
+    )
+    return next((classes for kind, classes in kinds.values() if kind == "kl"), 0)
+
+
+@torch.no_grad()
+def _kinds(
+    dense: nn.Module,
+    examples: Tensor,
+    names: Sequence[str] | None,
+    asked: Divergence | DivergenceFunction,
+) -> dict[str, tuple[Kind, int]]:
+    """Map what counts to its kind of divergence, and to what would be its number of classes."""
+    linear = _LinearOutputs()
+    with torch.enable_grad(), linear:
+        given = run_on(dense, examples.detach().requires_grad_())
+    tensors = counted(dense, given, len(examples), names)
+    own_classes = getattr(dense, "num_classes", None)
+    kinds: dict[str, tuple[Kind, int]] = {}
+    for name, tensor in tensors.items():
+        classes = tensor.shape[1] if tensor.ndim > 1 else 0
+        is_logits = tensor.ndim == 2 and (linear.gave(tensor) or classes == own_classes)
+        if asked == "kl" and classes < 2:
+            raise UserError(
+                f"divergence = 'kl': output {name or 'of the network'} is {tuple(tensor.shape)}, "
+                "and logits are (N, classes, …)"
+            )
+        if asked == "kl" or (asked != "error" and is_logits and classes > 1):
+            kinds[name] = "kl", classes
+        else:
+            kinds[name] = "error", classes
+    return kinds
+
+
+class _LinearOutputs(TorchFunctionMode):
+    """Notes, while active, what linear layers give, also behind changes of shape and type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._given: dict[int, Tensor] = {}  # kept alive, so that identities stay unique
+
+    def gave(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._given
+
+    def __torch_function__(
+        self,
+        func: Callable,
+        types: Sequence[type],
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        passes = func in _PASSING and bool(args) and id(args[0]) in self._given
+        if (func in _LINEAR or passes) and isinstance(result, Tensor):
+            self._given[id(result)] = result
+        return result
+
+
+def _variances(dense: nn.Module, images: Calibration, names: list[str]) -> dict[str, float]:
+    """Mean over channels (dimension 1) of each output's variance over images and positions.
+
+    An output that is always the same, as that for one image may be, has its mean square instead.
+    """
+    if not names:
+        return {}
+    sums: dict[str, list[Tensor]] = {}
+    counts = dict.fromkeys(names, 0)
+    for batch in images.parts(images.part, IMAGES):
+        found = named_tensors(dense(batch))
+        for name in names:
+            rows = found[name].double()
+            rows = (
+                rows.movedim(1, -1).reshape(-1, rows.shape[1]) if rows.ndim > 1 else rows[:, None]
+            )
+            terms = [rows.sum(0), rows.square().sum(0)]
+            old = sums.get(name)
+            sums[name] = terms if old is None else [a + b for a, b in zip(old, terms, strict=True)]
+            counts[name] += len(rows)
+    variances = {}
+    for name, (first, second) in sums.items():
+        square = float(second.mean()) / counts[name]
+        variance = square - float(first.square().mean()) / counts[name] ** 2
+        if not variance > 1e-12 * square:
+            variance = square
+        variances[name] = variance if variance > 0 else 1.0
+    return variances
