@@ -14,7 +14,7 @@ from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.likeness import UnlikeImages
 from sbf_dist.compression.one_shot import compress
 from sbf_dist.compression.outputs import named_tensors
-from sbf_dist.compression.plan import Plan
+from sbf_dist.compression.plan import MeasuredFidelity, Plan
 from sbf_dist.compression.planning.latency_table import LatencyTable, Timing, default_path
 from sbf_dist.compression.progress import Progress
 from sbf_dist.export.onnx import export_onnx, verify_onnx
@@ -84,13 +84,21 @@ def export_student(
     *,
     classes: Sequence[str],
     top1: float | None,
+    fidelity: MeasuredFidelity | None,
     images: Tensor,
 ) -> float:
     """Write `student` to `folder` as safetensors + plan and as ONNX; how far their outputs differ.
 
     RuntimeError if ONNX Runtime differs from PyTorch by more than MAX_ONNX_DIFFERENCE on `images`.
     """
-    card = Card.of(plan, classes=list(classes), mean=list(data.mean), std=list(data.std), top1=top1)
+    card = Card.of(
+        plan,
+        classes=list(classes),
+        mean=list(data.mean),
+        std=list(data.std),
+        top1=top1,
+        fidelity=fidelity,
+    )
     save_student(folder, student, plan, card)
     onnx = folder / ONNX
     export_onnx(student, onnx, card)

@@ -14,7 +14,7 @@ from torch import nn
 
 from sbf_dist import models
 from sbf_dist.compression.convert import convert
-from sbf_dist.compression.plan import OtherInput, Plan
+from sbf_dist.compression.plan import MeasuredFidelity, OtherInput, Plan
 from sbf_dist.compression.remembered import plan_of
 from sbf_dist.errors import UserError
 from sbf_dist.files import sha256
@@ -41,6 +41,7 @@ class Card(BaseModel):
     mean: list[float] | None = None  # per channel, of values in [0, 1]; None if not known
     std: list[float] | None = None
     top1: float | None = None  # validation accuracy in [0, 1], None if not measured
+    fidelity: MeasuredFidelity | None = None  # how near it is to the dense network, if measured
     plan_digest: str
     weights_digest: str | None = None  # SHA-256 of the weights file; save_student fills it in
 
@@ -53,6 +54,7 @@ class Card(BaseModel):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         top1: float | None = None,
+        fidelity: MeasuredFidelity | None = None,
     ) -> "Card":
         """Describe a student of `plan`.
 
@@ -76,6 +78,7 @@ class Card(BaseModel):
             mean=None if mean is None else list(mean),
             std=None if std is None else list(std),
             top1=top1,
+            fidelity=fidelity,
             plan_digest=plan.digest(),
         )
 
@@ -104,19 +107,21 @@ def save(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     top1: float | None = None,
+    fidelity: MeasuredFidelity | None = None,
 ) -> None:
     """Write a student into `folder`, so that `sbf_dist.load` builds it again.
 
     student: as `compress`, `shrink`, `convert` or `load` returned it, trained or not. classes,
     mean, std: names and normalisation, for those who use the student; see `Card.of`. top1:
-    accuracy in [0, 1], if it was measured.
+    accuracy in [0, 1], if it was measured. fidelity: how near it is to the dense network, for
+    instance `plan.fidelity` of a student that was not trained since.
 
     An older student in `folder` is replaced. Raises UserError if the folder holds other things, or
     the student does not match its plan.
     """
     student = unwrapped(student)
     plan = plan_of(student)
-    card = Card.of(plan, classes=classes, mean=mean, std=std, top1=top1)
+    card = Card.of(plan, classes=classes, mean=mean, std=std, top1=top1, fidelity=fidelity)
     difference = _difference(student, plan)
     if difference is not None:
         raise UserError(
