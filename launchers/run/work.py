@@ -1,6 +1,7 @@
 """What the stages of a run do."""
 
 import json
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +49,8 @@ def train_teachers(session: Session, log: tracking.Run) -> Result:
     """Train the teachers on the labels, and check the weights of those that are given."""
     for teacher in session.networks.teachers:
         if teacher.job is None:
-            build_network(teacher, session.num_classes, teacher.weights)
+            tell = partial(_say_of, session, teacher)
+            build_network(teacher, session.num_classes, teacher.weights, tell)
     return _train(session, "teachers", log) if session.networks.trained_in("teachers") else {}
 
 
@@ -194,6 +196,10 @@ def export(session: Session, log: tracking.Run) -> Result:
     session.tracker.log_figure(chart, "summary.png")
     session.tracker.log_artifact(folder.summary)
     return {"model_uri": uri, "onnx_difference": difference}
+
+
+def _say_of(session: Session, network: Network, line: str) -> None:
+    session.display.say(f"  {network.name}: {line}")
 
 
 def _fidelity(scores: dict[str, Any]) -> MeasuredFidelity | None:

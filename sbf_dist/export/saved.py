@@ -9,8 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from sbf_dist import models
 from sbf_dist.compression.convert import convert
@@ -19,7 +18,7 @@ from sbf_dist.compression.remembered import plan_of
 from sbf_dist.errors import UserError
 from sbf_dist.files import sha256
 from sbf_dist.surgery import unwrapped
-from sbf_dist.weights import load_state
+from sbf_dist.weights import load_state, read_safetensors, save_weights
 
 WEIGHTS = "weights.safetensors"
 PLAN = "plan.json"
@@ -132,16 +131,16 @@ def save(
 
 
 def _write(folder: Path, model: nn.Module, plan: Plan, card: Card) -> None:
-    state = {
-        name: tensor.detach().cpu().contiguous().clone()
-        for name, tensor in model.state_dict().items()
-    }
     check_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    save_file(state, partial / WEIGHTS)
+    try:
+        save_weights(model, partial / WEIGHTS)
+    except UserError:  # extra state that cannot be written
+        shutil.rmtree(partial)
+        raise
     plan.save(partial / PLAN)
     card = card.model_copy(update={"weights_digest": sha256(partial / WEIGHTS)})
     (partial / CARD).write_text(card.model_dump_json(indent=2) + "\n")
@@ -156,10 +155,15 @@ def _difference(student: nn.Module, plan: Plan) -> str | None:
     expected = convert(dense, plan).state_dict()
     state = student.state_dict()
     for name in [*expected, *(key for key in state if key not in expected)]:
-        shapes = [tuple(d[name].shape) if name in d else None for d in (state, expected)]
+        shapes = [_shape(d[name]) if name in d else None for d in (state, expected)]
         if shapes[0] != shapes[1]:
             return f"{name} is {shapes[0]} in the model, {shapes[1]} in the plan"
     return None
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    """Shape of an entry of a state dict, () if it is no tensor (get_extra_state)."""
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
 def check_folder(folder: Path) -> None:
@@ -213,7 +217,7 @@ def load_student(
         raise UserError(f"file {path} is damaged: its SHA-256 is not the one in {CARD}")
     model = convert(_dense(folder, plan, build), plan)
     try:
-        load_state(model, load_file(path))
+        load_state(model, read_safetensors(path))
     except (SafetensorError, RuntimeError) as error:
         raise UserError(f"file {path} does not fit {PLAN}: {_first_line(error)}") from error
     return model.eval()
