@@ -100,16 +100,20 @@ def _detail(record: Mapping[str, Any]) -> str:
 def results_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return the table of results: accuracy in percent (- if unknown), millions of MACs, …
 
-    A latency that is None stands for a machine that was too busy to measure it.
+    agrees % and KL compare with the dense network's predictions; they need no labels. A latency
+    that is None stands for a machine that was too busy to measure it.
     """
     table = Table()
     table.add_column("network", no_wrap=True)
-    for heading in ("top-1 %", "MACs (M)", "params (k)", "latency (ms)"):
+    for heading in ("top-1 %", "agrees %", "KL", "MACs (M)", "params (k)", "latency (ms)"):
         table.add_column(heading, justify="right")
     for row in rows:
+        agreement, kl = row.get("agreement"), row.get("kl")  # an older version has none
         table.add_row(
             row["name"],
             "-" if row["top1"] is None else f"{100 * row['top1']:.1f}",
+            "-" if agreement is None else f"{100 * agreement:.1f}",
+            "-" if kl is None else f"{kl:.3f}",
             f"{row['macs'] / 1e6:.2f}",
             f"{row['params'] / 1e3:.1f}",
             "machine busy" if row["latency_ms"] is None else f"{row['latency_ms']:.2f}",

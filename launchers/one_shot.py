@@ -20,12 +20,12 @@ from pipelines.index import DataIndex
 from pipelines.sources.folder import index_plain
 from sbf_dist.compress_recipe import OneShot
 from sbf_dist.compression.cost import count
-from sbf_dist.compression.plan import Plan
+from sbf_dist.compression.plan import MeasuredFidelity, Plan
 from sbf_dist.compression.planning.latency import latencies_if_quiet
 from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import ONNX, PLAN, WEIGHTS, check_folder
 from sbf_dist.models import Architecture
-from sbf_dist.train.evaluate import accuracy
+from sbf_dist.train.evaluate import accuracy, likeness
 from sbf_dist.weights import load_weights
 
 
@@ -59,6 +59,7 @@ def compress_once(
             dense, images, settings.compress, architecture, settings.seed, display
         )
         top1 = _accuracies(settings, index, [dense, student], display)
+        fidelity = _fidelity(settings, index, plan, dense, student)
         ids = index.parts["validation" if index.classes else "unlabelled"][:NUM_VERIFIED_IMAGES]
         export_student(
             out,
@@ -67,9 +68,13 @@ def compress_once(
             settings.data,
             classes=index.classes if top1 else [str(i) for i in range(plan.classes)],
             top1=top1[1] if top1 else None,
+            fidelity=fidelity,
             images=evaluation_images(settings.data, index, ids),
         )
-        display.console.print(results_table(_rows(settings, plan, [dense, student], top1)))
+        rows = _rows(settings, plan, [dense, student], top1)
+        if fidelity is not None:
+            rows[1] |= {"agreement": fidelity.agreement, "kl": fidelity.kl}
+        display.console.print(results_table(rows))
         display.say(f"student   {out}/ ({ONNX}, {WEIGHTS}, {PLAN})")
         display.say(f"plan      sbf plan show {out}")
 
@@ -108,6 +113,22 @@ def _accuracies(
         display.show({"title": "accuracy", "step": number, "steps": len(networks)})
         found.append(accuracy(network, evaluation_loader(settings.data, index, ids), "cpu").top1)
     return found
+
+
+def _fidelity(
+    settings: OneShot, index: DataIndex, plan: Plan, dense: nn.Module, student: nn.Module
+) -> MeasuredFidelity | None:
+    """How near the student is to the dense network, as the plan says or on the validation part.
+
+    On the latter if there is one, and the network's outputs are logits.
+    """
+    ids = index.parts["validation"]
+    if not len(ids) or plan.fidelity is None or plan.fidelity.agreement is None:
+        return plan.fidelity
+    found = likeness(student, dense, evaluation_loader(settings.data, index, ids), "cpu")
+    return MeasuredFidelity(
+        images=found.count, agreement=round(found.agreement, 6), kl=round(found.kl, 6)
+    )
 
 
 def _rows(

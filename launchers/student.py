@@ -1,16 +1,20 @@
 """The student in this process: compressed from a dense network, and exported."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from launchers.display import Display
 from sbf_dist.compression.calibration import Calibration
+from sbf_dist.compression.likeness import UnlikeImages
 from sbf_dist.compression.one_shot import compress
 from sbf_dist.compression.outputs import named_tensors
-from sbf_dist.compression.plan import Plan
+from sbf_dist.compression.plan import MeasuredFidelity, Plan
 from sbf_dist.compression.planning.latency_table import LatencyTable, Timing, default_path
 from sbf_dist.compression.progress import Progress
 from sbf_dist.export.onnx import export_onnx, verify_onnx
@@ -36,17 +40,35 @@ def make_student(
     `architecture`: what `dense` was built of.
     """
     table = LatencyTable(settings.latency_table or default_path(), settings.latency_batch)
-    student, plan = compress(
-        dense,
-        images,
-        settings,
-        name=architecture,
-        seed=seed,
-        progress=progress_of(display),
-        timing=Timing(table, optimize),
-    )
+    with _warnings_on(display):
+        student, plan = compress(
+            dense,
+            images,
+            settings,
+            name=architecture,
+            seed=seed,
+            progress=progress_of(display),
+            timing=Timing(table, optimize),
+        )
     display.say(f"  {plan.summary()}")
     return student, plan
+
+
+@contextmanager
+def _warnings_on(display: Display) -> Iterator[None]:
+    """Print warnings of images that a network does not know as lines of `display`."""
+    elsewhere = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, UnlikeImages):
+            display.say(f"  warning: {message}")
+        else:
+            elsewhere(message, category, *place, **more)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UnlikeImages)
+        warnings.showwarning = show
+        yield
 
 
 def progress_of(display: Display) -> Progress:
@@ -62,13 +84,21 @@ def export_student(
     *,
     classes: Sequence[str],
     top1: float | None,
+    fidelity: MeasuredFidelity | None,
     images: Tensor,
 ) -> float:
     """Write `student` to `folder` as safetensors + plan and as ONNX; how far their outputs differ.
 
     RuntimeError if ONNX Runtime differs from PyTorch by more than MAX_ONNX_DIFFERENCE on `images`.
     """
-    card = Card.of(plan, classes=list(classes), mean=list(data.mean), std=list(data.std), top1=top1)
+    card = Card.of(
+        plan,
+        classes=list(classes),
+        mean=list(data.mean),
+        std=list(data.std),
+        top1=top1,
+        fidelity=fidelity,
+    )
     save_student(folder, student, plan, card)
     onnx = folder / ONNX
     export_onnx(student, onnx, card)

@@ -1,5 +1,6 @@
 """SBFConv2d: a convolution that computes some of its channels and rebuilds the others."""
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Literal, Self, TypedDict, Unpack
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sbf_dist.ops import expand, sbf_conv2d
+from sbf_dist.padding import PaddedConv2d, pad_of
 
 
 class ConvolutionKeywords(TypedDict, total=False):
@@ -35,9 +37,10 @@ class SBFConv2d(nn.Module):
     each group. sources: for each rebuilt channel, in ascending order, the S kept channels (output
     channel numbers) that it is rebuilt from. transform_size: m, odd. between: a module that maps
     (N, B, H, W) to the same shape, through which basis features go before they are transformed;
-    kept channels are the basis features themselves (after Miles and Mikolajczyk, ICCVW 2023). The
-    other arguments are nn.Conv2d's; padding_mode concerns the basis convolution only. Raises
-    ValueError, naming the argument and its value, if these do not fit together.
+    kept channels are the basis features themselves (after Miles and Mikolajczyk, ICCVW 2023). pad:
+    a module that pads the input, where `padding` cannot say how (`sbf_dist.padding`). The other
+    arguments are nn.Conv2d's; padding_mode concerns the basis convolution only. Raises ValueError,
+    naming the argument and its value, if these do not fit together.
 
     Parameters: basis.weight (B, in_channels / groups, k, k), transforms (P, S, m, m), bias
     (out_channels,) or None. Initially the basis and bias are nn.Conv2d's, and a transform is
@@ -58,13 +61,15 @@ class SBFConv2d(nn.Module):
         transform_size: int = 3,
         *,
         between: nn.Module | None = None,
+        pad: nn.Module | None = None,
         **convolution: Unpack[ConvolutionKeywords],
     ) -> None:
         super().__init__()
         bias, groups = convolution.get("bias", True), convolution.get("groups", 1)
         convolution["bias"] = False  # which the whole layer has
         check_wiring(out_channels, groups, kept, sources, transform_size)
-        self.basis = nn.Conv2d(in_channels, len(kept), kernel_size, **convolution)
+        basis = nn.Conv2d(in_channels, len(kept), kernel_size, **convolution)
+        self.basis = basis if pad is None else PaddedConv2d(basis, pad)
         device, dtype = self.basis.weight.device, self.basis.weight.dtype
         self.between = between
         self.in_channels = in_channels
@@ -121,6 +126,7 @@ class SBFConv2d(nn.Module):
             sources,
             transform_size,
             between=between,
+            pad=copy.deepcopy(pad_of(conv)),
             stride=conv.stride,  # type: ignore[arg-type]
             padding=conv.padding,  # type: ignore[arg-type]
             dilation=conv.dilation,  # type: ignore[arg-type]
@@ -195,8 +201,9 @@ class SBFConv2d(nn.Module):
         a traced or exported graph, which must not depend on the mode it was recorded in.
         """
         if self._is_one_operator(x):
+            pad = pad_of(self.basis)
             return sbf_conv2d(
-                x,
+                x if pad is None else pad(x),
                 self.basis.weight,
                 self.transforms,
                 self.sources,

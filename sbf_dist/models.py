@@ -169,6 +169,7 @@ def _architectures_it_may_have(model: nn.Module, classes: int) -> list[Architect
             asked = ("transform_input", "aux_logits")
             tried = [{name: True for name in asked if getattr(model, name, False)}]
         alike = [n for n in list_models(family) if get_model_builder(n).__module__ == module]
+        alike.sort(key=lambda name: not _has_published_size(name, model))
         return [Architecture(f"torchvision:{n}", classes, given) for n in alike for given in tried]
     return []
 
@@ -189,8 +190,28 @@ def _of_timm(model: nn.Module, classes: int) -> list[Architecture]:
     return [Architecture(f"timm:{architecture}", classes, arguments)]
 
 
+def _has_published_size(name: str, model: nn.Module) -> bool:
+    """Whether torchvision's weights of `name` have as many numbers as `model` with 1000 classes.
+
+    It takes no network to know, and a wrong answer costs the time to build one.
+    """
+    from torchvision.models import get_model_weights
+
+    sizes = {entry.meta.get("num_params") for entry in get_model_weights(name)}
+    heads = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    own = sum(parameter.numel() for parameter in model.parameters())
+    if heads:
+        weight = heads[-1].weight
+        own += (1000 - len(weight)) * (weight[0].numel() + (heads[-1].bias is not None))
+    return own in sizes
+
+
 def _looks_like(one: nn.Module, other: nn.Module) -> bool:
-    shapes = [{n: x.shape for n, x in network.state_dict().items()} for network in (one, other)]
+    # None stands for what is no tensor: get_extra_state.
+    shapes = [
+        {name: getattr(x, "shape", None) for name, x in network.state_dict().items()}
+        for network in (one, other)
+    ]
     if shapes[0] != shapes[1] or repr(one) != repr(other):
         return False
     # What neither tensors nor repr show, such as transform_input of torchvision's GoogLeNet.

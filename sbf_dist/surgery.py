@@ -10,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.overrides import TorchFunctionMode
 
 from sbf_dist.layers import SBFConv2d
+from sbf_dist.padding import PaddedConv2d, pad_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -114,7 +115,7 @@ def with_convolutions(student: nn.Module) -> nn.Module:
 @torch.no_grad()
 def to_convolution(layer: SBFConv2d) -> nn.Conv2d:
     """Return the convolution of an SBF layer's shape with its basis filters, the others zero."""
-    weight = layer.basis.weight
+    weight, pad = layer.basis.weight, pad_of(layer.basis)
     conv = nn.Conv2d(
         layer.in_channels,
         layer.out_channels,
@@ -133,4 +134,6 @@ def to_convolution(layer: SBFConv2d) -> nn.Conv2d:
     if conv.bias is not None and layer.bias is not None:
         conv.bias.copy_(layer.bias)
     conv.weight.requires_grad_(weight.requires_grad)
+    if pad is not None:
+        conv = PaddedConv2d(conv, copy.deepcopy(pad))
     return conv.train(layer.training)

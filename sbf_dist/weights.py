@@ -254,13 +254,21 @@ def _read(path: Path) -> Any:
     if path.is_file() and _is_pickled(path):
         return _read_pickled(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            extra = json.loads((file.metadata() or {}).get(EXTRA_STATE, "{}"))
+        return read_safetensors(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
             f"weights {path} are neither a safetensors file nor torch.save's: {error}"
         ) from None
+
+
+def read_safetensors(path: Path) -> State:
+    """Return what `save_weights` wrote: tensors, and extra states that are none.
+
+    Raises SafetensorError, OSError or ValueError for any other file.
+    """
+    with safe_open(path, framework="pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        extra = json.loads((file.metadata() or {}).get(EXTRA_STATE, "{}"))
     return {**state, **extra}
 
 

@@ -94,3 +94,13 @@ def test_an_unknown_name_is_refused_with_what_would_be_right(name, message):
         models.build(name, 2)
     assert message in str(told.value)
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(("name", "classes"), [("resnet101", 5), ("vgg13_bn", 1000)])
+def test_of_a_library_s_networks_that_of_the_right_size_is_built_first(name, classes, monkeypatch):
+    network = models.build(f"torchvision:{name}", classes)
+    built = []
+    build = models.build
+    monkeypatch.setattr(models, "build", lambda one, n: built.append(one) or build(one, n))
+    assert models.name_of(network, classes) == f"torchvision:{name}"
+    assert built == [f"torchvision:{name}"]

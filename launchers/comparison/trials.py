@@ -25,7 +25,7 @@ from sbf_dist.distill.mixup import mixup
 from sbf_dist.distill.task import DistillationTask
 from sbf_dist.errors import UserError
 from sbf_dist.peers.methods import compressed
-from sbf_dist.train.evaluate import accuracy
+from sbf_dist.train.evaluate import Accuracy, accuracy
 from sbf_dist.train.loop import Every, LogRecord, fit
 from sbf_dist.train.schedule import schedule
 from sbf_dist.train.single import SingleEngine
@@ -146,7 +146,7 @@ class SeedContext:
         cost, dense = count(network, (3, size, size)), count(self.dense, (3, size, size))
         result |= {"multiply_adds": cost.macs, "reached": cost.macs / dense.macs}
         result |= {"params": cost.params, "seconds_compressing": round(time.monotonic() - start, 2)}
-        top1 = {"0": self._top1(network)}
+        scores = {"0": self._scores(network)}
         state = {key: value.clone() for key, value in network.state_dict().items()}
         recovery = self.recipe.recovery
         for steps in recovery.steps:
@@ -155,8 +155,12 @@ class SeedContext:
             title = f"{trial.name}, seed {trial.seed}"
             task = DistillationTask(network, label_weight=recovery.label_weight)
             _fit(task, recovery, steps, self.batches, title, self.display)
-            top1[str(steps)] = self._top1(network)
-        return result | {"top1": top1, "seconds": round(time.monotonic() - start, 2)}
+            scores[str(steps)] = self._scores(network)
+        figures = {
+            key: {steps: getattr(score, key) for steps, score in scores.items()}
+            for key in ("top1", "agreement", "kl")
+        }
+        return result | figures | {"seconds": round(time.monotonic() - start, 2)}
 
     def _compressed(self, trial: Trial) -> nn.Module:
         if trial.method is None:
@@ -173,8 +177,8 @@ class SeedContext:
             seed=trial.seed,
         )
 
-    def _top1(self, network: nn.Module) -> float:
-        return accuracy(network, self.validation, self.device).top1
+    def _scores(self, network: nn.Module) -> Accuracy:
+        return accuracy(network, self.validation, self.device, self.dense)
 
 
 # --- training ------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """A network of a run as a module: its architecture, its plan applied, weights loaded."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
@@ -11,15 +12,23 @@ from sbf_dist.compression.plan import Plan
 from sbf_dist.weights import load_weights
 
 
-def build_network(network: Network, num_classes: int, weights: Path | None) -> nn.Module:
+def build_network(
+    network: Network,
+    num_classes: int,
+    weights: Path | None,
+    tell: Callable[[str], None] | None = None,
+) -> nn.Module:
     """Build a network with `weights`, or with random ones. UserError for weights that do not fit.
 
     `weights` is network.weights for the network as it came out of its training, and what its
-    training starts from for the network before.
+    training starts from for the network before. `tell` is called with the line on what was found
+    in a file that holds more than the network's weights, or other names.
     """
     model = models.build(network.model, num_classes, network.arguments)
     if network.plan is not None:
         model = convert(model, Plan.load(network.plan))
     if weights is not None:
-        load_weights(model, weights)
+        found = load_weights(model, weights)
+        if found is not None and tell is not None:
+            tell(found)
     return model

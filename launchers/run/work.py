@@ -1,6 +1,7 @@
 """What the stages of a run do."""
 
 import json
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from pipelines.index import DataIndex
 from sbf_dist import tracking
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.cost import count
-from sbf_dist.compression.plan import DenseLayer, Plan
+from sbf_dist.compression.plan import DenseLayer, MeasuredFidelity, Plan
 from sbf_dist.compression.planning.latency import latencies_if_quiet
 from sbf_dist.compression.removal.zeroed import zero_channels
 from sbf_dist.distill import pseudo_labels
@@ -48,7 +49,8 @@ def train_teachers(session: Session, log: tracking.Run) -> Result:
     """Train the teachers on the labels, and check the weights of those that are given."""
     for teacher in session.networks.teachers:
         if teacher.job is None:
-            build_network(teacher, session.num_classes, teacher.weights)
+            tell = partial(_say_of, session, teacher)
+            build_network(teacher, session.num_classes, teacher.weights, tell)
     return _train(session, "teachers", log) if session.networks.trained_in("teachers") else {}
 
 
@@ -101,6 +103,9 @@ def compress_teacher(session: Session, log: tracking.Run) -> Result:
             "latency_ms": plan.latency.ms_after,
             "latency_ms_dense": plan.latency.ms_before,
         }
+    if plan.fidelity is not None:
+        found = {"agreement": plan.fidelity.agreement, "kl": plan.fidelity.kl}
+        figures |= {key: value for key, value in found.items() if value is not None}
     log.log_metrics(figures, 0)
     return {
         "macs": plan.macs_after,
@@ -152,8 +157,9 @@ def evaluate(session: Session, log: tracking.Run) -> Result:
         )
         figures = {
             f"{row.name}/{key}": table[-1][key]
-            for key in ("top1", "macs", "params", "latency_ms")
-            if table[-1][key] is not None  # of a machine that was too busy
+            for key in ("top1", "agreement", "kl", "macs", "params", "latency_ms")
+            # Of a machine that was too busy, or a network that is compared with none.
+            if table[-1][key] is not None
         }
         log.log_metrics(figures, 0)
         session.tracker.log_metrics(figures, 0)  # so that runs can be compared in one list
@@ -169,13 +175,15 @@ def export(session: Session, log: tracking.Run) -> Result:
     images = evaluation_images(
         session.recipe.data, index, index.parts["validation"][:NUM_VERIFIED_IMAGES]
     )
+    scores = next(row for row in rows if row["network"] == student.name)
     difference = export_student(
         folder.student,
         build_network(student, session.num_classes, student.weights).eval(),
         Plan.load(student.plan),
         session.recipe.data,
         classes=index.classes,
-        top1=next(row["top1"] for row in rows if row["network"] == student.name),
+        top1=scores["top1"],
+        fidelity=_fidelity(scores),
         images=images,
     )
     uri = tracking.log_student(session.tracker, folder.student / ONNX)
@@ -188,6 +196,21 @@ def export(session: Session, log: tracking.Run) -> Result:
     session.tracker.log_figure(chart, "summary.png")
     session.tracker.log_artifact(folder.summary)
     return {"model_uri": uri, "onnx_difference": difference}
+
+
+def _say_of(session: Session, network: Network, line: str) -> None:
+    session.display.say(f"  {network.name}: {line}")
+
+
+def _fidelity(scores: dict[str, Any]) -> MeasuredFidelity | None:
+    """Return a row's agreement with the dense network, which an older version did not measure."""
+    if scores.get("agreement") is None:
+        return None
+    return MeasuredFidelity(
+        images=scores["count"],
+        agreement=round(scores["agreement"], 6),
+        kl=round(scores["kl"], 6),
+    )
 
 
 def _train(session: Session, group: str, log: tracking.Run) -> Result:

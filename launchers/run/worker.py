@@ -335,7 +335,10 @@ def _predictions(here: Context, ensemble: TeacherEnsemble, teacher: int, ids: np
 
 
 def evaluate_networks(config: dict[str, Any]) -> dict[str, Any]:
-    """Measure the accuracy of every row of the table on the validation part, over all ranks."""
+    """Measure every row of the table on the validation part, over all ranks.
+
+    Its accuracy, and how far what was made of the compressed teacher still agrees with it.
+    """
     from launchers.on_ray import ray_train
 
     here = Context.of(config)
@@ -354,7 +357,11 @@ def _score(here: Context, row: Row) -> Accuracy:
         return accuracy(ensemble, _validation(here, view), here.device)
     (network,) = row.members
     model = build_network(network, here.num_classes, network.weights).to(here.device)
-    return accuracy(model, _validation(here, network.view), here.device)
+    reference = None
+    dense = here.networks.compressed
+    if network.name != dense.name and network.model == dense.model:
+        reference = build_network(dense, here.num_classes, dense.weights).to(here.device)
+    return accuracy(model, _validation(here, network.view), here.device, reference)
 
 
 class _EnsembleAsNetwork(nn.Module):

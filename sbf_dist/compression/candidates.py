@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from sbf_dist.compression.inputs import input_shapes, packing_of
 from sbf_dist.compression.outputs import counted, run_on
+from sbf_dist.compression.recognition import UNLIKE, Recognised, is_same, recognise
 from sbf_dist.errors import UserError
 from sbf_dist.hooks import registered
 from sbf_dist.layers import SBFConv2d
@@ -29,8 +30,11 @@ class Use:
 
     calls: how often; macs: multiply-adds per image, all calls; input_shape, output_shape: of one
     image, in the last call; matters: whether an output that counts depends on the layer's;
-    is_read: whether code outside of the layer looks at its weight.
+    is_read: whether code outside of the layer looks at its weight; known: what can take its place,
+    or why nothing can; is_as_known: whether that gives what the layer gives on the images.
     """
+
+    known: Recognised | str
 
     calls: int = 0
     macs: int = 0
@@ -38,6 +42,7 @@ class Use:
     output_shape: tuple[int, ...] = ()
     matters: bool = False
     is_read: bool = False
+    is_as_known: bool = True
 
 
 class _Readers(TorchFunctionMode):
@@ -45,7 +50,12 @@ class _Readers(TorchFunctionMode):
 
     def __init__(self, convolutions: dict[str, nn.Conv2d]) -> None:
         super().__init__()
-        self.names = {id(c.weight): name for name, c in convolutions.items() if is_plain(c)}
+        self.names = {
+            id(parameter): name
+            for name, conv in convolutions.items()
+            for parameter in conv.parameters()
+            if parameter is not conv.bias
+        }
         self.running: str | None = None
         self.read: set[str] = set()
 
@@ -76,6 +86,7 @@ def uses(model: nn.Module, images: Tensor, counting: Sequence[str] | None = None
     names = {n: module for n, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     if not names:
         raise UserError(f"model {type(model).__name__} has no convolution (nn.Conv2d)")
+    known = {name: recognise(conv) for name, conv in names.items()}
     found: dict[str, Use] = {}
     outputs: dict[str, Tensor] = {}
     filter_costs = {name: conv.weight[0].numel() for name, conv in names.items()}
@@ -89,8 +100,10 @@ def uses(model: nn.Module, images: Tensor, counting: Sequence[str] | None = None
 
     def observe(name: str) -> Callable[..., Tensor]:
         def hook(conv: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            use = found.setdefault(name, Use())
+            use = found.setdefault(name, Use(known[name]))
             readers.running = None
+            if isinstance(use.known, Recognised) and use.known.conv is not conv:
+                use.is_as_known = use.is_as_known and is_same(use.known, inputs[0], output)
             use.calls += 1
             use.macs += output[0].numel() * filter_costs[name]
             use.input_shape, use.output_shape = tuple(inputs[0].shape[1:]), tuple(output.shape[1:])
@@ -99,7 +112,10 @@ def uses(model: nn.Module, images: Tensor, counting: Sequence[str] | None = None
 
         return hook
 
-    before = (conv.register_forward_pre_hook(begin(name)) for name, conv in names.items())
+    # First of all: hooks of the layer's own may read its weight.
+    before = (
+        conv.register_forward_pre_hook(begin(name), prepend=True) for name, conv in names.items()
+    )
     after = (conv.register_forward_hook(observe(name)) for name, conv in names.items())
     with registered(before), registered(after), torch.enable_grad(), readers:
         given = run_on(model, images[:2].detach().requires_grad_())
@@ -160,8 +176,8 @@ def find_candidates(
         conv = convolution(model, name)
         reason = (
             kept.get(name)
-            or (name in shared and _by_sharing(shared[name]))
-            or _as_a_module(conv)
+            or _by_sharing(name, shared)
+            or _as_a_module(conv, use)
             or _by_its_use(use, input_shapes(model, images))
             or _by_its_cost(conv, use, total, transform_size)
         )
@@ -195,29 +211,30 @@ def kept_dense(model: nn.Module, keep: Sequence[str]) -> dict[str, str]:
     return kept
 
 
-def is_plain(conv: nn.Conv2d) -> bool:
-    """Return whether `conv` computes what nn.Conv2d does, if it is a subclass."""
-    kind = type(conv)
-    return (
-        kind.forward is nn.Conv2d.forward
-        and kind._conv_forward is nn.Conv2d._conv_forward
-        and "weight" in conv._parameters  # or it is computed from others, by a parametrisation
+def _by_sharing(name: str, shared: dict[str, list[str]]) -> str | None:
+    """Name the other users of a layer's weight, which may lie in a parametrisation."""
+    own = f"{name}."
+    others = dict.fromkeys(
+        other
+        for part, users in shared.items()
+        if part == name or part.startswith(own)
+        for other in users
+        if not other.startswith(own)
     )
-
-
-def _by_sharing(others: Sequence[str]) -> str:
+    if not others:
+        return None
     return f"its weight is also that of {', '.join(others)}: all of them stay as they are"
 
 
-def _as_a_module(conv: nn.Conv2d) -> str | None:
-    if conv._forward_hooks or conv._forward_pre_hooks:
-        return "its forward hooks (weight norm, pruning masks or your own) would be lost"
-    if not is_plain(conv):
-        return f"{type(conv).__name__} is not a plain convolution"
+def _as_a_module(conv: nn.Conv2d, use: Use) -> str | None:
+    if isinstance(use.known, str):
+        return use.known
+    if not use.is_as_known:
+        return f"{type(conv).__name__} {UNLIKE}"
     if conv.groups == conv.in_channels > 1:
         return "depthwise convolution: a filter costs no more than rebuilding a channel"
-    if conv.groups > 1:
-        return f"grouped convolution ({conv.groups} groups)"
+    if conv.groups == conv.out_channels > 1:
+        return f"its {conv.groups} groups have one channel each: none to rebuild it from"
     if conv.out_channels == 1:
         return "it has one channel: there is no other to rebuild it from"
     return None

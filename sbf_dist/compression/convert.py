@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from sbf_dist.compression.candidates import is_plain
 from sbf_dist.compression.inputs import Packing
 from sbf_dist.compression.narrow import check_fits, narrow
 from sbf_dist.compression.plan import Plan, SBFLayer
+from sbf_dist.compression.recognition import make_plain
 from sbf_dist.compression.remembered import remember
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
@@ -42,15 +42,13 @@ def convert(model: nn.Module, plan: Plan) -> nn.Module:
 def replace(model: nn.Module, name: str, layer: SBFLayer) -> SBFConv2d:
     """Replace the convolution `name` of `model` in place, and return its SBF layer.
 
-    The SBF layer always has a bias: the means of what is rebuilt go there. A convolution that has
-    several names is replaced under all of them.
+    The SBF layer always has a bias: the means of what is rebuilt go there. It pads as the
+    convolution does; filters that this computes from others are constants of the SBF layer. A
+    convolution that has several names is replaced under all of them.
     """
     conv = model.get_submodule(name)
     assert isinstance(conv, nn.Conv2d)
-    if not is_plain(conv):
-        raise UserError(
-            f"plan has an SBF layer for {name}, a {type(conv).__name__}: it must stay dense"
-        )
+    conv = make_plain(conv, name)
     if conv.out_channels != layer.channels:
         raise UserError(
             f"plan gives layer {name} {layer.channels} channels, this network "

@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from sbf_dist.compression.dry_run import dry_run
 from sbf_dist.compression.inputs import Packing
 from sbf_dist.compression.plan import Removed
+from sbf_dist.compression.recognition import Recognised, freeze, recognise
 from sbf_dist.errors import UserError
 from sbf_dist.surgery import deep_copy
 
@@ -46,10 +47,14 @@ def narrow(model: nn.Module, removed: dict[str, Removed]) -> None:
 
 @torch.no_grad()
 def narrow_module(module: nn.Module, name: str, channels: Removed) -> None:
-    """Cut `channels` off one module in place; UserError, naming `name`, if that is impossible."""
+    """Cut `channels` off one module in place; UserError, naming `name`, if that is impossible.
+
+    Filters that a convolution computes from others become constants.
+    """
     reason = cannot_narrow(module)
     if reason is not None:
         raise UserError(f"plan removes channels of {name}, {reason}")
+    freeze(module)
     kind = next(kind for kind in WIDTHS if isinstance(module, kind))
     out_width, in_width = WIDTHS[kind]
     if isinstance(module, nn.Conv2d) and module.groups > 1:
@@ -79,8 +84,10 @@ def cannot_narrow(module: nn.Module) -> str | None:
     kind = type(module).__name__
     if not isinstance(module, tuple(WIDTHS)):
         return f"a {kind}: it has no channels that can be cut"
+    known = recognise(module) if isinstance(module, nn.Conv2d) else None
     unknown = sorted(_own_tensors(module).keys() - TENSORS)
-    if unknown or is_parametrized(module):
+    is_frozen = isinstance(known, Recognised) and not known.own
+    if (unknown or is_parametrized(module)) and not is_frozen:
         return f"a {kind} with tensors of its own ({', '.join(unknown) or 'parametrizations'})"
     if isinstance(module, nn.Conv2d) and module.groups > 1 and not is_depthwise(module):
         return f"a grouped convolution ({module.groups} groups): its groups would become unequal"

@@ -5,9 +5,10 @@ from typing import Unpack
 from torch import nn
 
 from sbf_dist.budget import Budget, BudgetKeywords
-from sbf_dist.compression.calibration import Images
-from sbf_dist.compression.inputs import without_packing
+from sbf_dist.compression.calibration import Calibration, Images, device_of, dtype_of
+from sbf_dist.compression.inputs import number_of_inputs, without_packing
 from sbf_dist.compression.joint import plan_jointly
+from sbf_dist.compression.likeness import warn_of_unlike
 from sbf_dist.compression.plan import Plan
 from sbf_dist.compression.planning.latency_table import Timing
 from sbf_dist.compression.progress import Progress
@@ -47,13 +48,17 @@ def compress(
     budget: macs, params, latency or latency_ms, as Budget has them; instead of that of `settings`.
 
     Returns the student in eval mode, and its plan. Raises UserError if the budget cannot be met,
-    a weight is not finite, nothing can be converted, or the network has SBF layers already.
+    a weight is not finite, nothing can be converted, or the network has SBF layers already. Warns
+    (UserWarning) of images that are far from what the network's batch norms know.
     """
     model = unwrapped(model)
     if settings is None:
         settings = Compression(**budget)
     elif budget:
         settings = settings.with_budget(Budget(**budget))
+    if number_of_inputs(model) == 1:
+        images = Calibration.of(images, device=device_of(model), dtype=dtype_of(model))
+        warn_of_unlike(model, images)
     if settings.removal == 0:
         student, plan = rebuild(
             model, images, settings, name=name, seed=seed, progress=progress, timing=timing

@@ -40,6 +40,7 @@ from sbf_dist.compression.planning.option_table import OptionTable, measure_opti
 from sbf_dist.compression.planning.options import Search, Shape
 from sbf_dist.compression.precision import check_timed, working_copy, working_reference
 from sbf_dist.compression.progress import Progress, report
+from sbf_dist.compression.recognition import Recognised, recognise
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.models import Architecture
@@ -142,6 +143,7 @@ def rebuild_more(
         partial(report, progress, "measure latency"),
     )
     rows = shared.options
+    notes = {name: note for name in shapes if (note := _note(network, name)) is not None}
     changed = {name: o for name, o in shared.chosen.items() if o != rows[name][0]}
     student = deep_copy(network)
     for name in changed.keys() & sbf.keys():
@@ -183,7 +185,7 @@ def rebuild_more(
         "criterion": settings.criterion,
         "explanation": spending.explain(reasons) + (judge.steps if judge else []),
         "fidelity": judge.record() if judge else None,
-        "layers": _layers(plan, fitted, reasons, spending, shared.timed),
+        "layers": _noted(_layers(plan, fitted, reasons, spending, shared.timed), fitted, notes),
     }
     return student, plan.model_copy(update=update)
 
@@ -311,7 +313,7 @@ def _shape(network: nn.Module, plan: Plan, name: str, macs: int) -> Shape:
         raise UserError(f"plan does not make {name} an SBF layer: it belongs to another network")
     weights = layer.basis.weight[0].numel()
     params = layer.out_channels * weights + (0 if layer.bias is None else layer.out_channels)
-    return Shape(layer.out_channels, weights, planned.macs_before, params)
+    return Shape(layer.out_channels, weights, planned.macs_before, params, layer.groups)
 
 
 def _as_it_is(network: nn.Module, name: str, shape: Shape) -> Option:
@@ -388,6 +390,25 @@ def _layers(
         elif name in reasons and isinstance(layer, DenseLayer):
             update = {"reason": reasons[name], "convertible": False}
             layers[name] = layer.model_copy(update=update)
+    return layers
+
+
+def _note(network: nn.Module, name: str) -> str | None:
+    """Say what converting a convolution of a class of its own changes beside its channels."""
+    layer = layer_of(network, name)
+    if isinstance(layer, SBFConv2d):
+        return None
+    known = recognise(layer)
+    return known.note if isinstance(known, Recognised) else None
+
+
+def _noted(
+    layers: dict[str, Layer], fitted: Mapping[str, SBFLayer], notes: Mapping[str, str]
+) -> dict[str, Layer]:
+    """Add `notes` to the reasons of the layers that were converted."""
+    for name in fitted.keys() & notes.keys():
+        reason = f"{layers[name].reason}; {notes[name]}"
+        layers[name] = layers[name].model_copy(update={"reason": reason})
     return layers
 
 

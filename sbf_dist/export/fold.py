@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from sbf_dist.compression.recognition import make_all_plain
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.ops import expand
+from sbf_dist.padding import PaddedConv2d
 from sbf_dist.surgery import become, deep_copy, unwrapped
 
 logger = logging.getLogger(__name__)
@@ -63,12 +65,14 @@ class UnscaledSBFConv2d(nn.Module):
 def fold_batchnorm(model: nn.Module) -> nn.Module:
     """Return an inference copy of `model` with batch norms folded into the convolutions before.
 
-    A batch norm (plain, synchronised, or timm's with its activation) is folded where it is the
+    Convolutions that pad in their own way, or compute their filters, become plain ones first. A
+    batch norm (plain, synchronised, or timm's with its activation) is folded where it is the
     only reader of an nn.Conv2d's or SBFConv2d's output; the results agree with `model.eval()` up
     to rounding, borders included. Batch norms that stay are logged as a warning with the reason;
     so is a network that torch.fx cannot trace, which is copied unfolded. `model` is not changed.
     """
     folded = deep_copy(unwrapped(model)).eval()
+    make_all_plain(folded)
     for parameter in folded.parameters():
         parameter.requires_grad_(False)
     inside = {
@@ -119,7 +123,7 @@ class LayerTracer(fx.Tracer):
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         """Whether `module` is not traced into."""
-        leaves = SBFConv2d | UnscaledSBFConv2d | Norm
+        leaves = SBFConv2d | UnscaledSBFConv2d | PaddedConv2d | Norm
         return isinstance(module, leaves) or super().is_leaf_module(module, name)
 
 
@@ -144,7 +148,7 @@ def _obstacle_before(
 ) -> str | None:
     name = str(node.target)
     module = model.get_submodule(name)
-    if type(module) not in (nn.Conv2d, SBFConv2d):
+    if type(module) not in (nn.Conv2d, PaddedConv2d, SBFConv2d):
         return f"it follows a {type(module).__name__}"
     if module._forward_pre_hooks:
         return f"its convolution {name} has hooks, which may compute its weights"

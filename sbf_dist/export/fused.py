@@ -12,6 +12,7 @@ from sbf_dist.export.fold import UnscaledSBFConv2d
 from sbf_dist.export.whole_basis import basis_weights
 from sbf_dist.layers import SBFConv2d, is_recorded
 from sbf_dist.ops import Activation, Pair, pack_filters, sbf_conv2d
+from sbf_dist.padding import pad_of
 
 # What oneDNN's fused convolution calls our activations: name, and its scalars.
 ONEDNN_UNARY: dict[Activation, tuple[str, list[float]]] = {
@@ -44,6 +45,7 @@ class FusedSBFConv2d(nn.Module):
                 f"{type(layer).__name__} has padding {layer.basis.padding!r} and padding_mode "
                 f"{layer.basis.padding_mode!r}: only symmetric padding with zeros can be fused"
             )
+        self.pad = pad_of(layer.basis)
         self.weight = layer.basis.weight
         self.transforms = layer.transforms
         self.bias = layer.bias
@@ -67,6 +69,7 @@ class FusedSBFConv2d(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Map (N, C_in, H, W), and a residual that broadcasts to the output, to the output."""
+        x = x if self.pad is None else self.pad(x)
         outside = None  # what is added after the operator
         if residual is not None and not self._adds_inside(residual, x):
             residual, outside = None, residual
@@ -137,6 +140,7 @@ class FusedConv2d(nn.Module):
                 f"Conv2d has padding {conv.padding!r} and padding_mode {conv.padding_mode!r}: "
                 "only symmetric padding with zeros can be fused"
             )
+        self.pad = pad_of(conv)
         self.weight, self.bias = conv.weight, conv.bias
         self.stride, self.dilation = _pair(conv.stride), _pair(conv.dilation)
         self.padding = padding
@@ -147,6 +151,7 @@ class FusedConv2d(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Map (N, C_in, H, W), and a residual that broadcasts to the output, to the output."""
+        x = x if self.pad is None else self.pad(x)
         if not self._onednn_takes(x):
             y = F.conv2d(
                 x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups

@@ -19,6 +19,7 @@ from sbf_dist.export.fused import (
 from sbf_dist.export.whole_basis import reads_most_of_basis
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.ops import Activation
+from sbf_dist.padding import PaddedConv2d
 from sbf_dist.surgery import become, unwrapped
 
 logger = logging.getLogger(__name__)
@@ -202,7 +203,7 @@ def _reuse_residuals(graph: fx.Graph, model: nn.Module) -> None:
 def _is_fusible(module: nn.Module) -> bool:
     if module._forward_hooks or module._forward_pre_hooks:
         return False
-    if type(module) is nn.Conv2d:
+    if isinstance(module, nn.Conv2d) and type(module) in (nn.Conv2d, PaddedConv2d):
         return numeric_padding(module) is not None
     if getattr(module, "between", None) is not None:
         return False  # two operators with others in the middle

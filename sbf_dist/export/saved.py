@@ -9,17 +9,16 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from sbf_dist import models
 from sbf_dist.compression.convert import convert
-from sbf_dist.compression.plan import OtherInput, Plan
+from sbf_dist.compression.plan import MeasuredFidelity, OtherInput, Plan
 from sbf_dist.compression.remembered import plan_of
 from sbf_dist.errors import UserError
 from sbf_dist.files import sha256
 from sbf_dist.surgery import unwrapped
-from sbf_dist.weights import load_state
+from sbf_dist.weights import load_state, read_safetensors, save_weights
 
 WEIGHTS = "weights.safetensors"
 PLAN = "plan.json"
@@ -41,6 +40,7 @@ class Card(BaseModel):
     mean: list[float] | None = None  # per channel, of values in [0, 1]; None if not known
     std: list[float] | None = None
     top1: float | None = None  # validation accuracy in [0, 1], None if not measured
+    fidelity: MeasuredFidelity | None = None  # how near it is to the dense network, if measured
     plan_digest: str
     weights_digest: str | None = None  # SHA-256 of the weights file; save_student fills it in
 
@@ -53,6 +53,7 @@ class Card(BaseModel):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         top1: float | None = None,
+        fidelity: MeasuredFidelity | None = None,
     ) -> "Card":
         """Describe a student of `plan`.
 
@@ -76,6 +77,7 @@ class Card(BaseModel):
             mean=None if mean is None else list(mean),
             std=None if std is None else list(std),
             top1=top1,
+            fidelity=fidelity,
             plan_digest=plan.digest(),
         )
 
@@ -104,19 +106,21 @@ def save(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     top1: float | None = None,
+    fidelity: MeasuredFidelity | None = None,
 ) -> None:
     """Write a student into `folder`, so that `sbf_dist.load` builds it again.
 
     student: as `compress`, `shrink`, `convert` or `load` returned it, trained or not. classes,
     mean, std: names and normalisation, for those who use the student; see `Card.of`. top1:
-    accuracy in [0, 1], if it was measured.
+    accuracy in [0, 1], if it was measured. fidelity: how near it is to the dense network, for
+    instance `plan.fidelity` of a student that was not trained since.
 
     An older student in `folder` is replaced. Raises UserError if the folder holds other things, or
     the student does not match its plan.
     """
     student = unwrapped(student)
     plan = plan_of(student)
-    card = Card.of(plan, classes=classes, mean=mean, std=std, top1=top1)
+    card = Card.of(plan, classes=classes, mean=mean, std=std, top1=top1, fidelity=fidelity)
     difference = _difference(student, plan)
     if difference is not None:
         raise UserError(
@@ -127,16 +131,16 @@ def save(
 
 
 def _write(folder: Path, model: nn.Module, plan: Plan, card: Card) -> None:
-    state = {
-        name: tensor.detach().cpu().contiguous().clone()
-        for name, tensor in model.state_dict().items()
-    }
     check_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    save_file(state, partial / WEIGHTS)
+    try:
+        save_weights(model, partial / WEIGHTS)
+    except UserError:  # extra state that cannot be written
+        shutil.rmtree(partial)
+        raise
     plan.save(partial / PLAN)
     card = card.model_copy(update={"weights_digest": sha256(partial / WEIGHTS)})
     (partial / CARD).write_text(card.model_dump_json(indent=2) + "\n")
@@ -151,10 +155,15 @@ def _difference(student: nn.Module, plan: Plan) -> str | None:
     expected = convert(dense, plan).state_dict()
     state = student.state_dict()
     for name in [*expected, *(key for key in state if key not in expected)]:
-        shapes = [tuple(d[name].shape) if name in d else None for d in (state, expected)]
+        shapes = [_shape(d[name]) if name in d else None for d in (state, expected)]
         if shapes[0] != shapes[1]:
             return f"{name} is {shapes[0]} in the model, {shapes[1]} in the plan"
     return None
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    """Shape of an entry of a state dict, () if it is no tensor (get_extra_state)."""
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
 def check_folder(folder: Path) -> None:
@@ -208,7 +217,7 @@ def load_student(
         raise UserError(f"file {path} is damaged: its SHA-256 is not the one in {CARD}")
     model = convert(_dense(folder, plan, build), plan)
     try:
-        load_state(model, load_file(path))
+        load_state(model, read_safetensors(path))
     except (SafetensorError, RuntimeError) as error:
         raise UserError(f"file {path} does not fit {PLAN}: {_first_line(error)}") from error
     return model.eval()

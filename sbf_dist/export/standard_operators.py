@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from sbf_dist.export.fold import LayerTracer, UnscaledSBFConv2d
 from sbf_dist.export.whole_basis import basis_weights, reads_most_of_basis
 from sbf_dist.layers import SBFConv2d
+from sbf_dist.padding import PaddedConv2d
 from sbf_dist.surgery import become, deep_copy
 
 logger = logging.getLogger(__name__)
@@ -267,9 +268,9 @@ def _convolution(node: fx.Node, model: nn.Module) -> nn.Conv2d | None:
         return module.basis if module.basis.groups == 1 else None
     if module._forward_pre_hooks:  # which may compute the weights that would be permuted
         return None
-    if type(module) is nn.Conv2d and (module.groups == 1 or _is_depthwise(module)):
-        return module
-    return None
+    if not isinstance(module, nn.Conv2d) or type(module) not in (nn.Conv2d, PaddedConv2d):
+        return None
+    return module if module.groups == 1 or _is_depthwise(module) else None
 
 
 def _is_depthwise(conv: nn.Conv2d) -> bool:

@@ -9,6 +9,7 @@ from sbf_dist.compression.calibration import BATCH
 from sbf_dist.compression.candidates import convolution, filter_macs, find_candidates
 from sbf_dist.compression.cost import count
 from sbf_dist.compression.fitting.statistics import measure_batch_norm
+from sbf_dist.compression.recognition import make_all_plain
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.peers.shrinking import in_proportion, longest_within
@@ -29,10 +30,12 @@ def ghost(model: nn.Module, macs_share: float, images: Tensor, *, seed: int = 0)
     `images` (N, C, H, W). Returns the network in eval mode. UserError if the budget cannot be met.
     """
     dense = deep_copy(model).eval()
+    make_all_plain(dense)
     shape = (images.shape[1], images.shape[2], images.shape[3])
     cost = count(dense, shape)
     with torch.no_grad():
-        _, names = find_candidates(dense, images, TRANSFORM_SIZE)
+        _, candidates = find_candidates(dense, images, TRANSFORM_SIZE)
+    names = [name for name in candidates if convolution(dense, name).groups == 1]
     if not names:
         raise UserError("ghost: the network has no convolution that a Ghost module could replace")
     saved = {}

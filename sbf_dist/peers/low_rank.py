@@ -1,5 +1,6 @@
 """Low-rank factorisation: a convolution to r channels, and a 1 × 1 convolution back to all."""
 
+import copy
 import math
 from typing import Literal
 
@@ -16,7 +17,9 @@ from sbf_dist.compression.fitting.resuming import Route
 from sbf_dist.compression.fitting.sequential import SequentialFit
 from sbf_dist.compression.fitting.statistics import Moments
 from sbf_dist.compression.planning.knapsack import Option, allocate
+from sbf_dist.compression.recognition import make_all_plain
 from sbf_dist.errors import UserError
+from sbf_dist.padding import PaddedConv2d, pad_of
 from sbf_dist.peers.batch_norms import Statistics, settle_batch_norms
 from sbf_dist.surgery import deep_copy
 
@@ -29,6 +32,7 @@ class LowRankConv2d(nn.Sequential):
     """k × k convolution to `rank` channels, then 1 × 1 with the bias."""
 
     def __init__(self, conv: nn.Conv2d, rank: int) -> None:
+        pad = pad_of(conv)
         first = nn.Conv2d(
             conv.in_channels,
             rank,
@@ -39,6 +43,8 @@ class LowRankConv2d(nn.Sequential):
             bias=False,
             padding_mode=conv.padding_mode,
         )
+        if pad is not None:
+            first = PaddedConv2d(first, copy.deepcopy(pad))
         super().__init__(first, nn.Conv2d(rank, conv.out_channels, 1))
         self.to(conv.weight)
 
@@ -75,9 +81,11 @@ def low_rank(
     (`statistics`). Returns the network in eval mode. UserError if the budget cannot be met.
     """
     dense = deep_copy(model).eval()
+    make_all_plain(dense)
     calibration = calibration_for(dense, images)
     cost = count(dense, calibration.shape)
-    _, names = find_candidates(dense, calibration.first(2), 1)
+    _, candidates = find_candidates(dense, calibration.first(2), 1)
+    names = [name for name in candidates if convolution(dense, name).groups == 1]
     if not names:
         raise UserError("low-rank: the network has no convolution that could be factorised")
     fixed = cost.macs - sum(cost.layers[name] for name in names)

@@ -6,6 +6,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from sbf_dist.compare_recipe import Method
+from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.one_shot import compress
 from sbf_dist.peers.ghost import ghost
 from sbf_dist.peers.low_rank import low_rank
@@ -55,5 +56,6 @@ def _sbf(model: nn.Module, macs_share: float, images: Tensor, seed: int) -> nn.M
     """Compress with the library's defaults but for S: how SBF enters comparisons."""
     settings = Compression(macs=macs_share, sources=8)
     # The network is not saved, so that its name need not be found out.
-    student, _ = compress(model, images, settings, name=type(model).__name__, seed=seed)
+    apart = Calibration.of(images, sources=range(len(images)))  # each is a file of its own
+    student, _ = compress(model, apart, settings, name=type(model).__name__, seed=seed)
     return student

@@ -15,11 +15,26 @@ from sbf_dist.layout import needs_contiguous
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares of `count` images in [0, 1], and the mean cross-entropy in nats."""
+    """Shares of `count` images in [0, 1], and the mean cross-entropy in nats.
+
+    agreement, kl: share of all images, labelled or not, of which a reference gives the same class,
+    and the mean divergence from its predictions; None without one.
+    """
 
     top1: float
     top5: float | None  # None for at most five classes
     loss: float
+    count: int
+    agreement: float | None = None
+    kl: float | None = None
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """Share of `count` images of which two networks give the same class, and the divergence."""
+
+    agreement: float
+    kl: float
     count: int
 
 
@@ -31,14 +46,19 @@ class Predictions(NamedTuple):
 
 
 def accuracy(
-    model: nn.Module, batches: Iterable[dict[str, Tensor]], device: torch.device | str
+    model: nn.Module,
+    batches: Iterable[dict[str, Tensor]],
+    device: torch.device | str,
+    reference: nn.Module | None = None,
 ) -> Accuracy:
     """How well `model` classifies the images of all ranks' `batches` ("image", "label").
 
     Sums and counts are added over the ranks, so images that are shared out unevenly count alike;
     a rank may have none. Every rank gets the same result. Labels below 0 (unknown) are left out.
+    With a `reference`, which sees the same images, predictions are compared with its own, too.
     """
     totals = torch.zeros(4, dtype=torch.float64, device=device)  # top-1, top-5, loss, count
+    compared = _Compared(reference, device)
     classes = torch.zeros((), dtype=torch.int64, device=device)
     for batch, every in _forward(model, batches, device):
         known = batch["label"].to(device) >= 0
@@ -48,13 +68,66 @@ def accuracy(
         totals[1] += ranked.sum()
         totals[2] += F.cross_entropy(logits, label, reduction="sum")
         totals[3] += len(label)
+        compared.add(batch, every)
         classes.fill_(logits.shape[1])
     if dist.is_initialized():
         dist.all_reduce(totals)
         dist.all_reduce(classes, op=dist.ReduceOp.MAX)
     top1, top5, loss, count = totals.tolist()
     assert count > 0, "no rank has a labelled image to evaluate on"
-    return Accuracy(top1 / count, top5 / count if classes > 5 else None, loss / count, round(count))
+    found = compared.result()
+    return Accuracy(
+        top1=top1 / count,
+        top5=top5 / count if classes > 5 else None,
+        loss=loss / count,
+        count=round(count),
+        agreement=None if found is None else found.agreement,
+        kl=None if found is None else found.kl,
+    )
+
+
+def likeness(
+    model: nn.Module,
+    reference: nn.Module,
+    batches: Iterable[dict[str, Tensor]],
+    device: torch.device | str,
+) -> Likeness:
+    """How alike two networks' predictions are on the images of all ranks' `batches` ("image")."""
+    compared = _Compared(reference, device)
+    for batch, logits in _forward(model, batches, device):
+        compared.add(batch, logits)
+    found = compared.result()
+    assert found is not None
+    return found
+
+
+class _Compared:
+    """Compares predictions with those of a reference, if there is one, batch by batch."""
+
+    def __init__(self, reference: nn.Module | None, device: torch.device | str) -> None:
+        self._reference = reference
+        self._device = device
+        # images of the same class, divergence, count
+        self._totals = torch.zeros(3, dtype=torch.float64, device=device)
+
+    def add(self, batch: dict[str, Tensor], logits: Tensor) -> None:
+        if self._reference is None:
+            return
+        ((_, wanted),) = _forward(self._reference, [batch], self._device)
+        logs, known = logits.log_softmax(1), wanted.log_softmax(1)
+        self._totals[0] += (logits.argmax(1) == wanted.argmax(1)).sum()
+        self._totals[1] += (known.exp() * (known - logs)).sum()
+        self._totals[2] += len(logits)
+
+    def result(self) -> Likeness | None:
+        """Sum over the ranks; None without a reference."""
+        if self._reference is None:
+            return None
+        if dist.is_initialized():
+            dist.all_reduce(self._totals)
+        same, divergence, count = self._totals.tolist()
+        assert count > 0, "no rank has an image to compare on"
+        return Likeness(same / count, max(0.0, divergence / count), round(count))
 
 
 def predict(

@@ -132,11 +132,26 @@ class Standardised(nn.Conv2d):
         return self._conv_forward(x, self.weight / self.weight.std(), self.bias)
 
 
-def test_a_special_convolution_stays_dense_and_a_plan_may_not_replace_it():
+class Scaled(nn.Conv2d):
+    """No convolution: its outputs are scaled by its input."""
+
+    def forward(self, x):
+        return super().forward(x) * x.mean()
+
+
+def test_a_dense_layer_stays_as_it_was_and_a_planned_one_has_the_filters_that_were_computed():
     model = nn.Sequential(Standardised(3, 4, 3))
     student = convert(model, plan(**{"0": dense(convertible=False)}))
     assert type(student[0]) is Standardised
-    with pytest.raises(UserError, match="SBF layer for 0, a Standardised: it must stay dense"):
+    weight = model[0].weight / model[0].weight.std()
+    student = convert(model, plan(**{"0": every_other(4)}))
+    torch.testing.assert_close(student[0].basis.weight, weight[::2])
+
+
+def test_a_plan_may_not_replace_what_is_no_convolution():
+    model = nn.Sequential(Scaled(3, 4, 3))
+    assert type(convert(model, plan(**{"0": dense(convertible=False)}))[0]) is Scaled
+    with pytest.raises(UserError, match="layer 0, which must stay as it is: Scaled computes some"):
         convert(model, plan(**{"0": every_other(4)}))
 
 

@@ -86,14 +86,14 @@ def masked(conv):
 @pytest.mark.parametrize(
     ("compute", "told"),
     [
-        (weight_norm, "forward hooks"),
-        (spectral_norm, "forward hooks"),
+        (weight_norm, "the filters that Conv2d computes are frozen"),
+        (spectral_norm, "the filters that Conv2d computes are frozen"),
         (masked, "forward hooks"),
-        (parametrizations.weight_norm, "not a plain convolution"),
-        (parametrizations.spectral_norm, "not a plain convolution"),
+        (parametrizations.weight_norm, "the filters that ParametrizedConv2d computes are frozen"),
+        (parametrizations.spectral_norm, "the filters that ParametrizedConv2d computes are froz"),
     ],
 )
-def test_a_trained_layer_whose_weight_is_computed_stays_dense_with_the_reason(compute, told):
+def test_a_trained_layer_whose_weight_is_computed_is_frozen_or_stays_with_the_reason(compute, told):
     torch.manual_seed(0)
     network = Small()
     compute(network.conv1)

@@ -8,6 +8,7 @@ from students import half_of_every_block, randomise
 from torch import nn
 
 from sbf_dist import models
+from sbf_dist.compression.one_shot import compress
 from sbf_dist.compression.plan import Plan
 from sbf_dist.errors import UserError
 from sbf_dist.export.saved import (
@@ -18,6 +19,7 @@ from sbf_dist.export.saved import (
     Card,
     load_card,
     load_student,
+    save,
     save_student,
 )
 
@@ -131,3 +133,50 @@ def test_card_of_another_plan_is_not_saved(student: nn.Module, card: Card, tmp_p
 def test_card_must_name_every_class(plan: Plan) -> None:
     with pytest.raises(UserError, match="3 class names for a plan of 10 classes"):
         Card.of(plan, classes=["a", "b", "c"], mean=[0.5] * 3, std=[0.2] * 3)
+
+
+class Counting(nn.Module):
+    """Keeps something that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.AdaptiveAvgPool2d(1)
+        )
+        self.seen: object = {"images": 0}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x).flatten(1)
+
+    def get_extra_state(self) -> object:
+        return self.seen
+
+    def set_extra_state(self, state: object) -> None:
+        self.seen = state
+
+
+def test_extra_state_that_is_no_tensor_is_saved_and_loaded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = Counting().eval()
+    network.seen = {"images": 7, "names": ["a"]}
+    student, _ = compress(network, torch.randn(32, 3, 9, 9), macs=0.7)
+    save(student, tmp_path / "student")
+    loaded = load_student(tmp_path / "student", build=Counting)
+    assert loaded.seen == {"images": 7, "names": ["a"]}
+    images = torch.randn(2, 3, 9, 9)
+    assert torch.equal(loaded(images), student(images))
+
+
+def test_extra_state_that_cannot_be_written_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
+    student, _ = compress(Counting().eval(), torch.randn(32, 3, 9, 9), macs=0.7)
+    student.seen = object()
+    with pytest.raises(UserError, match="extra state _extra_state is a object"):
+        save(student, tmp_path / "student")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fidelity_stands_on_the_card(tmp_path: Path) -> None:
+    student, plan = compress(Counting().eval(), torch.randn(64, 3, 9, 9), macs=0.7)
+    save(student, tmp_path / "student", fidelity=plan.fidelity)
+    assert plan.fidelity is not None
+    assert load_card(tmp_path / "student").fidelity == plan.fidelity

@@ -4,7 +4,7 @@ import torch
 from tiny import TinyTask, images
 from torch import Tensor, nn
 
-from sbf_dist.train.evaluate import accuracy, predict, synchronise_batchnorm
+from sbf_dist.train.evaluate import accuracy, likeness, predict, synchronise_batchnorm
 
 
 class Fixed(nn.Module):
@@ -22,6 +22,36 @@ def test_accuracy_of_known_logits() -> None:
     ]
     scores = accuracy(Fixed(), batches, "cpu")
     assert (scores.top1, scores.count, scores.top5) == (0.75, 4, None)
+
+
+class Zeros(nn.Module):
+    """Answers with equal logits, but for a little that makes it class 0."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.zeros_like(image).index_fill(1, torch.tensor([0]), 1e-6)
+
+
+def test_a_reference_is_agreed_with_on_all_images_labelled_or_not() -> None:
+    logits = torch.tensor([[3.0, 0, 0], [0, 3, 0], [0, 0, 3], [3, 0, 0]])
+    batches = [
+        {"image": logits[:3], "label": torch.tensor([0, -1, 1])},
+        {"image": logits[3:], "label": torch.tensor([-1])},
+    ]
+    scores = accuracy(Zeros(), batches, "cpu", Fixed())
+    assert scores.count == 2
+    assert scores.agreement == 0.5
+    probability = logits[0].softmax(0)
+    expected = float((probability * (probability.log() + torch.tensor(3.0).log())).sum())
+    assert abs(scores.kl - expected) < 1e-5
+    found = likeness(Zeros(), Fixed(), [{"image": batch["image"]} for batch in batches], "cpu")
+    assert (found.agreement, found.count) == (0.5, 4)
+    assert abs(found.kl - expected) < 1e-5
+
+
+def test_without_a_reference_there_is_no_agreement() -> None:
+    batches = [{"image": torch.eye(3), "label": torch.arange(3)}]
+    scores = accuracy(Fixed(), batches, "cpu")
+    assert scores.agreement is scores.kl is None
 
 
 def test_top5_is_told_from_six_classes_on() -> None:

@@ -18,7 +18,9 @@ from sbf_dist.compression.fitting.prior import floored, prior_variances
 from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.fitting.statistics import Moments, MomentSums, patches, run_until
 from sbf_dist.compression.inputs import input_shapes
+from sbf_dist.compression.recognition import recognise
 from sbf_dist.hooks import registered
+from sbf_dist.padding import pad_of
 from sbf_dist.surgery import sharing_modules
 
 RIDGE = 1e-2  # towards the old filters, relative to the variance of each input channel
@@ -30,6 +32,11 @@ FLOOR = 1e-6
 
 def obstacle(conv: nn.Conv2d) -> str | None:
     """Tell why the filters of `conv` cannot be solved anew, if they cannot."""
+    known = recognise(conv)
+    if isinstance(known, str):
+        return known
+    if not known.own:
+        return "its filters are computed from other weights"
     if conv.groups > 1:
         return f"grouped convolution ({conv.groups} groups)"
     width = conv.weight[0].numel()
@@ -41,10 +48,10 @@ def obstacle(conv: nn.Conv2d) -> str | None:
 def is_mended(model: nn.Module, name: str, images: Tensor) -> bool:
     """Tell whether a layer that stays dense can profit.
 
-    Not the stem, which reads the images; nor a layer whose weights others use or hooks compute.
+    Not the stem, which reads the images; nor a layer whose weights others use, or that it computes.
     """
     conv = convolution(model, name)
-    if name in sharing_modules(model) or conv._forward_pre_hooks:
+    if name in sharing_modules(model):
         return False
     of_images = {shape[0] for shape in input_shapes(model, images) if len(shape) == 3}
     return conv.in_channels not in of_images and obstacle(conv) is None
@@ -68,6 +75,9 @@ def filter_moments(
 def drawn_patches(conv: nn.Conv2d, inputs: Tensor, draw: Draw, start: int) -> Tensor:
     """Lay out what the filters of `conv` see at the positions of `draw` as rows (n, C·k·k)."""
     inputs = inputs[: max(0, draw.images - start)]
+    pad = pad_of(conv)
+    if pad is not None:
+        inputs = pad(inputs)
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
     padded = F.pad(inputs, conv._reversed_padding_repeated_twice, mode)
     sizes = [

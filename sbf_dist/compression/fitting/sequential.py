@@ -23,6 +23,7 @@ from sbf_dist.compression.fitting.shelf import Shelf
 from sbf_dist.compression.fitting.statistics import Moments, MomentSums
 from sbf_dist.compression.fitting.transforms import install
 from sbf_dist.compression.plan import SBFLayer
+from sbf_dist.compression.recognition import as_plain, make_plain
 
 SAMPLES_PER_WEIGHT = 3  # of a filter, at least, for it to be solved anew
 INPUTS = 512 * 2**20  # bytes of a layer's inputs up to which a second use costs no second pass
@@ -133,7 +134,7 @@ class SequentialFit:
 
         On the images to fit to and, if asked for, on those held out.
         """
-        conv = convolution(self._student, name)
+        conv = make_plain(convolution(self._student, name), name)
         batches, solves = self._fit.batches(name), self._refit and self._can_solve(name)
         held = None
         if self._held is not None and (solves or with_held):  # else a pass for nothing
@@ -149,7 +150,7 @@ class SequentialFit:
     def _solved(
         self, name: str, batches: "_Batches", held: "_Batches | None", *, centred: bool
     ) -> tuple[Tensor, Tensor]:
-        conv = convolution(self._student, name)
+        conv = as_plain(convolution(self._student, name))
         moments = filter_moments(conv, batches, batches.draw)
         ridge, prior = RIDGE, self._priors.get(name)
         if held is not None:

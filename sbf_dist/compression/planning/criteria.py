@@ -25,6 +25,7 @@ from sbf_dist.compression.fitting.norms import following_norms
 from sbf_dist.compression.fitting.statistics import Moments
 from sbf_dist.compression.fitting.transforms import rank_channels
 from sbf_dist.compression.outputs import LOGITS, Yardstick
+from sbf_dist.compression.recognition import weight_of
 from sbf_dist.errors import UserError
 from sbf_dist.hooks import registered
 from sbf_dist.layers import SBFConv2d
@@ -39,23 +40,37 @@ class Ranking:
 
     criterion: the one that was used, as a plan's reason names it; scores: (C,), the larger the
     more the channel matters, or None for 'reconstruction'; among: the channels that may be kept,
-    None for all.
+    None for all; groups: of the convolution, each of which keeps as many.
     """
 
     criterion: str
     scores: Tensor | None = None
     among: Collection[int] | None = None
+    groups: int = 1
 
     def order(self, moments: Moments, sensitivity: Tensor) -> list[int]:
-        """Order the channels so that each prefix is the basis of its size."""
+        """Order the channels so that each prefix, of whole rows of groups, is a basis."""
         if self.scores is None:
-            return rank_channels(moments, sensitivity, self.among)
-        ranked = self.scores.argsort(descending=True, stable=True).tolist()
-        return ranked if self.among is None else [c for c in ranked if c in self.among]
+            ranked = rank_channels(moments, sensitivity, self.among)
+        else:
+            ranked = self.scores.argsort(descending=True, stable=True).tolist()
+            ranked = ranked if self.among is None else [c for c in ranked if c in self.among]
+        return ranked if self.groups == 1 else _in_turns(ranked, len(sensitivity), self.groups)
 
     def restrict(self, among: Collection[int]) -> "Ranking":
         """Return the ranking of these channels only."""
         return dataclasses.replace(self, among=frozenset(among))
+
+
+def _in_turns(ranked: list[int], channels: int, groups: int) -> list[int]:
+    """Order channels so that the first of all groups come first, then the second, and so on."""
+    turns: dict[int, int] = {}
+    of_group = [0] * groups
+    for channel in ranked:
+        group = channel * groups // channels
+        turns[channel] = of_group[group]
+        of_group[group] += 1
+    return sorted(ranked, key=turns.__getitem__)
 
 
 def rankings(
@@ -73,6 +88,21 @@ def rankings(
     scale behind a layer, l2 is used there, and the ranking says so. Raises UserError for an
     unknown criterion.
     """
+    ranked = _rankings(model, names, batches, criterion, seed, yardstick)
+    return {
+        name: dataclasses.replace(ranking, groups=layer_of(model, name).groups)
+        for name, ranking in ranked.items()
+    }
+
+
+def _rankings(
+    model: nn.Module,
+    names: list[str],
+    batches: Callable[[], Iterable[Tensor]],
+    criterion: str,
+    seed: int,
+    yardstick: Yardstick,
+) -> dict[str, Ranking]:
     if criterion not in CRITERIA:
         raise UserError(f"criterion = {criterion!r} must be one of {', '.join(CRITERIA)}")
     if criterion == "reconstruction":
@@ -98,7 +128,7 @@ def rankings(
 
 def _filter_norms(model: nn.Module, name: str, order: int) -> Tensor:
     layer = layer_of(model, name)
-    weight = layer.basis.weight if isinstance(layer, SBFConv2d) else layer.weight
+    weight = layer.basis.weight if isinstance(layer, SBFConv2d) else weight_of(layer)
     norms = weight.detach().flatten(1).double().norm(order, dim=1).cpu()
     if isinstance(layer, SBFConv2d):
         norms = (

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.benchmark import Timer
 
+from sbf_dist.compression.recognition import as_plain
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.layout import needs_contiguous
@@ -168,13 +169,19 @@ class Form:
 def build_form(conv: nn.Conv2d, form: Form) -> nn.Module:
     """Return a layer of the shape of `conv` in another form, to be timed: its wiring is arbitrary.
 
-    It has a bias, as every layer has whose batch norm is folded. `conv` must not be grouped.
+    It has a bias, as every layer has whose batch norm is folded.
     """
+    conv = as_plain(conv)
     if form.sources == 0:
         layer: nn.Conv2d | SBFConv2d = deep_copy(conv)
     else:
         draw = random.Random(0)
-        kept = sorted(draw.sample(range(conv.out_channels), form.kept))
+        groups, width = conv.groups, conv.out_channels // conv.groups
+        kept = [
+            group * width + channel
+            for group in range(groups)
+            for channel in sorted(draw.sample(range(width), form.kept // groups))
+        ]
         rebuilt = conv.out_channels - form.kept
         sources = [draw.sample(kept, form.sources) for _ in range(rebuilt)]
         layer = SBFConv2d.from_conv(conv, kept, sources, form.transform_size)

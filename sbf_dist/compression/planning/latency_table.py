@@ -18,8 +18,10 @@ from torch import nn
 from sbf_dist import _C
 from sbf_dist.compression.inputs import packing_of
 from sbf_dist.compression.planning.latency import Form, layer_latencies
+from sbf_dist.compression.recognition import as_plain
 from sbf_dist.errors import UserError
 from sbf_dist.files import replacing, sha256
+from sbf_dist.padding import pad_of
 
 GRID = 4  # numbers of kept filters at which more sources are measured
 
@@ -67,6 +69,7 @@ class LatencyTable:
         interpolated linearly in B. Raises UserError, naming the file, if it is damaged or cannot
         be read or written, and if the machine is too busy to measure.
         """
+        conv = as_plain(conv)
         machine = environment(conv.weight)
         layer = _describe(conv, input_size, self.batch)
         known = self._read().milliseconds.get(machine, {}).get(layer, {})
@@ -169,10 +172,12 @@ def _rows(forms: Sequence[Form]) -> dict[tuple[int, int], _Row]:
 def _describe(conv: nn.Conv2d, input_size: tuple[int, int], batch: int) -> str:
     """Name all of a layer's shape that its latency depends on."""
     height, width = input_size
+    pad = pad_of(conv)
+    padding = f"{conv.padding} {conv.padding_mode}" if pad is None else repr(pad)
     return (
         f"{batch} x {conv.in_channels} x {height} x {width} -> {conv.out_channels}, "
-        f"kernel {conv.kernel_size}, stride {conv.stride}, padding {conv.padding} "
-        f"{conv.padding_mode}, dilation {conv.dilation}, groups {conv.groups}"
+        f"kernel {conv.kernel_size}, stride {conv.stride}, padding {padding}, "
+        f"dilation {conv.dilation}, groups {conv.groups}"
     )
 
 

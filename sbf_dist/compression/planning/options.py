@@ -58,11 +58,14 @@ class Search:
         """Whether costs are measured times, which a small number of sources may keep low."""
         return self.settings.budget.unit == "ms"
 
-    def kept(self, channels: int, steps: int = STEPS) -> range:
-        """Return the numbers of channels, less than all, that a layer may keep."""
+    def kept(self, channels: int, steps: int = STEPS, groups: int = 1) -> range:
+        """Return the numbers of channels, less than all, that a layer may keep.
+
+        Of a grouped convolution they are multiples of its groups.
+        """
         least = max(1, round(self.settings.floor * channels))
         step = max(1, channels // steps)
-        multiple = self.settings.round_to
+        multiple = math.lcm(self.settings.round_to, groups)
         return range(
             multiple * math.ceil(least / multiple), channels, multiple * math.ceil(step / multiple)
         )
@@ -76,19 +79,21 @@ class Search:
 class Shape:
     """What the cost of a layer follows from.
 
-    channels: output channels; weights: of one filter; macs, params: of the dense convolution.
+    channels: output channels; weights: of one filter; macs, params: of the dense convolution;
+    groups: of its channels.
     """
 
     channels: int
     weights: int
     macs: int
     params: int
+    groups: int = 1
 
     @classmethod
     def of(cls, conv: nn.Conv2d, macs: int) -> Self:
         """Describe `conv`, which has `macs` multiply-adds."""
         params = sum(parameter.numel() for parameter in conv.parameters())
-        return cls(conv.out_channels, conv.weight[0].numel(), macs, params)
+        return cls(conv.out_channels, conv.weight[0].numel(), macs, params, conv.groups)
 
     def as_it_is(self) -> Option:
         """Return the option of the dense convolution."""
@@ -173,7 +178,8 @@ def estimate_options(
     estimated: list[tuple[Option, float]] = []
     variance = max(float(moments.yy.sum()), TINY)
     orders: dict[int, list[int]] = {}
-    space = _space(search, ranking, now, moments, sensitivity)
+    # A mixture's filters are mixtures of all, but groups read different channels.
+    space = None if shape.groups > 1 else _space(search, ranking, now, moments, sensitivity)
     numbers = _kept(search, shape, now)
     sizes = {1, moments.size}
     if space is not None and not search.is_timed and shape.weights >= LARGE_FILTER * shape.channels:
@@ -237,7 +243,8 @@ def _space(
 
 def _kept(search: Search, shape: Shape, now: Option, steps: int = STEPS) -> Iterable[int]:
     """Numbers of channels to try: of an SBF layer also its own, with fewer sources."""
-    fewer = [kept for kept in search.kept(shape.channels, steps) if kept <= now.kept]
+    numbers = search.kept(shape.channels, steps, shape.groups)
+    fewer = [kept for kept in numbers if kept <= now.kept]
     if now.sources and now.kept not in fewer:
         fewer.append(now.kept)
     return fewer

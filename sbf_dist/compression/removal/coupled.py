@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sbf_dist.compression.narrow import cannot_narrow, is_depthwise, narrow
 from sbf_dist.compression.outputs import named_tensors
 from sbf_dist.compression.plan import Removed
+from sbf_dist.compression.recognition import freeze
 from sbf_dist.errors import UserError
 from sbf_dist.surgery import deep_copy, sharing_modules
 
@@ -162,6 +163,8 @@ def _shadow(model: nn.Module) -> nn.Module:
     says nothing.
     """
     shadow = deep_copy(model).double().eval()
+    for module in list(shadow.modules()):
+        freeze(module)  # as `narrow` does: filters that are computed hide what they consist of
     generator = torch.Generator().manual_seed(0)
     for tensor in [*shadow.parameters(), *shadow.buffers()]:
         if tensor.is_floating_point():

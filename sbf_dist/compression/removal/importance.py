@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.outputs import LOGITS, Yardstick
+from sbf_dist.compression.recognition import weight_of
 from sbf_dist.compression.removal.coupled import Coupled
 from sbf_dist.hooks import leaves, registered
 
@@ -116,7 +117,8 @@ def _weight_score(dense: nn.Module, group: Coupled, criterion: Importance) -> Te
             if isinstance(module, _BatchNorm) and module.affine:
                 total += _gather(module.weight.abs().double().cpu(), part.channels, 0)
         elif isinstance(module, nn.Conv2d | nn.Linear):
-            weight = module.weight if part.side == "out" else module.weight.transpose(0, 1)
+            weight = weight_of(module)
+            weight = weight if part.side == "out" else weight.transpose(0, 1)
             power = weight.double().cpu().abs() ** (1 if criterion == "l1" else 2)
             total += _gather(power.flatten(1).sum(1), part.channels, 0)
     return total.sqrt() if criterion == "l2" else total

@@ -30,6 +30,7 @@ from sbf_dist.compression.holding_out import split
 from sbf_dist.compression.narrow import is_depthwise, narrow
 from sbf_dist.compression.outputs import LOGITS, Yardstick
 from sbf_dist.compression.plan import Removed
+from sbf_dist.compression.recognition import weight_of
 from sbf_dist.compression.removal.coupled import Coupled, find_coupled, removed_channels
 from sbf_dist.compression.removal.elimination import orders_by_elimination
 from sbf_dist.compression.removal.importance import Importance, has_scales, measure_importance
@@ -267,7 +268,7 @@ def _absorb_means(
             dense(batch)
     for name, total in sums.items():
         mean = total[removed[name].inp] / counts[name]
-        weight = readers[name].get_parameter("weight")[:, removed[name].inp].double()
+        weight = weight_of(readers[name])[:, removed[name].inp].double()
         shift = weight.flatten(2).sum(2) if weight.ndim > 2 else weight
         gone = set(removed[name].out)
         rows = [row for row in range(len(weight)) if row not in gone]

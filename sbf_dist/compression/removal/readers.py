@@ -15,6 +15,7 @@ from sbf_dist.compression.fitting.prior import floored, prior_variances
 from sbf_dist.compression.fitting.refit import RIDGE, drawn_patches
 from sbf_dist.compression.fitting.statistics import Moments, MomentSums, output_sensitivity
 from sbf_dist.compression.outputs import LOGITS, Yardstick
+from sbf_dist.compression.recognition import Recognised, as_plain, recognise
 from sbf_dist.compression.removal.coupled import Coupled, Part
 
 ORDERING_RIDGE = 0.03  # of each input's variance, by which channels are put in order
@@ -86,8 +87,9 @@ def solvable(dense: nn.Module, group: Coupled) -> bool:
     """Whether the weights of all layers that read the group's channels can be solved anew."""
     for part in _reading(group):
         module = dense.get_submodule(part.name)
+        known = recognise(module) if isinstance(module, nn.Conv2d) else None
         is_plain = isinstance(module, nn.Linear) or (
-            isinstance(module, nn.Conv2d) and module.groups == 1
+            isinstance(known, Recognised) and known.own and known.conv.groups == 1
         )
         even = len({len(numbers) for numbers in part.channels}) == 1
         if not (is_plain and even and _width(module) <= LARGEST_GRAM):
@@ -170,7 +172,7 @@ def _input_moments(
                 drawn[name] = Draw.of(name, _width(module), of, images.count)
             if start >= drawn[name].images:
                 return
-            rows = drawn_patches(module, inputs, drawn[name], start)
+            rows = drawn_patches(as_plain(module), inputs, drawn[name], start)
         else:
             rows = inputs.flatten(0, -2).clone()
         sums[name].add(rows, rows.new_empty(len(rows), 0))

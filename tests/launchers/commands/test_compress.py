@@ -78,6 +78,18 @@ def test_accuracy_before_and_after_is_reported_and_stands_on_the_card(
     assert f"{100 * top1:.1f}" in rows[1]
 
 
+def test_agreement_with_the_dense_network_is_reported_and_stands_on_the_card(
+    output: str, folder: Path
+) -> None:
+    (row,) = [line for line in output.splitlines() if "SBF, no training" in line]
+    fidelity = load_card(folder / "student").fidelity
+    assert fidelity is not None
+    assert fidelity.images > 8, "of the validation part"
+    cells = [cell.strip() for cell in row.split("│")]
+    assert f"{100 * fidelity.agreement:.1f}" in cells
+    assert f"{fidelity.kl:.3f}" in cells
+
+
 def test_a_network_of_other_outputs_is_compressed_without_an_accuracy(
     output: str, folder: Path
 ) -> None:
@@ -88,6 +100,7 @@ def test_a_network_of_other_outputs_is_compressed_without_an_accuracy(
     assert "the network has 7 outputs, the images have 10 classes" in result.output
     assert load_card(folder / "seven").classes == [str(i) for i in range(7)]
     assert load_card(folder / "seven").top1 is None
+    assert load_card(folder / "seven").fidelity is not None, "which needs no labels"
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,8 @@ def result(method: str, seed: int, *top1: float, macs: float = 0.5) -> dict:
         "refused": None,
         "reached": macs - 0.01 * seed,
         "top1": dict(zip(("0", "60"), top1, strict=True)),
+        "agreement": {"0": 0.75 + 0.01 * seed, "60": 0.9},
+        "kl": {"0": 0.25, "60": 0.1},
     }
 
 
@@ -125,6 +127,15 @@ def test_seeds_become_means_and_deviations():
     assert rows[0]["top1_std"] == pytest.approx(0.1414, abs=1e-4)
     assert rows[0]["reached"] == pytest.approx(0.495)
     assert {row["seeds"] for row in rows} == {2}
+    assert rows[0]["agreement_mean"] == pytest.approx(0.755)
+    assert rows[1]["kl_mean"] == pytest.approx(0.1)
+
+
+def test_results_of_a_version_that_did_not_compare_with_the_dense_network_are_shown():
+    old = {k: v for k, v in result("sbf", 0, 0.5, 0.8).items() if k not in ("agreement", "kl")}
+    (before, _) = rows = summarise([old])
+    assert before["agreement_mean"] is before["kl_mean"] is None
+    assert len(comparison_table(rows).rows) == 1
 
 
 def test_the_table_shows_figures_with_deviations_and_who_could_not_get_there():
@@ -142,8 +153,9 @@ def test_the_table_shows_figures_with_deviations_and_who_could_not_get_there():
     assert "60.0 ± 14.1" in ours
     assert "85.0 ± 7.1" in ours
     assert "49.5" in ours
+    assert "75.5" in ours and "0.250" in ours, "agreement and KL before training"
     (theirs,) = [line for line in lines if "Ghost" in line]
-    assert theirs.count("—") == 2
+    assert theirs.count("—") == 4
 
 
 def test_trials_are_all_pairs_of_each_seed_with_the_dense_network_first():
