@@ -25,12 +25,15 @@ def registered(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
 
 @contextmanager
-def leaves(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
-    """Let gradients reach all `modules` in a `with` block, also behind code under no_grad.
+def leaves(model: nn.Module, names: Iterable[str]) -> Iterator[list[Tensor]]:
+    """Let gradients reach the modules `names` of `model` in a `with` block, also behind no_grad.
 
     Where the input of a module needs no gradient, it becomes a leaf that does. The list that is
-    given holds these leaves: differentiate by them, too, and clear it after each pass.
+    given holds these leaves: differentiate by them, too, and clear it after each pass. Parameters
+    need none meanwhile: they would hide that an input does not depend on the images.
     """
+    modules = [model.get_submodule(name) for name in names]
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     found: list[Tensor] = []
 
     def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -39,5 +42,11 @@ def leaves(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
         found.append(inputs[0].detach().requires_grad_())
         return (found[-1], *inputs[1:])
 
-    with registered(module.register_forward_pre_hook(hook) for module in modules):
-        yield found
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        with registered(module.register_forward_pre_hook(hook) for module in modules):
+            yield found
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_()

@@ -227,8 +227,7 @@ def output_sensitivity(
 
     count = 0
     hooks = (model.get_submodule(name).register_forward_hook(keep(name)) for name in names)
-    watched = [model.get_submodule(name) for name in names]
-    with leaves(watched) as found, registered(hooks):
+    with leaves(model, names) as found, registered(hooks):
         for batch in batches():
             with torch.enable_grad():
                 images = batch.detach().requires_grad_()

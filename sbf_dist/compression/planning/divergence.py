@@ -105,7 +105,7 @@ def divergences(
         return hook
 
     hooks = (model.get_submodule(name).register_forward_hook(measure(name)) for name in trials)
-    with leaves(model.get_submodule(name) for name in trials) as found, registered(hooks):
+    with leaves(model, trials) as found, registered(hooks):
         for batch in batches:
             with torch.enable_grad():
                 images = batch.detach().requires_grad_()

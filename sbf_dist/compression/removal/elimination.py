@@ -192,7 +192,7 @@ def _divergences(
 
     hooks = (dense.get_submodule(n).register_forward_hook(measure(n)) for n in users)
     count = 0
-    with leaves(dense.get_submodule(name) for name in users) as found, registered(hooks):
+    with leaves(dense, users) as found, registered(hooks):
         for batch in images.parts(max(2, images.part // 2), PROBES):
             with torch.enable_grad():
                 given = batch.detach().requires_grad_()

@@ -83,7 +83,7 @@ def _products(
 
     rows: list[list[Tensor]] = [[] for _ in groups]
     hooks = (dense.get_submodule(name).register_forward_pre_hook(read(name)) for name in readers)
-    with leaves(dense.get_submodule(n) for n in readers) as found, registered(hooks):
+    with leaves(dense, readers) as found, registered(hooks):
         for part_of_images in images.parts(images.part // 2, SAMPLES):
             sums.clear()
             with torch.enable_grad():
