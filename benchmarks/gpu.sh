@@ -1,18 +1,17 @@
 #!/bin/sh
-# Builds the CUDA kernels for the GPU at hand, runs their tests, measures, and looks for races.
+# Builds the CUDA kernels for the GPU at hand, runs their tests, and measures.
 #
 #     benchmarks/gpu.sh RESULTS [BUILT]
 #
-# RESULTS: a folder that gets build.txt, tests.txt, gpu.json, measured.txt and races.txt, each as
-# soon as there is something in it. BUILT: use what gpu_build.py has built there. PARTS="tests
-# measured races" are run. Needs what gpu.py needs, pytest and hypothesis; races are looked for
-# where compute-sanitizer is. A part that fails does not keep the others from running; the exit
-# status says whether one did.
+# RESULTS: a folder that gets build.txt, tests.txt, gpu.json and measured.txt, each as soon as there
+# is something in it. BUILT: use what gpu_build.py has built there. PARTS="tests measured" are run.
+# Needs what gpu.py needs, pytest and hypothesis. A part that fails does not keep the others from
+# running; the exit status says whether one did.
 set -u
 root=$(cd "$(dirname "$0")/.." && pwd)
 results=${1:?usage: benchmarks/gpu.sh RESULTS [BUILT]}
 python=${PYTHON:-python3}
-parts=${PARTS:-tests measured races}
+parts=${PARTS:-tests measured}
 mkdir -p "$results" && results=$(cd "$results" && pwd)
 failed=0
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
@@ -45,10 +44,4 @@ part tests "$python" -m pytest -m gpu -c "$root/pyproject.toml" --rootdir "$root
     -p no:cacheprovider --durations=8 \
     "$root/tests/test_ops.py" "$root/tests/test_ops_cuda.py" "$root/tests/test_ops_devices.py"
 part measured "$python" "$root/benchmarks/gpu.py" --built "$built" --json "$results/gpu.json"
-if command -v compute-sanitizer > /dev/null; then
-    part races compute-sanitizer --tool racecheck --kernel-regex kns=sbf --error-exitcode 1 \
-        "$python" "$root/benchmarks/gpu.py" --built "$built" --quick --only checks
-else
-    echo "== races: left out, there is no compute-sanitizer"
-fi
 exit $failed

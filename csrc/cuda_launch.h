@@ -33,20 +33,24 @@ inline int alignment_of(const at::Tensor& tensor) {
   return bytes;
 }
 
+// The wiring read backwards, as DeviceKernels has it (inverse_cuda.cu).
+Inverse cuda_inverse_of(const at::Tensor& sources, const at::Tensor& order, int64_t basis);
+
 // The gradient of the transforms, as DeviceKernels has it (transforms_cuda.cu).
 at::Tensor cuda_expand_grad_transforms(const at::Tensor& grad, const at::Tensor& z,
                                        const at::Tensor& sources, const at::Tensor& order,
                                        const Shape&);
 
-// Starts `kernel(arguments)` on the current stream, with kThreads threads in a block.
+// Starts `kernel(arguments)` on the current stream.
 template <typename Arguments>
-void launch(void (*kernel)(Arguments), dim3 blocks, int shared_bytes, const Arguments& arguments) {
+void launch(void (*kernel)(Arguments), dim3 blocks, int threads, int shared_bytes,
+            const Arguments& arguments) {
   // More than 48 KiB of shared memory must be asked for.
   if (shared_bytes > 48 * 1024) {
     C10_CUDA_CHECK(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   }
-  kernel<<<blocks, kThreads, shared_bytes, c10::cuda::getCurrentCUDAStream()>>>(arguments);
+  kernel<<<blocks, threads, shared_bytes, c10::cuda::getCurrentCUDAStream()>>>(arguments);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -30,4 +30,30 @@ C10_HOST_DEVICE inline acc_t activate(Activation activation, acc_t value) {
   return value;
 }
 
+#ifdef __CUDACC__
+#define SBF_NOINLINE __noinline__
+#else
+#define SBF_NOINLINE
+#endif
+
+// Not inline: where it stands for many values, its code would push the sums out of the
+// instruction cache.
+template <typename acc_t>
+C10_HOST_DEVICE SBF_NOINLINE acc_t activate_called(Activation activation, acc_t value) {
+  return activate(activation, value);
+}
+
+// The same for several values, with one decision for all.
+template <typename acc_t, int kCount>
+C10_HOST_DEVICE inline void activate_all(Activation activation, acc_t (&value)[kCount]) {
+  if (activation == Activation::kNone) return;
+  if (activation == Activation::kReLU) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) value[i] = activate(Activation::kReLU, value[i]);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) value[i] = activate_called(activation, value[i]);
+}
+
 }  // namespace sbf

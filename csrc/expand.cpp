@@ -109,11 +109,12 @@ at::Tensor expand_grad_input(const at::Tensor& grad_any, const at::Tensor& trans
   const at::Tensor grad = grad_any.contiguous(shape.format);
   const at::Tensor grad_z = empty_like_features(grad, shape.basis, shape);
   if (grad_z.numel() == 0) return grad_z;
-  const Inverse inverse = inverse_of(sources, order, shape.basis);
+  const DeviceKernels& kernels = kernels_of(grad);
+  const Inverse inverse = kernels.inverse_of(sources.contiguous(), order.contiguous(), shape.basis);
   const BackwardWiring wiring{
       inverse.position.const_data_ptr<int64_t>(), inverse.terms.const_data_ptr<int64_t>(),
       inverse.begin.const_data_ptr<int64_t>(), shape.basis, shape.sources_each};
-  kernels_of(grad).expand_grad_input(grad_z, grad, transforms.contiguous(), wiring, shape);
+  kernels.expand_grad_input(grad_z, grad, transforms.contiguous(), wiring, shape);
   return grad_z;
 }
 

@@ -251,7 +251,8 @@ constexpr int64_t kMaxCachedFilterBytes = 640 * 1024;
 }  // namespace
 
 const DeviceKernels& cpu_kernels() {
-  static constexpr DeviceKernels kernels{expand, expand_grad_input, expand_grad_transforms};
+  static constexpr DeviceKernels kernels{inverse_of, expand, expand_grad_input,
+                                         expand_grad_transforms};
   return kernels;
 }
 

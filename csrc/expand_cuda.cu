@@ -12,10 +12,8 @@
 namespace sbf {
 namespace {
 
-// Three blocks on a multiprocessor, so that some load while others compute: at most 80 registers.
-// Double, for gradient checks, may have as many as it likes.
 template <int M, typename scalar_t, typename acc_t, typename Wiring>
-__global__ void __launch_bounds__(kThreads, sizeof(scalar_t) == 8 ? 1 : 3)
+__global__ void __launch_bounds__(max_threads_of(sizeof(scalar_t)))
     expand_tiles_kernel(const __grid_constant__ ExpandArguments<scalar_t, Wiring> arguments) {
   extern __shared__ __align__(16) char shared[];
   expand_tiles<M, scalar_t, acc_t>(Team{}, arguments, shared, blockIdx.x, gridDim.x, blockIdx.y);
@@ -85,15 +83,10 @@ void launch_expand(const at::Tensor& output, const at::Tensor& input, const Wiri
         const scalar_t* in = input.const_data_ptr<scalar_t>();
         const auto taps = taps_of(transforms.const_data_ptr<scalar_t>(), shape.m, flip);
 
-        const int64_t chunk = chunk_of(sizeof(scalar_t));
-        // Backwards, channels differ in their number of links: room for twice the mean.
-        const int64_t links = flip ? 2 * ceil_div(shape.terms(), shape.basis) : shape.sources_each;
-        const int64_t slots = slots_within<acc_t>(chunk * links, shape.m);
-        const auto tiling = tile_for(
-            {shape.batch, input.size(1), output.size(1), shape.height, shape.width, shape.m,
-             static_cast<int>(sizeof(scalar_t)), channels_last, alignment_of(input), alignment_out,
-             Table<acc_t>::bytes(chunk, slots, shape.m)},
-            current_device());
+        const auto tiling = tile_for({shape.batch, input.size(1), output.size(1), shape.height,
+                                      shape.width, shape.m, static_cast<int>(sizeof(scalar_t)),
+                                      channels_last, alignment_of(input), alignment_out, 0},
+                                     /*stage_planes=*/false, current_device());
         if (tiling.has_value()) {
           const ExpandArguments<scalar_t, Wiring> arguments{out,
                                                             in,
@@ -102,13 +95,13 @@ void launch_expand(const at::Tensor& output, const at::Tensor& input, const Wiri
                                                             taps,
                                                             wiring,
                                                             epilogue.activation,
-                                                            *tiling,
-                                                            static_cast<int>(slots)};
-          const dim3 blocks(static_cast<unsigned>(std::min<int64_t>(tiling->tiles(), INT32_MAX)),
-                            tiling->splits);
+                                                            *tiling};
+          const dim3 blocks(
+              static_cast<unsigned>(std::min<int64_t>(tiling->tiles(), tiling->resident)),
+              tiling->splits);
           launch(shape.m == 3 ? expand_tiles_kernel<3, scalar_t, acc_t, Wiring>
                               : expand_tiles_kernel<1, scalar_t, acc_t, Wiring>,
-                 blocks, tiling->bytes, arguments);
+                 blocks, tiling->threads, tiling->bytes, arguments);
           return;
         }
         const StripGrid grid{shape.batch, output.size(1), shape.height, shape.width, channels_last};
@@ -127,7 +120,7 @@ void launch_expand(const at::Tensor& output, const at::Tensor& input, const Wiri
             static_cast<unsigned>(std::min<int64_t>(ceil_div(grid.count(), kThreads), INT32_MAX)));
         launch(shape.m == 3 ? expand_strips_kernel<3, scalar_t, acc_t, Wiring>
                             : expand_strips_kernel<1, scalar_t, acc_t, Wiring>,
-               blocks, 0, arguments);
+               blocks, kThreads, 0, arguments);
       });
 }
 
@@ -145,7 +138,8 @@ void expand_grad_input(const at::Tensor& grad_z, const at::Tensor& grad,
 }  // namespace
 
 const DeviceKernels& cuda_kernels() {
-  static constexpr DeviceKernels kernels{expand, expand_grad_input, cuda_expand_grad_transforms};
+  static constexpr DeviceKernels kernels{cuda_inverse_of, expand, expand_grad_input,
+                                         cuda_expand_grad_transforms};
   return kernels;
 }
 

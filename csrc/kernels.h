@@ -11,6 +11,8 @@
 namespace sbf {
 
 struct DeviceKernels {
+  // Of contiguous tensors.
+  Inverse (*inverse_of)(const at::Tensor& sources, const at::Tensor& order, int64_t basis);
   // y = activation(what the wiring gives for z + bias + residual)
   void (*expand)(const at::Tensor& y, const at::Tensor& z, const at::Tensor& transforms,
                  const ForwardWiring&, const Epilogue&, const Shape&);

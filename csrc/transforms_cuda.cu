@@ -16,9 +16,8 @@ constexpr int kWarp = 32;
 constexpr int64_t kMaxBlocksPerSum = 512;
 constexpr int64_t kMaxSlabBytes = 64 << 20;
 
-// Three blocks on a multiprocessor, so that some load while others compute: at most 80 registers.
 template <int M, typename scalar_t, typename acc_t>
-__global__ void __launch_bounds__(kThreads, sizeof(scalar_t) == 8 ? 1 : 3) transforms_tiles_kernel(
+__global__ void __launch_bounds__(max_threads_of(sizeof(scalar_t))) transforms_tiles_kernel(
     const __grid_constant__ TransformsArguments<scalar_t, acc_t> arguments) {
   extern __shared__ __align__(16) char shared[];
   transforms_tiles<M, scalar_t, acc_t>(Team{}, arguments, shared, blockIdx.x, gridDim.x,
@@ -109,7 +108,7 @@ at::Tensor tile_sums(const at::Tensor& grad, const at::Tensor& z, const ForwardW
   const int64_t slab_bytes =
       shape.terms() * shape.m * shape.m * static_cast<int64_t>(sizeof(acc_t));
   const int64_t slabs = std::clamp<int64_t>(
-      std::min(kMaxBlocksPerSum / tiling.splits, kMaxSlabBytes / slab_bytes), 1, tiling.tiles());
+      std::min<int64_t>(tiling.resident, kMaxSlabBytes / slab_bytes), 1, tiling.tiles());
   const at::Tensor sums = at::empty({slabs, shape.terms(), shape.m * shape.m},
                                     z.options().dtype(c10::CppTypeToScalarType<acc_t>::value));
   const TransformsArguments<scalar_t, acc_t> arguments{sums.mutable_data_ptr<acc_t>(),
@@ -120,7 +119,7 @@ at::Tensor tile_sums(const at::Tensor& grad, const at::Tensor& z, const ForwardW
                                                        tiling};
   launch(shape.m == 3 ? transforms_tiles_kernel<3, scalar_t, acc_t>
                       : transforms_tiles_kernel<1, scalar_t, acc_t>,
-         dim3(slabs, tiling.splits), tiling.bytes, arguments);
+         dim3(slabs, tiling.splits), tiling.threads, tiling.bytes, arguments);
   return sums.sum(0);
 }
 
@@ -156,7 +155,7 @@ at::Tensor strip_sums(const at::Tensor& grad, const at::Tensor& z, const at::Ten
                                                   lanes};
   launch(shape.m == 3 ? transforms_strips_kernel<3, scalar_t, acc_t>
                       : transforms_strips_kernel<1, scalar_t, acc_t>,
-         dim3(groups, slices, patches), 0, arguments);
+         dim3(groups, slices, patches), kThreads, 0, arguments);
   return sums.sum(0);
 }
 
@@ -177,7 +176,7 @@ at::Tensor cuda_expand_grad_transforms(const at::Tensor& grad, const at::Tensor&
                       alignment_of(grad),
                       shape.m == 3 ? TransformsBlock<3, scalar_t, acc_t>::kSumBytes
                                    : TransformsBlock<1, scalar_t, acc_t>::kSumBytes},
-                     current_device());
+                     /*stage_planes=*/true, current_device());
         sums = tiling.has_value() ? tile_sums<scalar_t, acc_t>(grad, z, wiring, shape, *tiling)
                                   : strip_sums<scalar_t, acc_t>(grad, z, sources, order, shape);
       });

@@ -155,7 +155,8 @@ _ACTIVATION_OF = {
     "relu": F.relu,
     "relu6": F.relu6,
     "silu": F.silu,
-    "hardswish": F.hardswish,
+    # F.hardswish multiplies by a float's 1/6 on CUDA, in double too.
+    "hardswish": lambda y: y * F.relu6(y + 3) / 6,
 }
 
 

@@ -102,7 +102,7 @@ Case draw_case(int element_size) {
   };
   c.align_in = alignment();
   c.align_out = alignment();
-  const int shared[] = {16, 48, 99, 227};
+  const int shared[] = {24, 48, 99, 227};
   const int kib = shared[draw(0, 3)];
   c.device = {static_cast<int>(draw(1, 132)), kib * 1024, (kib + 1) * 1024};
 
@@ -202,14 +202,10 @@ bool run_expand(const char* name, const Case& c, const Wiring& wiring, bool flip
   const bool with_bias = draw(0, 1) == 0, with_residual = draw(0, 1) == 0;
   const auto activation = static_cast<Activation>(draw(0, 4));
 
-  const int64_t chunk = chunk_of(sizeof(scalar_t));
-  // As the launchers have it, or so few that most taps are read where they lie.
-  const int64_t links = flip ? 2 * ceil_div(c.rebuilt * c.sources_each, c.basis) : c.sources_each;
-  const int64_t slots = slots_within<acc_t>(draw(0, 2) == 0 ? draw(0, 10) : chunk * links, c.m);
-  const auto tiling = tile_for(
-      {c.batch, inputs, outputs, c.height, c.width, c.m, static_cast<int>(sizeof(scalar_t)),
-       c.channels_last, c.align_in, c.align_out, Table<acc_t>::bytes(chunk, slots, c.m)},
-      c.device);
+  const auto tiling =
+      tile_for({c.batch, inputs, outputs, c.height, c.width, c.m,
+                static_cast<int>(sizeof(scalar_t)), c.channels_last, c.align_in, c.align_out, 0},
+               /*stage_planes=*/false, c.device);
   if (!tiling.has_value()) return false;
   for (const bool backwards : {false, true}) {
     const Array<scalar_t> output(pixels * outputs, c.align_out, true);
@@ -221,16 +217,15 @@ bool run_expand(const char* name, const Case& c, const Wiring& wiring, bool flip
         taps_of(static_cast<const scalar_t*>(taps.data()), c.m, flip),
         wiring,
         activation,
-        *tiling,
-        static_cast<int>(slots)};
+        *tiling};
     const int64_t blocks = std::min<int64_t>(tiling->tiles(), draw(1, 5));
     for (int64_t block = 0; block < blocks; ++block) {
       for (int split = 0; split < tiling->splits; ++split) {
         const auto shared = poisoned_shared<acc_t>(*tiling);
         const auto run = c.m == 3 ? expand_tiles<3, scalar_t, acc_t, Wiring>
                                   : expand_tiles<1, scalar_t, acc_t, Wiring>;
-        run(Team{backwards}, arguments, reinterpret_cast<char*>(shared->data()), block, blocks,
-            split);
+        run(Team{tiling->threads, backwards}, arguments, reinterpret_cast<char*>(shared->data()),
+            block, blocks, split);
       }
     }
     for (int64_t n = 0; n < c.batch; ++n) {
@@ -269,7 +264,7 @@ bool run_transforms(const Case& c) {
                 static_cast<int>(sizeof(scalar_t)), c.channels_last, c.align_in, c.align_out,
                 c.m == 3 ? TransformsBlock<3, scalar_t, acc_t>::kSumBytes
                          : TransformsBlock<1, scalar_t, acc_t>::kSumBytes},
-               c.device);
+               /*stage_planes=*/true, c.device);
   if (!tiling.has_value()) return false;
   for (const bool backwards : {false, true}) {
     const int64_t slabs = std::min<int64_t>(tiling->tiles(), draw(1, 5)), taps = c.m * c.m;
@@ -281,8 +276,8 @@ bool run_transforms(const Case& c) {
         const auto shared = poisoned_shared<acc_t>(*tiling);
         const auto run =
             c.m == 3 ? transforms_tiles<3, scalar_t, acc_t> : transforms_tiles<1, scalar_t, acc_t>;
-        run(Team{backwards}, arguments, reinterpret_cast<char*>(shared->data()), slab, slabs,
-            split);
+        run(Team{tiling->threads, backwards}, arguments, reinterpret_cast<char*>(shared->data()),
+            slab, slabs, split);
       }
     }
     for (int64_t term = 0; term < terms; ++term) {
