@@ -19,7 +19,6 @@ from sbf_dist.compression.candidates import find_candidates, forward_order
 from sbf_dist.compression.cost import Cost, count
 from sbf_dist.compression.fitting.between import insert_between
 from sbf_dist.compression.fitting.layerwise import layer_of
-from sbf_dist.compression.fitting.prior import prior_variances
 from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.fitting.refit import is_mended, linear_heads
 from sbf_dist.compression.fitting.resuming import Passes, Route
@@ -161,7 +160,7 @@ def rebuild_more(
         images,
         refit=settings.refit,
         held=held,
-        priors=prior_variances(student, list(sizes), images),
+        priors=found.priors,
         route=route,
     )
     fitted = fit_layers(fit, order, changed, found, progress)

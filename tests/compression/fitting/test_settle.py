@@ -38,7 +38,9 @@ def test_what_is_reached_is_what_the_student_then_is(noise, count):
         student = spoiled(model, noise)
         before = Wanted.of(model, held).compare([student(held.first(held.count))])
         route = Route() if way == "whole" else Route.of(model, model, pictures(3), LAYERS, 2**20)
-        judge = settle(student, Reference(model), images, held, refit=True, yardstick=LOGITS, route=route)
+        judge = settle(
+            student, Reference(model), images, held, refit=True, yardstick=LOGITS, route=route
+        )
         after = Wanted.of(model, held).compare([student(held.first(held.count))])
         assert judge.fidelity.kl == pytest.approx(after.kl, rel=1e-4, abs=1e-7)
         assert after.kl <= before.kl + 1e-7
