@@ -1,8 +1,14 @@
 """Time and memory of fitting a large network, and its errors beside those of other methods.
 
-`cost`: ResNet-50 with random weights (batch norm measured, so that features neither vanish nor
-explode) on structured noise of 224 px: seconds of each part and peak memory of the process. Neither
-depends on the weights. It says nothing about accuracy.
+`cost`: a network with random weights (batch norm measured, so that features neither vanish nor
+explode) on structured noise of 224 px: seconds of each part, peak memory of the process and the
+machine's load. Neither depends on the weights. It says nothing about accuracy. One network at a
+time, as memory is the process's; of a file that has others their rows stay:
+
+    for network in efficientnet_b0 resnet50 resnet152; do
+        python benchmarks/fitting.py cost --network $network \
+            --json benchmarks/results/fitting-cost.json
+    done
 
 `errors`: a small ResNet, trained for a minute to classify patches of 32 px by their photograph, of
 ten. For each layer, the share of its output's variance (on other parts of the photographs, the
@@ -14,6 +20,7 @@ shows how the methods approximate one trained layer on photographs, not how accu
 import argparse
 import json
 import math
+import os
 import resource
 import time
 from collections.abc import Iterator
@@ -46,6 +53,12 @@ PHOTOGRAPHS = [
 ]
 SIDE = 32
 STEPS = 200  # of training
+# Names as `models.build` takes them, and shares of the multiply-adds.
+COSTS = {
+    "efficientnet_b0": ("timm:efficientnet_b0", 0.75),
+    "resnet50": ("torchvision:resnet50", 0.5),
+    "resnet152": ("torchvision:resnet152", 0.5),
+}
 
 
 class Noise:
@@ -67,13 +80,14 @@ class Noise:
 def cost(images: int, side: int, macs: float, name: str) -> dict:
     """Compress a network with random weights; seconds of each part, and peak memory in GB.
 
-    Processor seconds of all threads together are comparable on a busy machine.
+    Processor seconds of all threads together are comparable on a busy machine. load: of the minute
+    before, and in the end of the last five and fifteen.
     """
     torch.manual_seed(0)
     model = models.build(name, 1000).eval()
     noise = Calibration.of(Noise(images, side))
     measure_batch_norm(model, noise.first(16), 8)
-    before = _peak_gb()
+    before, load = _peak_gb(), os.getloadavg()[0]
     seconds: dict[str, list[float]] = {}
     part, begun = "look at layers", _clocks()
     start = begun
@@ -100,6 +114,8 @@ def cost(images: int, side: int, macs: float, name: str) -> dict:
         "seconds_in_all": [round(b - a, 1) for a, b in zip(start, _clocks(), strict=True)],
         "peak_gb_before": before,
         "peak_gb": _peak_gb(),
+        "load": [round(load, 1), *(round(average, 1) for average in os.getloadavg()[1:])],
+        "threads": torch.get_num_threads(),
     }
 
 
@@ -240,23 +256,29 @@ def _lost(matrix: Tensor, moments: Moments) -> float:
     return float(1 - explained / moments.yy.sum())
 
 
+def _is_file(path: Path | None) -> bool:
+    return path is not None and path.is_file()
+
+
 def main() -> None:
     """Run both parts, print their tables and write the JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("part", nargs="*", choices=["cost", "errors"], default=["cost", "errors"])
-    parser.add_argument("--network", default="torchvision:resnet50", help="of part cost")
+    parser.add_argument("--network", choices=COSTS, default="resnet50", help="of part cost")
     parser.add_argument("--images", type=int, default=512, help="of part cost")
     parser.add_argument("--side", type=int, default=224, help="of part cost")
-    parser.add_argument("--macs", type=float, default=0.5)
+    parser.add_argument("--macs", type=float, help="of part cost its network's, or else 0.5")
     parser.add_argument("--trained", default="cifar_resnet14_w32", help="network of part errors")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     report: dict = {"machine": machine(), "threads": torch.get_num_threads()}
     if "cost" in options.part:
-        result = cost(options.images, options.side, options.macs, options.network)
-        report["cost"] = result
+        name, share = COSTS[options.network]
+        result = cost(options.images, options.side, options.macs or share, name)
+        earlier = json.loads(options.json.read_text()) if _is_file(options.json) else {}
+        report["cost"] = earlier.get("cost", {}) | {options.network: result}
         title = f"{options.network}, {options.images} images"
         table = Table("part", "s", "processor s", title=title)
         for name, pair in [*result["seconds"].items(), ("in all", result["seconds_in_all"])]:
@@ -265,7 +287,7 @@ def main() -> None:
         print(result["plan"])
         print(f"peak memory {result['peak_gb']} GB ({result['peak_gb_before']} before)")
     if "errors" in options.part:
-        result = errors(options.macs, options.trained)
+        result = errors(options.macs or 0.5, options.trained)
         report["errors"] = result
         print(f"{options.trained}: top-1 {100 * result['top1']:.1f} % on other parts of the photos")
         table = Table("layer", *result["mean"], title="share of a layer's variance that is lost")

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from small_networks import pictures
+from small_networks import Small, pictures
 from torch import nn
 
+from sbf_dist.compression.calibration import calibration_for
+from sbf_dist.compression.holding_out import split
 from sbf_dist.compression.one_shot import compress
 from sbf_dist.compression.planning.latency import latency
 from sbf_dist.compression.planning.latency_table import LatencyTable, Timing
@@ -112,3 +114,68 @@ def test_a_budget_of_time_is_met_where_the_network_views(tmp_path):
 def test_what_fails_either_way_is_not_for_the_layout_to_tell():
     last = torch.zeros(2, 4, 10, 10).to(memory_format=torch.channels_last)
     assert not needs_contiguous(network(), last)
+
+
+class Depthwise(nn.Module):
+    """A depthwise convolution behind a plain one."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.point = nn.Conv2d(8, 16, 1)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.head(self.point(self.depthwise(self.stem(x)).relu()).mean((2, 3)))
+
+
+class DepthwiseViewing(Depthwise):
+    def forward(self, x):
+        x = self.point(self.depthwise(self.stem(x)).relu())
+        return self.head(x.view(len(x), -1).view(*x.shape).mean((2, 3)))
+
+
+class DepthwiseByMemory(Depthwise):
+    """What it computes depends on how its features lie in memory."""
+
+    def forward(self, x):
+        x = self.point(self.depthwise(self.stem(x)).relu())
+        return self.head(x.as_strided(x.shape, (1600, 100, 10, 1))[:, :, :5].mean((2, 3)))
+
+
+def in_layouts(model, images):
+    """Layouts of the batches that `model` is compressed with: those to fit to, and held out."""
+    parts = split(calibration_for(model.eval(), images))
+    batches = [batch for part in parts for batch in [*part, *part.parts(5), part.first(3)]]
+    return {batch.is_contiguous(memory_format=torch.channels_last) for batch in batches}
+
+
+def test_depthwise_networks_are_fitted_in_channels_last():
+    assert in_layouts(Depthwise(), pictures(16)) == {True}
+    batches = [pictures(16)[:7], pictures(16)[7:]]
+    assert in_layouts(Depthwise(), batches) == {True}
+
+
+@pytest.mark.parametrize("kind", [DepthwiseViewing, DepthwiseByMemory])
+def test_depthwise_networks_whose_code_asks_for_another_layout_are_not(kind):
+    assert in_layouts(kind(), pictures(16)) == {False}
+
+
+def test_other_networks_get_images_as_they_come():
+    assert in_layouts(network(Small), pictures(16)) == {False}
+    last = pictures(16).to(memory_format=torch.channels_last)
+    assert in_layouts(network(Small), last) == {True}
+
+
+def test_a_student_fitted_in_channels_last_computes_what_it_would_else(monkeypatch):
+    torch.manual_seed(0)
+    model, images = Depthwise().eval(), pictures(64)
+    student, plan = compress(model, images, macs=0.9)
+    monkeypatch.setattr("sbf_dist.compression.calibration.prefers_channels_last", lambda *_: False)
+    other, same = compress(model, images, macs=0.9)
+    assert {n: getattr(p, "kept", None) for n, p in plan.layers.items()} == {
+        n: getattr(p, "kept", None) for n, p in same.layers.items()
+    }
+    with torch.no_grad():
+        torch.testing.assert_close(student(images), other(images), rtol=1e-3, atol=1e-4)

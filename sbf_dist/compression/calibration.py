@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sbf_dist.compression.inputs import Packing, number_of_inputs
 from sbf_dist.errors import UserError
-from sbf_dist.layout import needs_contiguous
+from sbf_dist.layout import needs_contiguous, prefers_channels_last
 
 BATCH = 64  # images at a time, where it is ours to choose
 PIXELS = 2**19  # of a batch for the layers' statistics: 10 images of 224 px, 64 of 90 px
@@ -114,8 +114,19 @@ class Calibration:
 
     def contiguous(self) -> "Calibration":
         """Return the same images, coming contiguous, however they lie in memory now."""
+        return self._laid_out(torch.contiguous_format)
+
+    def channels_last(self) -> "Calibration":
+        """Return the same images, coming in channels_last."""
+        return self._laid_out(torch.channels_last)
+
+    def laid_out_as(self, other: "Calibration") -> "Calibration":
+        """Return the same images, coming in the layout of another's."""
+        return self._laid_out(other._layout)
+
+    def _laid_out(self, layout: torch.memory_format) -> "Calibration":
         other = self.to(self.device)
-        other._layout = torch.contiguous_format
+        other._layout = layout
         return other
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -285,8 +296,11 @@ def calibration_for(model: nn.Module, images: Images) -> Calibration:
     )
     if calibration.packing is not None:
         calibration.packing.install(model)
-    if needs_contiguous(model, calibration.first(1)):
+    image = calibration.first(1)
+    if needs_contiguous(model, image):
         return calibration.contiguous()
+    if prefers_channels_last(model, image):
+        return calibration.channels_last()
     return calibration
 
 

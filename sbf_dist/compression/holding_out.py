@@ -72,7 +72,8 @@ def _part(images: Calibration, chosen: list[bool]) -> Calibration:
     sources = images.sources
     if sources is not None:
         sources = [source for source, take in zip(sources, chosen, strict=True) if take]
-    # They come on the device, in the type and the layout of `images`.
-    return Calibration(
+    # They come on the device and in the type of `images`.
+    part = Calibration(
         _Chosen(images, chosen), device=images.device, sources=sources, packing=images.packing
     )
+    return part.laid_out_as(images)

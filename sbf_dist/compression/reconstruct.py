@@ -19,9 +19,8 @@ from sbf_dist.compression.candidates import find_candidates, forward_order
 from sbf_dist.compression.cost import Cost, count
 from sbf_dist.compression.fitting.between import insert_between
 from sbf_dist.compression.fitting.layerwise import layer_of
-from sbf_dist.compression.fitting.prior import prior_variances
 from sbf_dist.compression.fitting.reference import Reference
-from sbf_dist.compression.fitting.refit import is_mended
+from sbf_dist.compression.fitting.refit import is_mended, linear_heads
 from sbf_dist.compression.fitting.resuming import Passes, Route
 from sbf_dist.compression.fitting.sequential import SequentialFit
 from sbf_dist.compression.fitting.settle import settle
@@ -121,7 +120,8 @@ def rebuild_more(
     shapes = {name: _shape(network, plan, name, cost.layers[name]) for name in candidates}
     sbf = {n: layer for n in candidates if isinstance(layer := layer_of(network, n), SBFConv2d)}
     reference = reference or Reference(network)
-    route = Route.of(network, reference.module, images.first(3), candidates, settings.feature_bytes)
+    layers = candidates + linear_heads(network, examples)
+    route = Route.of(network, reference.module, images.first(3), layers, settings.feature_bytes)
     found = measure_options(
         Passes(network, images, route.student, Shelf(route.memory)),
         shapes,
@@ -160,7 +160,7 @@ def rebuild_more(
         images,
         refit=settings.refit,
         held=held,
-        priors=prior_variances(student, list(sizes), images),
+        priors=found.priors,
         route=route,
     )
     fitted = fit_layers(fit, order, changed, found, progress)
@@ -168,7 +168,15 @@ def rebuild_more(
         fitted = insert_between(student, fitted, images, settings.between)
     judge = None
     if changed or reference.module is not network:
-        judge = settle(student, reference, images, held, refit=settings.refit, yardstick=yardstick)
+        judge = settle(
+            student,
+            reference,
+            images,
+            held,
+            refit=settings.refit,
+            yardstick=yardstick,
+            route=route,
+        )
     after = count(student, images.shape, examples)
     latency = None
     if shared.timed is not None:

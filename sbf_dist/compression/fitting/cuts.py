@@ -152,12 +152,13 @@ class Keeping:
 def find_cuts(model: nn.Module, images: Tensor, layers: Sequence[str]) -> dict[str, Cut]:
     """Find, for each of `layers` that has one, the last point before it to go on from.
 
-    `layers` are in forward order; `model` is in eval mode; three of `images` are used. Points where
-    one tensor is all are taken, and others only where there is none for SPAN layers.
+    `model` is in eval mode; three of `images` are used. Points where one tensor is all are taken,
+    and others only where there is none for SPAN layers.
     """
     observed = _observe(model, images[:2], layers)
     if observed is None:
         return {}
+    layers = sorted(layers, key=lambda name: observed.before.get(name, -1))
     chosen: list[Cut] = []
     last, since = -1, 0
     for name in layers:

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from sbf_dist.compression.calibration import Calibration
-from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.outputs import LOGITS, Yardstick
 from sbf_dist.compression.plan import MeasuredFidelity
 
@@ -71,12 +70,22 @@ class Wanted:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, dense: nn.Module, images: Calibration, yardstick: Yardstick = LOGITS) -> "Wanted":
-        """Run `dense`, in eval mode, on all of `images`."""
-        outputs = OutputsFor(dense, images)
-        first = next(iter(outputs))
-        size = sum(tensor[0].nbytes for tensor in yardstick.tensors(first))
-        return cls(list(outputs) if size * images.count <= HELD else outputs, yardstick)
+    def of(
+        cls,
+        dense: nn.Module,
+        images: Calibration,
+        yardstick: Yardstick = LOGITS,
+        outputs: Iterable[Any] | None = None,
+    ) -> "Wanted":
+        """Run `dense`, in eval mode, on all of `images`; `outputs` are a pass that does so."""
+        every = OutputsFor(dense, images)
+        held: list[Any] = []
+        for found in every if outputs is None else outputs:
+            size = sum(tensor[0].nbytes for tensor in yardstick.tensors(found))
+            if size * images.count > HELD:
+                return cls(every, yardstick)
+            held.append(found)
+        return cls(held, yardstick)
 
     @torch.no_grad()
     def compare(self, outputs: Iterable[Any]) -> Fidelity:
@@ -157,35 +166,29 @@ def _number(value: float) -> float:
 
 
 class Judge:
-    """Judges a student, step by step, on images that are held out.
+    """Judges a student, step by step, on images that are held out, by its outputs for these.
 
     fidelity: what the student reached with the last step that was kept; steps: what each step
     brought, in sentences.
     """
 
-    def __init__(
-        self,
-        student: nn.Module,
-        reference: Reference,
-        held: Calibration,
-        yardstick: Yardstick = LOGITS,
-    ) -> None:
-        self._outputs = OutputsFor(student, held)
+    def __init__(self, student: nn.Module, wanted: Wanted, outputs: Iterable[Any]) -> None:
         self._student = student
-        self._wanted = Wanted.of(reference.module, held, yardstick)
-        self.fidelity = self.measure()
+        self._wanted = wanted
+        self.fidelity = self._wanted.compare(outputs)
         self.steps = [f"On images held out, layers fitted: {self.fidelity.record().in_words()}."]
 
-    def measure(self) -> Fidelity:
-        """Compare the student, as it is now, with the dense network."""
-        return self._wanted.compare(self._outputs)
+    def keep_if_nearer(
+        self, step: str, change: Callable[[], object], outputs: Iterable[Any]
+    ) -> bool:
+        """Change the student's weights in place; restore them unless it is nearer then.
 
-    def keep_if_nearer(self, step: str, change: Callable[[], object]) -> bool:
-        """Change the student's weights in place; restore them unless it is nearer then."""
+        `outputs` are what it gives when it has been changed.
+        """
         tensors = [*self._student.parameters(), *self._student.buffers()]
         before = [tensor.detach().clone() for tensor in tensors]
         change()
-        found = self.measure()
+        found = self._wanted.compare(outputs)
         kept = found.nearer_than(self.fidelity)
         self.steps.append(f"{step}: {found.record().in_words()}{'' if kept else ', not kept'}.")
         if kept:

@@ -25,6 +25,9 @@ from sbf_dist.compression.plan import SBFLayer
 RIDGE = 1e-6  # of the variance of each candidate
 # To choose from on images that are held out; the last takes the candidates as they are.
 RIDGES = (RIDGE, 1e-2, 1e-1, 1.0, math.inf)
+# Of the largest variance of a channel: what the single precision of images leaves of none.
+RANK = 1e-6
+LOW = 0.75  # share of the channels up to which a smaller rank is made use of
 LEAST_WEIGHT = 1e-3  # of the mean: what hardly matters is still to be rebuilt
 LEAST_VARIANCE = 1e-3  # of the mean: channels that vary less are no coordinates to choose first
 
@@ -62,18 +65,18 @@ class MixtureSpace:
             added = ridge * variance + RIDGE * variance.mean()
             gram = moments.zz + torch.diag(added.clamp(min=torch.finfo(torch.double).tiny ** 0.5))
             self._matrix = self._matrix + torch.linalg.solve(gram, moments.zy - moments.zz).T
-        explained = self._matrix @ moments.zz @ self._matrix.T
-        values, vectors = torch.linalg.eigh(self._scale[:, None] * explained * self._scale)
-        self._values, self._vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+        self._values, self._vectors = self._decomposed()
 
     def losses(self) -> Tensor:
         """Return the weighted error (C + 1,) that 0, 1, … C dimensions leave."""
         total = (self._scale.square() * self._moments.yy).sum()
-        return (total - torch.cat([torch.zeros(1), self._values.cumsum(0)])).clamp(min=0)
+        explained = torch.zeros(len(self._scale) + 1, dtype=torch.double)
+        explained[1 : len(self._values) + 1] = self._values
+        return (total - explained.cumsum(0)).clamp(min=0)
 
     def error_on(self, moments: Moments, kept: int) -> float:
         """Return the weighted error on other moments that `kept` dimensions leave."""
-        leading = self._vectors[:, :kept]
+        leading = self._leading(kept)
         matrix = (leading / self._scale[:, None]) @ ((leading.T * self._scale) @ self._matrix)
         bias = self._moments.y_mean - matrix @ self._moments.z_mean
         explained = 2 * (matrix * moments.zy.T).sum(1) - ((matrix @ moments.zz) * matrix).sum(1)
@@ -83,7 +86,7 @@ class MixtureSpace:
     def fit(self, kept: int, among: Collection[int] | None = None) -> Mixture:
         """Return the mixture of `kept` dimensions; `among` are the channels that may be kept."""
         moments = self._moments
-        leading = self._vectors[:, :kept]
+        leading = self._leading(kept)
         span = leading / self._scale[:, None]  # of the outputs, one row each
         inner = (leading.T * self._scale) @ self._matrix
         chosen = self._coordinates(span, among)
@@ -99,6 +102,30 @@ class MixtureSpace:
             matrix=matrix,
             error=(moments.yy - explained).clamp(min=0),
         )
+
+    def _leading(self, kept: int) -> Tensor:
+        """The `kept` directions, orthonormal columns, that explain most of the scaled outputs."""
+        if kept > self._vectors.shape[1]:
+            self._values, self._vectors = _largest_first(self._of_outputs())
+        return self._vectors[:, :kept]
+
+    def _of_outputs(self) -> Tensor:
+        explained = self._matrix @ self._moments.zz @ self._matrix.T
+        return self._scale[:, None] * explained * self._scale
+
+    def _decomposed(self) -> tuple[Tensor, Tensor]:
+        """Variances, the largest first, and the directions that have them.
+
+        What fewer inputs than channels give lies in a space of their number: then the others are
+        left out, for a small part of the time.
+        """
+        factor = _factor(self._scale[:, None] * self._moments.zz * self._scale)
+        if factor.shape[1] > LOW * len(self._scale):
+            return _largest_first(self._of_outputs())
+        outputs = self._scale[:, None] * (self._matrix @ (factor / self._scale[:, None]))
+        basis, inner = torch.linalg.qr(outputs)
+        values, vectors = _largest_first(inner @ inner.T)
+        return values, basis @ vectors
 
     def _coordinates(self, span: Tensor, among: Collection[int] | None) -> list[int]:
         rows = span * self._values[: span.shape[1]].clamp(min=1e-12 * self._values[0]).sqrt()
@@ -119,6 +146,20 @@ def best_space(fit: Moments, held: Moments, weights: Tensor, kept: int) -> Mixtu
             best, least = space, lost
     assert best is not None
     return best
+
+
+def _largest_first(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(matrix)
+    return values.flip(0).clamp(min=0), vectors.flip(1)
+
+
+def _factor(matrix: Tensor) -> Tensor:
+    """Return F (C, rank) with F Fᵀ = `matrix`, by a Cholesky factorisation with pivots."""
+    least = RANK * float(matrix.diagonal().max())
+    lower, pivots, rank, _ = scipy.linalg.lapack.dpstrf(matrix.numpy(), tol=least, lower=1)
+    factor = torch.zeros(len(matrix), rank, dtype=torch.double)
+    factor[torch.from_numpy(pivots).long() - 1] = torch.from_numpy(lower).tril()[:, :rank]
+    return factor
 
 
 def _solved(matrix: Tensor, right: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ on the same images is added. So a layer that gives what it gave leaves them as t
 the images.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -92,11 +92,17 @@ def move_variance(norm: _BatchNorm, dense: Statistics, now: Statistics) -> None:
 
 
 @torch.no_grad()
-def move_batch_norms(student: nn.Module, reference: Reference, images: Calibration) -> None:
+def move_batch_norms(
+    student: nn.Module,
+    reference: Reference,
+    images: Calibration,
+    outputs: Iterable[object] | None = None,
+) -> None:
     """Move the statistics of all batch norms of `student`, in place and in forward order.
 
     Each batch norm is moved on what those before it then give: batch by batch, and in the end by
-    the mean of all. `reference` names the channels of a batch norm that are left by its name.
+    the mean of all. `reference` names the channels of a batch norm that are left by its name;
+    `outputs` runs it on the parts of `images`, one after the other, as it is gone through.
     """
     modules_of_reference = dict(reference.module.named_modules())
     norms = {
@@ -139,9 +145,9 @@ def move_batch_norms(student: nn.Module, reference: Reference, images: Calibrati
             yield dense.get_submodule(name).register_forward_pre_hook(look(name))
             yield norm.register_forward_pre_hook(move(name))
 
+    outputs = outputs or (dense(batch) for batch in images.parts(images.part))
     with registered(hooks()):
-        for batch in images.parts(images.part):
-            dense(batch)
+        for _, batch in zip(outputs, images.parts(images.part), strict=True):
             student(batch)
     for name, norm in norms.items():
         mean, variance = old[name]

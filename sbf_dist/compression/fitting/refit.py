@@ -16,6 +16,7 @@ from sbf_dist.compression.candidates import LARGEST_GRAM, convolution
 from sbf_dist.compression.fitting.layerwise import Draw
 from sbf_dist.compression.fitting.prior import floored, prior_variances
 from sbf_dist.compression.fitting.reference import Reference
+from sbf_dist.compression.fitting.resuming import Side
 from sbf_dist.compression.fitting.statistics import Moments, MomentSums, patches, run_until
 from sbf_dist.compression.inputs import input_shapes
 from sbf_dist.compression.recognition import recognise
@@ -145,24 +146,28 @@ def best_ridge(
 
 @torch.no_grad()
 def refit_heads(
-    student: nn.Module, reference: Reference, images: Calibration, held: Calibration | None = None
+    student: nn.Module,
+    reference: Reference,
+    images: Calibration,
+    sides: tuple[Side, Side] | None = None,
 ) -> list[str]:
     """Fit the linear layers of `student` that read vectors, in place; return their names.
 
     Each is fitted, in forward order, to what the layer gives in `reference`, on the inputs that
     `student` gives it. An image is one sample, and there may be fewer of them than weights. So how
-    near to the old weights the new ones stay is chosen on the images `held` out; where there are
-    none, by what solutions of one half of the batches are worth on the other.
+    near to the old weights the new ones stay is chosen on images that are held out: `sides` are
+    passes over `images` and over these, which have not gone beyond the first such layer. Without
+    them it is chosen by what solutions of one half of the batches are worth on the other.
     """
-    names = _heads(student, images.first(2))
+    names = linear_heads(student, images.first(2))
     priors = prior_variances(student, names, images)
     for name in names:
         head = student.get_submodule(name)
         assert isinstance(head, nn.Linear)
         solution = (
             _from_halves(student, reference, name, images)
-            if held is None
-            else _from_held(student, reference, name, (images, held), priors.get(name))
+            if sides is None
+            else _from_held(reference, name, sides, priors.get(name))
         )
         if solution is None:
             continue
@@ -173,20 +178,18 @@ def refit_heads(
 
 
 def _from_held(
-    student: nn.Module,
-    reference: Reference,
-    name: str,
-    images: tuple[Calibration, Calibration],
-    prior: Tensor | None,
+    reference: Reference, name: str, sides: tuple[Side, Side], prior: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Solve a head on the first of `images`, with the ridge that is best on the second."""
+    """Solve a head on the images of the first side, with the ridge that is best on the second."""
     moments = []
-    for part in images:
+    for side in sides:
         sums = MomentSums(1, paired=False)
-        for batch in part.parts(part.part):
-            sums.add(*_vectors(student, reference, name, batch))
+        count = side.student.images.count
+        given, wanted = side.student.inputs(name, count), side.reference.outputs_of(name, count)
+        for inputs, outputs in zip(given, wanted, strict=True):
+            sums.add(inputs.clone(), reference.select(name, outputs))
         moments.append(sums.moments())
-    weight = student.get_submodule(name).get_parameter("weight")
+    weight = sides[0].student.model.get_submodule(name).get_parameter("weight")
     ridge = best_ridge(moments[0], moments[1], weight, prior=prior)
     return solve(moments[0], weight, ridge=ridge, prior=prior)
 
@@ -222,7 +225,7 @@ def _vectors(
     return run_until(student, name, batch, output=False).clone(), wanted
 
 
-def _heads(model: nn.Module, images: Tensor) -> list[str]:
+def linear_heads(model: nn.Module, images: Tensor) -> list[str]:
     """Names of the linear layers, in forward order, that can be solved anew: see `refit_heads`."""
     shared = sharing_modules(model)
     inputs: list[tuple[str, int]] = []

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.fitting.cuts import Cut, Keeping, Resuming, find_cuts
@@ -55,11 +56,30 @@ class Route:
         layers: Sequence[str],
         memory: int,
     ) -> Self:
-        """Find the points before `layers`, in forward order, of two networks in eval mode."""
+        """Find the points before `layers` of two networks in eval mode."""
         cuts = find_cuts(student, images, layers)
         if reference is student:
             return cls(cuts, cuts, memory)
         return cls(cuts, find_cuts(reference, images, layers), memory)
+
+
+@dataclass(frozen=True)
+class Side:
+    """Passes of a student and of its reference over the same images."""
+
+    student: "Passes"
+    reference: "Passes"
+
+    @classmethod
+    def of(
+        cls, student: nn.Module, reference: nn.Module, images: Calibration, route: Route
+    ) -> Self:
+        """Begin passes over `images`."""
+        shelf = Shelf(route.memory)
+        return cls(
+            Passes(student, images, route.student, shelf),
+            Passes(reference, images, route.reference, shelf),
+        )
 
 
 class Passes:
@@ -83,18 +103,27 @@ class Passes:
             self._parts.append(_Part(start, count))
             start += count
 
-    @torch.no_grad()
     def inputs(self, name: str, first: int) -> Iterator[Tensor]:
         """Give the inputs of layer `name` for the `first` images, batch by batch, whole ones."""
-        module = self.model.get_submodule(name)
+        return self._at(name, first, self.model.get_submodule(name).register_forward_pre_hook)
+
+    def outputs_of(self, name: str, first: int) -> Iterator[Tensor]:
+        """Give the outputs of layer `name` likewise."""
+        return self._at(name, first, self.model.get_submodule(name).register_forward_hook)
+
+    @torch.no_grad()
+    def _at(
+        self, name: str, first: int, register: Callable[..., RemovableHandle]
+    ) -> Iterator[Tensor]:
         for part, batch in self._batches(first):
             found: list[Tensor] = []
 
-            def look(_: nn.Module, given: tuple[Tensor, ...], found: list[Tensor] = found) -> None:
-                found.append(given[0])
+            def look(_: nn.Module, *given: Any, found: list[Tensor] = found) -> None:
+                inputs, *output = given
+                found.append(output[0] if output else inputs[0])
                 raise _Reached
 
-            with registered([module.register_forward_pre_hook(look)]):
+            with registered([register(look)]):
                 self._run(part, batch, self._keeping(part, self._cuts.get(name)))
             assert found, f"{name} is not reached by a forward pass"
             yield found[0]
@@ -137,10 +166,14 @@ class Passes:
             assert not missing, f"{sorted(missing)} are not reached by a forward pass"
 
     @torch.no_grad()
-    def outputs(self) -> Iterator[Any]:
-        """Give what the network gives, part by part, from where they are; they stay there."""
+    def outputs(self, then: str | None = None) -> Iterator[Any]:
+        """Give what the network gives, part by part, from where they are.
+
+        `then` is the layer that will be asked for next; without it the parts stay where they are.
+        """
+        cut = None if then is None else self._cuts.get(then)
         for part, batch in self._batches(self.images.count):
-            yield self._run(part, batch, None)
+            yield self._run(part, batch, self._keeping(part, cut))
 
     def _keeping(self, part: _Part, cut: Cut | None) -> Keeping | None:
         """Hooks that keep the state at `cut`, if the part has not come there yet."""

@@ -37,7 +37,7 @@ class SequentialFit:
     inputs that the student now gives (`refit`). How far they leave the old ones, and a mixture the
     layer's own outputs, is chosen by the error on images that are `held` out. Where none are,
     filters are solved anew only with samples enough. `priors` say of layers how much their inputs
-    varied in training (`prior`).
+    varied in training (`prior`), `route` where passes can go on.
     """
 
     def __init__(

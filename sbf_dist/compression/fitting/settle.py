@@ -3,10 +3,12 @@
 from torch import nn
 
 from sbf_dist.compression.calibration import Calibration
-from sbf_dist.compression.fitting.fidelity import Judge
+from sbf_dist.compression.fitting.fidelity import Judge, Wanted
 from sbf_dist.compression.fitting.norms import move_batch_norms
 from sbf_dist.compression.fitting.reference import Reference
-from sbf_dist.compression.fitting.refit import refit_heads
+from sbf_dist.compression.fitting.refit import linear_heads, refit_heads
+from sbf_dist.compression.fitting.resuming import Passes, Route, Side
+from sbf_dist.compression.fitting.shelf import Shelf
 from sbf_dist.compression.outputs import Yardstick
 
 
@@ -18,21 +20,37 @@ def settle(
     *,
     refit: bool,
     yardstick: Yardstick,
+    route: Route | None = None,
 ) -> Judge | None:
     """Move batch norm statistics and solve linear layers anew, in place, each if that is a gain.
 
     A step is kept only if the outputs for the images that are `held` out come nearer to the
     reference's by it, as `yardstick` measures. Where none are, nothing is changed, and None is
-    returned.
+    returned. `route` says where passes can go on: what they come to before the first linear layer
+    is not computed again.
     """
     if held is None:
         return None
-    judge = Judge(student, reference, held, yardstick)
-    judge.keep_if_nearer(
-        "Statistics of batch norms moved", lambda: move_batch_norms(student, reference, images)
-    )
-    if refit:
+    route = route or Route()
+    heads = linear_heads(student, images.first(2)) if refit else []
+    first = heads[0] if heads else None
+    fit, apart = (Side.of(student, reference.module, x, route) for x in (images, held))
+    given = apart.reference.outputs(first)
+    wanted = Wanted.of(reference.module, held, yardstick, given)
+    judge = Judge(student, wanted, apart.student.outputs(first))
+    # Batch norms are everywhere: what the student has come to counts no more, if they move.
+    moved = Side(Passes(student, held, route.student, Shelf(route.memory)), apart.reference)
+    dense = fit.reference.outputs(first)
+    if judge.keep_if_nearer(
+        "Statistics of batch norms moved",
+        lambda: move_batch_norms(student, reference, images, dense),
+        moved.student.outputs(first),
+    ):
+        apart = moved
+    if heads:
         judge.keep_if_nearer(
-            "Linear layers solved anew", lambda: refit_heads(student, reference, images, held)
+            "Linear layers solved anew",
+            lambda: refit_heads(student, reference, images, (fit, apart)),
+            apart.student.outputs(),
         )
     return judge

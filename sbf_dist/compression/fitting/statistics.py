@@ -3,6 +3,7 @@
 Nothing here grows with the number of images: each batch is reduced to Gram matrices at once.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -95,14 +96,15 @@ class Moments:
     def restrict(self, channels: list[int]) -> "Moments":
         """Return the moments with only `channels` as candidates; targets stay."""
         rows = (torch.tensor(channels)[:, None] * self.size**2 + torch.arange(self.size**2)).ravel()
-        return Moments(
-            zz=self.zz[rows][:, rows],
-            zy=self.zy[rows],
-            yy=self.yy,
-            z_mean=self.z_mean[rows],
-            y_mean=self.y_mean,
-            drift=self.drift,
-            size=self.size,
+        return dataclasses.replace(
+            self, zz=self.zz[rows[:, None], rows], zy=self.zy[rows], z_mean=self.z_mean[rows]
+        )
+
+    def leading(self, channels: int) -> "Moments":
+        """Return the moments with only the first `channels` as candidates, sharing memory."""
+        rows = channels * self.size**2
+        return dataclasses.replace(
+            self, zz=self.zz[:rows, :rows], zy=self.zy[:rows], z_mean=self.z_mean[:rows]
         )
 
     def centre(self, size: int) -> "Moments":
@@ -114,13 +116,11 @@ class Moments:
         inner = taps[border : border + size, border : border + size].ravel()
         candidates = len(self.zz) // self.size**2
         rows = (torch.arange(candidates)[:, None] * self.size**2 + inner).ravel()
-        return Moments(
-            zz=self.zz[rows][:, rows],
+        return dataclasses.replace(
+            self,
+            zz=self.zz[rows[:, None], rows],
             zy=self.zy[rows],
-            yy=self.yy,
             z_mean=self.z_mean[rows],
-            y_mean=self.y_mean,
-            drift=self.drift,
             size=size,
         )
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sbf_dist.compression.candidates import convolution, filter_macs
 from sbf_dist.compression.convert import replace
@@ -104,6 +105,9 @@ def fit_transforms(moments: Moments, targets: list[int], sources: int) -> Fit:
     )
     floor = _floor(moments)
     factors = torch.linalg.cholesky(_with_ridge(blocks, floor))
+    whitening = torch.linalg.solve_triangular(
+        factors, torch.eye(taps, dtype=gram.dtype).expand_as(factors), upper=False
+    )
     variance = moments.yy[targets]
     count = len(targets)
     chosen = torch.empty(count, 0, dtype=torch.long)
@@ -111,17 +115,17 @@ def fit_transforms(moments: Moments, targets: list[int], sources: int) -> Fit:
     errors = []
     for _ in range(min(sources, candidates)):
         grouped = residual.view(count, candidates, taps).permute(1, 2, 0)
-        whitened = torch.linalg.solve_triangular(factors, grouped, upper=False)
+        whitened = whitening * grouped if taps == 1 else whitening @ grouped
         score = whitened.square().sum(1).T.scatter(1, chosen, -1.0)
         chosen = torch.cat([chosen, score.argmax(1, keepdim=True)], 1)
         rows = (chosen[:, :, None] * taps + torch.arange(taps)).reshape(count, -1)
         system = _with_ridge(gram[rows[:, :, None], rows[:, None, :]], floor)
         right = cross.gather(1, rows)
         solution = torch.linalg.solve(system, right[..., None])[..., 0]
-        taken = torch.zeros_like(cross).scatter_(1, rows, solution)
-        residual = cross - taken @ gram
+        # The rows of the Gram matrix that are taken are few: a dense product would be mostly zeros.
+        residual = cross - F.embedding_bag(rows, gram, per_sample_weights=solution, mode="sum")
         # E|y - t·z|² for any t, also where the ridge has moved it from the optimum
-        error = variance - (taken * (cross + residual)).sum(1)
+        error = variance - (solution * (right + residual.gather(1, rows))).sum(1)
         errors.append(error.clamp(min=0))
     bias = moments.y_mean[targets] - (solution * moments.z_mean[rows]).sum(1)
     return Fit(

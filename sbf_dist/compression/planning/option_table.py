@@ -25,13 +25,15 @@ class OptionTable:
     """What each layer could become, and what decides which channels it then keeps.
 
     shapes: what the layers' costs follow from; rows: the options, the layer as it is first, with
-    multiply-adds as costs; rankings: the orders of channels; sensitivity: (C,) of each layer.
+    multiply-adds as costs; rankings: the orders of channels; sensitivity: (C,) of each layer;
+    priors: (C_in,), the variances of its inputs (`prior_variances`).
     """
 
     shapes: Mapping[str, Shape]
     rows: dict[str, list[Option]]
     rankings: dict[str, Ranking]
     sensitivity: dict[str, Tensor]
+    priors: dict[str, Tensor]
 
     def order(self, name: str, moments: Moments) -> list[int]:
         """Order the channels of a layer so that each prefix is the basis of its size."""
@@ -85,4 +87,4 @@ def measure_options(
     rows = {
         name: [now[name], *row.scaled(measured.get(name, []))] for name, row in estimated.items()
     }
-    return OptionTable(shapes, rows, ranked, sensitivity)
+    return OptionTable(shapes, rows, ranked, sensitivity, priors)

@@ -187,9 +187,10 @@ def estimate_options(
     for size in sorted(sizes):
         own = moments.centre(size)
         order = orders[size] = ranking.order(own, sensitivity)
+        ordered = own.restrict(order)
         for kept in numbers:
             rebuilt = sorted(set(range(shape.channels)) - set(order[:kept]))
-            fit = fit_transforms(own.restrict(order[:kept]), rebuilt, search.settings.sources)
+            fit = fit_transforms(ordered.leading(kept), rebuilt, search.settings.sources)
             losses = (sensitivity[rebuilt][:, None] * fit.error).sum(0).tolist()
             shares = (1 - fit.error.sum(0) / variance).tolist()
             for used, (loss, share) in enumerate(zip(losses, shares, strict=True), 1):

@@ -1,0 +1,70 @@
+"""What follows the fit of all layers."""
+
+import copy
+
+import pytest
+import torch
+from small_networks import pictures, small
+
+from sbf_dist.compression.calibration import Calibration
+from sbf_dist.compression.fitting.fidelity import Wanted
+from sbf_dist.compression.fitting.reference import Reference
+from sbf_dist.compression.fitting.resuming import Route
+from sbf_dist.compression.fitting.settle import settle
+from sbf_dist.compression.holding_out import split
+from sbf_dist.compression.outputs import LOGITS
+
+LAYERS = ["conv1", "conv2", "head"]
+
+
+def spoiled(model, noise):
+    """A copy whose second convolution differs, or whose statistics and head are useless."""
+    student = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(2)
+    for name in ("conv1.weight", "norm2.running_mean"):
+        tensor = student.state_dict()[name]
+        tensor += noise * tensor.std() * torch.randn(tensor.shape, generator=generator)
+    return student
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("count", [16, 60])
+@torch.no_grad()
+def test_what_is_reached_is_what_the_student_then_is(noise, count):
+    model = small()
+    images, held = split(Calibration.of(pictures(count)))
+    found = {}
+    for way in ("whole", "going on"):
+        student = spoiled(model, noise)
+        before = Wanted.of(model, held).compare([student(held.first(held.count))])
+        route = Route() if way == "whole" else Route.of(model, model, pictures(3), LAYERS, 2**20)
+        judge = settle(
+            student, Reference(model), images, held, refit=True, yardstick=LOGITS, route=route
+        )
+        after = Wanted.of(model, held).compare([student(held.first(held.count))])
+        assert judge.fidelity.kl == pytest.approx(after.kl, rel=1e-4, abs=1e-7)
+        assert after.kl <= before.kl + 1e-7
+        found[way] = student, judge.steps
+    assert found["whole"][1] == found["going on"][1]
+    one, other = (student.state_dict() for student, _ in found.values())
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+@torch.no_grad()
+def test_without_images_held_out_nothing_is_changed():
+    model = small()
+    student = spoiled(model, 0.5)
+    before = copy.deepcopy(student.state_dict())
+    images = Calibration.of(pictures(6))
+    assert settle(student, Reference(model), images, None, refit=True, yardstick=LOGITS) is None
+    assert all(torch.equal(before[key], value) for key, value in student.state_dict().items())
+
+
+@torch.no_grad()
+def test_a_network_that_is_exact_keeps_its_weights():
+    model = small()
+    student = copy.deepcopy(model)
+    images, held = split(Calibration.of(pictures(60)))
+    settle(student, Reference(model), images, held, refit=True, yardstick=LOGITS)
+    for key, value in model.state_dict().items():
+        assert torch.equal(student.state_dict()[key], value), key
