@@ -100,7 +100,12 @@ def test_an_unknown_name_is_refused_with_what_would_be_right(name, message):
 def test_of_a_library_s_networks_that_of_the_right_size_is_built_first(name, classes, monkeypatch):
     network = models.build(f"torchvision:{name}", classes)
     built = []
-    build = models.build
-    monkeypatch.setattr(models, "build", lambda one, n: built.append(one) or build(one, n))
-    assert models.name_of(network, classes) == f"torchvision:{name}"
+    build = models.Architecture.build
+
+    def noted(architecture):
+        built.append(architecture.name)
+        return build(architecture)
+
+    monkeypatch.setattr(models.Architecture, "build", noted)
+    assert models.architecture_of(network, classes).name == f"torchvision:{name}"
     assert built == [f"torchvision:{name}"]

@@ -185,6 +185,7 @@ def test_which_part_of_a_nested_file_of_weights_was_taken_is_told(tmp_path):
         weights=tmp_path / "teacher.pth",
         plan=None,
         job=None,
+        arguments={},
     )
     lines = []
     session = SimpleNamespace(
