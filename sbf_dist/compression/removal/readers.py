@@ -162,17 +162,18 @@ def _input_moments(
     """Gather the second moments of what layers read, at positions that are drawn."""
     sums = {name: MomentSums(1, paired=False) for name in names}
     drawn: dict[str, Draw] = {}
+    layers = {name: dense.get_submodule(name) for name in names}
+    plain = {n: as_plain(layer) for n, layer in layers.items() if isinstance(layer, nn.Conv2d)}
     start = 0
 
     def add(name: str, inputs: Tensor, output: Tensor) -> None:
-        module = dense.get_submodule(name)
-        if isinstance(module, nn.Conv2d):
+        if name in plain:
             of = output[0, 0].numel()
             if name not in drawn:
-                drawn[name] = Draw.of(name, _width(module), of, images.count)
+                drawn[name] = Draw.of(name, _width(plain[name]), of, images.count)
             if start >= drawn[name].images:
                 return
-            rows = drawn_patches(as_plain(module), inputs, drawn[name], start)
+            rows = drawn_patches(plain[name], inputs, drawn[name], start)
         else:
             rows = inputs.flatten(0, -2).clone()
         sums[name].add(rows, rows.new_empty(len(rows), 0))
