@@ -84,7 +84,8 @@ def problem(folder: Path, name: str, images: int, others: int) -> Problem:
 
 def sbf(given: Problem, macs: float, removal: float | Literal["auto"] = 0.0) -> nn.Module:
     """Rebuild channels, and remove some if asked to."""
-    settings = Compression(macs=macs, removal=removal)
+    # Shares of removal are compared as they are fitted: nothing is trained here.
+    settings = Compression(macs=macs, removal=removal, probe_steps=0)
     return compress(given.network.model, given.calibration, settings, name="published")[0]
 
 
