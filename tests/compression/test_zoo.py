@@ -1,4 +1,7 @@
-"""Every network of benchmarks/models.py, cheaply; and what is evaluated is what is exported."""
+"""Every classifier of benchmarks/models.py, cheaply; and what is evaluated is what is exported.
+
+Networks with other outputs are those of test_all_kinds.
+"""
 
 import random
 import sys
@@ -11,7 +14,7 @@ from torch.nn import functional as F
 
 # As for a script, its folder is where it finds its own modules.
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from models import NETWORKS, pictures, settle
+from models import NETWORKS, SEGMENTATION, pictures, settle
 
 from sbf_dist.compression.candidates import find_candidates
 from sbf_dist.compression.convert import convert
@@ -27,6 +30,9 @@ from sbf_dist.settings import Compression
 from sbf_dist.weights import load_state
 
 CLASSES = 5
+CLASSIFIERS = [
+    name for name, network in NETWORKS.items() if not network.model and network is not SEGMENTATION
+]
 # Where it is not 32: what the networks want, and one whose batch norms want more positions.
 SIDES = {
     "torchvision:alexnet": 64,
@@ -87,7 +93,7 @@ def made_again(plan, student):
     return again.eval()
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_every_network_is_converted_trained_loaded_and_optimized(name):
     torch.manual_seed(0)
     images = pictures(2, SIDES.get(name, 32))
