@@ -102,7 +102,7 @@ Case draw_case(int element_size) {
   };
   c.align_in = alignment();
   c.align_out = alignment();
-  const int shared[] = {24, 48, 99, 227};
+  const int shared[] = {32, 48, 99, 227};
   const int kib = shared[draw(0, 3)];
   c.device = {static_cast<int>(draw(1, 132)), kib * 1024, (kib + 1) * 1024};
 
