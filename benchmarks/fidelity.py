@@ -105,6 +105,7 @@ def depgraph(given: Problem, macs: float, *, compensated: bool) -> nn.Module:
 METHODS: dict[str, Callable[[Problem, float], nn.Module]] = {
     "SBF": sbf,
     "SBF, removal auto": partial(sbf, removal="auto"),
+    "removal alone": partial(sbf, removal=1.0),
     "low rank": lambda given, macs: low_rank(
         given.network.model, macs, given.calibration, statistics="moved"
     ),
