@@ -51,8 +51,15 @@ def half_plan(name, model, images):
         for layer, reason in reasons.items()
     }
     for layer in candidates:
-        channels = model.get_submodule(layer).out_channels
-        kept = sorted(draw.sample(range(channels), channels // 2))
+        channels, groups = (
+            getattr(model.get_submodule(layer), key) for key in ("out_channels", "groups")
+        )
+        size = channels // groups  # of a group, each of which keeps as many
+        kept = sorted(
+            channel
+            for start in range(0, channels, size)
+            for channel in draw.sample(range(start, start + size), size // 2)
+        )
         layers[layer] = SBFLayer(
             channels=channels,
             kept=kept,

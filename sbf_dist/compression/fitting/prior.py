@@ -84,15 +84,18 @@ def floored(variance: Tensor, prior: Tensor | None) -> Tensor:
 def with_prior(moments: Moments, weight: Tensor, prior: Tensor | None) -> Moments:
     """Add to the moments of a layer's outputs what its filters would give on other images.
 
-    weight: (C, C_in, k, k); prior: (C_in,), of the layer's inputs, which are taken to be
+    weight: (C, C_in / groups, k, k); prior: (C_in,), of the layer's inputs, which are taken to be
     independent of each other and of their neighbours. Counts as SHARE of the images. The moments
     given are used up.
     """
     if prior is None:
         return moments
-    rows = weight.detach().double().cpu()
-    rows = (rows * prior.sqrt()[:, None, None]).flatten(1)
-    added = SHARE * (rows @ rows.T)
+    filters = weight.detach().double().cpu()
+    # A channel of a group reads the inputs of its own.
+    groups = len(prior) // filters.shape[1]
+    scale = prior.sqrt().view(groups, 1, -1, 1, 1)
+    rows = (filters.unflatten(0, (groups, -1)) * scale).flatten(2)
+    added = SHARE * torch.block_diag(*(rows @ rows.mT))
     taps = moments.size**2
     zz = moments.zz.view(len(added), taps, len(added), taps)
     for tap in range(taps):

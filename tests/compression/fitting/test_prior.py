@@ -103,3 +103,15 @@ def test_moments_gain_what_the_filters_give_on_inputs_of_that_variance():
         )
     torch.testing.assert_close((found.zy - zy)[4::9] / scale, wanted / scale, atol=0.05, rtol=0)
     assert torch.equal(found.zz[0, 1::9], zz[0, 1::9])
+
+
+def test_channels_of_a_group_vary_with_the_inputs_of_their_own():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 2, 3, 3, generator=generator).double()
+    prior = torch.rand(4, generator=generator).double()
+    whole = torch.zeros(6, 4, 3, 3).double()
+    whole[:3, :2], whole[3:, 2:] = weight[:3], weight[3:]
+    rows = torch.randn(50, 6, generator=generator).double()
+    grouped, plain = (with_prior(moments(rows), w, prior) for w in (weight, whole))
+    torch.testing.assert_close(grouped.zz, plain.zz)
+    torch.testing.assert_close(grouped.zy, plain.zy)
