@@ -103,10 +103,11 @@ def results_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     agrees % and KL compare with the dense network's predictions; they need no labels. A latency
     that is None stands for a machine that was too busy to measure it.
     """
-    table = Table()
+    table = Table(box=None, pad_edge=False)  # without lines it fits 80 characters
     table.add_column("network", no_wrap=True)
     for heading in ("top-1 %", "agrees %", "KL", "MACs (M)", "params (k)", "latency (ms)"):
-        table.add_column(heading, justify="right")
+        longest = max(map(len, heading.split()))
+        table.add_column(heading, justify="right", min_width=max(5, longest))
     for row in rows:
         agreement, kl = row.get("agreement"), row.get("kl")  # an older version has none
         table.add_row(

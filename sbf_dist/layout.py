@@ -60,7 +60,7 @@ def prefers_channels_last(model: nn.Module, images: Tensor) -> bool:
 
 def _are_alike(found: object, expected: object) -> bool:
     if not isinstance(found, Tensor) or not isinstance(expected, Tensor):
-        return False  # it cannot be told
+        return False  # it cannot be known
     if found.shape != expected.shape or not bool(expected.isfinite().all()):
         return False
     scale = float(expected.abs().max()) if expected.numel() else 0.0

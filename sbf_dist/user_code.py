@@ -39,7 +39,7 @@ def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
         except UserError:
             raise
         except Exception as error:  # whatever the user's code raises
-            raise UserError(f"model {name!r} fails: {_told(error)}") from error
+            raise UserError(f"model {name!r} fails: {_in_one_line(error)}") from error
     if not isinstance(network, nn.Module):
         raise UserError(f"model {name!r} returns a {type(network).__name__}: it must be a module")
     return network
@@ -83,7 +83,7 @@ def _file(name: str, path: Path) -> ModuleType:
     except BaseException as error:
         del sys.modules[own_name]
         if isinstance(error, Exception):
-            raise UserError(f"model {name!r}: {path} fails: {_told(error)}") from error
+            raise UserError(f"model {name!r}: {path} fails: {_in_one_line(error)}") from error
         raise
     return module
 
@@ -97,7 +97,9 @@ def _module(name: str, place: str) -> Any:
             "path/to/file.py:function)"
         ) from None
     except Exception as error:  # whatever the user's code raises
-        raise UserError(f"model {name!r}: importing {place} fails: {_told(error)}") from error
+        raise UserError(
+            f"model {name!r}: importing {place} fails: {_in_one_line(error)}"
+        ) from error
 
 
 def _attribute(name: str, holder: Any, attribute: str) -> Callable[..., Any]:
@@ -119,7 +121,7 @@ def _takes_classes(function: Callable[..., Any]) -> bool:
         return False
 
 
-def _told(error: Exception) -> str:
+def _in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 

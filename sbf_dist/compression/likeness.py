@@ -77,10 +77,10 @@ class Distance:
 
 def warn_of_unlike(model: nn.Module, images: Calibration) -> None:
     """Warn, in one line, if `images` are not like those that `model` knows."""
-    told = what_is_unlike(model, images)
-    if told is not None:
-        # A place that is no file: what is told concerns no line of code.
-        warnings.warn_explicit(told, UnlikeImages, "sbf_dist", 0, module="sbf_dist")
+    message = what_is_unlike(model, images)
+    if message is not None:
+        # A place that is no file: the message concerns no line of code.
+        warnings.warn_explicit(message, UnlikeImages, "sbf_dist", 0, module="sbf_dist")
 
 
 @torch.no_grad()
