@@ -16,12 +16,12 @@ def build_network(
     network: Network,
     num_classes: int,
     weights: Path | None,
-    tell: Callable[[str], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> nn.Module:
     """Build a network with `weights`, or with random ones. UserError for weights that do not fit.
 
     `weights` is network.weights for the network as it came out of its training, and what its
-    training starts from for the network before. `tell` is called with the line on what was found
+    training starts from for the network before. `say` is called with the line on what was found
     in a file that holds more than the network's weights, or other names.
     """
     model = models.build(network.model, num_classes, network.arguments)
@@ -29,6 +29,6 @@ def build_network(
         model = convert(model, Plan.load(network.plan))
     if weights is not None:
         found = load_weights(model, weights)
-        if found is not None and tell is not None:
-            tell(found)
+        if found is not None and say is not None:
+            say(found)
     return model

@@ -49,8 +49,8 @@ def train_teachers(session: Session, log: tracking.Run) -> Result:
     """Train the teachers on the labels, and check the weights of those that are given."""
     for teacher in session.networks.teachers:
         if teacher.job is None:
-            tell = partial(_say_of, session, teacher)
-            build_network(teacher, session.num_classes, teacher.weights, tell)
+            say = partial(_say_of, session, teacher)
+            build_network(teacher, session.num_classes, teacher.weights, say)
     return _train(session, "teachers", log) if session.networks.trained_in("teachers") else {}
 
 
