@@ -201,7 +201,9 @@ def main() -> None:
     parser.add_argument("--others", type=int, default=384)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
-    parser.add_argument("--again", action="store_true", help="make rows that are there anew")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--again", action="store_true", help="make rows that are there anew")
+    which.add_argument("--kept", action="store_true", help="report rows that are there, make none")
     options = parser.parse_args()
     kept = options.folder / "rows"
     kept.mkdir(exist_ok=True)
@@ -213,6 +215,8 @@ def main() -> None:
                 for method in options.methods:
                     key = f"{name} {method} {macs:g} {images} {options.others}"
                     path = kept / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+                    if options.kept and not path.exists():
+                        continue
                     if options.again or not path.exists():
                         given = given or problem(options.folder, name, images, options.others)
                         found = row(given, name, method, macs, images)
