@@ -183,7 +183,7 @@ def draw(rows: list[dict], path: Path) -> None:
         axis.set_title(key.replace("_sure", ", dense network sure"))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("%")
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(f"{rows[0]['network']}, {images} crops to calibrate on, no training")
     figure.savefig(path, dpi=120)
 
