@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from sbf_dist.recipe import Data
-from sbf_dist.schema import Name, Positive, Section, Share, load_as
+from sbf_dist.schema import Name, Positive, Section, Share, equals, load_as
 from sbf_dist.settings import Optimizer
 
 Method = Literal[
@@ -86,7 +86,9 @@ class Comparison(Section):
     data: Data
     model: str = Field(description="network, e.g. cifar_resnet14 (sbf_dist.models.build)")
     arguments: dict[str, Any] = Field(
-        {}, description="further arguments that the network is built with, e.g. in_chans"
+        {},
+        exclude_if=equals({}),
+        description="further arguments that the network is built with, e.g. in_chans",
     )
     methods: list[Method] = Field(
         ["magnitude", "depgraph", "depgraph-global", "ghost", "low-rank", "sbf"],

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from sbf_dist.schema import Above0, Name, Positive, Section, Share, load_as, validate_as
+from sbf_dist.schema import Above0, Name, Positive, Section, Share, equals, load_as, validate_as
 from sbf_dist.settings import Augmentation, Compression, Optimizer, PseudoLabels, View
 
 KNOWN_SETS = ("cifar10", "cifar100", "tiny-imagenet", "imagenet")  # see sbf data prepare
@@ -140,7 +140,9 @@ class Teacher(Section):
         "(sbf_dist.models.build)"
     )
     arguments: dict[str, Any] = Field(
-        {}, description="further arguments that the network is built with, e.g. in_chans"
+        {},
+        exclude_if=equals({}),
+        description="further arguments that the network is built with, e.g. in_chans",
     )
     training: Training | None = Field(None, description="training on the labels")
     weights: Path | None = Field(

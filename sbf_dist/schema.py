@@ -3,6 +3,7 @@
 import difflib
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,14 @@ class Section(BaseModel):
     """A part of a recipe; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def equals(default: object) -> Callable[[object], bool]:
+    """Return the condition, for a key that earlier versions did not have, to leave it out.
+
+    At its default it is not stored, so that a run of an earlier version is the run that it was.
+    """
+    return lambda value: value == default
 
 
 Whole = typing.TypeVar("Whole", bound=Section)  # a whole recipe, of a run or of a comparison

@@ -17,7 +17,7 @@ from pydantic import (
 
 from sbf_dist.budget import BUDGETS, Budget, wrong_value
 from sbf_dist.errors import UserError
-from sbf_dist.schema import Above0, Positive, Section, Share, explain
+from sbf_dist.schema import Above0, Positive, Section, Share, equals, explain
 
 Criterion = Literal["reconstruction", "l1", "l2", "bn_scale", "taylor", "random"]
 # Of the outputs of a student and of the dense network, both as the networks give them.
@@ -96,6 +96,7 @@ class Compression(Settings):
     )
     feature_memory: float = Field(
         1.0,
+        exclude_if=equals(1.0),
         ge=0,
         description="GiB of features that fitting keeps in memory to go on from; more are written "
         "to a temporary file (in TMPDIR)",
@@ -105,11 +106,13 @@ class Compression(Settings):
     )
     outputs: list[str] | None = Field(
         None,
+        exclude_if=equals(None),
         description="names or numbers of the outputs that count, e.g. 'out' or 'features.1'; null: "
         "all of floating type",
     )
     divergence: Divergence | DivergenceFunction = Field(
         "auto",
+        exclude_if=equals("auto"),
         description="how far a student is from the dense network: 'kl' of logits, 'error' (squared,"
         " in units of the outputs' variance), or 'auto': 'kl' of (N, classes) that a linear layer "
         "gives, 'error' of others (docs/networks.md); in Python also a function of both outputs",
