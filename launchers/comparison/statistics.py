@@ -16,7 +16,7 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> list[Result]:
     Rows are in the order of `results`, with "method", "title", "macs" (the target), "reached"
     (mean share of the dense network's multiply-adds), "trained_steps", "top1_mean", "top1_std"
     (of the sample; 0 for one seed), "seeds", and "agreement_mean" and "kl_mean" with the dense
-    network (None in results of a version that did not measure them). A method that could not get
+    network (missing in results of a version that did not measure them). A method that could not get
     there with each seed has the reason as "refused" and no figures.
     """
     groups: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
@@ -40,7 +40,8 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> list[Result]:
             }
             for key in ("agreement", "kl"):
                 known = [r[key][steps] for r in group if key in r]
-                figures[f"{key}_mean"] = statistics.mean(known) if known else None
+                if known:
+                    figures[f"{key}_mean"] = statistics.mean(known)
             rows.append(row | figures)
     return rows
 
@@ -73,7 +74,7 @@ def comparison_table(rows: list[Mapping[str, Any]]) -> Table:
             figure += f" ± {100 * row['top1_std']:.1f}"
         cells = [figure]
         if row["trained_steps"] == 0:
-            agreement, kl = row["agreement_mean"], row["kl_mean"]
+            agreement, kl = row.get("agreement_mean"), row.get("kl_mean")
             cells.append("-" if agreement is None else f"{100 * agreement:.1f}")
             cells.append("-" if kl is None else f"{kl:.3f}")
         lines.setdefault(key, {})[row["trained_steps"]] = cells
