@@ -32,7 +32,7 @@ DRAWN = 64  # losses by which trials are measured, at least
 
 @dataclass(frozen=True)
 class Elimination:
-    """The order in which a group's channels go, as far as one layer's numbers say.
+    """The order in which a group's channels go, as far as its readers alone say.
 
     losses: by the first 1, 2, … of them, comparable within the group only.
     """

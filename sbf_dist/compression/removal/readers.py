@@ -28,8 +28,8 @@ class Reader:
     """A layer that reads a group's channels, as a matrix of weights (C, n) on rows of inputs.
 
     columns: (channels, t), which inputs each of the group's channels is; gram, held: second
-    moments of the inputs, (n, n), on the images to fit to and on those held out; means: (n,);
-    variance: (n,) of each input, floored by the prior; sensitivity: (C,), of the outputs.
+    moments of the inputs, (n, n), on the images to fit to and on those held out; mean, held_mean:
+    (n,); variance: (n,) of each input, floored by the prior; sensitivity: (C,), of the outputs.
     """
 
     name: str
