@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.inputs import input_shapes
 from sbf_dist.errors import UserError
+from sbf_dist.hooks import leaves, registered
 from sbf_dist.settings import Compression, Divergence, DivergenceFunction
 
 Kind = Literal["kl", "error"]
@@ -229,6 +231,40 @@ class Yardstick:
 
 
 LOGITS = Yardstick((Output(ALONE, "kl"),))  # of a classifier that gives one tensor
+
+
+def run_backward(
+    model: nn.Module,
+    hooks: Mapping[str, Callable[[nn.Module], RemovableHandle]],
+    batches: Iterable[Tensor],
+    yardstick: Yardstick,
+    *,
+    seed: int,
+    draws: int = 1,
+) -> Iterator[int]:
+    """Run batches forward, and back from each of `draws` drawn losses (`Yardstick.losses`).
+
+    `hooks` register, on the modules of their names, what looks at gradients; these reach all of
+    them. Gives the number of images after each pass backward. Take all: hooks go at the end.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    handles = (register(model.get_submodule(name)) for name, register in hooks.items())
+    with leaves(model, hooks) as found, registered(handles):
+        for batch in batches:
+            images = batch.detach().requires_grad_()
+            with torch.enable_grad():
+                losses = yardstick.losses(model(images), generator, draws)
+            for number in range(1, draws + 1):
+                with torch.enable_grad():
+                    torch.autograd.grad(
+                        next(losses),
+                        [images, *found],
+                        retain_graph=number < draws,
+                        allow_unused=True,
+                    )
+                if number == draws:
+                    found.clear()
+                yield len(images)
 
 
 def number_of_classes(dense: nn.Module, examples: Tensor, settings: Compression) -> int:

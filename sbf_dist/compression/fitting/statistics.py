@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 from sbf_dist.compression.calibration import Calibration
-from sbf_dist.compression.outputs import LOGITS, Yardstick
-from sbf_dist.hooks import leaves, registered
+from sbf_dist.compression.outputs import LOGITS, Yardstick, run_backward
+from sbf_dist.hooks import registered
 
 BLOCK = 1024  # rows of a Gram matrix at a time
 
@@ -210,10 +211,9 @@ def output_sensitivity(
     estimate of the divergence, by `yardstick`, that a small error in a channel causes. Each result
     is (C,).
     """
-    generator = torch.Generator().manual_seed(seed)
     totals: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Callable[..., Tensor]:
+    def keep(name: str) -> Callable[[nn.Module], RemovableHandle]:
         def backward(gradient: Tensor) -> None:
             channels = 1 if gradient.ndim == 4 else -1  # of a linear layer
             total = gradient.double().square().movedim(channels, 0).flatten(1).sum(1)
@@ -223,18 +223,10 @@ def output_sensitivity(
             result.register_hook(backward)
             return result.clone()  # which an activation may overwrite in place
 
-        return hook
+        return lambda layer: layer.register_forward_hook(hook)
 
-    count = 0
-    hooks = (model.get_submodule(name).register_forward_hook(keep(name)) for name in names)
-    with leaves(model, names) as found, registered(hooks):
-        for batch in batches():
-            with torch.enable_grad():
-                images = batch.detach().requires_grad_()
-                (loss,) = yardstick.losses(model(images), generator)
-                torch.autograd.grad(loss, [images, *found], allow_unused=True)
-            found.clear()
-            count += len(images)
+    hooks = {name: keep(name) for name in names}
+    count = sum(run_backward(model, hooks, batches(), yardstick, seed=seed))
     return {name: totals[name].cpu() / count for name in names}
 
 

@@ -7,12 +7,12 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from sbf_dist.compression.fitting.layerwise import layer_of
 from sbf_dist.compression.fitting.mixture import Mixture
 from sbf_dist.compression.fitting.transforms import Fit
-from sbf_dist.compression.outputs import LOGITS, Yardstick
-from sbf_dist.hooks import leaves, registered
+from sbf_dist.compression.outputs import LOGITS, Yardstick, run_backward
 from sbf_dist.ops import expand
 
 
@@ -81,11 +81,10 @@ def divergences(
     in the layer's outputs. The product sums over channels and positions, so errors that add up
     count as they do in the network. `draws` losses are drawn for each image.
     """
-    generator = torch.Generator().manual_seed(seed)
     totals = {name: torch.zeros(len(row), dtype=torch.double) for name, row in trials.items()}
     count = 0
 
-    def measure(name: str) -> Callable[..., Tensor]:
+    def measure(name: str) -> Callable[[nn.Module], RemovableHandle]:
         bias = layer_of(model, name).bias
 
         def hook(_: nn.Module, __: tuple[Tensor, ...], outputs: Tensor) -> Tensor:
@@ -102,18 +101,9 @@ def divergences(
             outputs.register_hook(backward)
             return outputs.clone()  # which an activation may overwrite in place
 
-        return hook
+        return lambda layer: layer.register_forward_hook(hook)
 
-    hooks = (model.get_submodule(name).register_forward_hook(measure(name)) for name in trials)
-    with leaves(model, trials) as found, registered(hooks):
-        for batch in batches:
-            with torch.enable_grad():
-                images = batch.detach().requires_grad_()
-                losses = yardstick.losses(model(images), generator, draws)
-                for number, loss in enumerate(losses, 1):
-                    torch.autograd.grad(
-                        loss, [images, *found], retain_graph=number < draws, allow_unused=True
-                    )
-            found.clear()
-            count += len(images)
-    return {name: (total / (count * draws)).tolist() for name, total in totals.items()}
+    hooks = {name: measure(name) for name in trials}
+    for images in run_backward(model, hooks, batches, yardstick, seed=seed, draws=draws):
+        count += images
+    return {name: (total / count).tolist() for name, total in totals.items()}

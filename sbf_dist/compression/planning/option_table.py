@@ -15,6 +15,7 @@ from sbf_dist.compression.planning.divergence import divergences
 from sbf_dist.compression.planning.knapsack import Option
 from sbf_dist.compression.planning.options import PROBES, Estimated, Search, Shape, estimate_options
 from sbf_dist.compression.progress import Progress, report, reported
+from sbf_dist.compression.recognition import weight_of
 
 FISHER = 256  # images on which sensitivities are measured
 LEAST_DRAWN = 64  # labels by which the effect of an option is measured, or as many as images
@@ -75,7 +76,7 @@ def measure_options(
         report(progress, "measure layers", index, len(sizes))
         layer, moments = layer_of(model, name), gathered
         if isinstance(layer, nn.Conv2d):
-            moments = with_prior(gathered, layer.weight, priors.get(name))
+            moments = with_prior(gathered, weight_of(layer), priors.get(name))
         estimated[name] = estimate_options(
             shapes[name], now[name], moments, sensitivity[name], ranked[name], search
         )

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.hooks import RemovableHandle
 
 from sbf_dist.compression.calibration import Calibration
-from sbf_dist.compression.outputs import LOGITS, Yardstick
+from sbf_dist.compression.outputs import LOGITS, Yardstick, run_backward
 from sbf_dist.compression.planning.options import PROBES, TINY
 from sbf_dist.compression.removal.coupled import Coupled
 from sbf_dist.compression.removal.readers import Reader, readers_of
 from sbf_dist.compression.removal.removal_order import Order
-from sbf_dist.hooks import leaves, registered
 from sbf_dist.surgery import deep_copy
 
 PART = 32  # of the channels that are left, about one in so many goes at a time
@@ -154,7 +154,6 @@ def _divergences(
     """
     if not trials:
         return []
-    generator = torch.Generator().manual_seed(seed)
     draws = max(1, round(DRAWN / images.count))
     totals = [torch.zeros(len(row), dtype=torch.double) for row in trials]
     products: dict[tuple[int, int], Tensor] = {}
@@ -164,7 +163,7 @@ def _divergences(
             for name, (weight, bias) in trial.changes.items():
                 users.setdefault(name, []).append((group, index, weight, bias))
 
-    def measure(name: str) -> Callable[..., Tensor]:
+    def measure(name: str) -> Callable[[nn.Module], RemovableHandle]:
         module = deep_copy(dense.get_submodule(name))  # without the hooks of this measurement
         linear = isinstance(module, nn.Linear)
 
@@ -188,25 +187,17 @@ def _divergences(
             output.register_hook(backward)
             return output.clone()  # which an activation may overwrite in place
 
-        return hook
+        return lambda layer: layer.register_forward_hook(hook)
 
-    hooks = (dense.get_submodule(n).register_forward_hook(measure(n)) for n in users)
+    hooks = {name: measure(name) for name in users}
+    batches = images.parts(max(2, images.part // 2), PROBES)
     count = 0
-    with leaves(dense, users) as found, registered(hooks):
-        for batch in images.parts(max(2, images.part // 2), PROBES):
-            with torch.enable_grad():
-                given = batch.detach().requires_grad_()
-                losses = yardstick.losses(dense(given), generator, draws)
-                for number, loss in enumerate(losses, 1):
-                    torch.autograd.grad(
-                        loss, [given, *found], retain_graph=number < draws, allow_unused=True
-                    )
-                    for (group, index), product in products.items():
-                        totals[group][index] += float(product.square().sum()) / 2
-                    products.clear()
-            found.clear()
-            count += len(batch)
-    return [(total / (count * draws)).tolist() for total in totals]
+    for passed in run_backward(dense, hooks, batches, yardstick, seed=seed, draws=draws):
+        for (group, index), product in products.items():
+            totals[group][index] += float(product.square().sum()) / 2
+        products.clear()
+        count += passed
+    return [(total / count).tolist() for total in totals]
 
 
 def _scaled(found: Elimination, numbers: list[int], divergences: list[float]) -> Order:

@@ -6,12 +6,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 from sbf_dist.compression.calibration import Calibration
-from sbf_dist.compression.outputs import LOGITS, Yardstick
+from sbf_dist.compression.outputs import LOGITS, Yardstick, run_backward
 from sbf_dist.compression.recognition import weight_of
 from sbf_dist.compression.removal.coupled import Coupled
-from sbf_dist.hooks import leaves, registered
 
 Importance = Literal["fisher", "taylor", "l1", "l2", "bn_scale"]
 SAMPLES = 512  # images on which the criteria fisher and taylor are measured
@@ -56,10 +56,9 @@ def _products(
 ) -> list[Tensor]:
     """⟨gradient, centred feature⟩ of each group's channels on each image, (images, channels)."""
     readers = {part.name for group in groups for part in group.parts if part.side == "inp"}
-    generator = torch.Generator().manual_seed(seed)
     sums: dict[str, Tensor] = {}
 
-    def read(name: str) -> Callable[..., tuple[Tensor, ...]]:
+    def read(name: str) -> Callable[[nn.Module], RemovableHandle]:
         linear = isinstance(dense.get_submodule(name), nn.Linear)
 
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -79,24 +78,19 @@ def _products(
             features.register_hook(backward)
             return (features, *inputs[1:])
 
-        return hook
+        return lambda layer: layer.register_forward_pre_hook(hook)
 
     rows: list[list[Tensor]] = [[] for _ in groups]
-    hooks = (dense.get_submodule(name).register_forward_pre_hook(read(name)) for name in readers)
-    with leaves(dense, readers) as found, registered(hooks):
-        for part_of_images in images.parts(images.part // 2, SAMPLES):
-            sums.clear()
-            with torch.enable_grad():
-                batch = part_of_images.detach().requires_grad_()
-                (loss,) = yardstick.losses(dense(batch), generator)
-                torch.autograd.grad(loss, [batch, *found], allow_unused=True)
-            found.clear()
-            for group, row in zip(groups, rows, strict=True):
-                parts = [p for p in group.parts if p.side == "inp" and p.name in sums]
-                total = torch.zeros(len(batch), group.size, dtype=torch.double)
-                for part in parts:
-                    total += _gather(sums[part.name], part.channels, dim=1)
-                row.append(total)
+    hooks = {name: read(name) for name in readers}
+    batches = images.parts(images.part // 2, SAMPLES)
+    for passed in run_backward(dense, hooks, batches, yardstick, seed=seed):
+        for group, row in zip(groups, rows, strict=True):
+            parts = [p for p in group.parts if p.side == "inp" and p.name in sums]
+            total = torch.zeros(passed, group.size, dtype=torch.double)
+            for part in parts:
+                total += _gather(sums[part.name], part.channels, dim=1)
+            row.append(total)
+        sums.clear()
     return [torch.cat(row) for row in rows]
 
 
