@@ -46,7 +46,7 @@ class Candidate:
     """A network compressed with one share, and its divergence from the dense network.
 
     student: as it was fitted; trained: after the probe, or the same; fitted_divergence,
-    divergence: of the two on held-out images.
+    divergence: of the two, on held-out images if there are any.
     """
 
     share: float
@@ -60,9 +60,9 @@ class Candidate:
 class JointPlanner:
     """What the candidates for one network and budget have in common.
 
-    images: as for `compress`; those that fitting holds out (`holding_out`) serve for the
-    comparison. probe: how candidates are trained before they are compared; None takes `probe_steps`
-    of the settings where `removal` is 'auto', and compares them as fitted elsewhere.
+    images: as for `compress`; candidates are compared on those that fitting holds out
+    (`holding_out`). probe: how candidates are trained before that; None takes `probe_steps` of the
+    settings where `removal` is 'auto', and compares them as fitted elsewhere.
     """
 
     def __init__(
@@ -88,15 +88,9 @@ class JointPlanner:
         self.seed = seed
         self.dense = working_copy(model)
         self.images = calibration_for(self.dense, images)
-        self.fitted, held = split(self.images)
-        if held is None:
-            raise UserError(
-                f"removal = {settings.removal!r}: of {self.images.count} calibration images none "
-                "can be held out to compare candidates on; give 8 or more, of two sources or more"
-            )
-        self.held = held
+        self.fitted, self.held = split(self.images)
         self.yardstick = Yardstick.of(self.dense, self.images, settings)
-        self.wanted = Wanted.of(self.dense, held, self.yardstick)
+        self.wanted = Wanted.of(self.dense, self.held or self.images, self.yardstick)
         examples = self.images.first(2)
         # Of the network itself: what is narrowed is not recognised.
         self.name = architecture_of(self.dense, examples, name, settings)
@@ -127,6 +121,11 @@ class JointPlanner:
         """Return the candidate that diverges least, and its plan: see `plan_jointly`."""
         if not shares or not all(0 <= share <= 1 for share in shares):
             raise UserError(f"removal: shares = {list(shares)} must be numbers in [0, 1]")
+        if len(shares) > 1 and self.held is None:
+            raise UserError(
+                f"removal = {self.settings.removal!r}: of {self.images.count} calibration images "
+                "none can be held out to compare shares on; give 8 or more, of two sources or more"
+            )
         best: Candidate | None = None
         rows: list[str] = []
         refusals: list[UserError] = []
@@ -147,16 +146,19 @@ class JointPlanner:
         when = f"after {steps} steps of distillation" if steps else "as fitted"
         choice = (
             f"share {best.share:g} of the saving comes from removing channels, the rest from "
-            f"rebuilding: the least divergence from the dense network {when}, on images held out"
+            "rebuilding"
         )
+        if len(shares) > 1:
+            choice += f": the least divergence from the dense network {when}, on images held out"
         student = best.trained if keep_training else best.student
         after = "" if best.share == 0 else "After removal: "
         explanation = [choice, *rows, *(after + line for line in best.plan.explanation)]
         return student, best.plan.model_copy(update={"explanation": explanation})
 
     def _divergence(self, student: nn.Module) -> float:
-        """Measure on the images held out, in evaluation mode."""
-        return self.wanted.compare(OutputsFor(student.eval(), self.held)).divergence
+        """Measure on the images held out, or on all where none are, in evaluation mode."""
+        outputs = OutputsFor(student.eval(), self.held or self.images)
+        return self.wanted.compare(outputs).divergence
 
     @functools.cached_property
     def _removable(self) -> Removable:

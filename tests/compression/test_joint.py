@@ -144,7 +144,10 @@ def test_layers_to_be_kept_are_not_narrowed():
     [
         ({"shares": ()}, r"removal: shares = \[\] must be numbers in \[0, 1\]"),
         ({"shares": (0, 1.5)}, r"removal: shares = \[0, 1\.5\] must be numbers"),
-        ({"images": pictures(4)}, "removal = 0.0: of 4 calibration images none can be held out"),
+        (
+            {"images": pictures(4), "shares": (0, 1), "removal": "auto"},
+            "removal = 'auto': of 4 calibration images none can be held out",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):
@@ -226,3 +229,10 @@ def test_candidates_are_compared_on_images_of_other_sources():
     assert held
     assert rest
     assert not held & rest
+
+
+def test_one_share_needs_no_images_to_compare_on():
+    _, plan = plan_jointly(small(), pictures(4), Compression(macs=0.7, removal=1.0))
+    assert plan.removed
+    assert plan.macs_after <= 0.7 * plan.macs_before
+    assert "held out" not in plan.explanation[0]
