@@ -24,14 +24,8 @@ from sbf_dist.compression.progress import Progress, report
 from sbf_dist.compression.reconstruct import architecture_of, dense_plan, rebuild
 from sbf_dist.compression.remembered import remember
 from sbf_dist.compression.removal.probe import Probe, train_briefly
-from sbf_dist.compression.removal.pruning import (
-    Criterion,
-    Measure,
-    Removable,
-    cost_of,
-    find_removable,
-    remove,
-)
+from sbf_dist.compression.removal.pruning import Criterion, Removable, find_removable, remove
+from sbf_dist.compression.removal.widths import Measure, cost_of
 from sbf_dist.errors import UserError
 from sbf_dist.models import Architecture
 from sbf_dist.settings import Compression

@@ -6,7 +6,6 @@ are needed. Pruning is this alone; `joint` shares a budget out between it and re
 
 import dataclasses
 import fnmatch
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
@@ -27,7 +26,7 @@ from sbf_dist.compression.fitting.resuming import Route
 from sbf_dist.compression.fitting.sequential import SequentialFit
 from sbf_dist.compression.fitting.settle import settle
 from sbf_dist.compression.holding_out import split
-from sbf_dist.compression.narrow import is_depthwise, narrow
+from sbf_dist.compression.narrow import narrow
 from sbf_dist.compression.outputs import LOGITS, Yardstick
 from sbf_dist.compression.plan import Removed
 from sbf_dist.compression.recognition import weight_of
@@ -36,12 +35,12 @@ from sbf_dist.compression.removal.elimination import orders_by_elimination
 from sbf_dist.compression.removal.importance import Importance, has_scales, measure_importance
 from sbf_dist.compression.removal.readers import solvable
 from sbf_dist.compression.removal.removal_order import Order
+from sbf_dist.compression.removal.widths import Measure, Widths, choose_channels, cost_of
 from sbf_dist.errors import UserError
 from sbf_dist.hooks import registered
 from sbf_dist.settings import Compression
 from sbf_dist.surgery import deep_copy
 
-Measure = Literal["macs", "params"]
 Criterion = Importance | Literal["reconstruction"]
 
 
@@ -178,7 +177,8 @@ def remove(removable: Removable, settings: Compression, share: float) -> Removal
     # What no layer's widths say, such as products of features in attention, is counted at the end.
     excess = 0.0
     while True:
-        chosen = _choose(removable, settings, of, limit - excess)
+        widths = Widths(dense, groups, removable.cost, of)
+        chosen = choose_channels(widths, removable.orders, settings, limit - excess)
         removed = removed_channels(list(zip(groups, chosen, strict=True)))
         network = deep_copy(dense)
         narrow(network, removed)
@@ -233,11 +233,6 @@ def _refit(
         fit.mend(name)
 
 
-def cost_of(cost: Cost, what: Measure) -> int:
-    """Return the multiply-adds or the parameters."""
-    return cost.macs if what == "macs" else cost.params
-
-
 def _absorb_means(
     dense: nn.Module, network: nn.Module, removed: dict[str, Removed], images: Calibration
 ) -> None:
@@ -287,116 +282,3 @@ def _without(groups: list[Coupled], keep: tuple[str, ...]) -> tuple[list[Coupled
         else:
             rest.append(group)
     return rest, reasons
-
-
-class _Widths:
-    """The widths of all layers while channels go, and what the network costs with them."""
-
-    def __init__(self, dense: nn.Module, groups: list[Coupled], cost: Cost, of: Measure) -> None:
-        self.of = of
-        self.width: dict[str, list[int]] = {}  # output and input channels
-        self.price: dict[str, tuple[float, float]] = {}  # of a pair of them, of an output alone
-        self.removed: list[dict[str, tuple[int, int]]] = []  # by one channel of each group
-        for group in groups:
-            losses: dict[str, tuple[int, int]] = {}
-            for part in group.parts:
-                if part.name not in self.width:
-                    self._add(dense, part.name, cost)
-                out, inp = losses.get(part.name, (0, 0))
-                several = len(part.channels[0])
-                out, inp = (out + several, inp) if part.side == "out" else (out, inp + several)
-                losses[part.name] = (out, inp)
-            self.removed.append(losses)
-        self.total = float(cost_of(cost, of))
-
-    def _add(self, dense: nn.Module, name: str, cost: Cost) -> None:
-        module = dense.get_submodule(name)
-        paired, alone = 0.0, 0.0
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            out, inp = module.weight.shape[0], module.weight.shape[1]
-            if is_depthwise(module):
-                inp = 1
-            paired = module.weight.numel() / (out * inp)
-            if self.of == "macs":
-                paired = cost.layers.get(name, 0) / (out * inp)
-            elif module.bias is not None:
-                alone = 1.0
-        else:
-            out = max([len(p) for p in module.parameters(recurse=False)], default=0)
-            inp = 1
-            if self.of == "params":
-                alone = float(len(list(module.parameters(recurse=False))))
-        self.width[name] = [out, inp]
-        self.price[name] = (paired, alone)
-
-    def saving(self, group: int, channels: int) -> float:
-        """What the network costs less without so many more channels of a group."""
-        saved = 0.0
-        for name, (out, inp) in self.removed[group].items():
-            paired, alone = self.price[name]
-            out_width, in_width = self.width[name]
-            left = (out_width - channels * out) * (in_width - channels * inp)
-            lost = out_width * in_width - left
-            saved += paired * lost + alone * channels * out
-        return saved
-
-    def remove(self, group: int, channels: int) -> None:
-        self.total -= self.saving(group, channels)
-        for name, (out, inp) in self.removed[group].items():
-            self.width[name][0] -= channels * out
-            self.width[name][1] -= channels * inp
-
-    def neighbours(self) -> list[list[int]]:
-        """For each group, those whose savings change when it is narrowed (itself among them)."""
-        users: dict[str, list[int]] = {}
-        for index, losses in enumerate(self.removed):
-            for name in losses:
-                users.setdefault(name, []).append(index)
-        return [
-            sorted({user for name in losses for user in users[name]}) for losses in self.removed
-        ]
-
-
-def _choose(
-    removable: Removable, settings: Compression, of: Measure, limit: float
-) -> list[list[int]]:
-    """Return which channels of each group go, so that what is left costs at most `limit`.
-
-    Greedy: again and again those go that matter least for what they save now.
-    """
-    groups, orders, cost = removable.groups, removable.orders, removable.cost
-    widths = _Widths(removable.dense, groups, cost, of)
-    neighbours = widths.neighbours()
-    gone = [0] * len(groups)
-    floor, round_to = settings.floor, settings.round_to
-
-    def step(index: int) -> int:
-        """How many channels of a group go next; 0 where that would leave less than the floor."""
-        size = groups[index].size
-        count = (size - gone[index]) % round_to or round_to
-        least = max(1, math.ceil(floor * size - 1e-9))
-        return count if size - gone[index] - count >= least else 0
-
-    def rate(index: int) -> float:
-        channels = step(index)
-        saved = widths.saving(index, channels) if channels else 0.0
-        if saved <= 0:
-            return math.inf
-        order = orders[index]
-        return (order.loss(gone[index] + channels) - order.loss(gone[index])) / saved
-
-    rates = [rate(index) for index in range(len(groups))]
-    while widths.total > limit * (1 + 1e-9):
-        best = min(range(len(groups)), key=rates.__getitem__, default=None)
-        if best is None or rates[best] == math.inf:
-            whole = cost_of(cost, of)
-            raise UserError(
-                f"removal: {limit / whole:.4g} of the {of} cannot be reached; removing all that "
-                f"floors and exceptions allow leaves {math.ceil(1e4 * widths.total / whole) / 1e4}"
-            )
-        channels = step(best)
-        widths.remove(best, channels)
-        gone[best] += channels
-        for index in neighbours[best]:
-            rates[index] = rate(index)
-    return [sorted(order.channels[:n]) for order, n in zip(orders, gone, strict=True)]
