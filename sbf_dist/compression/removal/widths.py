@@ -121,9 +121,10 @@ def choose_channels(
     while widths.total > limit * (1 + 1e-9):
         best = min(range(len(orders)), key=rates.__getitem__, default=None)
         if best is None or rates[best] == math.inf:
+            least = math.ceil(1e4 * widths.total / whole) / 1e4
             raise UserError(
                 f"removal: {limit / whole:.4g} of the {widths.of} cannot be reached; removing all "
-                f"that floors and exceptions allow leaves {math.ceil(1e4 * widths.total / whole) / 1e4}"
+                f"that floors and exceptions allow leaves {least}"
             )
         channels = step(best)
         widths.remove(best, channels)
