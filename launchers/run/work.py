@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from launchers.images import calibration_images, evaluation_images, index_images
-from launchers.run import rounds, worker
+from launchers.run import labelling, rounds, scoring, training
 from launchers.run.building import build_network
 from launchers.run.networks import Network
 from launchers.run.session import Result, Session
@@ -57,7 +57,7 @@ def train_teachers(session: Session, log: tracking.Run) -> Result:
 def write_pseudo_labels(session: Session, log: tracking.Run) -> Result:
     """Write what the ensemble predicts on every training image."""
     recipe, folder = session.recipe, session.folder
-    result = session.launch(worker.write_pseudo_labels, "pseudo-labels", log)
+    result = session.launch(labelling.write_pseudo_labels, "pseudo-labels", log)
     index = DataIndex.load(folder.index)
     stored = pseudo_labels.load(folder.pseudo_labels, pseudo_labels.origin(recipe, index.digest))
     confidence = stored.probabilities[:, 0]
@@ -131,7 +131,7 @@ def distill(session: Session, log: tracking.Run) -> Result:
 
 def evaluate(session: Session, log: tracking.Run) -> Result:
     """Measure every network of the table: accuracy over the workers, cost and latency here."""
-    scores = session.launch(worker.evaluate_networks, "evaluate", log)
+    scores = session.launch(scoring.evaluate_networks, "evaluate", log)
     compressed = json.loads(session.folder.result("compress").read_text())
     table = []
     for row in session.networks.rows():
@@ -214,7 +214,7 @@ def _fidelity(scores: dict[str, Any]) -> MeasuredFidelity | None:
 
 
 def _train(session: Session, group: str, log: tracking.Run) -> Result:
-    trained = session.launch(worker.train_networks, group, log)
+    trained = session.launch(training.train_networks, group, log)
     for name, result in trained.items():
         resumed = f", resumed at step {result['from_step']}" if result["from_step"] else ""
         session.display.say(f"  {name}: top-1 {100 * result['top1']:.1f} %{resumed}")

@@ -7,7 +7,8 @@ import torch
 
 from launchers.display import Display
 from launchers.images import index_images
-from launchers.run import worker
+from launchers.run import labelling, worker
+from launchers.run.batches import targets, training_batches
 from launchers.run.building import build_network
 from launchers.run.folder import RunFolder
 from launchers.run.networks import Network, Networks
@@ -35,8 +36,8 @@ def train(here: worker.Context, network: Network) -> list[LogRecord]:
     torch.manual_seed(job.seed)
     settings = job.training
     student = build_network(network, here.num_classes, job.start)
-    index, annotate = worker._targets(here, network)
-    batches = worker._batches(here, network, index)
+    index, annotate = targets(here, network)
+    batches = training_batches(here, network, index)
     records: list[LogRecord] = []
     fit(
         SingleEngine(
@@ -64,7 +65,7 @@ def write_pseudo_labels(here: worker.Context) -> None:
     folder = here.folder.pseudo_labels
     ids = np.sort(np.concatenate([here.index.parts[p] for p in ("labelled", "unlabelled")]))
     pseudo_labels.begin(folder, pseudo_labels.origin(here.recipe, here.index.digest))
-    ensemble = worker._ensemble(here)
+    ensemble = worker.ensemble_of(here)
     for number, part in enumerate(pseudo_labels.chunks(ids)):
-        worker._write_chunk(here, ensemble, number, part)
+        labelling.write_chunk(here, ensemble, number, part)
     pseudo_labels.finish(folder, ids)

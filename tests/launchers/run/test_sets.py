@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from launchers import cli
 from launchers.display import Display
 from launchers.images import calibration_images
-from launchers.run import worker
+from launchers.run import scoring
 from launchers.run.building import build_network
 from launchers.student import make_student
 from sbf_dist import recipe as recipes
@@ -121,7 +121,7 @@ def test_a_set_is_prepared_checked_trained_on_and_evaluated(name, tmp_path):
     assert plan.macs_after <= 0.5 * plan.macs_before
     for row in networks.rows():
         if row.members != (networks.zeroed,):
-            scores = worker._score(here, row)
+            scores = scoring.score(here, row)
             assert scores.count == case.held_out
             assert math.isfinite(scores.loss)
 

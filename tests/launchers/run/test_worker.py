@@ -10,7 +10,8 @@ import pytest
 import torch
 from archive_makers import cifar10_python
 
-from launchers.run import worker
+from launchers.run import training, worker
+from launchers.run.batches import targets, training_batches
 from launchers.run.networks import Network, Networks
 from pipelines.loader import TrainLoader
 from pipelines.reader import Reader
@@ -77,7 +78,7 @@ def student(here: worker.Context) -> Network:
 
 def batches(here: worker.Context, network: Network, count: int = 2) -> list[worker.Batch]:
     """The first batches as the loader gives them."""
-    loader = worker._batches(here, network, here.index)
+    loader = training_batches(here, network, here.index)
     found = [{key: value.clone() for key, value in next(loader).items()} for _ in range(count)]
     loader.close()
     return found
@@ -102,7 +103,7 @@ def test_stored_targets_are_mixed_as_the_images_are(begin, mixture):
     )
     predicted = torch.tensor(stored.classes), torch.tensor(stored.probabilities)
     distributions = full_distributions(*predicted, 10)
-    _, annotate = worker._targets(here, student(here))
+    _, annotate = targets(here, student(here))
     for unmixed, batch in zip(plain, batches(here, student(here)), strict=True):
         assert torch.equal(batch["image"], unmixed["image"])  # until it is annotated
         known = batch["label"] >= 0
@@ -124,9 +125,9 @@ def test_stored_targets_are_mixed_as_the_images_are(begin, mixture):
 def test_live_teachers_see_the_mixed_images(begin, mixture):
     here = begin("live", augmentation=mixture)
     network = student(here)
-    _, annotate = worker._targets(here, network)
+    _, annotate = targets(here, network)
     mixed = annotate(batches(here, network)[0])
-    ensemble = worker._ensemble(here)
+    ensemble = worker.ensemble_of(here)
     assert torch.allclose(mixed["teacher"], ensemble(mixed["image"], network.view), atol=1e-6)
     assert {"share", "partner_label"} <= mixed.keys()
 
@@ -134,7 +135,7 @@ def test_live_teachers_see_the_mixed_images(begin, mixture):
 def test_trainings_on_labels_alone_mix_as_well(begin):
     here = begin(augmentation={"mixup": 1.0})
     teacher = here.networks.teachers[0]
-    index, annotate = worker._targets(here, teacher)
+    index, annotate = targets(here, teacher)
     mixed = annotate(batches(here, teacher)[0])
     assert index is here.index
     assert {"share", "partner_label"} <= mixed.keys()
@@ -220,7 +221,7 @@ def test_images_that_are_held_in_memory_are_read_once(begin, images, tmp_path):
     for cache in ("none", "memory"):
         root = shutil.copytree(images, tmp_path / cache)
         here = begin(root=root, cache=cache)
-        loader = worker._batches(here, student(here), here.index)
+        loader = training_batches(here, student(here), here.index)
         next(loader)
         shutil.rmtree(root)
         if cache == "memory":
@@ -237,7 +238,7 @@ def test_images_of_which_the_teachers_are_unsure_are_left_out(begin):
     settings = here.recipe.pseudo_labels.model_copy(update={"per_class": 1})
     recipe = here.recipe.model_copy(update={"pseudo_labels": settings})
     chooser = dataclasses.replace(here, networks=Networks.of(recipe, here.folder))
-    index, _ = worker._targets(chooser, student(here))
+    index, _ = targets(chooser, student(here))
     assert 0 < len(index.parts["unlabelled"]) < len(here.index.parts["unlabelled"])
     assert np.array_equal(index.parts["labelled"], here.index.parts["labelled"])
 
@@ -259,18 +260,18 @@ def test_a_checkpoint_depends_on_what_its_training_reads_alone(begin, tmp_path):
     settings = here.recipe.compress.model_copy(update={"macs": 0.25})
     recipe = here.recipe.model_copy(update={"compress": settings})
     smaller = dataclasses.replace(here, networks=Networks.of(recipe, here.folder))
-    assert worker._digests(smaller, teacher) == worker._digests(here, teacher)
-    assert worker._digests(here, student) != worker._digests(here, teacher)
-    folder = checkpoint_of(tmp_path, worker._digests(here, teacher))
-    assert worker._saved_digests(smaller, teacher, folder) == worker._digests(here, teacher)
+    assert training.digests(smaller, teacher) == training.digests(here, teacher)
+    assert training.digests(here, student) != training.digests(here, teacher)
+    folder = checkpoint_of(tmp_path, training.digests(here, teacher))
+    assert training.saved_digests(smaller, teacher, folder) == training.digests(here, teacher)
 
 
 def test_a_checkpoint_of_the_version_before_depends_on_the_whole_recipe(begin, tmp_path):
     here = begin()
     teacher = here.networks.teachers[0]
-    whole = worker._digests(here, teacher) | {"recipe": here.recipe.digest()}
+    whole = training.digests(here, teacher) | {"recipe": here.recipe.digest()}
     folder = checkpoint_of(tmp_path, whole)
-    assert worker._saved_digests(here, teacher, folder) == whole
+    assert training.saved_digests(here, teacher, folder) == whole
     recipe = here.recipe.model_copy(update={"seed": 9})
     other = dataclasses.replace(here, networks=Networks.of(recipe, here.folder))
-    assert worker._saved_digests(other, teacher, folder) != whole
+    assert training.saved_digests(other, teacher, folder) != whole

@@ -1,0 +1,144 @@
+"""Trainings of a run, on every rank: composed, gone on with from a checkpoint, and done."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from launchers.run import locks
+from launchers.run.batches import targets, training_batches
+from launchers.run.building import build_network
+from launchers.run.networks import Network
+from launchers.run.worker import Context, validation
+from pipelines.agreement import check_workers_agree
+from sbf_dist import tracking
+from sbf_dist.distill.task import DistillationTask
+from sbf_dist.train import checkpoint
+from sbf_dist.train.engine import build_engine
+from sbf_dist.train.evaluate import Accuracy, accuracy, synchronise_batchnorm
+from sbf_dist.train.loop import Every, LogRecord, fit
+from sbf_dist.train.schedule import schedule
+from sbf_dist.weights import save_weights
+
+
+def train_networks(config: dict[str, Any]) -> dict[str, Any]:
+    """Train the networks of a stage or a round one after another, from the latest checkpoint.
+
+    The answer maps each network that was trained to its validation accuracy and the step that it
+    was resumed from.
+    """
+    from launchers.on_ray import ray_train
+
+    here = Context.of(config)
+    wanted = here.networks.trained_in(config["group"])
+    check_workers_agree(here.index, here.device)
+    results: dict[str, Any] = {}
+    with ray_train.latest_checkpoint() as folder:
+        resumed = checkpoint.read_manifest(folder).digests["training"] if folder else None
+        for number, network in enumerate(wanted, 1):
+            done = network.weights.exists()
+            dist.barrier()  # all have looked before rank 0 writes
+            if not done:
+                resume = folder if resumed == network.name else None
+                title = f"{network.name} ({number} of {len(wanted)})"
+                results[network.name] = _train(here, network, resume, title, config["tracking"])
+    return results
+
+
+def _train(
+    here: Context, network: Network, resume: Path | None, title: str, address: list[str]
+) -> dict[str, Any]:
+    """Compose and run one training: student, task, engine, loaders, loop."""
+    from launchers.on_ray import ray_train
+
+    job = network.job
+    assert job is not None
+    torch.manual_seed(job.seed)
+    settings = job.training
+    student = build_network(network, here.num_classes, job.start)
+    # Images come in channels_last, which the layers keep; the weights stay contiguous, as ZeRO lays
+    # them out in one flat buffer.
+    student = student.to(here.device)
+    task = DistillationTask(student, label_weight=job.label_weight)
+    engine = build_engine(
+        task,
+        settings.optimizer,
+        micro_batch=settings.batch_size // here.world_size // settings.accumulation,
+        accumulation=settings.accumulation,
+        zero_stage=settings.zero_stage,
+        precision=settings.precision,
+    )
+    index, annotate = targets(here, network)
+    batches = training_batches(here, network, index)
+    depends_on = digests(here, network)
+    start = 0
+    if resume is not None:
+        restored = checkpoint.load(engine, resume, digests=saved_digests(here, network, resume))
+        batches.load_state_dict(restored.loader_state)
+        start = restored.step
+    tracker = tracking.attach(*address) if here.rank == 0 else None
+
+    def on_log(record: LogRecord) -> None:
+        ray_train.progress({"title": title, **dataclasses.asdict(record)})
+        if tracker is not None:
+            values = {**record.parts, "lr": record.lr, "images_per_s": record.images_per_s}
+            named = {f"{network.name}/{key}": value for key, value in values.items()}
+            tracker.log_metrics(named, record.step)
+
+    def on_checkpoint(step: int) -> None:
+        synchronise_batchnorm(student)
+
+        def write(folder: Path) -> None:
+            checkpoint.save(
+                engine, folder, step=step, loader_state=batches.state_dict(), digests=depends_on
+            )
+
+        ray_train.report({"training": network.name, "step": step}, write)
+
+    fit(
+        engine,
+        batches,
+        steps=settings.steps,
+        start_step=start,
+        lr_at=schedule(
+            settings.schedule,
+            lr=settings.optimizer.lr,
+            steps=settings.steps,
+            warmup=settings.warmup,
+        ),
+        log=Every(settings.log_every, on_log),
+        checkpoint=Every(settings.checkpoint_every, on_checkpoint),
+        annotate=annotate,
+    )
+    batches.close()
+    scores = accuracy(student, validation(here, network.view), here.device)
+    if here.rank == 0:
+        save_weights(student, network.weights)
+    if tracker is not None:
+        tracker.log_metrics(_scores(network.name, scores), settings.steps)
+        tracker.flush()
+    dist.barrier()
+    return {"top1": scores.top1, "loss": scores.loss, "steps": settings.steps, "from_step": start}
+
+
+def digests(here: Context, network: Network) -> dict[str, str]:
+    """What a checkpoint of a network's training depends on."""
+    read = locks.read_by(locks.values_of(here.recipe.identity()), network.reads)
+    return {"recipe": locks.digest(read), "data": here.index.digest, "training": network.name}
+
+
+def saved_digests(here: Context, network: Network, checkpoint_folder: Path) -> dict[str, str]:
+    """What a checkpoint must depend on to be gone on from.
+
+    A version before noted the digest of the whole recipe; where that is the same, it fits as well.
+    """
+    depends_on = digests(here, network)
+    saved = checkpoint.read_manifest(checkpoint_folder).digests.get("recipe")
+    return depends_on | ({"recipe": saved} if saved == here.recipe.digest() else {})
+
+
+def _scores(name: str, scores: Accuracy) -> dict[str, float]:
+    values = {f"{name}/top1": scores.top1, f"{name}/validation_loss": scores.loss}
+    return values | ({f"{name}/top5": scores.top5} if scores.top5 is not None else {})
