@@ -28,6 +28,9 @@ LEAST = 1e-3  # of the mean variance: channels that vary less say nothing
 # Swapped colours move means of channels, and little else: their squares, in units of the variance,
 # must become less by this share and by this amount.
 SWAP_SHARE, SWAP_LEAST = 0.4, 0.01
+# Of the squares of pixels' differences from their neighbours, to twice the pixels' variance: noise
+# has 1, photographs have below 0.2.
+NOISE = 0.8
 SPAN = 0.2  # of values in 0 … 1: what images have at least, written in the scale that they are in
 
 Colours = tuple[float, float, float]
@@ -147,13 +150,15 @@ def _at(name: str, norm: nn.Module, inputs: Tensor) -> Distance:
 
 def _cause(model: nn.Module, norms: dict[str, nn.Module], sample: Tensor) -> str:
     """Name the change of the images that brings them near, if there is one."""
+    rough = _roughness(sample) > NOISE
+    noise = "neighbouring pixels have nothing in common: are they noise?"
     now = distance(model, norms, sample).nats
     for changes in (_rescalings(sample), _multiples(sample)):
         tried = [(distance(model, norms, changed).nats, name) for name, changed in changes]
         least, name = min(tried, default=(math.inf, ""))
         if least < min(FAR, CURED * now):
-            return f"{name} they are near ({least:.2g})"
-    return "no other scale of their values explains it: are they images of another kind?"
+            return f"{name} they are near ({least:.2g})" + (f"; but {noise}" if rough else "")
+    return noise if rough else "no other scale of their values explains it: are they images of another kind?"
 
 
 def _rescalings(sample: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -174,6 +179,19 @@ def _rescalings(sample: Tensor) -> Iterator[tuple[str, Tensor]]:
 def _multiples(sample: Tensor) -> Iterator[tuple[str, Tensor]]:
     for factor in (*SMALLER, *LARGER):
         yield f"multiplied by {factor:g}", factor * sample
+
+
+def _roughness(sample: Tensor) -> float:
+    """Return how much neighbouring pixels differ: 1 if they have nothing in common, 0 if alike.
+
+    The mean square of their differences, in units of twice the variance of an image's pixels.
+    """
+    planes = sample.double().flatten(0, 1)
+    variance = planes.var((1, 2), correction=0).mean()
+    steps = [planes.diff(dim=axis).square().mean() for axis in (1, 2) if planes.shape[axis] > 1]
+    if not steps or variance == 0:
+        return 0.0
+    return float(torch.stack(steps).mean() / (2 * variance))
 
 
 def _swapped(

@@ -75,6 +75,7 @@ def test_other_images_of_the_same_kind_are_not_worth_a_word(network):
         (lambda x: 0.2 * normalised(x), "multiplied by 5 they are near"),
         (lambda x: 255 * (x - MEAN), "instead of ImageNet's mean, 0 … 255 they are near"),
         (lambda x: normalised(x).flip(1), "red and blue may be swapped"),
+        (lambda x: 2 * torch.randn(x.shape, generator=torch.Generator()), "are they noise?"),
         (
             lambda x: 0.05 * x + 6 * (-1.0) ** torch.arange(3)[:, None, None],
             "are they images of another kind?",

@@ -55,8 +55,13 @@ def _input_variances(
 
     def add(name: str, axis: int) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rows = inputs[0].movedim(axis, -1).flatten(0, -2).double()
-            now = [rows.new_tensor(len(rows)), rows.sum(0), rows.square().sum(0)]
+            features = inputs[0]
+            others = [a for a in range(features.ndim) if a != axis % features.ndim]
+            variance, mean = (
+                found.double() for found in torch.var_mean(features, others, correction=0)
+            )
+            rows = mean.new_tensor(features.numel() // len(mean))
+            now = [rows, rows * mean, rows * (variance + mean.square())]
             old = sums.get(name)
             sums[name] = now if old is None else [a + b for a, b in zip(old, now, strict=True)]
 
