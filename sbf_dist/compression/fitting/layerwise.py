@@ -29,7 +29,7 @@ TARGETS = 640 * 2**20  # bytes of a reference's outputs that are held at a time
 # is a forward pass less, and those are dear where maps are large: there, IMAGES will do.
 PER_IMAGE, PER_MAP = 128, 1 / 6  # positions of an image, and their share, that are worth taking
 IMAGES = 128
-LEAST, MOST = 2**14, 2**16  # positions in all; in between, the fewer the wider the layer is
+LEAST, MOST = 2**14, 2**15  # positions in all; in between, the fewer the wider the layer is
 WIDE = 1024  # candidates, shifts included, or weights of a filter, at which LEAST suffices
 
 
