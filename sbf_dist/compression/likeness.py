@@ -158,7 +158,11 @@ def _cause(model: nn.Module, norms: dict[str, nn.Module], sample: Tensor) -> str
         least, name = min(tried, default=(math.inf, ""))
         if least < min(FAR, CURED * now):
             return f"{name} they are near ({least:.2g})" + (f"; but {noise}" if rough else "")
-    return noise if rough else "no other scale of their values explains it: are they images of another kind?"
+    return (
+        noise
+        if rough
+        else "no other scale of their values explains it: are they images of another kind?"
+    )
 
 
 def _rescalings(sample: Tensor) -> Iterator[tuple[str, Tensor]]:
