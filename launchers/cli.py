@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from launchers.commands import compare, compress, data, plan, run
+from launchers.commands import compare, compress, data, jobs, plan, run
 from sbf_dist.errors import UserError
 
 app = typer.Typer(
@@ -40,6 +40,10 @@ app.command("compare", short_help="Compare SBF with its peers at equal cost.")(c
 app.command("run", help=run.HELP, short_help="Run a recipe: from images to an exported student.")(
     run.command
 )
+app.command("submit", short_help="Run a recipe on a cluster.")(jobs.submit)
+app.command("jobs", short_help="List the jobs of a cluster.")(jobs.jobs)
+app.command("logs", short_help="Print what a job prints.")(jobs.logs)
+app.command("stop", short_help="End a job.")(jobs.stop)
 app.add_typer(plan.app, name="plan", short_help="Plans as tables.")
 app.add_typer(data.app, name="data", short_help="Sets of images from their archives.")
 

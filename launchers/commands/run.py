@@ -14,7 +14,7 @@ from sbf_dist.errors import UserError
 from sbf_dist.recipe import Recipe
 
 StageName = StrEnum("StageName", [(s.name, s.name) for s in STAGES])  # type: ignore[misc]
-_LAST = StageName(STAGES[-1].name)
+LAST_STAGE = StageName(STAGES[-1].name)
 HELP = f"""Run a recipe: {", ".join(stage.name for stage in STAGES)}.
 
 Finished stages are kept under RUNS/NAME and not repeated. An interrupted run resumes from the last
@@ -37,7 +37,7 @@ def command(
     runs: Annotated[
         Path, typer.Option(help="Folder that holds all runs; on a cluster, shared storage.")
     ] = Path("runs"),
-    until: Annotated[StageName, typer.Option(help="Stop after this stage.")] = _LAST,
+    until: Annotated[StageName, typer.Option(help="Stop after this stage.")] = LAST_STAGE,
     again: Annotated[
         StageName | None,
         typer.Option(

@@ -1,0 +1,98 @@
+"""`sbf submit`, `jobs`, `logs` and `stop`: what is wrong is one line, before anything is sent."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from launchers import cli
+from launchers.commands import jobs
+from launchers.on_ray import tunnel
+from sbf_dist.errors import UserError
+
+RECIPES = Path(__file__).parents[3] / "recipes"
+
+
+def answer(*arguments: str) -> str:
+    """Return the error with which a command ends."""
+    found = CliRunner().invoke(cli.app, list(arguments))
+    assert isinstance(found.exception, UserError), found.output
+    return str(found.exception)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(jobs.ADDRESS, raising=False)
+    (tmp_path / "digits.yaml").write_text((RECIPES / "digits.yaml").read_text())
+    return tmp_path
+
+
+def test_a_cluster_must_be_named() -> None:
+    assert answer("jobs").startswith("no cluster is named: give --cluster FILE, --address URL")
+
+
+def test_two_clusters_at_once_are_refused() -> None:
+    found = answer("jobs", "--cluster", "a.yaml", "--address", "http://127.0.0.1:1")
+    assert found == "--cluster and --address both name a cluster; give one of them"
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:8265", "ray://head:10001", "http://", "http://a:b"])
+def test_an_address_must_be_a_url(address: str) -> None:
+    assert answer("jobs", "--address", address) == (
+        f"address {address!r}: must be the URL of a dashboard, e.g. http://127.0.0.1:8265"
+    )
+
+
+def test_a_cluster_that_does_not_answer_is_reported() -> None:
+    found = answer("submit", "digits.yaml", "--address", "http://127.0.0.1:1")
+    assert found.startswith("cluster http://127.0.0.1:1: cannot be reached (")
+    assert "\n" not in found
+
+
+def test_the_variable_of_ray_names_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(jobs.ADDRESS, "http://127.0.0.1:1")
+    assert answer("stop", "job").startswith("cluster http://127.0.0.1:1: cannot be reached")
+
+
+def test_a_cluster_file_that_is_not_there_is_reported() -> None:
+    assert answer("jobs", "--cluster", "no.yaml") == "cluster file no.yaml does not exist"
+
+
+def test_a_cluster_that_was_not_started_is_reported(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tunnel, "SECONDS", 30.0)
+    (folder / "bad.yaml").write_text("cluster_name: nobody\nprovider: {type: nonsense}\n")
+    found = answer("jobs", "--cluster", "bad.yaml")
+    assert found.startswith("cluster file bad.yaml: its dashboard cannot be reached: ")
+    assert "\n" not in found
+
+
+def test_a_wrong_recipe_is_refused_before_anything_is_sent() -> None:
+    found = answer("submit", "digits.yaml", "no=1", "--address", "http://127.0.0.1:1")
+    assert found.startswith("recipe digits.yaml: no is not a known key")
+
+
+def test_a_recipe_elsewhere_is_refused(folder: Path) -> None:
+    recipe = RECIPES / "digits.yaml"
+    found = answer("submit", str(recipe), "--address", "http://127.0.0.1:1")
+    assert found == (
+        f"recipe {recipe}: lies outside the folder that is sent, {folder}; start from the folder "
+        "that holds it"
+    )
+
+
+def test_a_recipe_in_a_folder_that_is_not_sent_is_refused(folder: Path) -> None:
+    (folder / "data").mkdir()
+    (folder / "digits.yaml").rename(folder / "data" / "digits.yaml")
+    (folder / "mine.py").write_text("")
+    found = answer("submit", "data/digits.yaml", "--address", "http://127.0.0.1:1")
+    assert found == (
+        "recipe data/digits.yaml: is not sent, as it lies in data/ or Git ignores it; move it"
+    )
+
+
+def test_a_tracking_server_is_shown_without_password() -> None:
+    shown = jobs.without_user("https://me:secret@mlflow.example.org:5000/a")
+    assert shown == "https://mlflow.example.org:5000/a"
