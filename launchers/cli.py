@@ -8,7 +8,7 @@ import typer
 from typer.exceptions import TyperException
 
 from launchers.commands import compare, compress, data, jobs, plan, run
-from sbf_dist.errors import UserError
+from sbf_dist.errors import UserError, without_credentials
 
 app = typer.Typer(
     help="SBF-Dist: CNNs at half the cost, compressed by spatial basis filters and distilled "
@@ -54,6 +54,7 @@ def main() -> None:
         code = app(sys.argv[1:] or ["--help"], prog_name="sbf", standalone_mode=False)
     except (UserError, TyperException) as error:
         message = error.format_message() if isinstance(error, TyperException) else str(error)
-        print(f"sbf: {message.replace('Value error, ', '')}", file=sys.stderr)
+        message = without_credentials(message.replace("Value error, ", ""))
+        print(f"sbf: {message}", file=sys.stderr)
         sys.exit(2)
     sys.exit(code)

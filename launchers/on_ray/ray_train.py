@@ -230,11 +230,17 @@ class _WarningsForDriver(logging.Handler):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a worker stands among all workers, and the device that it computes on."""
+    """Where a worker stands among all workers, and the device that it computes on.
+
+    local_rank  among the workers of its node
+    node_rank   of its node among all nodes
+    """
 
     rank: int
     world_size: int
     device: "torch.device"
+    local_rank: int
+    node_rank: int
 
 
 def place() -> Place:
@@ -242,7 +248,13 @@ def place() -> Place:
     from ray.train.torch import get_device
 
     context = train.get_context()
-    return Place(context.get_world_rank(), context.get_world_size(), get_device())
+    return Place(
+        context.get_world_rank(),
+        context.get_world_size(),
+        get_device(),
+        context.get_local_rank(),
+        context.get_node_rank(),
+    )
 
 
 def progress(record: Mapping[str, Any]) -> None:

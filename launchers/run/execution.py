@@ -11,7 +11,6 @@ from launchers.display import Display, results_table
 from launchers.machine import available_cpus
 from launchers.run.folder import RunFolder
 from sbf_dist.errors import UserError
-from sbf_dist.files import write_json
 from sbf_dist.recipe import Recipe
 
 
@@ -32,27 +31,20 @@ def execute(recipe: Recipe, folder: RunFolder, until: str, again: str | None) ->
         display = Display()
         networks = Networks.of(recipe, folder)
         sequence.open_folder(networks, again)
-        run_id = None
-        if folder.tracking.exists():
-            run_id = json.loads(folder.tracking.read_text())["run_id"]
         tracker = resources.enter_context(
             tracking.start(
-                folder.runs,
-                recipe.name,
+                folder.root,
                 uri=recipe.tracking.uri,
                 experiment=recipe.tracking.experiment,
-                run_id=run_id,
                 tags={"seed": recipe.seed, "recipe.digest": recipe.digest()},
             )
         )
-        uri, run_id = tracker.address
-        write_json(folder.tracking, {"uri": uri, "run_id": run_id})
         tracker.log_params(recipe.model_dump(mode="json"))
         tracker.log_artifact(folder.recipe)
         resources.enter_context(display)
         sequence.perform(Session(networks, display, tracker, resources), until)
     if folder.summary.exists():
-        show_results(display, folder, uri)
+        show_results(display, folder, tracker.uri)
 
 
 def show_results(display: Display, folder: RunFolder, uri: str) -> None:

@@ -12,6 +12,7 @@ from launchers.run.stages import STAGES, Stage
 from sbf_dist.errors import UserError
 from sbf_dist.files import write_json
 from sbf_dist.provenance import origin
+from sbf_dist.tracking import begin_anew
 
 if TYPE_CHECKING:
     from launchers.run.networks import Networks
@@ -68,10 +69,12 @@ def open_folder(networks: "Networks", again: str | None) -> None:
         allowed = NAMES.index(again)
         if not any(product.name in stale for stage, product in products if stage.name == again):
             stale |= {p.name for s, p in products if NAMES.index(s.name) >= allowed}
-        for stage in STAGES:
-            own = [product for s, product in products if s is stage and product.name in stale]
-            if own:
-                _remove_results(folder, stage, own)
+        anew = {s.name: [p for t, p in products if t is s and p.name in stale] for s in STAGES}
+        begin_anew(folder.tracking, [name for name, own in anew.items() if own])
+        # From the last stage back: what is cut in the middle has no stage whose basis is gone.
+        for stage in reversed(STAGES):
+            if anew[stage.name]:
+                _remove_results(folder, stage, anew[stage.name])
     if not folder.recipe.exists() or json.loads(folder.recipe.read_text()) != identity:
         write_json(folder.recipe, identity)
 

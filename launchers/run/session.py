@@ -54,10 +54,11 @@ class Session:
         from launchers.on_ray import ray_train
 
         config = {
-            "recipe": self.recipe.model_dump(mode="json"),
+            # Workers do not talk to the tracking store, whose URI may hold a password.
+            "recipe": self.recipe.model_dump(mode="json", exclude={"tracking"}),
             "runs": str(self.folder.runs),
             "group": name,
-            "tracking": list(log_to.address),
+            "tracking": [str(log_to.journals)],
         }
         return ray_train.run_workers(
             worker,

@@ -1,6 +1,7 @@
 """Trainings of a run, on every rank: composed, gone on with from a checkpoint, and done."""
 
 import dataclasses
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def train_networks(config: dict[str, Any]) -> dict[str, Any]:
     wanted = here.networks.trained_in(config["group"])
     check_workers_agree(here.index, here.device)
     results: dict[str, Any] = {}
-    with ray_train.latest_checkpoint() as folder:
+    with ray_train.latest_checkpoint() as folder, _measured(config["tracking"]):
         resumed = checkpoint.read_manifest(folder).digests["training"] if folder else None
         for number, network in enumerate(wanted, 1):
             done = network.weights.exists()
@@ -45,6 +46,16 @@ def train_networks(config: dict[str, Any]) -> dict[str, Any]:
                 title = f"{network.name} ({number} of {len(wanted)})"
                 results[network.name] = _train(here, network, resume, title, config["tracking"])
     return results
+
+
+def _measured(address: list[str]) -> AbstractContextManager[None]:
+    """One worker of every node logs how busy the node is."""
+    from launchers.on_ray import ray_train
+
+    where = ray_train.place()
+    if where.local_rank != 0:
+        return nullcontext()
+    return tracking.measured_node(Path(*address), where.node_rank)
 
 
 def _train(

@@ -186,16 +186,16 @@ def export(session: Session, log: tracking.Run) -> Result:
         fidelity=_fidelity(scores),
         images=images,
     )
-    uri = tracking.log_student(session.tracker, folder.student / ONNX)
+    session.tracker.log_student(folder.student / ONNX)
     log.log_artifact(folder.student, "student")
     log.log_metrics({"onnx_difference": difference}, 0)
     session.display.say(f"  ONNX Runtime agrees within {difference:.1e} on {len(images)} images")
     write_json(folder.summary, {"rows": rows})
     chart = accuracy_and_cost(rows)
     chart.savefig(folder.root / "summary.png", dpi=120)
-    session.tracker.log_figure(chart, "summary.png")
+    session.tracker.log_artifact(folder.root / "summary.png")
     session.tracker.log_artifact(folder.summary)
-    return {"model_uri": uri, "onnx_difference": difference}
+    return {"onnx_difference": difference}
 
 
 def _say_of(session: Session, network: Network, line: str) -> None:

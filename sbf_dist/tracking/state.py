@@ -1,0 +1,113 @@
+"""tracking.json: which MLflow runs belong to a run folder, and how far journals are delivered."""
+
+import json
+import logging
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sbf_dist.files import write_json
+
+logger = logging.getLogger(__name__)
+
+WHOLE_RUN = "run"  # the key of the parent of the stages' runs
+
+
+@dataclass
+class State:
+    """What is known of the MLflow runs of a folder. A key stands for one of them, and its journals.
+
+    id        of this folder's run, in a tag of its MLflow run
+    uri       of the store, without credentials, to be read by people
+    run_ids   of MLflow, by key
+    attempts  how often a stage was begun anew, by its name
+    sent      bytes of a journal that MLflow has, by KEY/FILE
+    """
+
+    path: Path
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    uri: str = ""
+    run_ids: dict[str, str] = field(default_factory=dict)
+    attempts: dict[str, int] = field(default_factory=dict)
+    sent: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: Path) -> "State":
+        """Read a state. A damaged file counts as none, with a warning; so does that of a copy.
+
+        A folder that was moved is what it was; one that was copied says different things from now
+        on than its original, and must not say them in the original's MLflow run.
+        """
+        if not path.exists():
+            return cls(path)
+        try:
+            known = json.loads(path.read_text())
+            state = cls._of(path, known)
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            logger.warning("%s is damaged (%s): a new MLflow run is begun", path, error)
+            return cls(path)
+        original = Path(str(known.get("folder", path.parent)))
+        if original != path.parent and _is_of(original / path.name, state.id):
+            logger.warning(
+                "run folder %s is a copy of %s: it gets an MLflow run of its own",
+                path.parent,
+                original,
+            )
+            return cls(path, attempts=state.attempts)
+        return state
+
+    @classmethod
+    def _of(cls, path: Path, known: Any) -> "State":
+        if not isinstance(known, dict):
+            raise TypeError("not a mapping")
+        if "id" not in known:  # an older version kept the run's id alone
+            return cls(path, run_ids={WHOLE_RUN: str(known["run_id"])} if "run_id" in known else {})
+        return cls(
+            path,
+            str(known["id"]),
+            str(known["uri"]),
+            {str(k): str(v) for k, v in known["run_ids"].items()},
+            {str(k): int(v) for k, v in known["attempts"].items()},
+            {str(k): int(v) for k, v in known["sent"].items()},
+        )
+
+    def save(self) -> None:
+        """Write the state; a kill leaves the one before."""
+        content = {
+            "uri": self.uri,
+            "run_id": self.run_ids.get(WHOLE_RUN),
+            "id": self.id,
+            "folder": str(self.path.parent),
+            "run_ids": self.run_ids,
+            "attempts": self.attempts,
+            "sent": self.sent,
+        }
+        write_json(self.path, content)
+
+    def key(self, stage: str) -> str:
+        """Return the key of a stage's newest run."""
+        again = self.attempts.get(stage, 0)
+        return f"{stage}-{again + 1}" if again else stage
+
+    def forget(self, key: str) -> None:
+        """Let a run be made anew, and everything said in it again."""
+        self.run_ids.pop(key, None)
+        self.sent = {k: v for k, v in self.sent.items() if not k.startswith(f"{key}/")}
+
+
+def begin_anew(path: Path, stages: Iterable[str]) -> None:
+    """Give stages that are done anew MLflow runs of their own; `path`: of tracking.json."""
+    state = State.load(path)
+    for stage in stages:
+        if (path.with_suffix("") / state.key(stage)).exists() or WHOLE_RUN in state.run_ids:
+            state.attempts[stage] = state.attempts.get(stage, 0) + 1
+    state.save()
+
+
+def _is_of(path: Path, identifier: str) -> bool:
+    try:
+        return bool(json.loads(path.read_text()).get("id") == identifier)
+    except (OSError, ValueError, AttributeError):
+        return False

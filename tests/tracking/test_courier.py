@@ -1,0 +1,431 @@
+"""A store that is away, comes back, forgets or is cut off: none lost, none twice."""
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from mlflow_double import Server, server
+
+from sbf_dist import tracking
+from sbf_dist.errors import UserError
+from sbf_dist.tracking import courier, run, store
+
+ROOT = Path(__file__).parents[2]
+POINTS = [(step, float(step)) for step in range(0, 50, 5)]
+
+
+@pytest.fixture
+def double() -> Iterator[Server]:
+    with server() as found:
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(courier, "_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(courier, "_RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(courier, "_WAITING_RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(run, "END_SECONDS", 0.5)
+    monkeypatch.setattr(run, "INTERRUPTED_SECONDS", 0.3)
+    monkeypatch.setattr(store, "LOCK_SECONDS", 0.6)
+    monkeypatch.setattr(store, "SILENT_SECONDS", 0.1)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    found = tmp_path / "runs" / "mine"
+    found.mkdir(parents=True)
+    return found
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def train(stage: tracking.Run, steps: range, worker: tracking.Series | None = None) -> None:
+    worker = worker or tracking.attach(str(stage.journals))
+    for step in steps:
+        if step % 5 == 0:
+            worker.log_metrics({"loss": float(step)}, step)
+    worker.flush()
+
+
+def test_a_server_that_is_away_at_the_start_gets_everything_once_it_answers(
+    folder: Path, double: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    double.stop()
+    with tracking.start(folder, uri=double.uri, tags={"seed": 3}) as parent:
+        assert parent.run_id is None
+        (warning,) = caplog.messages
+        assert "does not answer" in warning
+        assert "\n" not in warning
+        with parent.stage("distill") as stage:
+            stage.log_params({"lr": 0.1})
+            train(stage, range(50))
+        double.start()
+        eventually(lambda: len(double.metrics) == len(POINTS))
+    assert double.history("loss") == POINTS
+    assert double.tags("mine")["seed"] == "3"
+    assert (double.status("mine"), double.status("distill")) == ("FINISHED", "FINISHED")
+    assert double.tags("distill")["mlflow.parentRunId"] == parent.run_id
+
+
+def test_a_server_that_goes_in_the_middle_is_warned_of_once_and_gets_the_rest_later(
+    folder: Path, double: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    with tracking.start(folder, uri=double.uri) as parent, parent.stage("distill") as stage:
+        worker = tracking.attach(str(stage.journals))
+        train(stage, range(25), worker)
+        assert parent.flush()
+        double.stop()
+        train(stage, range(25, 50), worker)
+        time.sleep(0.5)
+        assert len(caplog.messages) == 1
+        double.start()
+    assert double.history("loss") == POINTS
+    assert caplog.messages[1].endswith("answers again")
+
+
+def test_what_a_run_could_not_deliver_waits_a_bounded_time_and_comes_with_the_next_start(
+    folder: Path, double: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    with tracking.start(folder, uri=double.uri) as parent, parent.stage("distill") as stage:
+        train(stage, range(25))
+        assert parent.flush()
+        double.stop()
+        train(stage, range(25, 50))
+        start = time.monotonic()
+    assert time.monotonic() - start < 5
+    assert f"5 metrics and 2 other entries wait in {folder}/tracking" in caplog.messages[-1]
+    assert "next start" in caplog.messages[-1]
+    double.start()
+    with tracking.start(folder, uri=double.uri) as again:
+        assert again.run_id == parent.run_id
+    assert double.history("loss") == POINTS
+
+
+def test_artifacts_that_cannot_be_stored_hold_up_no_metrics(
+    folder: Path, double: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    double.artifacts = None
+    with tracking.start(folder, uri=double.uri) as parent, parent.stage("distill") as stage:
+        stage.log_text("hello", "note.txt")
+        train(stage, range(50))
+    assert double.history("loss") == POINTS
+    assert "0 metrics and 1 other entries wait" in caplog.messages[-1]
+    double.artifacts = {}
+    with tracking.start(folder, uri=double.uri):
+        pass
+    assert list(double.artifacts.values()) == [b"hello"]
+
+
+def test_a_server_that_hangs_holds_up_neither_the_start_nor_the_end(
+    folder: Path, double: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "START_SECONDS", 0.3)
+    double.silent = 30
+    start = time.monotonic()
+    with tracking.start(folder, uri=double.uri) as parent, parent.stage("distill") as stage:
+        train(stage, range(50))
+    assert time.monotonic() - start < 10
+
+
+def test_a_batch_that_was_taken_but_not_answered_is_not_sent_twice(
+    folder: Path, double: Server
+) -> None:
+    with tracking.start(folder, uri=double.uri) as parent, parent.stage("distill") as stage:
+        double.cut_after = 0
+        train(stage, range(50))
+        assert parent.flush(10)
+    assert double.history("loss") == POINTS
+
+
+DRIVER = """
+import sys, time
+from pathlib import Path
+from sbf_dist import tracking
+folder, uri = sys.argv[1:]
+with tracking.start(Path(folder), uri=uri) as parent, parent.stage("distill") as stage:
+    worker = tracking.attach(str(stage.journals))
+    for step in range(0, 50, 5):
+        worker.log_metrics({"loss": float(step)}, step)
+    worker.flush()
+    time.sleep(60)
+"""
+
+
+def test_a_driver_that_is_killed_between_sending_and_noting_sends_nothing_twice(
+    folder: Path, double: Server
+) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    double.mute = True
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(DRIVER), str(folder), double.uri], env=environment
+    )
+    try:
+        eventually(lambda: len(double.metrics) == len(POINTS))
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    sent = json.loads((folder / "tracking.json").read_text())["sent"]
+    double.mute = False
+    with tracking.start(folder, uri=double.uri) as parent, parent.stage("distill") as stage:
+        train(stage, range(50, 60))
+    assert double.history("loss") == [*POINTS, (50, 50.0), (55, 55.0)]
+    assert sent != json.loads((folder / "tracking.json").read_text())["sent"]
+    assert len(double.runs) == 2
+
+
+def test_steps_do_not_go_back_where_a_training_resumes_from_an_earlier_checkpoint(
+    folder: Path, double: Server
+) -> None:
+    with tracking.start(folder, uri=double.uri) as parent, parent.stage("distill") as stage:
+        train(stage, range(45))
+        train(stage, range(35, 50))  # another process, from the checkpoint of step 35
+    assert double.history("loss") == POINTS
+
+
+def test_a_stage_that_is_done_anew_has_a_run_of_its_own(folder: Path, double: Server) -> None:
+    for _ in range(2):
+        with tracking.start(folder, uri=double.uri) as parent, parent.stage("distill") as stage:
+            train(stage, range(50))
+        tracking.begin_anew(folder / "tracking.json", ["distill"])
+    assert double.history("loss") == POINTS + POINTS
+    assert {run["info"]["run_name"] for run in double.runs.values()} == {
+        "mine",
+        "distill",
+        "distill-2",
+    }
+
+
+def test_a_run_that_the_server_has_lost_is_told_anew(
+    folder: Path, double: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    with tracking.start(folder, uri=double.uri) as parent, parent.stage("distill") as stage:
+        train(stage, range(25))
+    double.runs.clear()
+    double.metrics.clear()
+    with tracking.start(folder, uri=double.uri) as again, again.stage("distill") as stage:
+        train(stage, range(25, 50))
+    assert again.run_id != parent.run_id
+    assert double.history("loss") == POINTS
+    assert f"MLflow run {parent.run_id} (run) is not in {double.uri} any more" in caplog.text
+
+
+def test_a_copied_folder_has_an_mlflow_run_of_its_own_and_a_moved_one_keeps_its(
+    folder: Path, double: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    with tracking.start(folder, uri=double.uri) as parent, parent.stage("distill") as stage:
+        train(stage, range(50))
+    copy, moved = folder.with_name("copy"), folder.with_name("moved")
+    shutil.copytree(folder, copy)
+    with tracking.start(copy, uri=double.uri) as copied:
+        pass
+    assert copied.run_id != parent.run_id
+    assert f"run folder {copy} is a copy of {folder}" in caplog.text
+    assert double.history("loss") == POINTS + POINTS  # the copy has the history as well
+    folder.rename(moved)
+    with tracking.start(moved, uri=double.uri) as found:
+        pass
+    assert found.run_id == parent.run_id
+
+
+def test_a_moved_or_copied_database_leaves_the_artifacts_of_its_original_alone(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with tracking.start(folder) as parent:
+        parent.log_text("old", "note.txt")
+    runs = folder.parent
+    shutil.copytree(runs, runs.with_name("copies"))
+    (original,) = runs.glob("mlflow-artifacts/*/artifacts/note.txt")
+    original.write_text("untouched")
+    with tracking.start(runs.with_name("copies") / "mine") as copied:
+        pass
+    assert copied.run_id != parent.run_id
+    assert original.read_text() == "untouched"
+    new = runs.with_name("copies") / "mlflow-artifacts" / str(copied.run_id)
+    assert (new / "artifacts" / "note.txt").read_text() == "old"
+    assert "'sbf-dist-2'" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"id": 3}', "{"])
+def test_a_damaged_note_of_the_run_counts_as_none_with_a_warning(
+    folder: Path, double: Server, content: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "tracking.json").write_text(content)
+    with tracking.start(folder, uri=double.uri) as parent:
+        pass
+    assert f"{folder}/tracking.json is damaged" in caplog.messages[0]
+    assert json.loads((folder / "tracking.json").read_text())["run_id"] == parent.run_id
+
+
+def test_the_run_of_an_earlier_version_is_continued(folder: Path, double: Server) -> None:
+    with tracking.start(folder, uri=double.uri) as parent, parent.stage("distill") as stage:
+        pass
+    before = {"uri": double.uri, "run_id": parent.run_id}
+    (folder / "tracking.json").write_text(json.dumps(before))
+    shutil.rmtree(folder / "tracking")
+    with tracking.start(folder, uri=double.uri) as again, again.stage("distill") as continued:
+        pass
+    assert (again.run_id, continued.run_id) == (parent.run_id, stage.run_id)
+
+
+def test_a_held_lock_of_a_database_is_waited_for_a_shown_time_and_then_it_is_away(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lock = folder.parent / "mlflow.db.lock"
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        parent = tracking.start(folder)
+        assert f"{lock} is held by another process: waiting 0 s" in caplog.text
+        assert parent.run_id is None
+    with parent:
+        eventually(lambda: parent.run_id is not None)
+
+
+def test_a_locked_database_does_not_hold_up_a_run(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with tracking.start(folder):
+        pass
+    database = sqlite3.connect(folder.parent / "mlflow.db", isolation_level=None)
+    database.execute("BEGIN EXCLUSIVE")
+    with tracking.start(folder) as parent, parent.stage("distill") as stage:
+        train(stage, range(50))
+        assert "mlflow.db is locked: waiting" in caplog.text
+        assert "database is locked" in caplog.text
+        database.execute("ROLLBACK")
+        database.close()
+        assert parent.flush(20)
+    assert stage.run_id is not None
+
+
+def test_a_line_that_a_full_disk_has_cut_is_left_out_and_the_next_ones_are_not(
+    folder: Path, double: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    with tracking.start(folder, uri=double.uri) as parent, parent.stage("distill") as stage:
+        worker = tracking.attach(str(stage.journals))
+        worker.log_metrics({"loss": 0.0}, 0)
+        with worker._journal.path.open("a") as file:
+            file.write('{"kind": "metr\n')
+        worker.log_metrics({"loss": 5.0}, 5)
+        assert parent.flush()
+    assert double.history("loss") == POINTS[:2]
+    assert "refuses 1 entries of the kind damaged" in caplog.text
+
+
+def test_a_disk_that_cannot_be_written_loses_metrics_with_one_warning_and_stops_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "distill").write_text("a file where a folder should be")
+    worker = tracking.attach(str(tmp_path / "distill"))
+    worker.log_metrics({"loss": 1.0}, 1)
+    worker.log_metrics({"loss": 1.0}, 2)
+    (warning,) = caplog.messages
+    assert "metrics are lost" in warning
+    assert str(tmp_path / "distill") in warning
+
+
+SECRET = "pass%20word-4711"
+
+
+def test_a_password_in_the_uri_works_and_is_in_no_file_and_no_message(
+    folder: Path, double: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    double.credentials = "me:pass word-4711"
+    uri = double.uri.replace("http://", f"http://me:{SECRET}@")
+    with tracking.start(folder, uri=uri) as parent, parent.stage("distill") as stage:
+        stage.log_params({"tracking": {"uri": uri}})
+        train(stage, range(50))
+        assert parent.flush(10)
+        double.stop()
+        train(stage, range(50, 60))
+    assert double.history("loss") == POINTS
+    files = [path for path in folder.parent.rglob("*") if path.is_file()]
+    assert len(files) > 3
+    texts = [path.read_text(errors="replace") for path in files]
+    texts += [caplog.text, parent.uri, repr(parent), json.dumps(double.runs)]
+    for text in texts:
+        assert "4711" not in text
+    assert os.environ["MLFLOW_TRACKING_PASSWORD"] == "pass word-4711"
+
+
+def test_wrong_credentials_are_the_users_mistake(folder: Path, double: Server) -> None:
+    double.credentials = "me:right"
+    with pytest.raises(UserError, match="refuses the credentials") as caught:
+        tracking.start(folder, uri=double.uri.replace("http://", "http://me:wr0ng@"))
+    assert "wr0ng" not in str(caught.value)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_mlflows_own_server_is_killed_in_the_middle_and_misses_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "END_SECONDS", 60)
+    port = free_port()
+    command = [
+        *(sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"),
+        *("--backend-store-uri", f"sqlite:///{tmp_path}/server.db"),
+        *("--artifacts-destination", str(tmp_path / "artifacts")),
+    ]
+
+    def serve() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        )
+
+    def kill(process: subprocess.Popen[bytes]) -> None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    process = serve()
+    try:
+        # A slow machine: the run begins while the server does.
+        parent = tracking.start(folder, uri=f"http://127.0.0.1:{port}")
+        with parent, parent.stage("distill") as stage:
+            worker = tracking.attach(str(stage.journals))
+            train(stage, range(25), worker)
+            assert parent.flush(90)
+            kill(process)
+            train(stage, range(25, 50), worker)
+            stage.log_text("hello", "note.txt")
+            time.sleep(1)
+            process = serve()
+        import mlflow
+
+        client = mlflow.MlflowClient(f"http://127.0.0.1:{port}")
+        history = client.get_metric_history(str(stage.run_id), "loss")
+        assert [(m.step, m.value) for m in history] == POINTS
+        assert client.get_run(str(parent.run_id)).info.status == "FINISHED"
+        assert len(list((tmp_path / "artifacts").rglob("note.txt"))) == 1
+    finally:
+        kill(process)
