@@ -150,14 +150,22 @@ class Courier:
                 return
             again = place in self._unsure
             self._unsure.add(place)
-            try:
-                self._store.deliver(run_id, entries, again=again)
-            except RefusedError as error:
-                logger.warning("MLflow refuses %s: %s", _described(entries), error)
+            self._give(run_id, entries, again=again)
             self._unsure.discard(place)
             self._state.sent[place] = end
             self._state.save()
             self._progress = time.monotonic()
+
+    def _give(self, run_id: str, entries: list[Entry], *, again: bool) -> None:
+        """Give entries to the store; what it refuses is left out, and nothing else."""
+        try:
+            self._store.deliver(run_id, entries, again=again)
+        except RefusedError as error:
+            if len(entries) == 1:
+                logger.warning("MLflow refuses an entry (%s): %s", entries[0]["kind"], error)
+                return
+            for entry in entries:
+                self._give(run_id, [entry], again=True)
 
     def _run_of(self, key: str) -> str:
         """Return the id of a key's run, which is created if it is not in the store."""
@@ -230,7 +238,3 @@ def _batches(file: Path, offset: int) -> Iterator[tuple[list[Entry], int]]:
         end = after
     if batch:
         yield batch, end
-
-
-def _described(entries: list[Entry]) -> str:
-    return f"{len(entries)} entries of the kind {entries[0]['kind']}"

@@ -329,7 +329,7 @@ def test_a_line_that_a_full_disk_has_cut_is_left_out_and_the_next_ones_are_not(
         worker.log_metrics({"loss": 5.0}, 5)
         assert parent.flush()
     assert double.history("loss") == POINTS[:2]
-    assert "refuses 1 entries of the kind damaged" in caplog.text
+    assert "refuses an entry (damaged)" in caplog.text
 
 
 def test_a_disk_that_cannot_be_written_loses_metrics_with_one_warning_and_stops_nothing(
