@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from launchers.display import Display
-from pipelines.index import DataIndex
+from pipelines.index import INDEX, DataIndex
 from pipelines.loader import EvalLoader
 from pipelines.reader import Reader
 from pipelines.sources import digits, photos
@@ -24,13 +24,8 @@ _EMBEDDED = {"digits": digits.write, "photos": photos.write}
 
 def index_images(data: Data, runs: Path, seed: int, display: Display) -> DataIndex:
     """Find and check a recipe's images and divide them into parts; embedded sets are written."""
-    root = data.root
-    if data.source in _EMBEDDED:
-        root = root or runs / "data" / data.source
-        _EMBEDDED[data.source](root)
-    assert root is not None
     return index_folder(
-        root,
+        _root(data, runs),
         labelled_per_class=data.labelled_per_class,
         validation=data.validation,
         seed=seed,
@@ -39,6 +34,33 @@ def index_images(data: Data, runs: Path, seed: int, display: Display) -> DataInd
         expected=data.expected,
         progress=images_read(display),
     )
+
+
+def _root(data: Data, runs: Path) -> Path:
+    """Return where the images are; embedded sets are written."""
+    root = data.root
+    if data.source in _EMBEDDED:
+        root = root or runs / "data" / data.source
+        _EMBEDDED[data.source](root)
+    assert root is not None
+    return root.expanduser().absolute()
+
+
+def find_again(data: Data, runs: Path, folder: Path) -> None:
+    """Let the index in `folder`, if there is one, be of the recipe's images wherever they are now.
+
+    A run's folder, or the images, may have been moved since. UserError where the images are not
+    those that were indexed, by their names and sizes.
+    """
+    if not (folder / INDEX).exists():
+        return
+    index = DataIndex.load(folder)
+    wanted = data.root.expanduser() if data.root is not None else None
+    if wanted is not None and not wanted.is_dir() and index.root.is_dir():
+        return  # a relative path, given in another folder
+    root = _root(data, runs)
+    if root != index.root:
+        index.at(root).save(folder)
 
 
 def images_read(display: Display) -> Callable[[int, int], None]:

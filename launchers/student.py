@@ -1,5 +1,6 @@
 """The student in this process: compressed from a dense network, and exported."""
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from sbf_dist.compression.outputs import named_tensors
 from sbf_dist.compression.plan import MeasuredFidelity, Plan
 from sbf_dist.compression.planning.latency_table import LatencyTable, Timing, default_path
 from sbf_dist.compression.progress import Progress
+from sbf_dist.errors import UserError
 from sbf_dist.export.onnx import export_onnx, verify_onnx
 from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import ONNX, Card, save_student
@@ -105,7 +107,9 @@ def export_student(
     difference = verify_onnx(onnx, student, images)
     with torch.inference_mode():
         largest = [t.abs().max().item() for t in named_tensors(student(images[:2])).values()]
-    if difference > MAX_ONNX_DIFFERENCE * max(1.0, *largest):
+    if not all(map(math.isfinite, largest)):
+        raise UserError(f"student {folder}: its outputs for {len(images)} images are not finite")
+    if not difference <= MAX_ONNX_DIFFERENCE * max(1.0, *largest):
         raise RuntimeError(
             f"{onnx}: differs from the student by {difference:.2e} in the outputs for "
             f"{len(images)} images, more than {MAX_ONNX_DIFFERENCE:.0e}"

@@ -1,5 +1,6 @@
 """The data index: which images there are, their classes and the part that each plays."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ PARTS = ("labelled", "unlabelled", "validation")
 UNKNOWN = -1
 NO_SHARD = -1
 _FORMAT = 1
-_JSON = "index.json"
+INDEX = "index.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +75,31 @@ class DataIndex:
         if self.shard is None or self.shard[sample] == NO_SHARD:
             return str(self.root / self.files[sample])
         return f"{self.root / self.shards[self.shard[sample]]}:{self.files[sample]}"
+
+    def at(self, root: Path) -> "DataIndex":
+        """Return the index of the same images at another root.
+
+        UserError, naming the first file, where they are not there, by their names and sizes.
+        """
+        sizes = self.file_bytes.tolist()
+        for sample, name in enumerate(self.files):
+            if self.shard is not None and self.shard[sample] != NO_SHARD:
+                continue
+            path = root / name
+            if not path.is_file() or path.stat().st_size != sizes[sample]:
+                state = "another file" if path.is_file() else "missing"
+                raise UserError(
+                    f"data {root}: {name} is {state}; the images that were indexed were in "
+                    f"{self.root}; prepare the new ones with --again prepare or under another name "
+                    "(name=…)"
+                )
+        for name in self.shards:
+            if not (root / name).is_file():
+                raise UserError(
+                    f"data {root}: {name} is missing; the images that were indexed were in "
+                    f"{self.root}; put them back, or give --again prepare"
+                )
+        return dataclasses.replace(self, root=root)
 
     @cached_property
     def digest(self) -> str:
@@ -134,7 +160,7 @@ class DataIndex:
         }
         with replacing(folder / samples) as partial:
             pq.write_table(table, partial)
-        write_json(folder / _JSON, about)
+        write_json(folder / INDEX, about)
         for old in folder.glob("samples-*.parquet"):
             if old.name != samples:
                 old.unlink()
@@ -145,7 +171,7 @@ class DataIndex:
         folder = Path(folder)
         again = "index the images again"
         try:
-            about = json.loads((folder / _JSON).read_text())
+            about = json.loads((folder / INDEX).read_text())
             if about["format"] != _FORMAT:
                 raise UserError(
                     f"index {folder}: format {about['format']}, this version reads {_FORMAT}; "

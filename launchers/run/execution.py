@@ -22,6 +22,7 @@ def execute(recipe: Recipe, folder: RunFolder, until: str, again: str | None) ->
         # These take seconds: not before it is known that the folder is free.
         import torch
 
+        from launchers.images import find_again
         from launchers.run import sequence
         from launchers.run.networks import Networks
         from launchers.run.session import Session
@@ -30,7 +31,8 @@ def execute(recipe: Recipe, folder: RunFolder, until: str, again: str | None) ->
         torch.set_num_threads(available_cpus())
         display = Display()
         networks = Networks.of(recipe, folder)
-        sequence.open_folder(networks, again)
+        notes = sequence.open_folder(networks, again)
+        find_again(recipe.data, folder.runs, folder.index)
         tracker = resources.enter_context(
             tracking.start(
                 folder.root,
@@ -40,8 +42,11 @@ def execute(recipe: Recipe, folder: RunFolder, until: str, again: str | None) ->
             )
         )
         tracker.log_params(recipe.model_dump(mode="json"))
-        tracker.log_artifact(folder.recipe)
+        if folder.recipe.exists():
+            tracker.log_artifact(folder.recipe)
         resources.enter_context(display)
+        for note in notes:
+            display.say(note)
         sequence.perform(Session(networks, display, tracker, resources), until)
     if folder.summary.exists():
         show_results(display, folder, tracker.uri)

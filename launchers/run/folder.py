@@ -58,6 +58,10 @@ class RunFolder:
         """Return the file of a network's weights."""
         return self.root / "weights" / f"{network}.safetensors"
 
+    def training(self, network: str) -> Path:
+        """Return the file that says what the training of a network came to."""
+        return self.root / "trainings" / f"{network}.json"
+
     def result(self, stage: str) -> Path:
         """Return the file whose existence says that a stage is done, with its result."""
         return self.root / "stages" / f"{stage}.json"

@@ -9,20 +9,27 @@ from typing import Any
 
 Values = dict[str, Any]  # of keys with dots; a key that is null is not in it
 
+DIGEST = ".sha256"  # ends the keys of digests of the files that a recipe names, see read_files
+# Last parts of keys that say when something is written, not what: they change freely.
+WITHOUT_EFFECT = ("log_every", "checkpoint_every")
+LENGTHS = ("steps", "epochs", "round_steps")
+
 
 @dataclass(frozen=True)
 class Product:
     """Something that a stage leaves behind.
 
-    reads  keys of the recipe that it depends on: sections by their prefix, * for any part
-    needs  the products that it depends on
-    files  and folders that hold it
+    reads      keys of the recipe that it depends on: sections by their prefix, * for any part
+    needs      the products that it depends on
+    files      and folders that hold it
+    resumable  a training that can go on from its last checkpoint, to be longer
     """
 
     name: str
     reads: tuple[str, ...]
     needs: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
+    resumable: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,15 @@ class Change:
     before: Any
     now: Any
 
+    @property
+    def is_longer(self) -> bool:
+        """Whether it is a training that is to go on longer than it did."""
+        numbers = isinstance(self.before, int | float) and isinstance(self.now, int | float)
+        return self.key.rpartition(".")[2] in LENGTHS and numbers and self.now > self.before
+
     def __str__(self) -> str:
+        if self.key.endswith(DIGEST):
+            return f"with another content of {self.key.removesuffix(DIGEST)}"
         before = (
             f"without {self.key}" if self.before is None else f"with {self.key} = {self.before!r}"
         )
@@ -55,9 +70,14 @@ def values_of(identity: Any, key: str = "") -> Values:
     return found
 
 
-def read_by(values: Mapping[str, Any], reads: Collection[str]) -> Values:
-    """Return the values of the keys that are read."""
-    return {key: value for key, value in values.items() if any(_reads(key, r) for r in reads)}
+def read_by(values: Mapping[str, Any], reads: Collection[str], *, all_keys: bool = False) -> Values:
+    """Return the values of the keys that are read, without `all_keys` those that have an effect."""
+    left_out = () if all_keys else WITHOUT_EFFECT
+    return {
+        key: value
+        for key, value in values.items()
+        if any(_reads(key, r) for r in reads) and key.rpartition(".")[2] not in left_out
+    }
 
 
 def digest(values: Mapping[str, Any]) -> str:
@@ -65,13 +85,17 @@ def digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def change(before: Mapping[str, Any], now: Mapping[str, Any], product: Product) -> Change | None:
-    """Return the first change of a recipe that concerns `product` itself; None if none does."""
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], product: Product) -> list[Change]:
+    """Return the changes of a recipe that concern `product` itself.
+
+    A digest that was not noted, by an earlier version, is taken to be what it is now.
+    """
     old, new = read_by(before, product.reads), read_by(now, product.reads)
-    for key in (*new, *old):
-        if old.get(key) != new.get(key):
-            return Change(key, old.get(key), new.get(key))
-    return None
+    return [
+        Change(key, old.get(key), new.get(key))
+        for key in dict.fromkeys((*new, *old))
+        if old.get(key) != new.get(key) and (key in old or not key.endswith(DIGEST))
+    ]
 
 
 def with_dependants(names: Iterable[str], products: Iterable[Product]) -> set[str]:

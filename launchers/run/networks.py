@@ -65,6 +65,7 @@ class Network:
     model            as sbf_dist.models.build takes it, with `arguments`
     view             how it sees an image
     weights          file of its weights
+    result           file of what its training came to, without which it is not done
     plan             file of the plan that turns the model into an SBF network; None: it is dense
     job              how it is trained; None: its weights are given, or fitted without training
     reads            keys of the recipe that its training depends on, sections by their prefix
@@ -76,6 +77,7 @@ class Network:
     model: str
     view: View
     weights: Path
+    result: Path
     plan: Path | None = None
     job: Job | None = None
     reads: tuple[str, ...] = ()
@@ -189,6 +191,7 @@ def _teacher(recipe: Recipe, folder: RunFolder, index: int) -> Network:
         model=teacher.model,
         view=_teacher_view(recipe, teacher),
         weights=teacher.weights or folder.weights(teacher.name),
+        result=folder.training(teacher.name),
         job=job,
         reads=_teacher_reads(teacher, index),
         ensemble_weight=teacher.weight,
@@ -233,6 +236,7 @@ class _Students:
             model=self.teacher.model,
             view=self.recipe.data.view,
             weights=self.folder.weights(name),
+            result=self.folder.training(name),
             plan=plan,
             job=job,
             reads=(*_TRAINING_IMAGES, *_STUDENT_VIEW, *reads) if job is not None else (),

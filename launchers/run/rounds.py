@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from launchers.display import Display
+from launchers.run import outcome
 from launchers.run.building import build_network
 from launchers.run.networks import Network, Networks, Round
 from launchers.student import make_student, progress_of
@@ -49,7 +50,7 @@ def shrink_in_rounds(
             one.plan.parent.mkdir(exist_ok=True)
             plan.save(one.plan)
             save_weights(student, one.fitted.weights)  # last: what says that the round is fitted
-        if one.trained is not None and not one.trained.weights.exists():
+        if one.trained is not None and not outcome.is_trained(one.trained):
             train(one.trained)
         before = one
 

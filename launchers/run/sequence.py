@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from launchers.run import locks
 from launchers.run.folder import RunFolder
+from launchers.run.read_files import file_digests
 from launchers.run.stages import STAGES, Stage
 from sbf_dist.errors import UserError
 from sbf_dist.files import write_json
@@ -22,9 +23,13 @@ NAMES = [stage.name for stage in STAGES]
 
 
 def perform(session: "Session", until: str) -> None:
-    """Run the stages up to `until` that are not finished."""
+    """Run the stages up to `until` that are not finished.
+
+    UserError where a file that the recipe names is another one than when the run was opened.
+    """
     wanted = STAGES[: NAMES.index(until) + 1]
-    values = locks.values_of(session.recipe.identity())
+    files = file_digests(session.recipe)
+    values = locks.values_of(session.recipe.identity()) | files
     for number, stage in enumerate(wanted, 1):
         result_file = session.folder.result(stage.name)
         if result_file.exists():
@@ -38,58 +43,115 @@ def perform(session: "Session", until: str) -> None:
             result = stage.work(session, log)
             seconds = round(time.monotonic() - start, 2)
             log.log_metrics({"seconds": seconds}, 0)
+        for key, digest in file_digests(session.recipe).items():
+            if digest != files[key]:
+                raise UserError(
+                    f"{key.removesuffix(locks.DIGEST)}: the file has changed while the run was at "
+                    "work; give the same command again, which says what must be repeated"
+                )
         reads = [key for product in stage.products(session.networks) for key in product.reads]
         read = locks.read_by(values, reads)
         write_json(result_file, {**result, "read": read, "seconds": seconds, **origin()})
+        if bind(session.networks):
+            session.tracker.log_artifact(session.folder.recipe)
 
 
-def open_folder(networks: "Networks", again: str | None) -> None:
+def bind(networks: "Networks") -> bool:
+    """Let the folder be that of this recipe from now on, once its images are known to be right.
+
+    Whether that was new.
+    """
+    folder, identity = networks.folder, networks.recipe.identity()
+    if not folder.result(NAMES[0]).exists():
+        return False
+    if folder.recipe.exists() and json.loads(folder.recipe.read_text()) == identity:
+        return False
+    write_json(folder.recipe, identity)
+    return True
+
+
+def open_folder(networks: "Networks", again: str | None) -> list[str]:
     """Make a run's folder fit its recipe: the results that must be repeated are removed.
 
     That is what a change of the recipe concerns, from the stage `again` on, and what depends on
-    it. Where no change concerns that stage, it and all after it are done anew. UserError where a
-    change concerns an earlier stage, or any at all without `again`; it names the first change.
+    it. Where no change concerns that stage, it and all after it are done anew. A training that
+    shall only be longer goes on from its last checkpoint; without `again`, if it was not finished.
+    UserError where a change concerns an earlier stage, or a finished one without `again`; it names
+    the first change. Returns lines on what goes on.
     """
     folder = networks.folder
-    identity = networks.recipe.identity()
     products = [(stage, product) for stage in STAGES for product in stage.products(networks)]
-    stale: set[str] = set()
-    if folder.recipe.exists():
-        now = locks.values_of(identity)
-        changes = {}
-        for stage, product in products:
-            found = locks.change(_recorded(folder, stage), now, product)
-            if found is not None:
-                changes[product.name] = found
-        stale = locks.with_dependants(changes, [product for _, product in products])
-        begun = {s.name for s, p in products if p.name in stale and _is_begun(folder, s, networks)}
-        if begun:
-            _check_permission(folder, [s for s in NAMES if s in begun], changes, again)
+    changes = _changes(networks, products)
+    longer = {
+        product.name
+        for _, product in products
+        if product.resumable
+        and product.name in changes
+        and all(change.is_longer for change in changes[product.name])
+    }
+    # What is in the middle of its training has nothing yet that depends on its end.
+    unfinished = {
+        product.name
+        for _, product in products
+        if product.name in longer and not any(path.exists() for path in product.files)
+    }
+    stale = locks.with_dependants(changes.keys() - unfinished, [product for _, product in products])
+    # What it starts from is another one then.
+    longer -= {product.name for _, product in products if stale & set(product.needs)}
+    stages_begun = {s.name for s, p in products if p.name in stale and _is_begun(folder, s, p)}
+    begun = [name for name in NAMES if name in stages_begun]
+    if begun:
+        first = next(name for name in changes if name not in unfinished)
+        _check_permission(folder, begun, changes[first], again)
     if again is not None:
         allowed = NAMES.index(again)
         if not any(product.name in stale for stage, product in products if stage.name == again):
             stale |= {p.name for s, p in products if NAMES.index(s.name) >= allowed}
+            longer -= stale
         anew = {s.name: [p for t, p in products if t is s and p.name in stale] for s in STAGES}
         begin_anew(folder.tracking, [name for name, own in anew.items() if own])
         # From the last stage back: what is cut in the middle has no stage whose basis is gone.
         for stage in reversed(STAGES):
             if anew[stage.name]:
-                _remove_results(folder, stage, anew[stage.name])
-    if not folder.recipe.exists() or json.loads(folder.recipe.read_text()) != identity:
-        write_json(folder.recipe, identity)
+                _remove_results(folder, stage, anew[stage.name], longer)
+    bind(networks)
+    return [_going_on(found[0]) for name, found in changes.items() if name in longer]
+
+
+Products = list[tuple[Stage, locks.Product]]
+
+
+def _changes(networks: "Networks", products: Products) -> dict[str, list[locks.Change]]:
+    """Return the changes since products were made, by their names."""
+    folder = networks.folder
+    now = locks.values_of(networks.recipe.identity()) | file_digests(networks.recipe)
+    found = {
+        product.name: locks.changes(_recorded(folder, stage), now, product)
+        for stage, product in products
+        if folder.recipe.exists() or folder.result(stage.name).exists()
+    }
+    return {name: changes for name, changes in found.items() if changes}
+
+
+def _going_on(change: locks.Change) -> str:
+    return (
+        f"{change.key} is {change.now} instead of {change.before}: the training goes on from its "
+        f"last checkpoint, with the learning rates that one of {change.now} has from there on"
+    )
 
 
 def _check_permission(
-    folder: RunFolder, begun: list[str], changes: dict[str, locks.Change], again: str | None
+    folder: RunFolder, begun: list[str], changes: list[locks.Change], again: str | None
 ) -> None:
     """UserError unless all stages that are begun and no longer fit the recipe may be done anew."""
     if again is not None and NAMES.index(again) <= NAMES.index(begun[0]):
         return
-    first = next(iter(changes.values()))
     following = f" (which repeats {', '.join(begun)})" if len(begun) > 1 else ""
+    word = "done" if folder.result(begun[0]).exists() else "begun"
+    longer = ", which goes on from its end," if all(c.is_longer for c in changes) else ""
     raise UserError(
-        f"run folder {folder.root}: {begun[0]} was done {first}; give --again {begun[0]}"
-        f"{following} or another name (name=…)"
+        f"run folder {folder.root}: {begun[0]} was {word} {changes[0]}; give --again {begun[0]}"
+        f"{following}{longer} or another name (name=…)"
     )
 
 
@@ -99,23 +161,29 @@ def _recorded(folder: RunFolder, stage: Stage) -> locks.Values:
     A stage that is not done has those of the folder's recipe, as has one that was done by a
     version that did not note what it read.
     """
-    values = locks.values_of(json.loads(folder.recipe.read_text()))
+    values: locks.Values = {}
+    if folder.recipe.exists():
+        values = locks.values_of(json.loads(folder.recipe.read_text()))
     result = folder.result(stage.name)
     if result.exists():
         values |= json.loads(result.read_text()).get("read", {})
     return values
 
 
-def _is_begun(folder: RunFolder, stage: Stage, networks: "Networks") -> bool:
-    files = [path for product in stage.products(networks) for path in product.files]
-    places = (folder.result(stage.name), folder.checkpoints / stage.name, *files)
-    return any(path.exists() for path in places)
+def _is_begun(folder: RunFolder, stage: Stage, product: locks.Product) -> bool:
+    """Whether there is something of a product that another recipe must not go on with."""
+    if folder.result(stage.name).exists() or any(path.exists() for path in product.files):
+        return True
+    return any((folder.checkpoints / stage.name).glob("*/manifest.json"))
 
 
-def _remove_results(folder: RunFolder, stage: Stage, products: list[locks.Product]) -> None:
+def _remove_results(
+    folder: RunFolder, stage: Stage, products: list[locks.Product], longer: set[str]
+) -> None:
     # The result first: without it the stage is not done, whatever else is left of it.
     _remove(folder.result(stage.name))
-    _remove(folder.checkpoints / stage.name)
+    if not all(product.name in longer for product in products):
+        _remove(folder.checkpoints / stage.name)
     for product in products:
         for path in product.files:
             _remove(path)

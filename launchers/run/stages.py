@@ -45,7 +45,8 @@ def _prepare(session: "Session", log: "TrackedRun") -> "Result":
 
 
 def _images(networks: "Networks") -> list[Product]:
-    fields = ("source", "root", "unlabelled", "labelled_per_class", "split", "validation")
+    # Not root: where the same images are may change, see images.find_again.
+    fields = ("source", "unlabelled", "labelled_per_class", "split", "validation")
     reads = ("seed", *(f"data.{field}" for field in fields))
     return [Product(_IMAGES, reads, files=(networks.folder.index,))]
 
@@ -178,8 +179,10 @@ STAGES = (
 
 def _trained(network: "Network", *needs: str) -> Product:
     """Return a network as a product of its stage; the file of weights that are given stays."""
-    files = () if network.job is None else (network.weights,)
-    return Product(network.name, network.reads, needs, files)
+    if network.job is None:
+        return Product(network.name, network.reads, needs)
+    files = (network.weights, network.result)
+    return Product(network.name, network.reads, needs, files, resumable=True)
 
 
 def _compression(networks: "Networks") -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launchers.run import locks
+from launchers.run import locks, outcome
 from launchers.run.batches import targets, training_batches
 from launchers.run.building import build_network
 from launchers.run.networks import Network
@@ -22,6 +22,8 @@ from sbf_dist.train.evaluate import Accuracy, accuracy, synchronise_batchnorm
 from sbf_dist.train.loop import Every, LogRecord, fit
 from sbf_dist.train.schedule import schedule
 from sbf_dist.weights import save_weights
+
+_LENGTHS = tuple(f".{name}" for name in locks.LENGTHS)  # ends of keys
 
 
 def train_networks(config: dict[str, Any]) -> dict[str, Any]:
@@ -39,12 +41,15 @@ def train_networks(config: dict[str, Any]) -> dict[str, Any]:
     with ray_train.latest_checkpoint() as folder, _measured(config["tracking"]):
         resumed = checkpoint.read_manifest(folder).digests["training"] if folder else None
         for number, network in enumerate(wanted, 1):
-            done = network.weights.exists()
+            done = outcome.is_trained(network)
             dist.barrier()  # all have looked before rank 0 writes
             if not done:
                 resume = folder if resumed == network.name else None
                 title = f"{network.name} ({number} of {len(wanted)})"
                 results[network.name] = _train(here, network, resume, title, config["tracking"])
+                if here.rank == 0:
+                    outcome.keep(network, results[network.name])
+                dist.barrier()
     return results
 
 
@@ -137,17 +142,23 @@ def _train(
 def digests(here: Context, network: Network) -> dict[str, str]:
     """What a checkpoint of a network's training depends on."""
     read = locks.read_by(locks.values_of(here.recipe.identity()), network.reads)
+    # A training may go on longer than it was meant to when the checkpoint was made.
+    read = {key: value for key, value in read.items() if not key.endswith(_LENGTHS)}
     return {"recipe": locks.digest(read), "data": here.index.digest, "training": network.name}
 
 
 def saved_digests(here: Context, network: Network, checkpoint_folder: Path) -> dict[str, str]:
     """What a checkpoint must depend on to be gone on from.
 
-    A version before noted the digest of the whole recipe; where that is the same, it fits as well.
+    Versions before noted the digest of the whole recipe, or of all that the training reads, its
+    length included; where that is the same, it fits as well.
     """
     depends_on = digests(here, network)
     saved = checkpoint.read_manifest(checkpoint_folder).digests.get("recipe")
-    return depends_on | ({"recipe": saved} if saved == here.recipe.digest() else {})
+    values = locks.values_of(here.recipe.identity())
+    before = locks.digest(locks.read_by(values, network.reads, all_keys=True))
+    fits = saved in (before, here.recipe.digest())
+    return depends_on | ({"recipe": saved} if fits and saved is not None else {})
 
 
 def _scores(name: str, scores: Accuracy) -> dict[str, float]:

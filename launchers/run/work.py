@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from launchers.images import calibration_images, evaluation_images, index_images
-from launchers.run import labelling, rounds, scoring, training
+from launchers.run import labelling, outcome, rounds, scoring, training
 from launchers.run.building import build_network
 from launchers.run.networks import Network
 from launchers.run.session import Result, Session
@@ -50,7 +50,8 @@ def train_teachers(session: Session, log: tracking.Run) -> Result:
     for teacher in session.networks.teachers:
         if teacher.job is None:
             say = partial(_say_of, session, teacher)
-            build_network(teacher, session.num_classes, teacher.weights, say)
+            model = build_network(teacher, session.num_classes, teacher.weights, say)
+            outcome.check_finite(teacher.name, model, teacher.weights)
     return _train(session, "teachers", log) if session.networks.trained_in("teachers") else {}
 
 
@@ -93,6 +94,7 @@ def compress_teacher(session: Session, log: tracking.Run) -> Result:
     zeroed, zeroed_macs, zeroed_params = zero_channels(
         dense, convertible, images.first(images.count), reached
     )
+    outcome.check_finite(networks.one_shot.name, student)
     save_weights(student, networks.one_shot.weights)
     save_weights(zeroed, networks.zeroed.weights)
     plan.save(session.folder.plan)
@@ -135,6 +137,7 @@ def evaluate(session: Session, log: tracking.Run) -> Result:
     compressed = json.loads(session.folder.result("compress").read_text())
     table = []
     for row in session.networks.rows():
+        outcome.check_scores(row.name, scores[row.name])
         members = [build_network(n, session.num_classes, n.weights) for n in row.members]
         shapes = [network.input_shape for network in row.members]
         costs = [count(member, own) for member, own in zip(members, shapes, strict=True)]
@@ -218,7 +221,8 @@ def _train(session: Session, group: str, log: tracking.Run) -> Result:
     for name, result in trained.items():
         resumed = f", resumed at step {result['from_step']}" if result["from_step"] else ""
         session.display.say(f"  {name}: top-1 {100 * result['top1']:.1f} %{resumed}")
-    return {"trainings": trained}
+    networks = session.networks.trained_in(group)
+    return {"trainings": {network.name: outcome.read(network) for network in networks}}
 
 
 def _train_round(session: Session, network: Network, log: tracking.Run) -> None:

@@ -1,6 +1,7 @@
 """Export as ONNX: standard operators only, checked, with what a user of the file must know."""
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -147,6 +148,7 @@ def _remove_traces(proto: Any) -> None:
 def verify_onnx(path: Path, model: nn.Module, images: Tensor | tuple[Tensor, ...]) -> float:
     """Return the largest absolute difference between the outputs of the file and of `model`.
 
+    NaN where an output of one of them is not finite.
     images: float32 (N, C, H, W), normalised, or a tuple of all inputs; both run on the CPU, `model`
     in eval mode.
     Raises UserError if ONNX Runtime cannot read the file.
@@ -170,5 +172,8 @@ def verify_onnx(path: Path, model: nn.Module, images: Tensor | tuple[Tensor, ...
             expected = named_tensors(reference(*parts)).values()
         for one, other in zip(found, expected, strict=True):
             if other.numel():
-                largest = max(largest, (torch.from_numpy(one) - other).abs().max().item())
+                difference = (torch.from_numpy(one) - other).abs().max().item()
+                if math.isnan(difference):  # which max() would lose
+                    return difference
+                largest = max(largest, difference)
     return largest

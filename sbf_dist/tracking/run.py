@@ -24,7 +24,7 @@ from sbf_dist.tracking.store import MlflowStore
 
 logger = logging.getLogger(__name__)
 
-START_SECONDS = 30.0  # for which the start of a run waits for the store
+START_SECONDS = 60.0  # for which the start of a run waits for the store
 END_SECONDS = 30.0  # and its end, as long as it is silent
 INTERRUPTED_SECONDS = 3.0  # and its end, when it was interrupted or the store never answered
 

@@ -27,8 +27,8 @@ PARENT_TAG = "mlflow.parentRunId"
 MAX_PARAM_CHARS = 6000  # of a parameter, in MLflow
 MAX_REQUEST_METRICS = 1000
 MAX_REQUEST_ENTRIES = 100  # parameters or tags in one request
-LOCK_SECONDS = 25.0  # for which a lock of an SQLite database is waited for
-SILENT_SECONDS = 10.0  # of it, without a word: another run may be making the database
+LOCK_SECONDS = 45.0  # for which a lock of an SQLite database is waited for
+SILENT_SECONDS = 20.0  # of it, without a word: another run may be making the database
 # MLflow would go on trying one request for minutes; the courier tries again itself.
 _LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 
@@ -293,11 +293,14 @@ class _Deliveries:
         """MLflow's parameters cannot change: another value becomes the tag resumed.NAME."""
         from mlflow.entities import Param
 
-        known = self._client.get_run(self._run_id).data.params
+        there = self._client.get_run(self._run_id).data
+        known = there.params
         values = {name: _shortened(value) for name, value in entry["params"].items()}
         changed = {n: v for n, v in values.items() if n in known and known[n] != v}
         for name, value in changed.items():
-            logger.warning("%s was %s, is %s now", name, known[name], value)
+            if there.tags.get(f"resumed.{name}") != value:
+                before, after = _shortened(known[name], 60), _shortened(value, 60)
+                logger.warning("%s was %s, is %s now", name, before, after)
         self._set_tags({f"resumed.{name}": value for name, value in changed.items()})
         new = [Param(name, value) for name, value in values.items() if name not in known]
         for start in range(0, len(new), MAX_REQUEST_ENTRIES):
@@ -406,5 +409,5 @@ def _cause(text: str) -> str:
     return failed[0] if failed and "HTTPConnectionPool" in text else text
 
 
-def _shortened(value: str) -> str:
-    return value if len(value) <= MAX_PARAM_CHARS else value[: MAX_PARAM_CHARS - 1] + "…"
+def _shortened(value: str, most: int = MAX_PARAM_CHARS) -> str:
+    return value if len(value) <= most else value[: most - 1] + "…"

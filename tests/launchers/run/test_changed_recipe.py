@@ -78,12 +78,30 @@ def test_more_steps_for_one_training_concern_what_depends_on_it_alone(folder: Pa
     changes = ("compress.macs=0.8", "teachers.1.training.steps=6")
     refused = sbf(folder, "--until", "compress", *changes)
     assert "with teachers.1.training.steps = 4, the recipe says 6; give --again t" in refused.stderr
+    assert "which goes on from its end" in refused.stderr
     done = sbf(folder, "--until", "compress", *changes, "--again", "teachers")
     assert done.returncode == 0, done.stderr
     assert "prepare: done before" in done.stdout
-    assert "two: top-1" in done.stdout
+    assert "teachers.1.training.steps is 6 instead of 4: the training goes on" in done.stdout
+    assert "resumed at step 4" in done.stdout
     assert "one: top-1" not in done.stdout
     assert "compress: done before" in done.stdout  # the student comes from the other teacher
     after = times(folder)
     assert {name for name in before if before[name] != after[name]} == {"two"}
     assert result(folder, "pseudo-labels")["images"] == 1297
+
+
+def test_a_moved_run_is_the_same_run(folder: Path) -> None:
+    before = json.loads((folder / "runs" / "tiny" / "tracking.json").read_text())
+    (folder / "runs").rename(folder / "moved")
+    steps = ("compress.macs=0.8", "teachers.1.training.steps=6")
+    done = sbf(folder, "--until", "compress", *steps, "--runs", "moved", "--again", "compress")
+    assert done.returncode == 0, done.stderr
+    assert "teachers: done before" in done.stdout
+    assert not (folder / "runs").exists()
+    after = json.loads((folder / "moved" / "tiny" / "tracking.json").read_text())
+    assert after["id"] == before["id"]
+    assert "new runs are in experiment 'sbf-dist-2'" in done.stderr
+    assert f"MLflow run {before['run_id']} (run) is not in sqlite" in done.stderr
+    assert all(line.startswith("WARNING ") for line in done.stderr.splitlines()), done.stderr
+    (folder / "moved").rename(folder / "runs")

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from launchers.run import locks
+from launchers.run import locks, sequence
 from launchers.run.folder import RunFolder
 from launchers.run.networks import Networks
-from launchers.run.sequence import open_folder
+from launchers.run.read_files import file_digests
+from launchers.run.sequence import bind, open_folder
 from launchers.run.stages import STAGES
 from sbf_dist.errors import UserError
 from sbf_dist.recipe import validate
@@ -31,9 +32,11 @@ def networks_of(runs: Path, *overrides: str) -> Networks:
     return Networks.of(validate(CONTENT, overrides, "recipe"), RunFolder(runs, "tiny"))
 
 
-def do(networks: Networks, *stages: str, note: bool = True) -> None:
+def do(networks: Networks, *stages: str, note: bool = True, digests: bool = True) -> None:
     """Leave all files that the stages leave, and their results."""
     values = locks.values_of(networks.recipe.identity())
+    if digests:
+        values |= file_digests(networks.recipe)
     for stage in STAGES:
         if stage.name not in stages:
             continue
@@ -45,6 +48,7 @@ def do(networks: Networks, *stages: str, note: bool = True) -> None:
         result = networks.folder.result(stage.name)
         result.parent.mkdir(parents=True, exist_ok=True)
         result.write_text(json.dumps({"read": locks.read_by(values, reads)} if note else {}))
+    bind(networks)
 
 
 def done(networks: Networks) -> list[str]:
@@ -73,7 +77,7 @@ def test_every_setting_of_a_runs_identity_is_read_by_some_product(tmp_path: Path
         networks = networks_of(tmp_path, *more)
         values = locks.values_of(networks.recipe.identity())
         reads = [key for s in STAGES for product in s.products(networks) for key in product.reads]
-        assert values.keys() - locks.read_by(values, reads).keys() == {
+        assert values.keys() - locks.read_by(values, reads, all_keys=True).keys() == {
             "name",
             "data.threads",  # which no result depends on
         }
@@ -191,6 +195,124 @@ def test_weights_that_were_given_are_never_removed(tmp_path: Path) -> None:
 def test_what_workers_and_tracking_say_locks_nothing(run: Networks) -> None:
     open_folder(changed(run, "workers.cpus=2", "tracking.experiment=other"), None)
     assert done(run) == ALL
+
+
+def checkpoint(networks: Networks, stage: str) -> Path:
+    """Leave a checkpoint of a training that was cut."""
+    manifest = networks.folder.checkpoints / stage / "checkpoint-3" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.touch()
+    return manifest
+
+
+def test_a_recipe_is_not_the_folders_before_its_images_are_prepared(tmp_path: Path) -> None:
+    networks = networks_of(tmp_path)
+    open_folder(networks, None)
+    assert not networks.folder.recipe.exists()
+    do(networks, "prepare")
+    assert json.loads(networks.folder.recipe.read_text()) == networks.recipe.identity()
+
+
+def test_what_changes_no_result_needs_no_stage_to_be_repeated(run: Networks) -> None:
+    changes = ("distill.training.log_every=3", "teachers.0.training.checkpoint_every=7")
+    assert open_folder(changed(run, *changes), None) == []
+    assert done(run) == ALL
+
+
+def test_a_longer_training_that_was_cut_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    networks = networks_of(tmp_path)
+    do(networks, "prepare", "teachers", "pseudo-labels", "compress")
+    kept = checkpoint(networks, "distill")
+    (line,) = open_folder(changed(networks, "distill.training.steps=20"), None)
+    assert line == (
+        "distill.training.steps is 20 instead of 10: the training goes on from its last "
+        "checkpoint, with the learning rates that one of 20 has from there on"
+    )
+    assert kept.exists()
+    assert open_folder(changed(networks, "distill.training.steps=20"), None) == []
+    with pytest.raises(UserError, match=r"distill was begun with .*steps = 20, the recipe says 15"):
+        open_folder(changed(networks, "distill.training.steps=15"), None)
+
+
+def test_a_longer_training_that_was_done_goes_on_from_its_end(run: Networks) -> None:
+    kept = checkpoint(run, "distill")
+    longer = changed(run, "distill.training.steps=20")
+    with pytest.raises(UserError) as caught:
+        open_folder(longer, None)
+    assert (
+        "give --again distill (which repeats distill, evaluate, export), which goes on from its "
+        "end, or another name"
+    ) in str(caught.value)
+    (line,) = open_folder(longer, "distill")
+    assert "goes on" in line
+    assert kept.exists()
+    assert "sbf-distilled" not in weights(run)
+
+
+def test_a_longer_training_that_starts_from_other_weights_begins_anew(run: Networks) -> None:
+    kept = checkpoint(run, "distill")
+    changes = ("distill.training.steps=20", "compress.macs=0.25")
+    assert open_folder(changed(run, *changes), "compress") == []
+    assert not kept.exists()
+
+
+def test_a_repeated_training_begins_anew(run: Networks) -> None:
+    kept = checkpoint(run, "distill")
+    assert open_folder(run, "distill") == []
+    assert not kept.exists()
+
+
+def test_weights_that_were_overwritten_are_another_teacher(tmp_path: Path) -> None:
+    given = tmp_path / "given.safetensors"
+    given.write_text("first")
+    networks = networks_of(tmp_path, "teachers.1.training=null", f"teachers.1.weights={given}")
+    do(networks, *ALL)
+    open_folder(networks, None)
+    given.write_text("second")
+    with pytest.raises(UserError) as caught:
+        open_folder(networks, None)
+    assert (
+        "teachers was done with another content of teachers.1.weights; give --again teachers"
+    ) in str(caught.value)
+    open_folder(networks, "teachers")
+    assert done(networks) == ["prepare", "compress"]
+    given.unlink()
+    with pytest.raises(UserError, match=r"teachers\.1\.weights = '.*' does not exist"):
+        open_folder(networks, None)
+
+
+def test_weights_of_a_run_of_an_earlier_version_are_taken_to_be_the_same(tmp_path: Path) -> None:
+    given = tmp_path / "given.safetensors"
+    given.write_text("first")
+    networks = networks_of(tmp_path, "teachers.1.training=null", f"teachers.1.weights={given}")
+    do(networks, *ALL, digests=False)
+    open_folder(networks, None)
+    assert done(networks) == ALL
+
+
+def test_a_removal_that_is_cut_leaves_no_stage_without_its_basis(
+    run: Networks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove = sequence._remove
+    for allowed in range(40):
+        left = [allowed]
+
+        def cut(path: Path, left: list[int] = left) -> None:
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            remove(path)
+
+        monkeypatch.setattr(sequence, "_remove", cut)
+        try:
+            open_folder(run, "teachers")
+        except KeyboardInterrupt:
+            finished = done(run)
+            assert finished == ALL[: len(finished)]
+        else:
+            assert done(run) == ["prepare"]
+            return
+    pytest.fail("forty files, and still not all")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,36 @@
+"""Files that a run reads, weights and lists of images: part of what it is, by their digests."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from launchers.run.locks import DIGEST, Values
+from sbf_dist.errors import UserError
+from sbf_dist.files import sha256
+from sbf_dist.recipe import Recipe
+
+
+def file_digests(recipe: Recipe) -> Values:
+    """Return the SHA-256 of every file that a recipe names, by its key and locks.DIGEST.
+
+    UserError for a file that cannot be read.
+    """
+    return {f"{key}{DIGEST}": _digest(key, path) for key, path in _files(recipe)}
+
+
+def _files(recipe: Recipe) -> Iterator[tuple[str, Path]]:
+    for index, teacher in enumerate(recipe.teachers):
+        if teacher.weights is not None:
+            yield f"teachers.{index}.weights", teacher.weights
+    if recipe.data.split is not None:
+        yield "data.split", recipe.data.split
+
+
+def _digest(key: str, path: Path) -> str:
+    if not path.exists():
+        raise UserError(f"{key} = {str(path)!r} does not exist")
+    if not path.is_file():  # of /dev/zero there is no end
+        raise UserError(f"{key} = {str(path)!r} must be a file")
+    try:
+        return sha256(path)
+    except OSError as error:
+        raise UserError(f"{key} = {str(path)!r} cannot be read: {error.strerror}") from error
