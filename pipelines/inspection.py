@@ -1,6 +1,7 @@
 """Which image files DALI will decode, found without DALI and at a fraction of a full decode."""
 
 import io
+import stat
 import struct
 import warnings
 from collections.abc import Callable, Sequence
@@ -56,6 +57,9 @@ def inspect_image(path: Path) -> Inspection:
     for the content of a file.
     """
     try:
+        # Opening a pipe would wait for somebody to write to it.
+        if not stat.S_ISREG(Path(path).stat().st_mode):
+            return Inspection(0, 0, 0, fault="not a regular file")
         with Path(path).open("rb") as file:
             return _inspected(file)
     except OSError as error:

@@ -44,6 +44,8 @@ def read_split(path: Path) -> list[str]:
 
     UserError if the file is missing, empty or not text.
     """
+    if path.exists() and not path.is_file():  # of /dev/zero there is no end
+        raise UserError(f"split {path}: is no file that lists images")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

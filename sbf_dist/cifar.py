@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from sbf_dist.errors import UserError
 
 NAME = re.compile(r"cifar_(?P<family>resnet|vgg)(?P<depth>\d+)(?:_w(?P<width>\d+))?")
+MAX_DEPTH = 1202  # the deepest of the paper
+MAX_WIDTH = 512
 # Width of each convolution in multiples of the first one's; 0 is a 2 x 2 max pooling.
 VGG = {
     11: (1, 0, 2, 0, 4, 4, 0, 8, 8, 0, 8, 8),
@@ -22,22 +24,26 @@ def build_cifar(name: str, classes: int) -> nn.Module | None:
     """Build `cifar_resnetD[_wW]` or `cifar_vggD[_wW]`; None if the name is neither.
 
     A ResNet has depth D = 6n + 2 and W channels (16) in the first stage, a VGG depth 11, 13, 16 or
-    19 and W channels (64) in its first convolution. Raises UserError for another depth or width.
+    19 and W channels (64) in its first convolution. Raises UserError for another depth or
+    width, or one above MAX_DEPTH or MAX_WIDTH.
     """
     match = NAME.fullmatch(name)
     if match is None:
         return None
-    depth = int(match["depth"])
     is_vgg = match["family"] == "vgg"
-    width = int(match["width"] or (64 if is_vgg else 16))
-    if width < 1:
-        raise UserError(f"model {name!r}: the width must be at least 1")
+    # Of many digits Python reads no number.
+    depth = int(match["depth"][:9])
+    width = int((match["width"] or ("64" if is_vgg else "16"))[:9])
+    if not 1 <= width <= MAX_WIDTH:
+        raise UserError(f"model {name[:60]!r}: the width must be from 1 to {MAX_WIDTH}")
     if is_vgg:
         if depth not in VGG:
             raise UserError(f"model {name!r}: the depth must be one of {', '.join(map(str, VGG))}")
         return CifarVGG(VGG[depth], width, classes)
-    if depth < 8 or (depth - 2) % 6:
-        raise UserError(f"model {name!r}: the depth must be 6n + 2 (8, 14, 20, 26, …)")
+    if not 8 <= depth <= MAX_DEPTH or (depth - 2) % 6:
+        raise UserError(
+            f"model {name[:60]!r}: the depth must be 6n + 2 (8, 14, 20, 26, … {MAX_DEPTH})"
+        )
     return CifarResNet((depth - 2) // 6, width, classes)
 
 

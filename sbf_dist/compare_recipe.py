@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from sbf_dist.recipe import Data
-from sbf_dist.schema import Name, Positive, Section, Share, equals, load_as
+from sbf_dist.schema import Positive, RunName, Section, Seed, Share, equals, load_as
 from sbf_dist.settings import Optimizer
 
 Method = Literal[
@@ -79,8 +79,8 @@ class Recovery(Training):
 class Comparison(Section):
     """A whole comparison."""
 
-    name: Name = Field(description="name of the comparison and its folder")
-    seeds: list[int] = Field(
+    name: RunName = Field(description="name of the comparison and its folder")
+    seeds: list[Seed] = Field(
         [0, 1, 2], min_length=1, description="seeds; one dense network is trained for each"
     )
     data: Data
@@ -109,13 +109,6 @@ class Comparison(Section):
     def _differs(cls, value: list[object]) -> list[object]:
         if len(set(value)) < len(value):
             raise ValueError(f"{value} must not repeat an entry")
-        return value
-
-    @field_validator("seeds")
-    @classmethod
-    def _counts(cls, value: list[int]) -> list[int]:
-        if min(value) < 0:
-            raise ValueError(f"{value} must be 0 or more")
         return value
 
 

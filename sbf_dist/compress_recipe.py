@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from sbf_dist.recipe import Data, OneShotCompression
-from sbf_dist.schema import Section, equals, validate_as
+from sbf_dist.schema import Section, Seed, equals, validate_as
 
 
 class _WithoutRounds(OneShotCompression):
@@ -40,7 +40,7 @@ class OneShot(Section):
         description="further arguments that the network is built with, e.g. in_chans",
     )
     weights: Path = Field(description="safetensors file, or a state dict of torch.save")
-    seed: int = Field(0, ge=0, description="seed of all random numbers")
+    seed: Seed = Field(0, description="seed of all random numbers")
     data: Data
     compress: _WithoutRounds
 

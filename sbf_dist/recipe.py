@@ -8,7 +8,19 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from sbf_dist.schema import Above0, Name, Positive, Section, Share, equals, load_as, validate_as
+from sbf_dist.schema import (
+    Above0,
+    Name,
+    Positive,
+    RunName,
+    Section,
+    Seed,
+    Share,
+    Side,
+    equals,
+    load_as,
+    validate_as,
+)
 from sbf_dist.settings import Augmentation, Compression, Optimizer, PseudoLabels, View
 
 KNOWN_SETS = ("cifar10", "cifar100", "tiny-imagenet", "imagenet")  # see sbf data prepare
@@ -44,7 +56,7 @@ class Data(Section):
     validation: int | float | None = Field(
         None, description="images held out if the folder has no val/: a number or a share"
     )
-    image_size: int = Field(224, ge=8, description="side of the student's input, pixels")
+    image_size: Side = Field(224, description="side of the student's input, pixels")
     crop: Share = Field(
         0.875, description="side of the evaluation crop, share of the image's short side"
     )
@@ -148,8 +160,8 @@ class Teacher(Section):
     weights: Path | None = Field(
         None, description="safetensors file or state dict of torch.save, instead of a training"
     )
-    image_size: int | None = Field(
-        None, ge=8, description="side of its input, pixels; null: the student's"
+    image_size: Side | None = Field(
+        None, description="side of its input, pixels; null: the student's"
     )
     mean: tuple[float, float, float] | None = Field(
         None, description="of its input; null: the student's"
@@ -169,7 +181,9 @@ class Teacher(Section):
 class OneShotCompression(Compression):
     """How a network is compressed in one step: the library's settings, images and timing."""
 
-    latency_batch: Positive = Field(1, description="images per forward pass that is timed")
+    latency_batch: int = Field(
+        1, ge=1, le=4096, description="images per forward pass that is timed"
+    )
     latency_table: Path | None = Field(
         None, description="file of measured times; null: sbf-dist/latency.json in the user's cache"
     )
@@ -229,8 +243,8 @@ class Tracking(Section):
 class Recipe(Section):
     """A whole run."""
 
-    name: Name = Field(description="name of the run and its folder")
-    seed: int = Field(0, ge=0, description="seed of all random numbers")
+    name: RunName = Field(description="name of the run and its folder")
+    seed: Seed = Field(0, description="seed of all random numbers")
     data: Data
     workers: Workers = Workers()
     teachers: list[Teacher] = Field(min_length=1)

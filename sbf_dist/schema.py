@@ -7,16 +7,33 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from sbf_dist.errors import UserError
+from sbf_dist import strict_yaml
+from sbf_dist.errors import UserError, without_credentials
 
 Positive = typing.Annotated[int, Field(ge=1)]
 Share = typing.Annotated[float, Field(gt=0, le=1)]
 Above0 = typing.Annotated[float, Field(gt=0)]
+_MAX_SHOWN = 200  # characters of a value in a message
+MAX_BYTES = 1_000_000  # of a recipe
+MAX_NAME = 100  # characters; file systems have a limit, and names get endings
+MAX_SEED = 2**63 - 1  # of which random generators take 64 bits, and a run counts on from it
 # No dot in front: "." and ".." are folders that exist.
-Name = typing.Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
+Name = typing.Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_length=MAX_NAME)]
+Seed = typing.Annotated[int, Field(ge=0, le=MAX_SEED)]
+Side = typing.Annotated[int, Field(ge=8, le=4096)]  # of square images, pixels
+# What lies beside the folders of runs.
+_TAKEN = ("data", "mlflow.db", "mlflow-artifacts", "mlruns")
+
+
+def _is_free(name: str) -> str:
+    if name.lower() in _TAKEN or name.lower().startswith("mlflow.db"):
+        raise ValueError("must not be the name of something else under runs/, as this is")
+    return name
+
+
+RunName = typing.Annotated[Name, AfterValidator(_is_free)]
 
 
 class Section(BaseModel):
@@ -42,11 +59,21 @@ def load_as(schema: type[Whole], path: Path, overrides: typing.Sequence[str] = (
     Raises UserError that names the key, its value, and what would be right.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise UserError(f"recipe {path} is longer than {MAX_BYTES} bytes, so it is none")
+        content = strict_yaml.load(data.decode())
     except FileNotFoundError:
         raise UserError(f"recipe {path} does not exist") from None
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+    except IsADirectoryError:
+        raise UserError(f"recipe {path} is not YAML: it is a folder") from None
+    except OSError as error:
+        raise UserError(f"recipe {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"recipe {path} is not YAML: {error}") from None
+    except strict_yaml.NotARecipeError as error:
+        raise UserError(f"recipe {path} {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"recipe {path} must be a mapping of keys to values")
     return validate_as(schema, content, overrides, f"recipe {path}")
@@ -82,9 +109,11 @@ def _override(content: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UserError(f"override {override!r} must look like distill.training.steps=100")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"override {override!r}: {text!r} is not a YAML value") from None
+        value = strict_yaml.load(text)
+    except strict_yaml.NotARecipeError:
+        raise UserError(
+            f"override {_shortened(override)}: {_shortened(text)} is not a YAML value"
+        ) from None
     *parents, last = key.split(".")
     place: Any = content
     for depth, part in enumerate(parents):
@@ -127,10 +156,16 @@ def explain(schema: type[BaseModel], error: ValidationError) -> str:
         return f"{key} is missing"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error" and message.startswith("must"):
-        return f"{key} = {first['input']!r} {message}"
+        return f"{key} = {_shortened(first['input'])} {message}"
     if first["type"] == "value_error":
         return f"{key}: {message}" if key else message
-    return f"{key} = {first['input']!r} {_demand(first['type'], message)}"
+    return f"{key} = {_shortened(first['input'])} {_demand(first['type'], message)}"
+
+
+def _shortened(value: Any) -> str:
+    """Return a value as it is written in a message."""
+    text = without_credentials(repr(value))
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
 
 
 def _demand(kind: str, message: str) -> str:

@@ -49,7 +49,7 @@ def test_every_field_says_what_it_is(section):
     [
         ("macs=[0.5,1.5]", r"macs.1 = 1.5 must be less than or equal to 1"),
         ("macs=[0.5,0.5]", r"macs: \[0.5, 0.5\] must not repeat an entry"),
-        ("seeds=[0,-1]", r"seeds: \[0, -1\] must be 0 or more"),
+        ("seeds=[0,-1]", r"seeds.1 = -1 must be greater than or equal to 0"),
         ("methods=[magnitud]", r"methods.0 = 'magnitud' must be 'magnitude', .*'sbf'"),
         ("methods=[]", r"methods = \[\] .*at least 1"),
         ("recovery.steps=[20,10]", r"recovery.steps: \[20, 10\] must be in ascending order"),

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from launchers.places import check_writable
 from sbf_dist import compare_recipe
 
 
@@ -30,6 +31,7 @@ def command(
     comparison resumes.
     """
     recipe = compare_recipe.load(recipe_file, overrides or ())
+    check_writable("--runs", runs)
     # These take seconds to import: not before the command line is known to be right.
     import torch
 

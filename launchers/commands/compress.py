@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from launchers.places import check_writable
 from sbf_dist import compress_recipe
 from sbf_dist.budget import BUDGETS
 from sbf_dist.compress_recipe import OneShot
@@ -69,6 +70,7 @@ def command(
     and after is measured on val/, or on a tenth of the images that is held out.
     """
     settings = settings_of(model, weights, data, budget, overrides or [])
+    check_writable("--out", out)
     # It takes seconds to import: not before the command line is known to be right.
     from launchers.one_shot import compress_once
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from launchers.display import Display
+from launchers.places import check_writable
 from sbf_dist.errors import UserError
 
 app = typer.Typer(
@@ -68,6 +69,7 @@ def prepare(
     For example:
     sbf data prepare cifar10 --archives downloads --out data/cifar10
     """
+    check_writable("--out", out)
     from pipelines.sources.manifest import is_prepared
     from pipelines.sources.preparation import prepare as prepare_set
 
@@ -126,6 +128,9 @@ def split(
 
     With one seed, a smaller number picks a subset of what a larger one picks.
     """
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; name a file for the list")
+    check_writable("--out", out.absolute().parent)
     import numpy as np
 
     from pipelines.sources.listing import list_images

@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
+from launchers.places import check_writable
 from launchers.run.folder import RunFolder
 from launchers.run.stages import STAGES
 from sbf_dist import recipe as recipes
 from sbf_dist.errors import UserError
 from sbf_dist.recipe import Recipe
+from sbf_dist.tracking import tracking_address
 
 StageName = StrEnum("StageName", [(s.name, s.name) for s in STAGES])  # type: ignore[misc]
 LAST_STAGE = StageName(STAGES[-1].name)
@@ -55,33 +57,41 @@ def command(
     """Run a recipe, as HELP says."""
     recipe = recipes.load(recipe_file, overrides or ())
     folder = RunFolder(runs.absolute(), recipe.name)
+    tracking_address(folder.runs, recipe.tracking.uri)
     if dry_run:
         check_models(recipe)
         describe(recipe, folder)
         return
+    check_writable("--runs", folder.runs)
     prepare = STAGES[0].name
-    check_surroundings(recipe, indexed=folder.result(prepare).exists() and again != prepare)
+    classes = check_surroundings(
+        recipe, indexed=folder.result(prepare).exists() and again != prepare
+    )
     check_models(recipe)
+    check_weights(recipe, classes)
     # These take seconds to import: not before the command line is known to be right.
     from launchers.run.execution import execute
 
     execute(recipe, folder, until.value, again.value if again else None)
 
 
-def check_surroundings(recipe: Recipe, *, indexed: bool) -> None:
+def check_surroundings(recipe: Recipe, *, indexed: bool) -> int | None:
     """Refuse, before anything is started or written, a machine that is too small and images that
     are not there (unless they are `indexed` already).
+
+    Returns the number of classes, where it is known without writing an embedded set.
     """
     from launchers.machine import check_machine
     from pipelines.sources.folder import check_folder
 
+    check_ray_address(os.environ.get("RAY_ADDRESS"))
     if not os.environ.get("RAY_ADDRESS"):
         workers = recipe.workers
         check_machine(workers.count, workers.cpus, workers.gpus)
     images = recipe.data
     if (images.source == "folder" or images.expected) and not indexed:
         assert images.root is not None
-        check_folder(
+        return check_folder(
             images.root,
             labelled_per_class=images.labelled_per_class,
             validation=images.validation,
@@ -90,17 +100,46 @@ def check_surroundings(recipe: Recipe, *, indexed: bool) -> None:
             unlabelled=images.unlabelled,
             expected=images.expected,
         )
+    return None
+
+
+def check_ray_address(address: str | None) -> None:
+    """UserError for a RAY_ADDRESS that is none, which Ray would puzzle over for minutes."""
+    if address in (None, "auto", "local"):
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port[:6]) < 2**16:
+        raise UserError(
+            f"RAY_ADDRESS = {address!r} must look like HOST:6379; unset it for a Ray of the run's "
+            "own"
+        )
+
+
+def check_weights(recipe: Recipe, classes: int | None) -> None:
+    """Refuse weights that are not there, and those that do not fit, where `classes` are known."""
+    from launchers.run.outcome import check_finite
+    from launchers.run.read_files import file_digests
+    from sbf_dist import models
+    from sbf_dist.weights import load_weights
+
+    file_digests(recipe)
+    for teacher in recipe.teachers:
+        if teacher.weights is not None and classes is not None:
+            model = models.build(teacher.model, classes, teacher.arguments)
+            load_weights(model, teacher.weights)
+            check_finite(teacher.name, model, teacher.weights)
 
 
 def check_models(recipe: Recipe) -> None:
-    """Refuse unknown models, and names of teachers that the table of results uses itself."""
-    from launchers.run.networks import TITLES
+    """Refuse unknown models, and names of teachers that the run uses itself."""
+    from launchers.run.networks import TITLES, is_name_of_round
     from sbf_dist import models
 
     for index, teacher in enumerate(recipe.teachers):
-        if teacher.name in TITLES:
+        if teacher.name in TITLES or is_name_of_round(teacher.name):
             raise UserError(
-                f"teachers.{index}.name = {teacher.name!r} must not be one of {', '.join(TITLES)}"
+                f"teachers.{index}.name = {teacher.name!r} must not be one of "
+                f"{', '.join(TITLES)}, nor sbf-round-N"
             )
         models.build(teacher.model, 2, teacher.arguments)
 

@@ -7,6 +7,7 @@ from launchers.comparison.statistics import summarise
 from launchers.comparison.trials import Result, SeedContext, Trial, trials
 from launchers.display import Display
 from launchers.images import index_images
+from launchers.places import locked
 from sbf_dist import models
 from sbf_dist.compare_recipe import Comparison
 from sbf_dist.errors import UserError
@@ -24,15 +25,22 @@ def compare(recipe: Comparison, runs: Path, display: Display) -> Result:
     UserError for a folder that was done with other settings, and for images that are not there.
     """
     folder = runs / recipe.name
-    models.build(
-        recipe.model, 2, recipe.arguments
-    )  # an unknown one is refused before anything is written
+    # An unknown one is refused before anything is written.
+    models.build(recipe.model, 2, recipe.arguments)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, "compare"):
+        return _compare(recipe, runs, folder, display)
+
+
+def _compare(recipe: Comparison, runs: Path, folder: Path, display: Display) -> Result:
     _check_identity(recipe, folder)
     todo = trials(recipe)
     missing = [trial for trial in todo if not _path(folder, trial).exists()]
     if missing:
         # The seeds of a comparison share their images.
         index = index_images(recipe.data, runs, 0, display)
+        if len(index.classes) < 2:
+            raise UserError(f"data {index.root}: has one class only; a classifier needs two")
         for seed in recipe.seeds:
             mine = [trial for trial in missing if trial.seed == seed]
             if mine:

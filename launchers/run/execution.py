@@ -1,16 +1,14 @@
 """A run around its stages: lock, tracking, Ray, and the table of results."""
 
-import fcntl
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 from launchers.display import Display, results_table
 from launchers.machine import available_cpus
+from launchers.places import locked
 from launchers.run.folder import RunFolder
-from sbf_dist.errors import UserError
 from sbf_dist.recipe import Recipe
 
 
@@ -18,7 +16,7 @@ def execute(recipe: Recipe, folder: RunFolder, until: str, again: str | None) ->
     """Run the stages of a run, with its folder locked and its MLflow run open."""
     folder.root.mkdir(parents=True, exist_ok=True)
     with ExitStack() as resources:
-        resources.enter_context(locked(folder))
+        resources.enter_context(locked(folder.root, "run"))
         # These take seconds: not before it is known that the folder is free.
         import torch
 
@@ -74,17 +72,3 @@ def show_results(display: Display, folder: RunFolder, uri: str) -> None:
     display.say(f"summary   {shortened(folder.summary)}, {shortened(folder.root)}/summary.png")
     program = shortened(Path(sys.executable).with_name("mlflow"))
     display.say(f"MLflow    {program} ui --backend-store-uri {shown}")
-
-
-@contextmanager
-def locked(folder: RunFolder) -> Iterator[None]:
-    """Hold the run's folder for this process; the lock goes with the process, however it ends."""
-    with (folder.root / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"run folder {folder.root} is in use by another sbf run; wait for it, or give "
-                "another name (name=…)"
-            ) from None
-        yield

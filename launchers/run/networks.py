@@ -26,6 +26,8 @@ TITLES = {
     STUDENT: "SBF student, distilled",
 }
 
+_ROUND = "sbf-round-"
+
 # Keys of a recipe on which the training images of a network depend, but for its view of them.
 _TRAINING_IMAGES = ("seed", "data.augmentation")
 _STUDENT_VIEW = ("data.image_size", "data.mean", "data.std")
@@ -180,6 +182,11 @@ class Networks:
         return rows + [Row(n.name, n.title, (n,)) for n in students if n is not None]
 
 
+def is_name_of_round(name: str) -> bool:
+    """Whether a network of a round could have this name."""
+    return name.startswith(_ROUND)
+
+
 def _teacher(recipe: Recipe, folder: RunFolder, index: int) -> Network:
     teacher = recipe.teachers[index]
     job = None
@@ -282,7 +289,7 @@ class _Students:
 
     def _round(self, number: int, *, trained: bool) -> Round:
         """Return a round; its training is shorter than the student's."""
-        name = f"sbf-round-{number}"
+        name = f"{_ROUND}{number}"
         plan = self.folder.round_plan(number)
         fitted = self.network(f"{name}-fitted", plan)
         if not trained:

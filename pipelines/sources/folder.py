@@ -124,15 +124,21 @@ def check_folder(
     split: Path | None = None,
     unlabelled: Path | None = None,
     expected: str | None = None,
-) -> None:
+) -> int:
     """Raise what index_folder would raise before it reads an image: mistakes of layout and number.
 
-    Files that cannot be decoded are only found by reading them, so index_folder may still raise.
+    Returns the number of classes. Files that cannot be decoded are only found by reading them, so
+    index_folder may still raise.
     """
     root = Path(root).expanduser().absolute()
     selection = Selection(labelled_per_class, split, validation, seed)
     listing = _listing(root, expected, unlabelled)
     parts(root, listing.classes, listing.files, listing.labels, np.array(listing.roles), selection)
+    if len(listing.classes) < 2:
+        raise UserError(
+            f"data {root}: has one class only, {listing.classes[0]!r}; a classifier needs two"
+        )
+    return len(listing.classes)
 
 
 def _listing(root: Path, expected: str | None, unlabelled: Path | None) -> Listing:

@@ -186,6 +186,8 @@ def _class_folders(root: Path) -> Listing:
     classes = _folders(train)
     if not classes:
         raise UserError(f"data {train}: has no class folders; expected {train}/<class>/<image>")
+    for name in classes:
+        _check_class(train, name)
     label_of = {name: label for label, name in enumerate(classes)}
     found = [(name, "train", label_of[c]) for c in classes for name in _images(root, train / c)]
     if split and "val" in folders:
@@ -209,6 +211,21 @@ def _class_folders(root: Path) -> Listing:
         [role for _, role, _ in found],
         [label for _, _, label in found],
     )
+
+
+def _check_class(folder: Path, name: str) -> None:
+    """UserError for a class whose name no file can keep, or whose folder holds all the others."""
+    if not name.isprintable():  # among them: bytes that are no UTF-8
+        raise UserError(
+            f"data {folder}: the class {name!a} has unprintable characters in its name, or "
+            "bytes that are no UTF-8; rename its folder"
+        )
+    place = (folder / name).resolve()
+    if folder.resolve().is_relative_to(place):
+        raise UserError(
+            f"data {folder}: the class {name!r} is a link to {place}, which holds the other "
+            "classes; remove the link"
+        )
 
 
 def _split_folders(root: Path) -> dict[str, Path]:

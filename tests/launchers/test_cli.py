@@ -19,6 +19,7 @@ from PIL import Image
 
 from launchers import cli
 from launchers.commands import run as run_command
+from launchers.places import locked
 from launchers.run import execution
 from launchers.run.folder import RunFolder
 from sbf_dist.errors import UserError
@@ -256,7 +257,7 @@ def test_without_arguments_the_help_is_shown(sbf):
         (["run", "tiny.yaml", "--until"], "Option '--until' requires an argument"),
         (["run", "tiny.yaml", "--again", "all"], "'all' is not one of 'prepare', 'teachers'"),
         (["run", "tiny.yaml", "steps"], "override 'steps' must look like"),
-        (["run", "."], "recipe . is not YAML"),
+        (["run", "."], "recipe . is not YAML: it is a folder"),
         (["run", "tiny.yaml", "workers.gpus=9"], "needs 9 GPUs, this machine has"),
         (["run", "tiny.yaml", "teachers.0.name=zeroed", "compress.teacher=zeroed"],
          "teachers.0.name = 'zeroed' must not be one of ensemble, dense-labels, zeroed"),
@@ -316,12 +317,12 @@ def test_a_lock_is_held_once_and_given_back(tmp_path):
     folder = RunFolder(tmp_path, "tiny")
     folder.root.mkdir()
     with (
-        execution.locked(folder),
+        locked(folder.root, "run"),
         pytest.raises(UserError, match="in use by another sbf run"),
-        execution.locked(folder),
+        locked(folder.root, "run"),
     ):
         pass
-    with execution.locked(folder):
+    with locked(folder.root, "run"):
         pass
 
 

@@ -220,10 +220,11 @@ def test_mistakes_are_reported_with_their_numbers(tmp_path, counts, arguments, m
 
 def test_a_check_reads_no_image(tmp_path):
     fill(tmp_path / "a", 3)
+    fill(tmp_path / "b", 3)
     for path in (tmp_path / "a").iterdir():
         path.write_text("no image")
     check_folder(tmp_path, labelled_per_class=1, validation=1, seed=0)
-    with pytest.raises(UserError, match="3 of 3 images cannot be used"):
+    with pytest.raises(UserError, match="3 of 6 images cannot be used"):
         indexed(tmp_path)
 
 

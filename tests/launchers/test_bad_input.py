@@ -1,0 +1,269 @@
+"""Input that cannot be used, as a user meets it: one line that names it, exit code 2, no work."""
+
+import fcntl
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from launchers import cli
+from launchers.run import execution
+from pipelines.inspection import inspect_image
+from sbf_dist import models
+
+RECIPE = """
+name: tiny
+data: {source: folder, root: photos, validation: 2, image_size: 16}
+teachers: [{name: one, model: cifar_resnet8_w4, training: {steps: 10}}]
+compress: {teacher: one, macs: 0.5}
+distill: {training: {steps: 10}}
+"""
+COMPARED = """
+name: compared
+data: {source: folder, root: photos, validation: 2, image_size: 16}
+model: cifar_resnet8_w4
+dense: {steps: 10}
+recovery: {steps: [10]}
+"""
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12)
+)
+Sbf = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def sbf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Sbf:
+    """The command line in a user's folder: exit code, stdout, stderr. No run is begun."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(execution, "execute", lambda *_: None)
+    Path("tiny.yaml").write_text(RECIPE)
+    Path("compared.yaml").write_text(COMPARED)
+    Path("file").write_text("a file")
+    for name in ("cat", "dog"):
+        write_images(Path("photos") / name)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sbf", *arguments])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        code = left.value.code or 0
+        assert isinstance(code, int)
+        return (code, *capsys.readouterr())
+
+    return run
+
+
+def write_images(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for number in range(4):
+        Image.new("RGB", (20, 20), (10 * number, 0, 0)).save(folder / f"{number}.png")
+
+
+def assert_refused(answer: tuple[int, str, str], message: str) -> None:
+    code, out, err = answer
+    assert (code, out) == (2, ""), (out, err)
+    assert err.startswith("sbf: ")
+    assert err.count("\n") == 1, err
+    assert message in err
+
+
+def test_what_all_others_differ_from_is_right(sbf: Sbf) -> None:
+    assert sbf("run", "tiny.yaml") == (0, "", "")
+    assert sbf("run", "tiny.yaml", "--dry-run")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (RECIPE + "extra: &a [*a]\n", "recipe bad.yaml has an alias of itself in line 7"),
+        ("[" * 900 + "]" * 900, "recipe bad.yaml is nested deeper than 32 levels"),
+        (BOMB, "recipe bad.yaml has aliases that stand for more than 100000 values"),
+        (RECIPE + "name: other\n", "recipe bad.yaml says 'name' a second time in line 7"),
+        ("#" * 1_000_001, "recipe bad.yaml is longer than 1000000 bytes"),
+        ("\udcff", "recipe bad.yaml is not YAML: 'utf-8' codec can't decode byte 0xff"),
+    ],
+    ids=["self-reference", "deep", "bomb", "duplicate key", "long", "bytes"],
+)
+def test_a_text_that_is_no_recipe(sbf: Sbf, text: str, message: str) -> None:
+    Path("bad.yaml").write_text(text, errors="surrogateescape")
+    assert_refused(sbf("run", "bad.yaml", "--dry-run"), message)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("photos", "recipe photos is not YAML: it is a folder"),
+        ("/dev/zero", "recipe /dev/zero is longer than 1000000 bytes"),
+        ("x" * 300, "cannot be read: File name too long"),
+        ("file/below", "recipe file/below cannot be read: Not a directory"),
+    ],
+)
+def test_a_place_that_holds_no_recipe(sbf: Sbf, place: str, message: str) -> None:
+    assert_refused(sbf("run", place), message)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (f"name={'x' * 300}", "name = 'xxx"),
+        (f"name={'x' * 300}", "must have at most 100 characters"),
+        ("name=data", "name = 'data' must not be the name of something else under runs/"),
+        ("name=mlflow.db", "name = 'mlflow.db' must not be the name of something else under"),
+        ("name=mlflow.db.lock", "must not be the name of something else under runs/"),
+        ("name=MLflow-Artifacts", "must not be the name of something else under runs/"),
+        (f"seed={2**64}", f"seed = {2**64} must be less than or equal to {2**63 - 1}"),
+        ("data.image_size=100000", "image_size = 100000 must be less than or equal to 4096"),
+        ("teachers.0.image_size=100000", "image_size = 100000 must be less than or equal to"),
+        ("compress.latency_batch=1000000", "latency_batch = 1000000 must be less than or eq"),
+        (
+            "teachers.0.model=cifar_resnet60000002",
+            "model 'cifar_resnet60000002': the depth must be 6n + 2 (8, 14, 20, 26, … 1202)",
+        ),
+        (f"teachers.0.model=cifar_resnet{'2' * 5000}", "the depth must be 6n + 2"),
+        ("teachers.0.model=cifar_resnet8_w99999", "the width must be from 1 to 512"),
+        ("seed=[", "override 'seed=[': '[' is not a YAML value"),
+        (f"seed={'[' * 900}", "is not a YAML value"),
+        ("tracking.uri=sqlite:foo.db", "'sqlite:foo.db': names no file after sqlite:///"),
+        ("tracking.uri=http://[::1", "tracking URI 'http://[::1': Invalid IPv6 URL"),
+        ("tracking.uri=http://host:port", "tracking URI 'http://host:port': Port could not be"),
+        ("tracking.uri=http://me:secret@h:x", "tracking URI 'http://***@h:x': Port could not"),
+        ("tracking=http://me:secret@h", "tracking = 'http://***@h' must be a mapping"),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_a_value_that_cannot_be(sbf: Sbf, override: str, message: str) -> None:
+    assert_refused(sbf("run", "tiny.yaml", override, "--dry-run"), message)
+
+
+@pytest.mark.parametrize("name", ["sbf-round-1", "sbf-round-2-fitted", "ensemble"])
+def test_a_teacher_with_the_name_of_a_network_of_the_run(sbf: Sbf, name: str) -> None:
+    overrides = (f"teachers.0.name={name}", f"compress.teacher={name}")
+    message = f"teachers.0.name = '{name}' must not be one of ensemble, dense-labels"
+    assert_refused(sbf("run", "tiny.yaml", *overrides, "--dry-run"), message)
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/runs"])
+@pytest.mark.parametrize(
+    ("option", "command"),
+    [
+        ("--runs", ["run", "tiny.yaml"]),
+        ("--runs", ["compare", "compared.yaml"]),
+        (
+            "--out",
+            [
+                *("compress", "--model", "cifar_resnet8", "--weights", "file"),
+                *("--data", "photos", "--budget", "macs=0.5"),
+            ],
+        ),
+        ("--out", ["data", "prepare", "cifar10", "--archives", "photos"]),
+    ],
+    ids=["run", "compare", "compress", "prepare"],
+)
+def test_a_place_where_nothing_can_be_written(
+    sbf: Sbf, option: str, command: list[str], place: str
+) -> None:
+    reason = {
+        "file": "is a file; name a folder",
+        "file/below": f"lies below the file {Path('file').absolute()}; name a folder",
+        "/proc/runs": "cannot be written (",
+    }[place]
+    answer = sbf(*command, option, place)
+    assert_refused(answer, reason)
+    assert f"{option} " in answer[2]
+
+
+def test_a_folder_for_a_list_is_refused_before_the_images_are_listed(sbf: Sbf) -> None:
+    before = sorted(Path().rglob("*"))
+    answer = sbf("data", "split", "nowhere", "--labelled", "1", "--out", "photos")
+    assert_refused(answer, "--out photos: is a folder; name a file for the list")
+    assert_refused(
+        sbf("data", "split", "nowhere", "--labelled", "1", "--out", "file/x"), "is a file"
+    )
+    assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "address", ["", "head", "head:", ":6379", "head:port", "ray://", "h:99999"]
+)
+def test_an_address_of_ray_that_is_none(
+    sbf: Sbf, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert_refused(
+        sbf("run", "tiny.yaml"), f"RAY_ADDRESS = {address!r} must look like HOST:6379; unset it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (b"caf\xe9", "the class 'caf\\udce9' has unprintable characters in its name, or bytes"),
+        (b"two\nlines", "the class 'two\\nlines' has unprintable characters in its name"),
+    ],
+)
+def test_a_class_whose_name_cannot_be_kept(sbf: Sbf, name: bytes, message: str) -> None:
+    write_images(Path(os.fsdecode(b"photos/" + name)))
+    assert_refused(sbf("run", "tiny.yaml"), message)
+
+
+@pytest.mark.parametrize("target", ["..", ".", "../.."])
+def test_a_class_that_is_a_link_to_what_holds_it(sbf: Sbf, target: str) -> None:
+    Path("photos/link").symlink_to(target)
+    assert_refused(sbf("run", "tiny.yaml"), "the class 'link' is a link to ")
+
+
+def test_one_class_alone(sbf: Sbf) -> None:
+    write_images(Path("alone/cat"))
+    assert_refused(
+        sbf("run", "tiny.yaml", "data.root=alone"), "has one class only, 'cat'; a classifier needs"
+    )
+
+
+def test_a_list_of_labelled_images_that_has_no_end(sbf: Sbf) -> None:
+    answer = sbf("run", "tiny.yaml", "data.split=/dev/zero")
+    assert_refused(answer, "split /dev/zero: is no file that lists images")
+
+
+def test_a_pipe_among_the_images_is_left_out(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    assert inspect_image(tmp_path / "pipe.jpg").fault == "not a regular file"
+
+
+@pytest.mark.parametrize("kind", ["missing", "a folder", "whole numbers", "NaN", "another model"])
+def test_weights_are_looked_at_before_any_image_is_read(sbf: Sbf, kind: str) -> None:
+    for path in Path("photos").rglob("*.png"):
+        path.write_text("no image")  # which is found when it is read
+    state = models.build("cifar_resnet8_w4", 2).state_dict()
+    weights, message = Path("weights.pt"), "weights weights.pt"
+    match kind:
+        case "missing":
+            message = "teachers.0.weights = 'weights.pt' does not exist"
+        case "a folder":
+            weights.mkdir()
+            message = "teachers.0.weights = 'weights.pt' must be a file"
+        case "whole numbers":
+            torch.save({name: value.to(torch.int8) for name, value in state.items()}, weights)
+            message = "weights weights.pt are no floating-point numbers: conv.weight is int8"
+        case "NaN":
+            state["conv.weight"].fill_(torch.nan)
+            torch.save(state, weights)
+            message = "one: the weights of weights.pt are not finite: conv.weight"
+        case _:
+            torch.save(models.build("cifar_resnet8_w4", 3).state_dict(), weights)
+    overrides = ("teachers.0.training=null", "teachers.0.weights=weights.pt")
+    assert_refused(sbf("run", "tiny.yaml", *overrides), message)
+
+
+def test_a_comparison_that_another_process_works_on(sbf: Sbf) -> None:
+    Path("runs/compared").mkdir(parents=True)
+    with Path("runs/compared/.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert_refused(
+            sbf("compare", "compared.yaml"), "compared is in use by another sbf compare; wait for"
+        )
