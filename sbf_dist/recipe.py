@@ -23,6 +23,7 @@ from sbf_dist.schema import (
 )
 from sbf_dist.settings import Augmentation, Compression, Optimizer, PseudoLabels, View
 
+MAX_BATCH = 2**20  # images per step
 KNOWN_SETS = ("cifar10", "cifar100", "tiny-imagenet", "imagenet")  # see sbf data prepare
 
 
@@ -277,6 +278,15 @@ class Recipe(Section):
                 raise ValueError(
                     f"{where}.batch_size = {training.batch_size} is {training.batch_size // count} "
                     "images for a worker at once; mixup and cutmix need an even number"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _has_batches_of_a_size(self) -> "Recipe":
+        for where, training in self.trainings().items():
+            if training.batch_size > MAX_BATCH:
+                raise ValueError(
+                    f"{where}.batch_size = {training.batch_size} must be at most {MAX_BATCH}"
                 )
         return self
 

@@ -210,6 +210,13 @@ class Optimizer(Settings):
         None, gt=0, description="largest norm of the gradient; null: not clipped"
     )
 
+    @field_validator("betas")
+    @classmethod
+    def _are_decays(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError(f"{list(value)} must be two numbers in [0, 1)")
+        return value
+
 
 class Augmentation(Settings):
     """How training images are augmented. The defaults suit photographs.

@@ -98,10 +98,15 @@ class State:
 
 
 def begin_anew(path: Path, stages: Iterable[str]) -> None:
-    """Give stages that are done anew MLflow runs of their own; `path`: of tracking.json."""
+    """Give stages that are done anew MLflow runs of their own; `path`: of tracking.json.
+
+    A stage that was never begun has none yet.
+    """
     state = State.load(path)
+    journals = path.with_suffix("")
+    from_before = WHOLE_RUN in state.run_ids and not journals.exists()  # of an older version
     for stage in stages:
-        if (path.with_suffix("") / state.key(stage)).exists() or WHOLE_RUN in state.run_ids:
+        if from_before or (journals / state.key(stage)).exists():
             state.attempts[stage] = state.attempts.get(stage, 0) + 1
     state.save()
 

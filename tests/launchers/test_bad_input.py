@@ -120,6 +120,12 @@ def test_a_place_that_holds_no_recipe(sbf: Sbf, place: str, message: str) -> Non
         (f"seed={2**64}", f"seed = {2**64} must be less than or equal to {2**63 - 1}"),
         ("data.image_size=100000", "image_size = 100000 must be less than or equal to 4096"),
         ("teachers.0.image_size=100000", "image_size = 100000 must be less than or equal to"),
+        ("distill.training.optimizer.betas=[0.9,1.0]", "betas: [0.9, 1.0] must be two numbers in"),
+        ("distill.training.optimizer.betas=[-0.1,0.9]", "betas: [-0.1, 0.9] must be two numbers"),
+        (
+            "distill.training.batch_size=1000000000",
+            "distill.training.batch_size = 1000000000 must be at most 1048576",
+        ),
         ("compress.latency_batch=1000000", "latency_batch = 1000000 must be less than or eq"),
         (
             "teachers.0.model=cifar_resnet60000002",

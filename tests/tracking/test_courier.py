@@ -207,13 +207,16 @@ def test_a_stage_that_is_done_anew_has_a_run_of_its_own(folder: Path, double: Se
     for _ in range(2):
         with tracking.start(folder, uri=double.uri) as parent, parent.stage("distill") as stage:
             train(stage, range(50))
-        tracking.begin_anew(folder / "tracking.json", ["distill"])
+        tracking.begin_anew(folder / "tracking.json", ["distill", "evaluate"])
     assert double.history("loss") == POINTS + POINTS
     assert {run["info"]["run_name"] for run in double.runs.values()} == {
         "mine",
         "distill",
         "distill-2",
     }
+    with tracking.start(folder, uri=double.uri) as parent, parent.stage("evaluate"):
+        assert parent.flush()
+    assert double.status("evaluate") == "FINISHED"  # the first of its kind
 
 
 def test_a_run_that_the_server_has_lost_is_told_anew(
