@@ -100,6 +100,7 @@ def open_folder(networks: "Networks", again: str | None) -> list[str]:
     longer -= {product.name for _, product in products if stale & set(product.needs)}
     stages_begun = {s.name for s, p in products if p.name in stale and _is_begun(folder, s, p)}
     begun = [name for name in NAMES if name in stages_begun]
+    going_on = [p.name for s, p in products if p.name in longer and _is_begun(folder, s, p)]
     if begun:
         first = next(name for name in changes if name not in unfinished)
         _check_permission(folder, begun, changes[first], again)
@@ -107,7 +108,7 @@ def open_folder(networks: "Networks", again: str | None) -> list[str]:
         allowed = NAMES.index(again)
         if not any(product.name in stale for stage, product in products if stage.name == again):
             stale |= {p.name for s, p in products if NAMES.index(s.name) >= allowed}
-            longer -= stale
+            longer, going_on = longer - stale, []
         anew = {s.name: [p for t, p in products if t is s and p.name in stale] for s in STAGES}
         begin_anew(folder.tracking, [name for name, own in anew.items() if own])
         # From the last stage back: what is cut in the middle has no stage whose basis is gone.
@@ -115,7 +116,7 @@ def open_folder(networks: "Networks", again: str | None) -> list[str]:
             if anew[stage.name]:
                 _remove_results(folder, stage, anew[stage.name], longer)
     bind(networks)
-    return [_going_on(found[0]) for name, found in changes.items() if name in longer]
+    return [_going_on(changes[name][0]) for name in going_on]
 
 
 Products = list[tuple[Stage, locks.Product]]

@@ -166,7 +166,8 @@ def test_what_was_not_begun_is_free_to_change(tmp_path: Path) -> None:
     networks = networks_of(tmp_path)
     open_folder(networks, None)
     do(networks, "prepare", "teachers")
-    open_folder(changed(networks, "compress.macs=0.25", "distill.targets=live"), None)
+    others = ("compress.macs=0.25", "distill.targets=live", "distill.training.steps=20")
+    assert open_folder(changed(networks, *others), None) == []
     assert done(networks) == ["prepare", "teachers"]
 
 
@@ -230,6 +231,9 @@ def test_a_longer_training_that_was_cut_goes_on_from_its_checkpoint(tmp_path: Pa
     )
     assert kept.exists()
     assert open_folder(changed(networks, "distill.training.steps=20"), None) == []
+    baseline = changed(networks, "distill.training.steps=20", "baselines.steps=40")
+    with pytest.raises(UserError, match="give --again teachers"):
+        open_folder(baseline, None)
     with pytest.raises(UserError, match=r"distill was begun with .*steps = 20, the recipe says 15"):
         open_folder(changed(networks, "distill.training.steps=15"), None)
 
