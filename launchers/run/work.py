@@ -165,7 +165,8 @@ def evaluate(session: Session, log: tracking.Run) -> Result:
             if table[-1][key] is not None
         }
         log.log_metrics(figures, 0)
-        session.tracker.log_metrics(figures, 0)  # so that runs can be compared in one list
+        # So that runs can be compared in one list.
+        session.tracker.log_metrics(figures, session.tracker.attempt("evaluate"))
     return {"rows": table, "threads": torch.get_num_threads()}
 
 

@@ -44,6 +44,7 @@ class Run:
         self._courier = courier
         self._journal = Journal(self.journals)
         self._artifacts = Journal(self.journals / ARTIFACTS)
+        self._series = Series(self.journals, self._journal)
 
     @property
     def run_id(self) -> str | None:
@@ -61,6 +62,10 @@ class Run:
         run.begin({**_user_tags(), **(tags or {})})
         return run
 
+    def attempt(self, stage: str) -> int:
+        """Return how often a stage was begun anew: the step of what the whole run says of it."""
+        return self._state.attempts.get(stage, 0)
+
     def begin(self, tags: Mapping[str, object]) -> None:
         """Say that the run is at work, from now on."""
         name = self._folder.name if self._key == WHOLE_RUN else self._key
@@ -76,8 +81,8 @@ class Run:
         self._say("params", params=_texts(dict(_flattened(params))))
 
     def log_metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Log numbers (also 0-dimensional tensors) at `step`."""
-        self._journal.append(metrics_entry(values, step))
+        """Log numbers (also 0-dimensional tensors) at `step`, as Series does."""
+        self._series.log_metrics(values, step)
 
     def log_tags(self, tags: Mapping[str, object]) -> None:
         """Set tags, replacing older values."""
@@ -147,13 +152,13 @@ class Run:
 
 
 class Series:
-    """The metrics that one worker logs to a run, by the folder of its journals.
+    """The metrics that one process logs to a run, by the folder of its journals.
 
     No series goes back: after a resume, points up to the last one that was logged are left out.
     """
 
-    def __init__(self, journals: Path) -> None:
-        self._journal = Journal(journals)
+    def __init__(self, journals: Path, own: Journal | None = None) -> None:
+        self._journal = own or Journal(journals)
         self._last: dict[str, int] = {}
         for file in journal.files(journals):
             for entry, _ in journal.read(file):

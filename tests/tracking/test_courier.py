@@ -203,6 +203,21 @@ def test_steps_do_not_go_back_where_a_training_resumes_from_an_earlier_checkpoin
     assert double.history("loss") == POINTS
 
 
+def test_what_a_stage_says_again_after_a_kill_stands_once_and_what_it_says_anew_as_well(
+    folder: Path, double: Server
+) -> None:
+    for top1 in (0.5, 0.6):  # killed before its result was kept
+        with tracking.start(folder, uri=double.uri) as parent, parent.stage("evaluate") as stage:
+            stage.log_metrics({"top1": top1}, 0)
+            parent.log_metrics({"one/top1": top1}, parent.attempt("evaluate"))
+    tracking.begin_anew(folder / "tracking.json", ["evaluate"])
+    with tracking.start(folder, uri=double.uri) as parent, parent.stage("evaluate") as stage:
+        stage.log_metrics({"top1": 0.7}, 0)
+        parent.log_metrics({"one/top1": 0.7}, parent.attempt("evaluate"))
+    assert double.history("top1") == [(0, 0.5), (0, 0.7)]
+    assert double.history("one/top1") == [(0, 0.5), (1, 0.7)]
+
+
 def test_a_stage_that_is_done_anew_has_a_run_of_its_own(folder: Path, double: Server) -> None:
     for _ in range(2):
         with tracking.start(folder, uri=double.uri) as parent, parent.stage("distill") as stage:
