@@ -13,7 +13,6 @@ are read with weights_only, so that a checkpoint from a stranger cannot run code
 """
 
 import json
-import logging
 import random
 import tempfile
 from collections.abc import Mapping
@@ -34,8 +33,6 @@ FORMAT = 1
 _MANIFEST = "manifest.json"
 _SHARDS = "deepspeed"
 _TAG = "state"
-
-_log = logging.getLogger(__name__)
 
 
 class FileEntry(BaseModel):
@@ -64,7 +61,6 @@ class Restored(BaseModel):
 
     step: int
     loader_state: dict[str, Any]  # of this rank, or of rank 0 if the number of ranks has changed
-    optimizer: bool  # whether the optimizer's state came along
 
 
 def save(
@@ -158,8 +154,7 @@ def load(engine: Any, folder: Path, *, digests: Mapping[str, str]) -> Restored:
     """Put engine and random states back to where `folder` was saved; every rank calls it.
 
     Every file is verified before it is opened. On as many ranks as before everything is restored;
-    on another number of ranks all but the random states, and at ZeRO stage 3 the optimizer's state,
-    which is logged as a warning and is in `Restored.optimizer`.
+    on another number of ranks all but the random states.
 
     UserError: `folder` is no checkpoint or is damaged, or `digests` are not those it was saved
     with.
@@ -173,19 +168,11 @@ def load(engine: Any, folder: Path, *, digests: Mapping[str, str]) -> Restored:
                 f"give the same {name}, or start under another name"
             )
     same_ranks = manifest.world_size == _world_size()
-    optimizer = load_shards(engine, folder / _SHARDS, _TAG, ranks=manifest.world_size)
-    if not optimizer:
-        _log.warning(
-            "checkpoint %s: was written by %d workers and goes on with %d: at ZeRO stage 3 the "
-            "weights are restored and the optimizer's state starts anew",
-            folder,
-            manifest.world_size,
-            _world_size(),
-        )
+    load_shards(engine, folder / _SHARDS, _TAG, ranks=manifest.world_size)
     loader_state = _read_rank_state(
         folder / "ranks", _rank() if same_ranks else 0, restore_random=same_ranks
     )
-    return Restored(step=manifest.step, loader_state=loader_state, optimizer=optimizer)
+    return Restored(step=manifest.step, loader_state=loader_state)
 
 
 def _write_rank_state(folder: Path, loader_state: Mapping[str, Any]) -> None:

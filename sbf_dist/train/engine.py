@@ -3,7 +3,6 @@
 import importlib
 import logging
 import os
-import pickle
 import sys
 import warnings
 from pathlib import Path
@@ -16,7 +15,9 @@ from torch import nn
 
 from sbf_dist.errors import UserError
 from sbf_dist.settings import Optimizer
+from sbf_dist.train import shards
 from sbf_dist.train.lean_deepspeed import load_deepspeed
+from sbf_dist.train.resharding import names_of_groups, put
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -167,64 +168,44 @@ def _restricted_checkpoint_engine() -> Any:
             torch.save(state_dict, path)
 
         def load(self, path: str, map_location: Any = None) -> Any:
-            with torch.serialization.safe_globals(allowed):
-                try:
-                    return torch.load(path, map_location=map_location, weights_only=True)
-                except pickle.UnpicklingError as error:
-                    raise UserError(
-                        f"checkpoint file {path}: holds more than tensors and numbers, which could "
-                        "run code; do not use it"
-                    ) from error
+            return shards.load_restricted(path, map_location, allowed)
 
     return RestrictedCheckpointEngine()
 
 
 def save_shards(engine: Any, folder: Path, tag: str) -> None:
     """Write this rank's shards below folder/tag; every rank calls it with the same tag."""
-    engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+    scaler = _gradient_scaler(engine)
+    added: dict[str, Any] = {shards.NAMES: names_of_groups(engine)}
+    if scaler is not None:
+        added[shards.SCALER] = scaler.state_dict()
+    engine.save_checkpoint(str(folder), tag=tag, client_state=added, save_latest=False)
     # DeepSpeed puts scripts of its own beside the shards; a checkpoint should hold no code.
     for script in folder.glob("*.py"):
         script.unlink()
 
 
-def load_shards(engine: Any, folder: Path, tag: str, *, ranks: int) -> bool:
+def load_shards(engine: Any, folder: Path, tag: str, *, ranks: int) -> None:
     """Read the weights and the optimizer's state that save_shards wrote on `ranks` ranks.
 
-    False if the optimizer's state could not be read: at ZeRO stage 3 on another number of ranks.
+    On another number of ranks they are divided anew: DeepSpeed refuses to, and its way round that
+    ("universal checkpoints") does not know SGD's momentum.
     """
-    stage = engine.zero_optimization_stage()
-    divided_alike = ranks == dist.get_world_size() or stage == 0
-    path, _ = engine.load_checkpoint(str(folder), tag=tag, load_optimizer_states=divided_alike)
-    if path is None:  # DeepSpeed only warns
-        raise UserError(f"checkpoint {folder / tag}: DeepSpeed finds nothing to load there")
-    if not divided_alike and stage < 3:
-        _repartition_optimizer(engine, folder / tag, ranks)
-    return divided_alike or stage < 3
+    if ranks != dist.get_world_size() and engine.zero_optimization_stage() > 0:
+        whole = shards.read(folder / tag, ranks)
+        put(engine, whole)
+        saved_scaler = whole.scaler
+    else:
+        path, added = engine.load_checkpoint(str(folder), tag=tag)
+        if path is None:  # DeepSpeed only warns
+            raise UserError(f"checkpoint {folder / tag}: DeepSpeed finds nothing to load there")
+        saved_scaler = added.get(shards.SCALER)
+    scaler = _gradient_scaler(engine)
+    if scaler is not None and saved_scaler is not None:
+        scaler.load_state_dict(saved_scaler)
 
 
-def _repartition_optimizer(engine: Any, folder: Path, ranks: int) -> None:
-    """Give this rank its part of the optimizer's state of `ranks` ranks, at ZeRO stage 1 or 2.
-
-    Such a stage lays the parameters of a group end to end, with zeros behind the last, and cuts
-    them into equal parts, one per rank. DeepSpeed refuses to load them on another number of ranks,
-    and its way round that ("universal checkpoints") does not know SGD's momentum.
-    """
-    shards = [
-        engine.checkpoint_engine.load(
-            str(folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"), map_location="cpu"
-        )["optimizer_state_dict"]["base_optimizer_state"]["state"]
-        for rank in range(ranks)
-    ]
-    zero = engine.optimizer
-    for number, group in enumerate(zero.optimizer.param_groups):
-        (part,) = group["params"]
-        state = zero.optimizer.state[part]
-        total = sum(parameter.numel() for parameter in zero.bit16_groups[number])
-        for key, value in shards[0][number].items():
-            if not torch.is_tensor(value) or value.ndim == 0:  # a count of steps
-                state[key] = value
-                continue
-            whole = torch.cat([shard[number][key] for shard in shards])[:total]
-            mine = whole[dist.get_rank() * part.numel() :][: part.numel()]
-            state[key] = torch.zeros_like(part)
-            state[key][: len(mine)] = mine.to(part.device)
+def _gradient_scaler(engine: Any) -> torch.amp.GradScaler | None:
+    """What scales the loss at fp16, which DeepSpeed does not save; None at other precisions."""
+    undivided = engine.torch_autocast_z0_gradscaler
+    return undivided or getattr(engine.optimizer, "torch_autocast_gradscaler", None)

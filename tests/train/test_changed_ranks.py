@@ -1,0 +1,70 @@
+"""Another number of ranks: the table of docs/checkpoints.md, each cell by what follows a change."""
+
+from pathlib import Path
+from typing import Any
+
+import changed_ranks as table
+import pytest
+import ranks
+import torch
+
+from sbf_dist.train import checkpoint, shards
+
+CELLS = [table.cell(*names) for names in table.CELLS]
+Losses = dict[str, dict[str, list[float]]]  # of a change, of a cell
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("table")
+
+
+@pytest.fixture(scope="module")
+def losses(folder: Path) -> Losses:
+    found = {
+        "none": ranks.run(table.without_a_change, folder, 2)[0],
+        "two-one": ranks.run(table.on_one, folder, 1)[0],
+        "two-three": ranks.run(table.on_three, folder, 3)[0],
+    }
+    return found | ranks.run(table.on_two_again, folder, 2)[0]
+
+
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("change", ["two-one", "two-one-two", "two-three", "two-three-two"])
+def test_the_losses_after_a_change_are_those_without_one(
+    losses: Losses, name: str, change: str
+) -> None:
+    first = table.STEPS * change.count("-")
+    expected = losses["none"][name][first : first + table.STEPS]
+    assert losses[change][name] == pytest.approx(expected, abs=1e-6)
+    assert losses["none"][name][0] - losses["none"][name][-1] > 1e-3  # there is something to lose
+
+
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize(
+    ("source", "ranks_then"), [("two", 1), ("two-one", 2), ("two", 3), ("two-three", 2)]
+)
+def test_weights_and_optimizer_are_the_same_numbers_after_a_change(
+    losses: Losses, folder: Path, source: str, ranks_then: int, name: str
+) -> None:
+    before = _whole(folder / source / name)
+    after = _whole(folder / f"{source}-again-{ranks_then}" / name)
+    assert before.weights.keys() == after.weights.keys()
+    assert all(torch.equal(before.weights[key], after.weights[key]) for key in before.weights)
+    key = "exp_avg_sq" if name.endswith("adamw") else "momentum_buffer"
+    assert before.optimizer.keys() == after.optimizer.keys()
+    for parameter, state in before.optimizer.items():
+        assert key in state
+        assert state[key].abs().max() > 0
+        assert state.keys() == after.optimizer[parameter].keys()
+        for entry, value in state.items():
+            assert torch.equal(torch.as_tensor(value), _entry(after, parameter, entry))
+
+
+def _whole(folder: Path) -> shards.Whole:
+    ranks_then = checkpoint.verify(folder).world_size
+    return shards.read(folder / "deepspeed/state", ranks_then)
+
+
+def _entry(whole: shards.Whole, parameter: str, entry: str) -> Any:
+    return torch.as_tensor(whole.optimizer[parameter][entry])
