@@ -19,20 +19,29 @@ def replacing(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
-        _flush(partial)
+        flush(partial)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _flush(path.parent)
+    flush(path.parent)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have a file, or the entries of a folder, written to the disk before this returns."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def flush_below(folder: Path) -> None:
+    """`flush` all files and folders in `folder`, and itself, so that it can be renamed."""
+    for path in folder.rglob("*"):
+        if path.is_file() or path.is_dir():
+            flush(path)
+    flush(folder)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -123,6 +123,13 @@ class Training(Section):
     zero_stage: Literal[0, 1, 2] = Field(1, description="DeepSpeed ZeRO stage")
     log_every: Positive = Field(10, description="steps between two log records")
     checkpoint_every: Positive = Field(500, description="steps between two checkpoints")
+    skip_bad_steps: int = Field(
+        0,
+        ge=0,
+        exclude_if=equals(0),
+        description="steps that may be left out because their loss is not finite; above 0 the loss "
+        "is read in each step, which slows a GPU down",
+    )
 
     @model_validator(mode="after")
     def _warms_up_in_time(self) -> "Training":

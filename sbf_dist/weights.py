@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sbf_dist.errors import UserError
+from sbf_dist.files import replacing
 from sbf_dist.surgery import deep_copy, unwrapped
 
 logger = logging.getLogger(__name__)
@@ -45,9 +46,9 @@ def save_weights(model: nn.Module, path: Path) -> None:
         else:
             extra[name] = value
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(tensors, partial, _metadata(extra))
-    partial.replace(path)
+    metadata = _metadata(extra)
+    with replacing(path) as partial:
+        save_file(tensors, partial, metadata)
 
 
 def _metadata(extra: State) -> dict[str, str] | None:

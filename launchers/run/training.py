@@ -69,6 +69,7 @@ def _train(
         accumulation=settings.accumulation,
         zero_stage=settings.zero_stage,
         precision=settings.precision,
+        skip_bad_steps=settings.skip_bad_steps,
     )
     index, annotate = targets(here, network)
     batches = training_batches(here, network, index)
@@ -84,6 +85,8 @@ def _train(
         ray_train.progress({"title": title, **dataclasses.asdict(record)})
         if tracker is not None:
             values = {**record.parts, "lr": record.lr, "images_per_s": record.images_per_s}
+            if record.left_out:
+                values["skipped_steps"] = record.left_out
             named = {f"{network.name}/{key}": value for key, value in values.items()}
             tracker.log_metrics(named, record.step)
 

@@ -26,8 +26,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_file, save_file
 
 from sbf_dist.errors import UserError
-from sbf_dist.files import sha256, write_text
+from sbf_dist.files import flush, flush_below, sha256, write_text
 from sbf_dist.train.engine import load_shards, save_shards
+from sbf_dist.train.finite import refuse_non_finite
+from sbf_dist.train.shards import file_names
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -52,6 +54,7 @@ class Manifest(BaseModel):
     format: int
     step: int
     world_size: int
+    zero_stage: int | None = None  # a version before did not note it
     digests: dict[str, str]
     files: dict[str, FileEntry]
 
@@ -76,7 +79,10 @@ def save(
     `folder` may be one that all ranks share, or one per rank whose contents are merged afterwards.
     `loader_state` must be JSON. Batch norm statistics are stored as they are on rank 0: call
     synchronise_batchnorm first.
+
+    UserError, raised on all ranks alike: a number in it is not finite, and nothing is written.
     """
+    refuse_non_finite(engine, step)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=f".rank-{_rank()}-") as temporary:
         own = Path(temporary)
@@ -87,9 +93,12 @@ def save(
             for path in sorted(own.rglob("*"))
             if path.is_file()
         }
+        flush_below(own)  # a rename can reach the disk before what is in the file
         for name in files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (own / name).replace(folder / name)
+        for place in {(folder / name).parent for name in files}:
+            flush(place)
     per_rank: list[dict[str, FileEntry]] = [{} for _ in range(_world_size())]
     if dist.is_initialized():
         dist.all_gather_object(per_rank, files)
@@ -100,6 +109,7 @@ def save(
             format=FORMAT,
             step=step,
             world_size=_world_size(),
+            zero_stage=engine.zero_optimization_stage(),
             digests=dict(digests),
             files={name: entry for rank_files in per_rank for name, entry in rank_files.items()},
         )
@@ -129,9 +139,22 @@ def read_manifest(folder: Path) -> Manifest:
 def verify(folder: Path) -> Manifest:
     """Compare every file of the checkpoint in `folder` with its manifest, which is returned.
 
-    UserError names the first file that is missing or is not what was written.
+    UserError names the first file that is missing, is not what was written, or is there although
+    the manifest does not list it. Hidden files, as storage leaves them, are not looked at.
     """
     manifest = read_manifest(folder)
+    for name in _expected(folder, manifest):
+        if name not in manifest.files:
+            raise UserError(
+                f"checkpoint {folder}: {_MANIFEST} does not list {name}, which a checkpoint of "
+                f"{manifest.world_size} workers has; use an earlier checkpoint"
+            )
+    for name in _files(folder):
+        if name not in manifest.files:
+            raise UserError(
+                f"checkpoint {folder}: {name} is not listed in {_MANIFEST}; remove it, or use an "
+                "earlier checkpoint"
+            )
     for name, entry in manifest.files.items():
         path = folder / name
         if not path.is_file():
@@ -148,6 +171,22 @@ def verify(folder: Path) -> Manifest:
                 "use an earlier checkpoint"
             )
     return manifest
+
+
+def _expected(folder: Path, manifest: Manifest) -> list[str]:
+    """The files that a checkpoint has, whatever its manifest lists."""
+    ranks = range(manifest.world_size)
+    expected = [
+        f"ranks/{rank:05d}.{ending}" for rank in ranks for ending in ("json", "safetensors")
+    ]
+    shards = file_names(manifest.world_size, manifest.zero_stage, folder / _SHARDS / _TAG)
+    return expected + [f"{_SHARDS}/{_TAG}/{name}" for name in shards]
+
+
+def _files(folder: Path) -> list[str]:
+    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    visible = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    return [name.as_posix() for name in visible if name.as_posix() != _MANIFEST]
 
 
 def load(engine: Any, folder: Path, *, digests: Mapping[str, str]) -> Restored:

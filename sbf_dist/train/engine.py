@@ -17,8 +17,9 @@ from sbf_dist.errors import UserError
 from sbf_dist.settings import Optimizer
 from sbf_dist.train import shards
 from sbf_dist.train.lean_deepspeed import load_deepspeed
-from sbf_dist.train.resharding import names_of_groups, put
+from sbf_dist.train.resharding import gradient_scaler, names_of_groups, put
 
+_WITHOUT_NORM = {"compute_grad_norm": False}
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
@@ -48,6 +49,7 @@ def build_engine(
     accumulation: int = 1,
     zero_stage: int = 1,
     precision: Precision = "fp32",
+    skip_bad_steps: int = 0,
 ) -> Any:
     """The DeepSpeedEngine that trains `task` on the device where its parameters are.
 
@@ -55,7 +57,7 @@ def build_engine(
     The parameters and buffers of rank 0 are given to all ranks. A process group that is there
     (Ray Train's, say) is used; otherwise one is set up from torchrun's variables, or of this
     process alone. bf16 and fp16 are torch.autocast: weights, batch norm and the optimizer stay
-    fp32.
+    fp32. So many `skip_bad_steps` may be left out, see sbf_dist.train.finite.
 
     UserError: nothing to train; fp16 on the CPU; a ZeRO stage that does not exist.
     """
@@ -74,13 +76,16 @@ def build_engine(
     deepspeed = _silenced(device)
     for buffer in task.buffers():  # DeepSpeed broadcasts the parameters, but no buffers
         dist.broadcast(buffer, src=0)
+    clips = optimizer.clip is not None
     with torch.device(device):
         engine, *_ = deepspeed.initialize(
             model=task,
             optimizer=torch_optimizer(task, optimizer),
-            config=_config(optimizer, micro_batch, accumulation, zero_stage, precision),
+            config=_config(optimizer, micro_batch, accumulation, precision)
+            | {"zero_optimization": _zero(zero_stage, reads_norm=clips or skip_bad_steps > 0)},
             dist_init_required=False,
         )
+    engine.skip_bad_steps = skip_bad_steps
     engine.checkpoint_engine = _restricted_checkpoint_engine()
     return engine
 
@@ -110,14 +115,12 @@ def _config(
     optimizer: Optimizer,
     micro_batch: int,
     accumulation: int,
-    zero_stage: int,
     precision: Precision,
 ) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": optimizer.clip or 0.0,
-        "zero_optimization": {"stage": zero_stage},
         "zero_allow_untested_optimizer": True,  # SGD
         "steps_per_print": sys.maxsize,
         "wall_clock_breakdown": False,
@@ -128,6 +131,15 @@ def _config(
         dtype = {"bf16": "bfloat16", "fp16": "float16"}[precision]
         config["torch_autocast"] = {"enabled": True, "dtype": dtype}
     return config
+
+
+def _zero(stage: int, *, reads_norm: bool) -> dict[str, Any]:
+    """DeepSpeed's settings of a ZeRO stage.
+
+    It would read the norm of the gradient from the device in each step, needed or not; at stage 3
+    that cannot be turned off. A norm that is not finite makes it leave out the step.
+    """
+    return {"stage": stage} | ({} if reads_norm or stage not in (1, 2) else _WITHOUT_NORM)
 
 
 def _silenced(device: torch.device) -> ModuleType:
@@ -175,7 +187,7 @@ def _restricted_checkpoint_engine() -> Any:
 
 def save_shards(engine: Any, folder: Path, tag: str) -> None:
     """Write this rank's shards below folder/tag; every rank calls it with the same tag."""
-    scaler = _gradient_scaler(engine)
+    scaler = gradient_scaler(engine)
     added: dict[str, Any] = {shards.NAMES: names_of_groups(engine)}
     if scaler is not None:
         added[shards.SCALER] = scaler.state_dict()
@@ -200,12 +212,6 @@ def load_shards(engine: Any, folder: Path, tag: str, *, ranks: int) -> None:
         if path is None:  # DeepSpeed only warns
             raise UserError(f"checkpoint {folder / tag}: DeepSpeed finds nothing to load there")
         saved_scaler = added.get(shards.SCALER)
-    scaler = _gradient_scaler(engine)
+    scaler = gradient_scaler(engine)
     if scaler is not None and saved_scaler is not None:
         scaler.load_state_dict(saved_scaler)
-
-
-def _gradient_scaler(engine: Any) -> torch.amp.GradScaler | None:
-    """What scales the loss at fp16, which DeepSpeed does not save; None at other precisions."""
-    undivided = engine.torch_autocast_z0_gradscaler
-    return undivided or getattr(engine.optimizer, "torch_autocast_gradscaler", None)

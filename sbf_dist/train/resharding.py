@@ -17,10 +17,24 @@ def optimized(engine: Any) -> list[Tensor]:
     return [p for group in engine.optimizer.param_groups for p in group["params"]]
 
 
+def named_parts(engine: Any) -> list[tuple[str, Tensor]]:
+    """`optimized` with names: of the parameter, or of the group that it is a part of."""
+    names = names_of_groups(engine)
+    if engine.zero_optimization_stage() == 0:
+        flat = [name for group in names for name in group]
+    else:
+        flat = [f"{group[0]} … {group[-1]}" for group in names]
+    return list(zip(flat, optimized(engine), strict=True))
+
+
 def state_of(engine: Any, tensor: Tensor) -> dict[str, Any]:
     """The optimizer's state of one of `optimized`."""
-    base = engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
-    return base.state[tensor]
+    return base_optimizer(engine).state[tensor]
+
+
+def base_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """PyTorch's optimizer, which ZeRO wraps."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
 def gather(engine: Any, key: str | None = None) -> dict[str, Tensor]:
@@ -95,3 +109,9 @@ def _groups(engine: Any) -> Iterator[tuple[Shapes, Tensor]]:
 
 def _part(stage: int, tensors: list[Any], own: Tensor) -> Tensor:
     return cut(stage, tensors, rank=dist.get_rank(), ranks=dist.get_world_size(), size=own.numel())
+
+
+def gradient_scaler(engine: Any) -> torch.amp.GradScaler | None:
+    """What scales the loss at fp16, which DeepSpeed does not save; None at other precisions."""
+    undivided = getattr(engine, "torch_autocast_z0_gradscaler", None)
+    return undivided or getattr(engine.optimizer, "torch_autocast_gradscaler", None)

@@ -91,8 +91,10 @@ def read(folder: Path, ranks: int) -> Whole:
 
     UserError: a file is missing, or holds more than tensors and numbers.
     """
-    model = [_load(path) for path in _model_files(folder, ranks)]
-    optimizer = [_load(path)["optimizer_state_dict"] for path in _optimizer_files(folder, ranks)]
+    names = file_names(ranks, None, folder)
+    model = [_load(folder / name) for name in names if name.endswith(_MODEL)]
+    parts = [_load(folder / name) for name in names if name.endswith(_OPTIMIZER)]
+    optimizer = [part["optimizer_state_dict"] for part in parts]
     first = model[0]
     counters = {key: first[key] for key in ("global_steps", "global_samples", "skipped_steps")}
     if not optimizer:
@@ -110,16 +112,6 @@ def read(folder: Path, ranks: int) -> Whole:
     for number, shapes in enumerate(groups):
         states.update(_states_of_group(stage, shapes, [part.get(number, {}) for part in base]))
     return Whole(stage, weights, states, counters, first.get(SCALER))
-
-
-def _model_files(folder: Path, ranks: int) -> list[Path]:
-    divided = [folder / f"zero_pp_rank_{r}_mp_rank_00_model_states.pt" for r in range(ranks)]
-    return divided if divided[0].exists() else [folder / "mp_rank_00_model_states.pt"]
-
-
-def _optimizer_files(folder: Path, ranks: int) -> list[Path]:
-    divided = [folder / f"zero_pp_rank_{r}_mp_rank_00_optim_states.pt" for r in range(ranks)]
-    return divided if divided[0].exists() else []
 
 
 def _states_of_group(
@@ -161,6 +153,21 @@ def _weights_of_stage_3(
 
 
 # --- files ---------------------------------------------------------------------------------------
+
+_MODEL = "mp_rank_00_model_states.pt"
+_OPTIMIZER = "mp_rank_00_optim_states.pt"
+
+
+def file_names(ranks: int, stage: int | None, folder: Path) -> list[str]:
+    """Names of the files that `ranks` ranks write at a ZeRO stage; None: as seen in `folder`."""
+    divided = [f"zero_pp_rank_{rank}_{_MODEL}" for rank in range(ranks)]
+    optimizer = [f"zero_pp_rank_{rank}_{_OPTIMIZER}" for rank in range(ranks)]
+    if stage is None:
+        stage = (
+            3 if (folder / divided[0]).exists() else 2 if (folder / optimizer[0]).exists() else 0
+        )
+    model = divided if stage == 3 else [_MODEL]
+    return model + (optimizer if stage > 0 else [])
 
 
 class _Ignored:

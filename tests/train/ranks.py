@@ -1,12 +1,15 @@
 """What the processes of test_two_ranks.py do: each function here is the whole life of one rank."""
 
+import hashlib
+import itertools
 import json
 import multiprocessing
 import os
 import random
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +26,14 @@ from sbf_dist.settings import Optimizer
 from sbf_dist.train import checkpoint
 from sbf_dist.train.engine import build_engine
 from sbf_dist.train.evaluate import accuracy, predict, synchronise_batchnorm
-from sbf_dist.train.loop import Every, fit
+from sbf_dist.train.loop import Every, LogRecord, fit
+from sbf_dist.train.resharding import gather, optimized, state_of
 
 DIGESTS = {"recipe": "r1"}
 OPTIMIZERS = {
     "sgd": Optimizer(lr=0.05, weight_decay=1e-3, clip=5.0),
     "adamw": Optimizer(name="adamw", lr=0.05, weight_decay=1e-3),
+    "unclipped": Optimizer(lr=0.05, weight_decay=1e-3),
 }
 
 
@@ -60,7 +65,11 @@ def _rank(rank: int, rank_main: Callable[[Path], Any], folder: str, world_size: 
 
 
 def _engine(
-    zero_stage: int = 1, precision: str = "fp32", accumulation: int = 1, optimizer: str = "sgd"
+    zero_stage: int = 1,
+    precision: str = "fp32",
+    accumulation: int = 1,
+    optimizer: str = "sgd",
+    skip_bad_steps: int = 0,
 ) -> Any:
     torch.manual_seed(dist.get_rank())  # the ranks must agree although they begin apart
     return build_engine(
@@ -70,6 +79,7 @@ def _engine(
         accumulation=accumulation,
         zero_stage=zero_stage,
         precision=precision,  # type: ignore[arg-type]
+        skip_bad_steps=skip_bad_steps,
     )
 
 
@@ -178,10 +188,12 @@ def nothing_to_evaluate_on_rank_1(_: Path) -> dict[str, Any]:
 
 
 class _NanOnRank1(TinyLoader):
+    bad_steps = (3,)
+
     def __next__(self) -> dict[str, Tensor]:
         step = self.seen // (self.batch_size * self.world_size)
         batch = super().__next__()
-        if self.rank == 1 and step == 3:
+        if self.rank == 1 and step in self.bad_steps:
             batch["image"][:] = float("nan")
         return batch
 
@@ -200,6 +212,126 @@ def loss_turns_nan_on_one_rank(_: Path) -> dict[str, Any]:
     except UserError as error:
         return {"error": str(error), "saved": saved}
     return {"error": None, "saved": saved}
+
+
+LEFT_OUT = ["zero 0 x 1", "zero 0 x 2", "zero 1 x 1", "zero 2 x 2", "zero 3 x 1"]
+
+
+def bad_steps_are_left_out(_: Path) -> dict[str, Any]:
+    """NaN on rank 1 at step 3, at each ZeRO stage, without and with accumulation."""
+    answer: dict[str, Any] = {}
+    for name in LEFT_OUT:
+        stage, accumulation = int(name[5]), int(name[-1])
+        engine = _engine(stage, accumulation=accumulation, skip_bad_steps=1)
+        loader = _NanOnRank1(dist.get_rank(), 2)
+        loader.bad_steps = (3 * accumulation + accumulation - 1,)  # the last of its batches
+        digests, bad, left_out = [_digest(engine)], [], []
+
+        def note(record: LogRecord, bad=bad, left_out=left_out) -> None:
+            left_out.append(record.left_out)
+
+        def saved(step: int, engine=engine, digests=digests) -> None:
+            digests.append(_digest(engine))
+
+        fit(
+            engine,
+            loader,
+            steps=7,
+            lr_at=lambda step: 0.05,
+            log=Every(1, note),
+            checkpoint=Every(1, saved),
+        )
+        pairs = itertools.pairwise(digests)
+        weights = torch.cat([t.flatten() for t in gather(engine).values()])
+        answer[name] = {
+            "bad": [3],
+            "unchanged": [step for step, (before, after) in enumerate(pairs) if before == after],
+            "left_out": left_out[-1],
+            "finite": all(t.isfinite().all() for t in engine.module.buffers()),
+            "weights": weights,
+        }
+    engine = _engine(skip_bad_steps=1)
+    loader = _NanOnRank1(dist.get_rank(), 2)
+    loader.bad_steps = (3, 5)
+    try:
+        _train(engine, loader, 0, 8)
+    except UserError as error:
+        answer["error"] = str(error)
+    return answer
+
+
+def _digest(engine: Any) -> str:
+    """Of all that a step may change but counts: weights, momentum, batch norm statistics."""
+    tensors = [*gather(engine).values(), *engine.module.buffers()]
+    for part in optimized(engine):
+        state = state_of(engine, part)
+        tensors += [state[key] for key in sorted(state) if torch.is_tensor(state[key])]
+    numbers = torch.cat([t.detach().double().flatten() for t in tensors])
+    return hashlib.sha256(numbers.numpy().tobytes()).hexdigest()
+
+
+def what_is_not_finite_is_not_saved(folder: Path) -> dict[str, str]:
+    answer = {}
+    for what in ("parameter", "buffer", "state"):
+        engine = _engine()
+        _train(engine, _loader(), 0, 2)
+        spoilt = {
+            "parameter": engine.module.student[5].weight,
+            "buffer": engine.module.student[1].running_var,
+            "state": next(iter(engine.optimizer.optimizer.state.values()))["momentum_buffer"],
+        }[what]
+        if dist.get_rank() == 1:
+            with torch.no_grad():
+                spoilt.flatten()[0] = float("inf")
+        try:
+            checkpoint.save(
+                engine, folder / f"refused-{what}", step=7, loader_state={}, digests=DIGESTS
+            )
+        except UserError as error:
+            answer[what] = str(error)
+    return answer
+
+
+def reads_of_the_device() -> dict[str, int]:
+    """How often twelve steps with a record every four read a tensor, as a GPU would wait for."""
+    counts = {}
+    for stage in (0, 1, 2):
+        engine = _engine(stage, optimizer="unclipped")
+        batches = list(itertools.islice(_loader(), 12))
+        with counted_reads() as count:
+            fit(
+                engine,
+                batches,
+                steps=12,
+                lr_at=lambda step: 0.05,
+                log=Every(4, lambda record: None),
+            )
+        counts[f"zero {stage}"] = len(count)
+    return counts
+
+
+@contextmanager
+def counted_reads() -> Iterator[list[str]]:
+    """Note each way from a tensor to a number of Python's."""
+    found: list[str] = []
+    names = ("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__")
+    before = {name: getattr(Tensor, name) for name in names}
+
+    def counting(name: str) -> Callable[..., Any]:
+        def read(tensor: Tensor, *arguments: Any) -> Any:
+            found.append(name)
+            with torch._C.DisableTorchFunctionSubclass():
+                return before[name](tensor, *arguments)
+
+        return read
+
+    for name in names:
+        setattr(Tensor, name, counting(name))
+    try:
+        yield found
+    finally:
+        for name in names:
+            setattr(Tensor, name, before[name])
 
 
 def other_stages_and_precisions(folder: Path) -> dict[str, list[float]]:
@@ -226,7 +358,11 @@ def accumulated_equals_whole(_: Path) -> dict[str, Tensor]:
 
 def load_on_one_rank(folder: Path) -> dict[str, Any]:
     weights = {name: _go_on_with_fixed_statistics(folder, name, 32) for name in ("sgd", "adamw")}
-    return {"weights": weights, "refusal": _load_with_code_inside(_engine(), folder / "sgd")}
+    return {
+        "weights": weights,
+        "refusal": _load_with_code_inside(_engine(), folder / "sgd"),
+        "reads": reads_of_the_device(),
+    }
 
 
 class _RunsCode:
