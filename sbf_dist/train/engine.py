@@ -16,8 +16,9 @@ from torch import nn
 from sbf_dist.errors import UserError
 from sbf_dist.settings import Optimizer
 from sbf_dist.train import shards
+from sbf_dist.train.average import WeightAverage
 from sbf_dist.train.lean_deepspeed import load_deepspeed
-from sbf_dist.train.resharding import gradient_scaler, names_of_groups, put
+from sbf_dist.train.resharding import gradient_scaler, names_of_groups, put, shared_names
 
 _WITHOUT_NORM = {"compute_grad_norm": False}
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -50,6 +51,7 @@ def build_engine(
     zero_stage: int = 1,
     precision: Precision = "fp32",
     skip_bad_steps: int = 0,
+    ema: float | None = None,
 ) -> Any:
     """The DeepSpeedEngine that trains `task` on the device where its parameters are.
 
@@ -57,9 +59,11 @@ def build_engine(
     The parameters and buffers of rank 0 are given to all ranks. A process group that is there
     (Ray Train's, say) is used; otherwise one is set up from torchrun's variables, or of this
     process alone. bf16 and fp16 are torch.autocast: weights, batch norm and the optimizer stay
-    fp32. So many `skip_bad_steps` may be left out, see sbf_dist.train.finite.
+    fp32. So many `skip_bad_steps` may be left out, see sbf_dist.train.finite. `ema`: decay of a
+    moving average of the weights (engine.average, a WeightAverage); None: off.
 
-    UserError: nothing to train; fp16 on the CPU; a ZeRO stage that does not exist.
+    UserError: nothing to train; fp16 on the CPU; a ZeRO stage that does not exist, or that does not
+    suit the optimizer.
     """
     devices = {parameter.device for parameter in task.parameters() if parameter.requires_grad}
     if not devices:
@@ -70,6 +74,11 @@ def build_engine(
         raise UserError("precision fp16: needs a GPU; use fp32 or bf16 on the CPU")
     if zero_stage not in (0, 1, 2, 3):
         raise UserError(f"zero_stage {zero_stage}: must be 0, 1, 2 or 3")
+    if optimizer.name == "lamb" and zero_stage:
+        raise UserError(
+            f"zero_stage {zero_stage}: does not suit lamb, which scales each layer's step as a "
+            "whole; must be 0"
+        )
 
     join_process_group(device)
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed insists on it
@@ -85,6 +94,7 @@ def build_engine(
             | {"zero_optimization": _zero(zero_stage, reads_norm=clips or skip_bad_steps > 0)},
             dist_init_required=False,
         )
+    engine.average = WeightAverage(engine, ema) if ema is not None else None
     engine.skip_bad_steps = skip_bad_steps
     engine.checkpoint_engine = _restricted_checkpoint_engine()
     return engine
@@ -102,10 +112,15 @@ def join_process_group(device: torch.device) -> None:
 
 
 def torch_optimizer(task: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
-    """PyTorch's optimizer of the trainable parameters of `task`."""
+    """The optimizer of the trainable parameters of `task`."""
     groups = parameter_groups(task, settings.weight_decay)
     if settings.name == "adamw":
         return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
+    if settings.name == "lamb":
+        from timm.optim import Lamb  # takes seconds
+
+        # The gradient is clipped before, as it is for the other optimizers.
+        return Lamb(groups, lr=settings.lr, betas=settings.betas, max_grad_norm=None)
     return torch.optim.SGD(
         groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0
     )
@@ -188,9 +203,14 @@ def _restricted_checkpoint_engine() -> Any:
 def save_shards(engine: Any, folder: Path, tag: str) -> None:
     """Write this rank's shards below folder/tag; every rank calls it with the same tag."""
     scaler = gradient_scaler(engine)
-    added: dict[str, Any] = {shards.NAMES: names_of_groups(engine)}
+    added: dict[str, Any] = {
+        shards.NAMES: names_of_groups(engine),
+        shards.SHARED: shared_names(engine),
+    }
     if scaler is not None:
         added[shards.SCALER] = scaler.state_dict()
+    if engine.average is not None:
+        added[shards.EMA_BUFFERS] = engine.average.buffers
     engine.save_checkpoint(str(folder), tag=tag, client_state=added, save_latest=False)
     # DeepSpeed puts scripts of its own beside the shards; a checkpoint should hold no code.
     for script in folder.glob("*.py"):
@@ -206,12 +226,14 @@ def load_shards(engine: Any, folder: Path, tag: str, *, ranks: int) -> None:
     if ranks != dist.get_world_size() and engine.zero_optimization_stage() > 0:
         whole = shards.read(folder / tag, ranks)
         put(engine, whole)
-        saved_scaler = whole.scaler
+        saved_scaler, averaged = whole.scaler, whole.ema_buffers
     else:
         path, added = engine.load_checkpoint(str(folder), tag=tag)
         if path is None:  # DeepSpeed only warns
             raise UserError(f"checkpoint {folder / tag}: DeepSpeed finds nothing to load there")
-        saved_scaler = added.get(shards.SCALER)
+        saved_scaler, averaged = added.get(shards.SCALER), added.get(shards.EMA_BUFFERS, {})
     scaler = gradient_scaler(engine)
     if scaler is not None and saved_scaler is not None:
         scaler.load_state_dict(saved_scaler)
+    if engine.average is not None:
+        engine.average.buffers = {n: value.to(engine.device) for n, value in averaged.items()}

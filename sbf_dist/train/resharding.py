@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sbf_dist.train.shards import Shapes, Whole, cut, join
+from sbf_dist.train.shards import EMA, Shapes, Whole, cut, join
 
 
 def optimized(engine: Any) -> list[Tensor]:
@@ -49,10 +49,39 @@ def gather(engine: Any, key: str | None = None) -> dict[str, Tensor]:
         return dict(zip(names, mine, strict=True))
     found = {}
     for (shapes, _), part in zip(_groups(engine), mine, strict=True):
-        parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, part.contiguous())
-        found.update(join(stage, shapes, parts))
+        found.update(join(stage, shapes, _gathered(part)))
     return found
+
+
+def whole_state(engine: Any, *, averaged: bool = False) -> dict[str, Any]:
+    """The state dict of engine.module as if nothing were divided, or of the average of its weights.
+
+    Every rank calls it. Buffers are those of this rank.
+    """
+    state = dict(engine.module.state_dict())
+    found = gather(engine, EMA) if averaged else {}
+    if engine.zero_optimization_stage() == 3:
+        for name, parameter in engine.module.named_parameters():
+            if not parameter.requires_grad:
+                own = _gathered(parameter.ds_tensor.flatten())
+                found |= join(3, {name: parameter.ds_shape}, own)
+        found = (gather(engine) if not averaged else {}) | found
+    for name, other in shared_names(engine).items():
+        found |= {name: found[other]} if other in found else {}
+    return state | found | (engine.average.buffers if averaged else {})
+
+
+def shared_names(engine: Any) -> dict[str, str]:
+    """Further names of parameters that have several, and the first of each."""
+    first = {parameter: name for name, parameter in engine.module.named_parameters()}
+    every = engine.module.named_parameters(remove_duplicate=False)
+    return {name: first[p] for name, p in every if first[p] != name}
+
+
+def _gathered(part: Tensor) -> list[Tensor]:
+    parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, part.contiguous())
+    return parts
 
 
 def names_of_groups(engine: Any) -> list[list[str]]:

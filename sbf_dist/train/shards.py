@@ -26,8 +26,11 @@ Shapes = Mapping[str, torch.Size]  # of the parameters of a group, by name, in t
 State = dict[str, Tensor | float | int]  # of one parameter: "momentum_buffer", "step", and so on
 
 # What engine.save_shards adds to what DeepSpeed saves.
+SHARED = "sbf_shared_names"  # of parameters with several names: each further one and the first
 NAMES = "sbf_optimizer_names"  # the parameters of each group of the optimizer
+EMA_BUFFERS = "sbf_ema_buffers"  # the moving average of batch norm statistics
 SCALER = "sbf_gradient_scaler"  # at fp16, what the loss is scaled with
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 EMA = "ema"  # the moving average of the weights, kept with the optimizer's state of a parameter
 
 
@@ -39,6 +42,8 @@ class Whole:
     optimizer  the state of each trained parameter by name, tensors in the parameter's shape; empty
                where a version before saved at ZeRO stage 0, which noted no names
     counters   DeepSpeed's counts of steps and samples
+    ema_buffers  the moving average of batch norm statistics, empty where there is none
+    shared     further names of parameters that have several, and the first of each
     scaler     at fp16, the state of what scales the loss
     """
 
@@ -46,13 +51,19 @@ class Whole:
     weights: dict[str, Tensor]
     optimizer: dict[str, State]
     counters: dict[str, int]
+    ema_buffers: dict[str, Tensor]
+    shared: dict[str, str]
     scaler: dict[str, Any] | None = None
 
     @property
     def ema(self) -> dict[str, Tensor]:
-        """The moving average of the trained parameters; empty where there is none."""
+        """All weights, the moving average for those that have one; empty where none has."""
         averages = {name: state.get(EMA) for name, state in self.optimizer.items()}
-        return {name: value for name, value in averages.items() if isinstance(value, Tensor)}
+        found = {name: value for name, value in averages.items() if isinstance(value, Tensor)}
+        if not found:
+            return {}
+        shared = {name: found[first] for name, first in self.shared.items() if first in found}
+        return self.weights | found | shared | self.ema_buffers
 
 
 def join(stage: int, shapes: Shapes, parts: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -96,22 +107,26 @@ def read(folder: Path, ranks: int) -> Whole:
     parts = [_load(folder / name) for name in names if name.endswith(_OPTIMIZER)]
     optimizer = [part["optimizer_state_dict"] for part in parts]
     first = model[0]
-    counters = {key: first[key] for key in ("global_steps", "global_samples", "skipped_steps")}
-    if not optimizer:
-        states = _undivided_states(first)
-        return Whole(0, dict(first["module"]), states, counters, first.get(SCALER))
-    stage = int(optimizer[0]["zero_stage"])
-    groups: list[Shapes] = first["param_shapes"]
-    weights = dict(first["module"])
-    if stage == 3:
-        weights = _weights_of_stage_3(model, optimizer)
-        base = [part["optimizer_state_dict"]["state"] for part in optimizer]
-    else:
-        base = [part["base_optimizer_state"]["state"] for part in optimizer]
-    states = {}
-    for number, shapes in enumerate(groups):
-        states.update(_states_of_group(stage, shapes, [part.get(number, {}) for part in base]))
-    return Whole(stage, weights, states, counters, first.get(SCALER))
+    weights, states, stage = dict(first["module"]), _undivided_states(first), 0
+    if optimizer:
+        stage = int(optimizer[0]["zero_stage"])
+        if stage == 3:
+            weights = _weights_of_stage_3(model, optimizer)
+            base = [part["optimizer_state_dict"]["state"] for part in optimizer]
+        else:
+            base = [part["base_optimizer_state"]["state"] for part in optimizer]
+        for number, shapes in enumerate(first["param_shapes"]):
+            own = [part.get(number, {}) for part in base]
+            states.update(_states_of_group(stage, shapes, own))
+    return Whole(
+        zero_stage=stage,
+        weights=weights,
+        optimizer=states,
+        counters={key: first[key] for key in _COUNTERS},
+        ema_buffers=first.get(EMA_BUFFERS, {}),
+        shared=first.get(SHARED, {}),
+        scaler=first.get(SCALER),
+    )
 
 
 def _states_of_group(
@@ -130,6 +145,8 @@ def _states_of_group(
 
 
 def _undivided_states(model: Mapping[str, Any]) -> dict[str, State]:
+    if model["optimizer"] is None:  # at ZeRO stage 1, 2 or 3
+        return {}
     names = [name for group in model.get(NAMES, []) for name in group]
     return {name: dict(model["optimizer"]["state"].get(i, {})) for i, name in enumerate(names)}
 

@@ -9,9 +9,10 @@ import torch.distributed as dist
 from tiny import TinyLoader, TinyTask
 
 from sbf_dist.settings import Optimizer
-from sbf_dist.train import checkpoint
+from sbf_dist.train import checkpoint, shards
 from sbf_dist.train.engine import build_engine
 from sbf_dist.train.loop import Every, fit
+from sbf_dist.train.resharding import gather
 
 GLOBAL_BATCH = 24  # on 1, 2 and 3 ranks
 STEPS = 3  # between two checkpoints
@@ -19,8 +20,10 @@ DIGESTS = {"recipe": "r1"}
 OPTIMIZERS = {
     "sgd": Optimizer(lr=0.05, weight_decay=1e-3, clip=5.0),
     "adamw": Optimizer(name="adamw", lr=0.01, weight_decay=1e-3),
+    "lamb": Optimizer(name="lamb", lr=0.01, weight_decay=1e-3),
 }
-CELLS = [(stage, name) for stage in (0, 1, 2, 3) for name in OPTIMIZERS]
+CELLS = [(stage, name) for stage in (0, 1, 2, 3) for name in ("sgd", "adamw")] + [(0, "lamb")]
+EMA = 0.7
 
 Losses = dict[str, list[float]]
 
@@ -38,6 +41,7 @@ def _engines() -> Iterator[tuple[str, Any, TinyLoader]]:
             OPTIMIZERS[optimizer],
             micro_batch=GLOBAL_BATCH // ranks,
             zero_stage=stage,
+            ema=EMA,
         )
         # In training mode its statistics are those of a rank's images: another number of ranks
         # would compute something else.
@@ -47,6 +51,19 @@ def _engines() -> Iterator[tuple[str, Any, TinyLoader]]:
 
 def _train(engine: Any, loader: TinyLoader, start: int) -> list[float]:
     losses: list[float] = []
+    averages = None
+    if start:
+        averages = {name: tensor.clone() for name, tensor in gather(engine, shards.EMA).items()}
+
+    def follow(_: int) -> None:
+        """The average by its definition, to compare with."""
+        nonlocal averages
+        weights = {name: weight.clone() for name, weight in gather(engine).items()}
+        if averages is None:
+            averages = weights
+        for name, weight in weights.items():
+            averages[name] = EMA * averages[name] + (1 - EMA) * weight
+
     fit(
         engine,
         loader,
@@ -54,7 +71,11 @@ def _train(engine: Any, loader: TinyLoader, start: int) -> list[float]:
         start_step=start,
         lr_at=lambda step: engine.optimizer.param_groups[0]["lr"],
         log=Every(1, lambda record: losses.append(record.parts["loss"])),
+        checkpoint=Every(1, follow),
     )
+    assert averages is not None
+    for name, average in gather(engine, shards.EMA).items():
+        torch.testing.assert_close(average, averages[name], rtol=0, atol=1e-6)
     return losses
 
 

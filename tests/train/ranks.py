@@ -22,12 +22,13 @@ from torch import Tensor
 
 from sbf_dist.errors import UserError
 from sbf_dist.files import sha256
+from sbf_dist.layers import SBFConv2d
 from sbf_dist.settings import Optimizer
 from sbf_dist.train import checkpoint
 from sbf_dist.train.engine import build_engine
 from sbf_dist.train.evaluate import accuracy, predict, synchronise_batchnorm
 from sbf_dist.train.loop import Every, LogRecord, fit
-from sbf_dist.train.resharding import gather, optimized, state_of
+from sbf_dist.train.resharding import gather, optimized, state_of, whole_state
 
 DIGESTS = {"recipe": "r1"}
 OPTIMIZERS = {
@@ -70,6 +71,7 @@ def _engine(
     accumulation: int = 1,
     optimizer: str = "sgd",
     skip_bad_steps: int = 0,
+    ema: float | None = None,
 ) -> Any:
     torch.manual_seed(dist.get_rank())  # the ranks must agree although they begin apart
     return build_engine(
@@ -80,6 +82,7 @@ def _engine(
         zero_stage=zero_stage,
         precision=precision,  # type: ignore[arg-type]
         skip_bad_steps=skip_bad_steps,
+        ema=ema,
     )
 
 
@@ -128,17 +131,20 @@ def save_for_other_ranks(folder: Path) -> dict[str, Tensor]:
 
 
 def train_save_and_go_on(folder: Path) -> dict[str, Any]:
-    engine, loader = _engine(), _loader()
+    engine, loader = _engine(ema=0.9), _loader()
     answer: dict[str, Any] = {"mlflow": "mlflow" in sys.modules}
     answer["losses"] = _train(engine, loader, 0, 12)
+    synchronise_batchnorm(engine.module)
+    engine.average.synchronise()
     checkpoint.save(
         engine, folder / "saved", step=12, loader_state=loader.state_dict(), digests=DIGESTS
     )
     draws = torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()
     answer["more_losses"] = _train(engine, loader, 12, 16)
     answer["weights"] = _weights(engine)
+    answer["averages"] = whole_state(engine, averaged=True)
 
-    again, loader = _engine(), _loader()
+    again, loader = _engine(ema=0.9), _loader()
     restored = checkpoint.load(again, folder / "saved", digests=DIGESTS)
     loader.load_state_dict(restored.loader_state)
     answer["restored"] = restored.step
@@ -146,6 +152,7 @@ def train_save_and_go_on(folder: Path) -> dict[str, Any]:
     answer["same_draws"] = draws == redrawn
     answer["more_losses_again"] = _train(again, loader, restored.step, 16)
     answer["weights_again"] = _weights(again)
+    answer["averages_again"] = whole_state(again, averaged=True)
     return answer
 
 
@@ -153,6 +160,11 @@ def batchnorm_and_accuracy(_: Path) -> dict[str, Any]:
     rank = dist.get_rank()
     task = TinyTask()
     norm = task.student[1]
+    averages = {
+        "student.1.running_mean": torch.arange(8.0) * (1 + 3 * rank),
+        "student.1.running_var": torch.arange(8.0) + 1 + rank,
+    }
+    synchronise_batchnorm(task, averages)
     with torch.no_grad():
         norm.running_mean.copy_(torch.arange(8.0) * (1 + 3 * rank))
         norm.running_var.copy_(torch.arange(8.0) + 1 + rank)
@@ -173,6 +185,7 @@ def batchnorm_and_accuracy(_: Path) -> dict[str, Any]:
     return {
         "before": before,
         "after": after,
+        "averages": tuple(averages.values()),
         "scores": scores.__dict__,
         "training_mode_kept": student.training,
         "probabilities": alone.probabilities,
@@ -332,6 +345,23 @@ def counted_reads() -> Iterator[list[str]]:
     finally:
         for name in names:
             setattr(Tensor, name, before[name])
+
+
+def an_sbf_layer_at_stage_3(_: Path) -> dict[str, Any]:
+    """Losses of a student with a rebuilt layer at ZeRO 0 and 3, and its weights, whole."""
+    answer = {}
+    for stage in (0, 3):
+        torch.manual_seed(0)
+        task = TinyTask()
+        task.student[0] = SBFConv2d(3, 8, 3, range(4), [[0, 1], [1, 2], [2, 3], [3, 0]], padding=1)
+        engine = build_engine(task, Optimizer(lr=0.05), micro_batch=16, zero_stage=stage, ema=0.5)
+        losses = _train(engine, _loader(), 0, 4)
+        answer[stage] = {
+            "losses": losses,
+            "state": whole_state(engine),
+            "averaged": whole_state(engine, averaged=True),
+        }
+    return answer
 
 
 def other_stages_and_precisions(folder: Path) -> dict[str, list[float]]:

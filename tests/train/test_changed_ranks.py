@@ -51,14 +51,23 @@ def test_weights_and_optimizer_are_the_same_numbers_after_a_change(
     after = _whole(folder / f"{source}-again-{ranks_then}" / name)
     assert before.weights.keys() == after.weights.keys()
     assert all(torch.equal(before.weights[key], after.weights[key]) for key in before.weights)
-    key = "exp_avg_sq" if name.endswith("adamw") else "momentum_buffer"
+    key = "momentum_buffer" if name.endswith("sgd") else "exp_avg_sq"
     assert before.optimizer.keys() == after.optimizer.keys()
     for parameter, state in before.optimizer.items():
-        assert key in state
+        assert {key, "ema"} <= state.keys()
         assert state[key].abs().max() > 0
         assert state.keys() == after.optimizer[parameter].keys()
         for entry, value in state.items():
             assert torch.equal(torch.as_tensor(value), _entry(after, parameter, entry))
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_the_average_of_the_weights_goes_along(losses: Losses, folder: Path, name: str) -> None:
+    whole = _whole(folder / "two-three-two" / name)
+    averaged = whole.ema
+    assert averaged.keys() == whole.weights.keys()
+    assert not averaged["student.5.weight"].equal(whole.weights["student.5.weight"])
+    assert averaged["student.1.running_mean"].equal(whole.ema_buffers["student.1.running_mean"])
 
 
 def _whole(folder: Path) -> shards.Whole:

@@ -41,6 +41,7 @@ def _evaluate(folder: Path) -> dict[str, Any]:
         "refused": ranks.what_is_not_finite_is_not_saved(folder),
         "accumulated": ranks.accumulated_equals_whole(folder),
         "resized": ranks.save_for_other_ranks(folder),
+        "sbf": ranks.an_sbf_layer_at_stage_3(folder),
         "others": ranks.other_stages_and_precisions(folder),
     }
 
@@ -83,6 +84,17 @@ def test_other_zero_stages_and_precisions_train_save_and_load(
 ) -> None:
     losses = evaluated[0]["others"][name]
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_layer_that_is_rebuilt_trains_at_stage_3_as_at_stage_0(evaluated: Answers) -> None:
+    for answer in evaluated:
+        undivided, divided = answer["sbf"][0], answer["sbf"][3]
+        assert divided["losses"] == pytest.approx(undivided["losses"], abs=1e-6)
+        for kind in ("state", "averaged"):
+            assert divided[kind].keys() == undivided[kind].keys()
+            for name, value in undivided[kind].items():
+                if torch.is_tensor(value):
+                    torch.testing.assert_close(divided[kind][name], value, rtol=0, atol=1e-6)
 
 
 def test_a_nan_on_one_rank_stops_all_ranks_before_the_next_checkpoint(evaluated: Answers) -> None:
@@ -165,6 +177,9 @@ def test_going_on_from_a_checkpoint_is_as_if_it_had_never_stopped(trained: Answe
         assert answer["restored"] == 12
         assert answer["more_losses_again"] == answer["more_losses"]
         assert torch.equal(answer["weights_again"], answer["weights"])
+        assert answer["averages_again"].keys() == answer["averages"].keys()
+        for name, average in answer["averages"].items():
+            assert torch.equal(answer["averages_again"][name], average)
 
 
 def test_random_numbers_go_on_where_they_were(trained: Answers) -> None:
@@ -274,6 +289,7 @@ def test_batchnorm_statistics_become_those_of_all_ranks_together(evaluated: Answ
     var = (var_0 + var_1) / 2 + ((mean_0 - mean) ** 2 + (mean_1 - mean) ** 2) / 2
     for answer in evaluated:
         torch.testing.assert_close(answer["after"], (mean, var))
+        torch.testing.assert_close(answer["averages"], (mean, var))
 
 
 def test_accuracy_counts_each_labelled_image_of_all_ranks_once(evaluated: Answers) -> None:
