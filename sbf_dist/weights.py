@@ -38,9 +38,14 @@ def save_weights(model: nn.Module, path: Path) -> None:
     What modules return from get_extra_state and is no tensor is written as JSON into the file's
     metadata. Raises UserError for extra state that JSON cannot hold.
     """
+    save_state(model.state_dict(), path)
+
+
+def save_state(state: Mapping[str, Any], path: Path) -> None:
+    """Write a state dict as `save_weights` does."""
     # Cloned: safetensors refuses one tensor under two names, as shared modules have.
     tensors, extra = {}, {}
-    for name, value in model.state_dict().items():
+    for name, value in state.items():
         if isinstance(value, Tensor):
             tensors[name] = value.detach().cpu().contiguous().clone()
         else:

@@ -29,7 +29,7 @@ from sbf_dist.errors import UserError
 from sbf_dist.files import flush, flush_below, sha256, write_text
 from sbf_dist.train.engine import load_shards, save_shards
 from sbf_dist.train.finite import refuse_non_finite
-from sbf_dist.train.shards import file_names
+from sbf_dist.train.shards import Whole, file_names, read
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -212,6 +212,19 @@ def load(engine: Any, folder: Path, *, digests: Mapping[str, str]) -> Restored:
         folder / "ranks", _rank() if same_ranks else 0, restore_random=same_ranks
     )
     return Restored(step=manifest.step, loader_state=loader_state)
+
+
+def read_whole(folder: Path) -> Whole:
+    """What the shards of a checkpoint hold, put together, after they were verified.
+
+    It needs neither DeepSpeed nor the processes that wrote them. UserError as load() raises it.
+    """
+    return read(folder / _SHARDS / _TAG, verify(folder).world_size)
+
+
+def loader_state(folder: Path) -> dict[str, Any]:
+    """Where the images of rank 0 were when the checkpoint in `folder` was saved."""
+    return _read_rank_state(folder / "ranks", 0, restore_random=False)
 
 
 def _write_rank_state(folder: Path, loader_state: Mapping[str, Any]) -> None:
