@@ -20,6 +20,7 @@ from sbf_dist.train.average import WeightAverage
 from sbf_dist.train.lean_deepspeed import load_deepspeed
 from sbf_dist.train.resharding import gradient_scaler, names_of_groups, put, shared_names
 
+_LARGEST_BUCKET = 500_000_000  # DeepSpeed's own, in numbers
 _WITHOUT_NORM = {"compute_grad_norm": False}
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -85,13 +86,14 @@ def build_engine(
     deepspeed = _silenced(device)
     for buffer in task.buffers():  # DeepSpeed broadcasts the parameters, but no buffers
         dist.broadcast(buffer, src=0)
-    clips = optimizer.clip is not None
+    reads_norm = optimizer.clip is not None or skip_bad_steps > 0
+    numbers = sum(p.numel() for p in task.parameters() if p.requires_grad)
     with torch.device(device):
         engine, *_ = deepspeed.initialize(
             model=task,
             optimizer=torch_optimizer(task, optimizer),
             config=_config(optimizer, micro_batch, accumulation, precision)
-            | {"zero_optimization": _zero(zero_stage, reads_norm=clips or skip_bad_steps > 0)},
+            | {"zero_optimization": _zero(zero_stage, numbers, reads_norm=reads_norm)},
             dist_init_required=False,
         )
     engine.average = WeightAverage(engine, ema) if ema is not None else None
@@ -148,13 +150,15 @@ def _config(
     return config
 
 
-def _zero(stage: int, *, reads_norm: bool) -> dict[str, Any]:
-    """DeepSpeed's settings of a ZeRO stage.
+def _zero(stage: int, parameters: int, *, reads_norm: bool) -> dict[str, Any]:
+    """DeepSpeed's settings of a ZeRO stage, for a task of so many trained numbers.
 
     It would read the norm of the gradient from the device in each step, needed or not; at stage 3
     that cannot be turned off. A norm that is not finite makes it leave out the step.
     """
-    return {"stage": stage} | ({} if reads_norm or stage not in (1, 2) else _WITHOUT_NORM)
+    # It would set aside 2 GB for gradients on their way to other ranks, however small the network.
+    settings = {"stage": stage, "reduce_bucket_size": min(_LARGEST_BUCKET, parameters)}
+    return settings | ({} if reads_norm or stage not in (1, 2) else _WITHOUT_NORM)
 
 
 def _silenced(device: torch.device) -> ModuleType:

@@ -1,15 +1,12 @@
-"""What the processes of test_two_ranks.py do: each function here is the whole life of one rank."""
+"""Processes that are ranks of a group, and what those of test_two_ranks.py do."""
 
-import hashlib
-import itertools
 import json
 import multiprocessing
 import os
 import random
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +24,8 @@ from sbf_dist.settings import Optimizer
 from sbf_dist.train import checkpoint
 from sbf_dist.train.engine import build_engine
 from sbf_dist.train.evaluate import accuracy, predict, synchronise_batchnorm
-from sbf_dist.train.loop import Every, LogRecord, fit
-from sbf_dist.train.resharding import gather, optimized, state_of, whole_state
+from sbf_dist.train.loop import Every, fit
+from sbf_dist.train.resharding import whole_state
 
 DIGESTS = {"recipe": "r1"}
 OPTIMIZERS = {
@@ -65,7 +62,7 @@ def _rank(rank: int, rank_main: Callable[[Path], Any], folder: str, world_size: 
     os._exit(0)
 
 
-def _engine(
+def make_engine(
     zero_stage: int = 1,
     precision: str = "fp32",
     accumulation: int = 1,
@@ -86,11 +83,11 @@ def _engine(
     )
 
 
-def _loader() -> TinyLoader:
+def make_loader() -> TinyLoader:
     return TinyLoader(dist.get_rank(), dist.get_world_size())
 
 
-def _train(engine: Any, loader: Any, start: int, steps: int, **options: Any) -> list[float]:
+def train(engine: Any, loader: Any, start: int, steps: int, **options: Any) -> list[float]:
     losses: list[float] = []
     fit(
         engine,
@@ -110,20 +107,20 @@ def _weights(engine: Any) -> Tensor:
 
 def _go_on_with_fixed_statistics(folder: Path, optimizer: str, batch_size: int) -> Tensor:
     """Four more steps from folder/optimizer; batch norm does not depend on who has which image."""
-    engine = _engine(optimizer=optimizer)
+    engine = make_engine(optimizer=optimizer)
     restored = checkpoint.load(engine, folder / optimizer, digests=DIGESTS)
     engine.module.student[1].eval()
     loader = TinyLoader(dist.get_rank(), dist.get_world_size(), batch_size)
     loader.load_state_dict(restored.loader_state)
-    _train(engine, loader, restored.step, restored.step + 4)
+    train(engine, loader, restored.step, restored.step + 4)
     return _weights(engine)
 
 
 def save_for_other_ranks(folder: Path) -> dict[str, Tensor]:
     weights = {}
     for optimizer in ("sgd", "adamw"):
-        engine, loader = _engine(optimizer=optimizer), _loader()
-        _train(engine, loader, 0, 6)
+        engine, loader = make_engine(optimizer=optimizer), make_loader()
+        train(engine, loader, 0, 6)
         state = loader.state_dict()
         checkpoint.save(engine, folder / optimizer, step=6, loader_state=state, digests=DIGESTS)
         weights[optimizer] = _go_on_with_fixed_statistics(folder, optimizer, 16)
@@ -131,26 +128,26 @@ def save_for_other_ranks(folder: Path) -> dict[str, Tensor]:
 
 
 def train_save_and_go_on(folder: Path) -> dict[str, Any]:
-    engine, loader = _engine(ema=0.9), _loader()
+    engine, loader = make_engine(ema=0.9), make_loader()
     answer: dict[str, Any] = {"mlflow": "mlflow" in sys.modules}
-    answer["losses"] = _train(engine, loader, 0, 12)
+    answer["losses"] = train(engine, loader, 0, 12)
     synchronise_batchnorm(engine.module)
     engine.average.synchronise()
     checkpoint.save(
         engine, folder / "saved", step=12, loader_state=loader.state_dict(), digests=DIGESTS
     )
     draws = torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()
-    answer["more_losses"] = _train(engine, loader, 12, 16)
+    answer["more_losses"] = train(engine, loader, 12, 16)
     answer["weights"] = _weights(engine)
     answer["averages"] = whole_state(engine, averaged=True)
 
-    again, loader = _engine(ema=0.9), _loader()
+    again, loader = make_engine(ema=0.9), make_loader()
     restored = checkpoint.load(again, folder / "saved", digests=DIGESTS)
     loader.load_state_dict(restored.loader_state)
     answer["restored"] = restored.step
     redrawn = torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()
     answer["same_draws"] = draws == redrawn
-    answer["more_losses_again"] = _train(again, loader, restored.step, 16)
+    answer["more_losses_again"] = train(again, loader, restored.step, 16)
     answer["weights_again"] = _weights(again)
     answer["averages_again"] = whole_state(again, averaged=True)
     return answer
@@ -200,153 +197,6 @@ def nothing_to_evaluate_on_rank_1(_: Path) -> dict[str, Any]:
     return accuracy(student, mine, "cpu").__dict__
 
 
-class _NanOnRank1(TinyLoader):
-    bad_steps = (3,)
-
-    def __next__(self) -> dict[str, Tensor]:
-        step = self.seen // (self.batch_size * self.world_size)
-        batch = super().__next__()
-        if self.rank == 1 and step in self.bad_steps:
-            batch["image"][:] = float("nan")
-        return batch
-
-
-def loss_turns_nan_on_one_rank(_: Path) -> dict[str, Any]:
-    engine = _engine()
-    saved: list[int] = []
-    try:
-        _train(
-            engine,
-            _NanOnRank1(dist.get_rank(), 2),
-            0,
-            20,
-            checkpoint=Every(2, saved.append),
-        )
-    except UserError as error:
-        return {"error": str(error), "saved": saved}
-    return {"error": None, "saved": saved}
-
-
-LEFT_OUT = ["zero 0 x 1", "zero 0 x 2", "zero 1 x 1", "zero 2 x 2", "zero 3 x 1"]
-
-
-def bad_steps_are_left_out(_: Path) -> dict[str, Any]:
-    """NaN on rank 1 at step 3, at each ZeRO stage, without and with accumulation."""
-    answer: dict[str, Any] = {}
-    for name in LEFT_OUT:
-        stage, accumulation = int(name[5]), int(name[-1])
-        engine = _engine(stage, accumulation=accumulation, skip_bad_steps=1)
-        loader = _NanOnRank1(dist.get_rank(), 2)
-        loader.bad_steps = (3 * accumulation + accumulation - 1,)  # the last of its batches
-        digests, bad, left_out = [_digest(engine)], [], []
-
-        def note(record: LogRecord, bad=bad, left_out=left_out) -> None:
-            left_out.append(record.left_out)
-
-        def saved(step: int, engine=engine, digests=digests) -> None:
-            digests.append(_digest(engine))
-
-        fit(
-            engine,
-            loader,
-            steps=7,
-            lr_at=lambda step: 0.05,
-            log=Every(1, note),
-            checkpoint=Every(1, saved),
-        )
-        pairs = itertools.pairwise(digests)
-        weights = torch.cat([t.flatten() for t in gather(engine).values()])
-        answer[name] = {
-            "bad": [3],
-            "unchanged": [step for step, (before, after) in enumerate(pairs) if before == after],
-            "left_out": left_out[-1],
-            "finite": all(t.isfinite().all() for t in engine.module.buffers()),
-            "weights": weights,
-        }
-    engine = _engine(skip_bad_steps=1)
-    loader = _NanOnRank1(dist.get_rank(), 2)
-    loader.bad_steps = (3, 5)
-    try:
-        _train(engine, loader, 0, 8)
-    except UserError as error:
-        answer["error"] = str(error)
-    return answer
-
-
-def _digest(engine: Any) -> str:
-    """Of all that a step may change but counts: weights, momentum, batch norm statistics."""
-    tensors = [*gather(engine).values(), *engine.module.buffers()]
-    for part in optimized(engine):
-        state = state_of(engine, part)
-        tensors += [state[key] for key in sorted(state) if torch.is_tensor(state[key])]
-    numbers = torch.cat([t.detach().double().flatten() for t in tensors])
-    return hashlib.sha256(numbers.numpy().tobytes()).hexdigest()
-
-
-def what_is_not_finite_is_not_saved(folder: Path) -> dict[str, str]:
-    answer = {}
-    for what in ("parameter", "buffer", "state"):
-        engine = _engine()
-        _train(engine, _loader(), 0, 2)
-        spoilt = {
-            "parameter": engine.module.student[5].weight,
-            "buffer": engine.module.student[1].running_var,
-            "state": next(iter(engine.optimizer.optimizer.state.values()))["momentum_buffer"],
-        }[what]
-        if dist.get_rank() == 1:
-            with torch.no_grad():
-                spoilt.flatten()[0] = float("inf")
-        try:
-            checkpoint.save(
-                engine, folder / f"refused-{what}", step=7, loader_state={}, digests=DIGESTS
-            )
-        except UserError as error:
-            answer[what] = str(error)
-    return answer
-
-
-def reads_of_the_device() -> dict[str, int]:
-    """How often twelve steps with a record every four read a tensor, as a GPU would wait for."""
-    counts = {}
-    for stage in (0, 1, 2):
-        engine = _engine(stage, optimizer="unclipped")
-        batches = list(itertools.islice(_loader(), 12))
-        with counted_reads() as count:
-            fit(
-                engine,
-                batches,
-                steps=12,
-                lr_at=lambda step: 0.05,
-                log=Every(4, lambda record: None),
-            )
-        counts[f"zero {stage}"] = len(count)
-    return counts
-
-
-@contextmanager
-def counted_reads() -> Iterator[list[str]]:
-    """Note each way from a tensor to a number of Python's."""
-    found: list[str] = []
-    names = ("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__")
-    before = {name: getattr(Tensor, name) for name in names}
-
-    def counting(name: str) -> Callable[..., Any]:
-        def read(tensor: Tensor, *arguments: Any) -> Any:
-            found.append(name)
-            with torch._C.DisableTorchFunctionSubclass():
-                return before[name](tensor, *arguments)
-
-        return read
-
-    for name in names:
-        setattr(Tensor, name, counting(name))
-    try:
-        yield found
-    finally:
-        for name in names:
-            setattr(Tensor, name, before[name])
-
-
 def an_sbf_layer_at_stage_3(_: Path) -> dict[str, Any]:
     """Losses of a student with a rebuilt layer at ZeRO 0 and 3, and its weights, whole."""
     answer = {}
@@ -355,7 +205,7 @@ def an_sbf_layer_at_stage_3(_: Path) -> dict[str, Any]:
         task = TinyTask()
         task.student[0] = SBFConv2d(3, 8, 3, range(4), [[0, 1], [1, 2], [2, 3], [3, 0]], padding=1)
         engine = build_engine(task, Optimizer(lr=0.05), micro_batch=16, zero_stage=stage, ema=0.5)
-        losses = _train(engine, _loader(), 0, 4)
+        losses = train(engine, make_loader(), 0, 4)
         answer[stage] = {
             "losses": losses,
             "state": whole_state(engine),
@@ -367,22 +217,22 @@ def an_sbf_layer_at_stage_3(_: Path) -> dict[str, Any]:
 def other_stages_and_precisions(folder: Path) -> dict[str, list[float]]:
     losses = {}
     for stage, precision in ((0, "fp32"), (2, "bf16"), (3, "fp32")):
-        engine = _engine(stage, precision)
+        engine = make_engine(stage, precision)
         name = f"zero {stage} {precision}"
-        losses[name] = _train(engine, _loader(), 0, 12)
+        losses[name] = train(engine, make_loader(), 0, 12)
         saved = folder / name
         checkpoint.save(engine, saved, step=12, loader_state={}, digests=DIGESTS)
-        again = _engine(stage, precision)
+        again = make_engine(stage, precision)
         checkpoint.load(again, saved, digests=DIGESTS)
     return losses
 
 
 def accumulated_equals_whole(_: Path) -> dict[str, Tensor]:
     """Without batch norm in training mode, two half batches make the step of a whole one."""
-    whole, halves = _engine(), _engine(accumulation=2)
+    whole, halves = make_engine(), make_engine(accumulation=2)
     for engine, size in ((whole, 16), (halves, 8)):
         engine.module.student[1].eval()
-        _train(engine, TinyLoader(dist.get_rank(), dist.get_world_size(), size), 0, 4)
+        train(engine, TinyLoader(dist.get_rank(), dist.get_world_size(), size), 0, 4)
     return {"whole": _weights(whole), "halves": _weights(halves)}
 
 
@@ -390,8 +240,7 @@ def load_on_one_rank(folder: Path) -> dict[str, Any]:
     weights = {name: _go_on_with_fixed_statistics(folder, name, 32) for name in ("sgd", "adamw")}
     return {
         "weights": weights,
-        "refusal": _load_with_code_inside(_engine(), folder / "sgd"),
-        "reads": reads_of_the_device(),
+        "refusal": _load_with_code_inside(make_engine(), folder / "sgd"),
     }
 
 
