@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,12 +29,19 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Have a file, or the entries of a folder, written to the disk before this returns."""
+    """Wait until the disk holds what is in a file, or the names that are in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def move_durably(source: Path, target: Path) -> None:
+    """Move a file, also to another disk, and return once that disk holds it."""
+    shutil.move(source, target)
+    flush(target)
+    flush(target.parent)
 
 
 def flush_below(folder: Path) -> None:

@@ -428,15 +428,18 @@ class Recipe(Section):
                 f"compress.teacher = {self.compress.teacher!r} must be one of {', '.join(names)}"
             )
         for where, training in self.trainings().items():
-            pairs = self.data.augmentation.mixes
-            fault = training.division_fault(self.workers.count, pairs=pairs)
-            if fault is not None:
-                raise ValueError(f"{where}.{fault}")
+            self._check_batch(where, training, self.workers.count)
             if training.sync_batchnorm and not self.workers.gpus:
                 raise ValueError(
                     f"{where}.sync_batchnorm = True needs GPUs, workers.gpus is 0; set it to false"
                 )
         return self
+
+    def _check_batch(self, where: str, training: Training, workers: int) -> None:
+        """ValueError if a training's batches cannot be divided among so many workers."""
+        fault = training.division_fault(workers, pairs=self.data.augmentation.mixes)
+        if fault is not None:
+            raise ValueError(f"{where}.{fault}")
 
     def trainings(self) -> dict[str, Training]:
         """All trainings, by their place in the recipe."""

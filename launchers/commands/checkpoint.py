@@ -9,7 +9,7 @@ import typer
 from sbf_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from sbf_dist.train.checkpoint import Manifest
+    from sbf_dist.train.checkpoint import Manifest, Written
 
 app = typer.Typer(
     help="Look at the checkpoints of trainings, and take the weights out of one.",
@@ -38,7 +38,7 @@ def show(place: Place) -> None:
 
     for folder in _found(place):
         manifest = checkpoint.read_manifest(folder)
-        rows = _rows(manifest) | {
+        rows = _rows(manifest, checkpoint.written(folder)) | {
             "position": ", ".join(_position(checkpoint.loader_state(folder))) or "none",
         }
         print(folder)
@@ -130,12 +130,12 @@ def _found(place: Path) -> list[Path]:
     return found
 
 
-def _rows(manifest: "Manifest") -> dict[str, str]:
+def _rows(manifest: "Manifest", written: "Written | None") -> dict[str, str]:
     size = sum(entry.size for entry in manifest.files.values())
-    stage = "not noted" if manifest.zero_stage is None else manifest.zero_stage
+    engine = "" if written is None else f", {written.optimizer} at ZeRO stage {written.zero_stage}"
     return {
         "step": str(manifest.step),
-        "workers": f"{manifest.world_size}, ZeRO stage {stage}",
+        "workers": f"{manifest.world_size}{engine}",
         **manifest.digests,
         "files": f"{len(manifest.files)}, {size / 1e6:,.1f} MB",
     }

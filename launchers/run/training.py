@@ -15,6 +15,7 @@ from launchers.run.networks import Job, Network
 from launchers.run.worker import Context, validation
 from pipelines.agreement import check_workers_agree
 from sbf_dist import tracking
+from sbf_dist.compression.plan import Plan
 from sbf_dist.distill.task import DistillationTask
 from sbf_dist.train import checkpoint
 from sbf_dist.train.engine import build_engine
@@ -60,6 +61,7 @@ def _train(
     torch.manual_seed(job.seed)
     settings = job.training
     student, engine = _engine(here, network, job)
+    engine.reads = _reads(here, network)
     index, annotate = targets(here, network)
     steps, warmup = settings.lengths(steps_per_epoch(here, network, index))
     batches = training_batches(here, network, index)
@@ -159,18 +161,28 @@ def _trained(here: Context, network: Network, engine: Any, *, averaged: bool) ->
 
 def digests(here: Context, network: Network) -> dict[str, str]:
     """What a checkpoint of a network's training depends on."""
-    read = locks.read_by(locks.values_of(here.recipe.identity()), network.reads)
-    return {"recipe": locks.digest(read), "data": here.index.digest, "training": network.name}
+    plan = {} if network.plan is None else {"plan": Plan.load(network.plan).digest()}
+    recipe = locks.digest(_reads(here, network))
+    return {"recipe": recipe, "data": here.index.digest, "training": network.name} | plan
+
+
+def _reads(here: Context, network: Network) -> locks.Values:
+    return locks.read_by(locks.values_of(here.recipe.identity()), network.reads)
 
 
 def saved_digests(here: Context, network: Network, checkpoint_folder: Path) -> dict[str, str]:
     """What a checkpoint must depend on to be gone on from.
 
     A version before noted the digest of the whole recipe; where that is the same, it fits as well.
+    It did not note the plan.
     """
     depends_on = digests(here, network)
-    saved = checkpoint.read_manifest(checkpoint_folder).digests.get("recipe")
-    return depends_on | ({"recipe": saved} if saved == here.recipe.digest() else {})
+    saved = checkpoint.read_manifest(checkpoint_folder).digests
+    if "plan" not in saved:
+        depends_on.pop("plan", None)
+    if saved.get("recipe") == here.recipe.digest():
+        depends_on["recipe"] = here.recipe.digest()
+    return depends_on
 
 
 def _scores(name: str, scores: Accuracy) -> dict[str, float]:

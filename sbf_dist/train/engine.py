@@ -98,6 +98,7 @@ def build_engine(
         )
     engine.average = WeightAverage(engine, ema) if ema is not None else None
     engine.skip_bad_steps = skip_bad_steps
+    engine.reads = {}  # the values of a recipe that the training depends on, for its checkpoints
     engine.checkpoint_engine = _restricted_checkpoint_engine()
     return engine
 

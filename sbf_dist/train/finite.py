@@ -148,7 +148,7 @@ class LossWatch:
         return f"the last good checkpoint is that of step {self.checkpoint}"
 
 
-def refuse_non_finite(engine: Any, step: int) -> None:
+def refuse_non_finite(engine: Any) -> None:
     """UserError: a parameter, buffer or state of the optimizer is not finite on some rank.
 
     Every rank calls it, and all raise alike. It asks the device once.
@@ -167,8 +167,8 @@ def refuse_non_finite(engine: Any, step: int) -> None:
         dist.all_gather_object(per_rank, own)
     name = next(found for found in per_rank if found is not None)
     raise UserError(
-        f"checkpoint at step {step}: {name} is not finite, so nothing is saved; the checkpoint "
-        f"before stays; {_ADVICE}"
+        f"checkpoint at step {engine.global_steps}: {name} is not finite, so nothing is saved; the "
+        f"checkpoint before stays; {_ADVICE}"
     )
 
 

@@ -120,6 +120,7 @@ def save_for_other_ranks(folder: Path) -> dict[str, Tensor]:
     weights = {}
     for optimizer in ("sgd", "adamw"):
         engine, loader = make_engine(optimizer=optimizer), make_loader()
+        engine.reads = {"lr": 0.1, "seed": 0, "epochs": 3}
         train(engine, loader, 0, 6)
         state = loader.state_dict()
         checkpoint.save(engine, folder / optimizer, step=6, loader_state=state, digests=DIGESTS)
@@ -240,8 +241,30 @@ def load_on_one_rank(folder: Path) -> dict[str, Any]:
     weights = {name: _go_on_with_fixed_statistics(folder, name, 32) for name in ("sgd", "adamw")}
     return {
         "weights": weights,
+        "others": _refusals(folder / "sgd"),
         "refusal": _load_with_code_inside(make_engine(), folder / "sgd"),
     }
+
+
+def _refusals(folder: Path) -> dict[str, str]:
+    """What is said of a checkpoint of ZeRO stage 1 with SGD by other trainings."""
+    wider = TinyTask()
+    wider.student[5] = torch.nn.Linear(32, 9)
+    engines = {
+        "optimizer": make_engine(optimizer="adamw"),
+        "stage": make_engine(2),
+        "network": build_engine(wider, OPTIMIZERS["sgd"], micro_batch=16),
+        "recipe": make_engine(),
+    }
+    engines["recipe"].reads = {"lr": 0.2, "seed": 0}
+    answers = {}
+    for name, engine in engines.items():
+        digests = {"recipe": "r2"} if name == "recipe" else DIGESTS
+        try:
+            checkpoint.load(engine, folder, digests=digests)
+        except UserError as error:
+            answers[name] = str(error)
+    return answers
 
 
 class _RunsCode:

@@ -10,6 +10,7 @@ import ranks
 import torch
 
 from sbf_dist.errors import UserError
+from sbf_dist.files import sha256
 from sbf_dist.train import checkpoint
 
 Answers = list[dict[str, Any]]
@@ -179,14 +180,31 @@ def test_a_manifest_that_lists_too_little_is_refused(saved: Path, name: str) -> 
         checkpoint.verify(saved)
 
 
-def test_a_manifest_of_a_version_before_is_read_and_checked_as_well(saved: Path) -> None:
+def test_a_checkpoint_of_a_version_before_is_read_and_checked_as_well(saved: Path) -> None:
+    assert checkpoint.written(saved) is not None
+    rank_0 = saved / "ranks/00000.json"
+    state = json.loads(rank_0.read_text())
+    del state["written"]
+    rank_0.write_text(json.dumps(state))
     manifest = json.loads((saved / "manifest.json").read_text())
-    assert manifest.pop("zero_stage") == 1
+    entry = checkpoint.FileEntry(size=rank_0.stat().st_size, sha256=sha256(rank_0))
+    manifest["files"]["ranks/00000.json"] = entry.model_dump()
     (saved / "manifest.json").write_text(json.dumps(manifest))
     checkpoint.verify(saved)
+    assert checkpoint.written(saved) is None
     del manifest["files"][RANK_1_SHARD]
     (saved / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=f"does not list {RANK_1_SHARD}"):
+        checkpoint.verify(saved)
+
+
+def test_a_checkpoint_without_any_shard_of_the_optimizer_is_refused(saved: Path) -> None:
+    manifest = json.loads((saved / "manifest.json").read_text())
+    for name in [name for name in manifest["files"] if "optim" in name]:
+        del manifest["files"][name]
+        (saved / name).unlink()
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"does not list .*rank_0_mp_rank_00_optim_states\.pt"):
         checkpoint.verify(saved)
 
 
@@ -221,6 +239,19 @@ def test_a_checkpoint_of_a_later_format_is_refused(saved: Path) -> None:
 def test_a_checkpoint_of_another_recipe_is_refused(saved: Path) -> None:
     with pytest.raises(UserError, match="was written with recipe r1, this run has r2"):
         checkpoint.load(None, saved, digests={"recipe": "r2"})
+
+
+def test_a_checkpoint_of_other_training_is_refused_with_the_difference(
+    alone: dict[str, Any],
+) -> None:
+    refusals = alone["others"]
+    assert "written with the optimizer SGD, this training with AdamW" in refusals["optimizer"]
+    assert "written at ZeRO stage 1, this training at 2" in refusals["stage"]
+    assert (
+        "with student.5.weight of shape (7, 32), this training with student.5.weight of shape "
+        "(9, 32)"
+    ) in refusals["network"]
+    assert "written with lr = 0.1, this run has 0.2 (and 1 more); give" in refusals["recipe"]
 
 
 # --- evaluation ----------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def test_show_says_what_a_checkpoint_holds(written: Path) -> None:
     lines = [line.split(maxsplit=1) for line in _sbf("show", written / "zero1").splitlines()[1:]]
     shown = {line[0]: line[1] for line in lines}
     assert shown["step"] == "3"
-    assert shown["workers"] == "1, ZeRO stage 1"
+    assert shown["workers"] == "1, SGD at ZeRO stage 1"
     assert (shown["training"], shown["recipe"]) == ("one", "r1")
     assert shown["files"].startswith("4, 0.0 MB")
     assert shown["position"] == "samples_seen 48"

@@ -117,7 +117,11 @@ def test_the_average_is_what_is_saved_and_the_checkpoint_holds_both(
     answer: dict[str, Any], runs: Path
 ) -> None:
     folder = runs / "checkpoint-averaged"
-    assert checkpoint.verify(folder).zero_stage == 3
+    checkpoint.verify(folder)
+    written = checkpoint.written(folder)
+    assert written is not None
+    assert (written.zero_stage, written.optimizer) == (3, "SGD")
+    assert written.reads["teachers.0.training.ema"] == 0.6
     whole = shards.read(folder / "deepspeed/state", 1)
     saved = _weights(runs, "averaged")
     for name, value in saved.items():
