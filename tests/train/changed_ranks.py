@@ -103,8 +103,9 @@ def without_a_change(folder: Path) -> Losses:
     for name, engine, loader in _engines():
         losses[name] = _train(engine, loader, 0)
         _save(engine, loader, folder / "two" / name, STEPS)
-        for start in (STEPS, 2 * STEPS):
-            losses[name] += _train(engine, loader, start)
+        losses[name] += _train(engine, loader, STEPS)
+        _save(engine, loader, folder / "uninterrupted" / name, 2 * STEPS)
+        losses[name] += _train(engine, loader, 2 * STEPS)
     return losses
 
 
@@ -118,6 +119,7 @@ def on_three(folder: Path) -> Losses:
 
 def on_two_again(folder: Path) -> dict[str, Losses]:
     return {
+        "two-two": _go_on(folder, "two", "two-two"),
         "two-one-two": _go_on(folder, "two-one", "two-one-two"),
         "two-three-two": _go_on(folder, "two-three", "two-three-two"),
     }
