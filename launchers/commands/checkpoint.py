@@ -17,6 +17,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _MANIFEST = "manifest.json"
+_BESIDE = ("ranks", "deepspeed")  # pseudo-labels and prepared sets have a manifest.json, too
+_NAMED = 4  # checkpoints in an error
 _NETWORK = "student."  # what the task of a training calls its network
 
 Place = Annotated[
@@ -88,7 +90,8 @@ def consolidate(
     if len(folders) > 1:
         raise UserError(
             f"folder {place} has {len(folders)} checkpoints, give one of them: "
-            + ", ".join(str(folder.relative_to(place)) for folder in folders)
+            + ", ".join(str(folder.relative_to(place)) for folder in folders[-_NAMED:])
+            + (", …" if len(folders) > _NAMED else "")
         )
     if out.exists():
         raise UserError(f"file {out} exists; give another --out, or remove it")
@@ -122,7 +125,8 @@ def _found(place: Path) -> list[Path]:
         raise UserError(f"{place} is a file: give a checkpoint's folder")
     if (place / _MANIFEST).is_file():
         return [place]
-    found = sorted(path.parent for path in place.rglob(_MANIFEST) if path.is_file())
+    manifests = sorted(place.rglob(_MANIFEST))
+    found = [m.parent for m in manifests if any((m.parent / name).is_dir() for name in _BESIDE)]
     if not found:
         raise UserError(
             f"folder {place} is no checkpoint and has none below: there is no {_MANIFEST}"

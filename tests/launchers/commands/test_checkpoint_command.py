@@ -75,6 +75,9 @@ def test_show_and_verify_go_through_all_checkpoints_below_a_folder(written: Path
     assert [line for line in _sbf("show", written).splitlines() if line.startswith("/")] == [
         str(written / f"zero{stage}") for stage in (0, 1, 3)
     ]
+    labels = written / "pseudo-labels"
+    labels.mkdir()
+    (labels / "manifest.json").write_text("{}")  # of something else
     assert _sbf("verify", written).splitlines() == [
         f"checkpoint {written}/zero{stage}: whole, step 3" for stage in (0, 1, 3)
     ]
