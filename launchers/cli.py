@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from launchers.commands import compare, compress, data, jobs, plan, run
+from launchers.commands import checkpoint, compare, compress, data, jobs, plan, run
 from sbf_dist.errors import UserError, without_credentials
 
 app = typer.Typer(
@@ -45,6 +45,9 @@ app.command("jobs", short_help="List the jobs of a cluster.")(jobs.jobs)
 app.command("logs", short_help="Print what a job prints.")(jobs.logs)
 app.command("stop", short_help="End a job.")(jobs.stop)
 app.add_typer(plan.app, name="plan", short_help="Plans as tables.")
+app.add_typer(
+    checkpoint.app, name="checkpoint", short_help="Checkpoints of trainings: show, verify, export."
+)
 app.add_typer(data.app, name="data", short_help="Sets of images from their archives.")
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,20 +20,36 @@ def replacing(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
-        _flush(partial)
+        flush(partial)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _flush(path.parent)
+    flush(path.parent)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until the disk holds what is in a file, or the names that are in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def move_durably(source: Path, target: Path) -> None:
+    """Move a file, also to another disk, and return once that disk holds it."""
+    shutil.move(source, target)
+    flush(target)
+    flush(target.parent)
+
+
+def flush_below(folder: Path) -> None:
+    """`flush` all files and folders in `folder`, and itself, so that it can be renamed."""
+    for path in folder.rglob("*"):
+        if path.is_file() or path.is_dir():
+            flush(path)
+    flush(folder)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

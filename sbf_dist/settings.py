@@ -199,13 +199,15 @@ class Compression(Settings):
 class Optimizer(Settings):
     """The optimizer of a training."""
 
-    name: Literal["sgd", "adamw"] = Field("sgd", description="SGD with Nesterov momentum, or AdamW")
+    name: Literal["sgd", "adamw", "lamb"] = Field(
+        "sgd", description="SGD with Nesterov momentum, AdamW, or LAMB (timm's)"
+    )
     lr: float = Field(0.1, gt=0, description="peak learning rate")
     weight_decay: float = Field(
         1e-4, ge=0, description="weight decay, not applied to biases and normalisations"
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="betas of AdamW")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="betas of AdamW and LAMB")
     clip: float | None = Field(
         None, gt=0, description="largest norm of the gradient; null: not clipped"
     )

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sbf_dist.errors import UserError
+from sbf_dist.files import replacing
 from sbf_dist.surgery import deep_copy, unwrapped
 
 logger = logging.getLogger(__name__)
@@ -37,17 +38,22 @@ def save_weights(model: nn.Module, path: Path) -> None:
     What modules return from get_extra_state and is no tensor is written as JSON into the file's
     metadata. Raises UserError for extra state that JSON cannot hold.
     """
+    save_state(model.state_dict(), path)
+
+
+def save_state(state: Mapping[str, Any], path: Path) -> None:
+    """Write a state dict as `save_weights` does."""
     # Cloned: safetensors refuses one tensor under two names, as shared modules have.
     tensors, extra = {}, {}
-    for name, value in model.state_dict().items():
+    for name, value in state.items():
         if isinstance(value, Tensor):
             tensors[name] = value.detach().cpu().contiguous().clone()
         else:
             extra[name] = value
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(tensors, partial, _metadata(extra))
-    partial.replace(path)
+    metadata = _metadata(extra)
+    with replacing(path) as partial:
+        save_file(tensors, partial, metadata)
 
 
 def _metadata(extra: State) -> dict[str, str] | None:

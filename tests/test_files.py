@@ -6,10 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from sbf_dist.files import replacing, sha256, write_json, write_text
+from sbf_dist.files import flush_below, replacing, sha256, write_json, write_text
 
 
 def test_a_file_is_replaced_once_its_new_content_is_whole(tmp_path):
@@ -56,3 +57,17 @@ def test_text_json_and_digests(tmp_path):
     assert sha256(tmp_path / "new" / "text") == hashlib.sha256("ß".encode()).hexdigest()
     write_json(tmp_path / "content.json", {"a": [1]})
     assert json.loads((tmp_path / "content.json").read_text()) == {"a": [1]}
+
+
+def test_a_folder_is_flushed_with_all_that_is_in_it(tmp_path, monkeypatch):
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "file").write_text("x")
+    flushed = []
+
+    def note(descriptor):
+        flushed.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+
+    monkeypatch.setattr(os, "fsync", note)
+    flush_below(tmp_path)
+    assert set(flushed) == {str(tmp_path), f"{tmp_path}/inner", f"{tmp_path}/inner/file"}
+    assert flushed[-1] == str(tmp_path)

@@ -320,13 +320,31 @@ def test_a_key_that_is_wrongly_written_comes_before_the_one_that_is_missing_for_
         ("data.augmentation.rotate=200", "data.augmentation.rotate = 200 must be less than or"),
         ("workers.count=0", "workers.count = 0 must be greater than or equal to 1"),
         ("workers.count=3", "teachers.0.training.batch_size = 64 must be a multiple of workers x "
-         "accumulation = 3"),
+         "accumulation = 3: 63 or 66, or 1, 2, 4, 8, 16, 32 workers"),
+        ("workers.count=100", "teachers.0.training.batch_size = 64 must be a multiple of workers x "
+         "accumulation = 100: 100, or 8, 16, 32, 64 workers"),
         ("distill.training.accumulation=5", "distill.training.batch_size = 64 must be a multiple "
-         "of workers x accumulation = 5"),
+         "of workers x accumulation = 5: 60 or 65"),
+        ("distill.training={steps: 9, accumulation: 2, images_at_once: 8}", "distill.training: "
+         "accumulation = 2 and images_at_once = 8 both say how many passes a step takes; give one"),
         ("distill.training.warmup=50", "distill.training: warmup = 50 must be less than steps ="),
-        ("distill.training={}", "distill.training.steps is missing"),
+        ("distill.training={steps: 50, warmup: 10, warmup_epochs: 1}",
+         "distill.training: warmup = 10 and warmup_epochs = 1.0 both say how long the warm-up is"),
+        ("distill.training={}", "distill.training: give either steps or epochs, and set the other"),
+        ("distill.training.epochs=2", "distill.training: give either steps or epochs, and set the"),
+        ("distill.training={epochs: 2, warmup_epochs: 2}", "distill.training: warmup_epochs = 2.0 "
+         "must be less than epochs = 2"),
+        ("distill.training.ema=1", "distill.training.ema = 1 must be less than 1"),
+        ("distill.training.label_smoothing=1", "distill.training.label_smoothing = 1 must be less"),
+        ("distill.training.milestones=[1.5]", "distill.training.milestones.0 = 1.5 must be less"),
+        ("distill.training.sync_batchnorm=true", "distill.training.sync_batchnorm = True needs "
+         "GPUs, workers.gpus is 0; set it to false"),
+        ("distill.training.optimizer.name=lamb", "distill.training: zero_stage = 1 does not suit "
+         "optimizer.name = lamb, which scales each layer's step as a whole;"),
+        ("distill.training={steps: 5, compile: true, zero_stage: 3}", "distill.training: zero_stage"
+         " = 3 does not suit compile = True"),
         ("distill.targets=hard", "distill.targets = 'hard' must be 'stored' or 'live'"),
-        ("distill.training.zero_stage=3", "distill.training.zero_stage = 3 must be 0, 1 or 2"),
+        ("distill.training.zero_stage=4", "distill.training.zero_stage = 4 must be 0, 1, 2 or 3"),
         ("distill.training.precision=tf32", "distill.training.precision = 'tf32' must be 'fp32'"),
         ("distill.training.optimizer.lr=.inf", "distill.training.optimizer.lr = inf must be a f"),
         ("distill.training.optimizer.lr=.nan", "distill.training.optimizer.lr = nan must be a f"),
@@ -408,5 +426,55 @@ def test_images_are_mixed_in_pairs(path):
         refused = refusal(path, *odd, f"data.augmentation.{name}=0.2")
         assert refused.endswith(
             "distill.training.batch_size = 36 is 9 images for a worker at once; mixup and cutmix "
-            "need an even number"
+            "need an even number: 32 or 40, or 1, 3, 9 workers"
         )
+
+
+# --- trainings -----------------------------------------------------------------------------------
+
+
+def test_keys_that_earlier_versions_did_not_have_are_not_stored_at_their_defaults(path):
+    stored = recipe.load(path).identity()["distill"]["training"]
+    assert stored.keys() == {
+        "steps",
+        "batch_size",
+        "accumulation",
+        "optimizer",
+        "schedule",
+        "warmup",
+        "precision",
+        "zero_stage",
+        "log_every",
+        "checkpoint_every",
+    }
+
+
+def test_a_length_in_epochs_becomes_steps_once_the_images_are_known():
+    training = recipe.Training(epochs=90, warmup_epochs=5)
+    assert training.lengths(1251.1) == (112599, 6256)
+    assert training.length == "90 epochs"
+    assert recipe.Training(epochs=0.01).lengths(3.0) == (1, 0)
+    assert recipe.Training(steps=50, warmup=7).lengths(1000.0) == (50, 7)
+    with pytest.raises(UserError, match="warm-up of 7 steps must be shorter than the 6 steps"):
+        recipe.Training(epochs=2, warmup=7).lengths(3.0)
+
+
+def test_a_shortened_training_has_a_share_of_the_length_and_of_the_warm_up():
+    steps = recipe.Training(steps=52, warmup=4).shortened(1 / 5, None)
+    assert (steps.steps, steps.warmup) == (10, 2)
+    epochs = recipe.Training(epochs=10, warmup_epochs=1).shortened(1 / 5, None)
+    assert (epochs.steps, epochs.epochs, epochs.warmup_epochs) == (None, 2.0, 0.2)
+    given = recipe.Training(epochs=10, warmup_epochs=1).shortened(1 / 5, 30)
+    assert (given.steps, given.epochs, given.warmup_epochs) == (30, None, None)
+
+
+def test_fewer_workers_take_more_passes_where_the_images_at_once_are_limited():
+    training = recipe.Training(steps=1, batch_size=96, images_at_once=16)
+    assert {n: training.passes(n) for n in (1, 2, 3, 6, 12, 96)} == {
+        1: 6, 2: 3, 3: 2, 6: 1, 12: 1, 96: 1,
+    }  # fmt: skip
+    assert recipe.Training(steps=1, batch_size=60, images_at_once=16).passes(2, pairs=True) == 3
+    with pytest.raises(UserError, match="multiple of workers x accumulation = 5: 95 or 100, or 1"):
+        training.passes(5)
+    with pytest.raises(UserError, match="at once; mixup and cutmix need an even number: 64, or 2,"):
+        recipe.Training(steps=1, batch_size=32).passes(32, pairs=True)

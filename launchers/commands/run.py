@@ -155,6 +155,6 @@ def describe(recipe: Recipe, folder: RunFolder) -> None:
         job = network.job
         if job is not None:
             display.say(
-                f"  {network.name}: {network.model}, {job.training.steps} steps of "
+                f"  {network.name}: {network.model}, {job.training.length} of "
                 f"{job.training.batch_size} images towards {job.targets}"
             )

@@ -294,11 +294,7 @@ class _Students:
         fitted = self.network(f"{name}-fitted", plan)
         if not trained:
             return Round(plan, fitted, None)
-        training = self.recipe.distill.training
-        steps = self.recipe.distill.round_steps or max(1, training.steps // 5)
-        shorter = training.model_copy(
-            update={"steps": steps, "warmup": min(training.warmup, steps // 5)}
-        )
+        shorter = self.recipe.distill.training.shortened(1 / 5, self.recipe.distill.round_steps)
         job = self._distillation(f"distill-{name}", shorter, fitted.weights)
         reads = (*_DISTILLATION, "distill.training", "distill.round_steps")
         return Round(plan, fitted, self.network(name, plan, job, reads))

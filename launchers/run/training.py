@@ -7,19 +7,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from launchers.run import locks, outcome
-from launchers.run.batches import targets, training_batches
+from launchers.run.batches import steps_per_epoch, targets, training_batches
 from launchers.run.building import build_network
-from launchers.run.networks import Network
+from launchers.run.networks import Job, Network
 from launchers.run.worker import Context, validation
 from pipelines.agreement import check_workers_agree
 from sbf_dist import tracking
+from sbf_dist.compression.plan import Plan
 from sbf_dist.distill.task import DistillationTask
 from sbf_dist.train import checkpoint
 from sbf_dist.train.engine import build_engine
 from sbf_dist.train.evaluate import Accuracy, accuracy, synchronise_batchnorm
 from sbf_dist.train.loop import Every, LogRecord, fit
+from sbf_dist.train.resharding import whole_state
 from sbf_dist.train.schedule import schedule
 from sbf_dist.weights import save_weights
 
@@ -73,20 +76,10 @@ def _train(
     assert job is not None
     torch.manual_seed(job.seed)
     settings = job.training
-    student = build_network(network, here.num_classes, job.start)
-    # Images come in channels_last, which the layers keep; the weights stay contiguous, as ZeRO lays
-    # them out in one flat buffer.
-    student = student.to(here.device)
-    task = DistillationTask(student, label_weight=job.label_weight)
-    engine = build_engine(
-        task,
-        settings.optimizer,
-        micro_batch=settings.batch_size // here.world_size // settings.accumulation,
-        accumulation=settings.accumulation,
-        zero_stage=settings.zero_stage,
-        precision=settings.precision,
-    )
+    student, engine = _engine(here, network, job)
+    engine.reads = _reads(here, network)
     index, annotate = targets(here, network)
+    steps, warmup = settings.lengths(steps_per_epoch(here, network, index))
     batches = training_batches(here, network, index)
     depends_on = digests(here, network)
     start = 0
@@ -95,16 +88,22 @@ def _train(
         batches.load_state_dict(restored.loader_state)
         start = restored.step
     tracker = tracking.attach(*address) if here.rank == 0 else None
+    if settings.epochs is not None:
+        title = f"{title}, {settings.length}"  # beside the steps that they are
 
     def on_log(record: LogRecord) -> None:
         ray_train.progress({"title": title, **dataclasses.asdict(record)})
         if tracker is not None:
             values = {**record.parts, "lr": record.lr, "images_per_s": record.images_per_s}
+            if record.left_out:
+                values["skipped_steps"] = record.left_out
             named = {f"{network.name}/{key}": value for key, value in values.items()}
             tracker.log_metrics(named, record.step)
 
     def on_checkpoint(step: int) -> None:
         synchronise_batchnorm(student)
+        if engine.average is not None:
+            engine.average.synchronise()
 
         def write(folder: Path) -> None:
             checkpoint.save(
@@ -116,49 +115,94 @@ def _train(
     fit(
         engine,
         batches,
-        steps=settings.steps,
+        steps=steps,
         start_step=start,
         lr_at=schedule(
             settings.schedule,
             lr=settings.optimizer.lr,
-            steps=settings.steps,
-            warmup=settings.warmup,
+            steps=steps,
+            warmup=warmup,
+            milestones=settings.milestones,
+            factor=settings.factor,
         ),
         log=Every(settings.log_every, on_log),
         checkpoint=Every(settings.checkpoint_every, on_checkpoint),
         annotate=annotate,
     )
     batches.close()
-    scores = accuracy(student, validation(here, network.view), here.device)
+    trained = _trained(here, network, engine, averaged=engine.average is not None)
+    scores = accuracy(trained, validation(here, network.view), here.device)
     if here.rank == 0:
-        save_weights(student, network.weights)
+        save_weights(trained, network.weights)
     if tracker is not None:
-        tracker.log_metrics(_scores(network.name, scores), settings.steps)
+        tracker.log_metrics(_scores(network.name, scores), steps)
         tracker.flush()
     dist.barrier()
-    return {"top1": scores.top1, "loss": scores.loss, "steps": settings.steps, "from_step": start}
+    return {"top1": scores.top1, "loss": scores.loss, "steps": steps, "from_step": start}
+
+
+def _engine(here: Context, network: Network, job: Job) -> tuple[nn.Module, Any]:
+    """The student and the engine that trains it."""
+    settings = job.training
+    passes = settings.passes(here.world_size, pairs=here.recipe.data.augmentation.mixes)
+    # Images come in channels_last, which the layers keep; the weights stay contiguous, as ZeRO lays
+    # them out in one flat buffer.
+    student = build_network(network, here.num_classes, job.start).to(here.device)
+    if settings.sync_batchnorm:
+        student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+    if settings.compile:
+        student.compile()
+    task = DistillationTask(
+        student, label_weight=job.label_weight, label_smoothing=settings.label_smoothing
+    )
+    engine = build_engine(
+        task,
+        settings.optimizer,
+        micro_batch=settings.batch_size // here.world_size // passes,
+        accumulation=passes,
+        zero_stage=settings.zero_stage,
+        precision=settings.precision,
+        skip_bad_steps=settings.skip_bad_steps,
+        ema=settings.ema,
+    )
+    return student, engine
+
+
+def _trained(here: Context, network: Network, engine: Any, *, averaged: bool) -> nn.Module:
+    """The network with the weights of an engine, or their average, as it is without an engine."""
+    task = DistillationTask(build_network(network, here.num_classes, None))
+    task.load_state_dict(whole_state(engine, averaged=averaged))
+    return task.student.to(here.device)
 
 
 def digests(here: Context, network: Network) -> dict[str, str]:
     """What a checkpoint of a network's training depends on."""
+    plan = {} if network.plan is None else {"plan": Plan.load(network.plan).digest()}
+    recipe = locks.digest(_reads(here, network))
+    return {"recipe": recipe, "data": here.index.digest, "training": network.name} | plan
+
+
+def _reads(here: Context, network: Network) -> locks.Values:
     read = locks.read_by(locks.values_of(here.recipe.identity()), network.reads)
     # A training may go on longer than it was meant to when the checkpoint was made.
-    read = {key: value for key, value in read.items() if not key.endswith(_LENGTHS)}
-    return {"recipe": locks.digest(read), "data": here.index.digest, "training": network.name}
+    return {key: value for key, value in read.items() if not key.endswith(_LENGTHS)}
 
 
 def saved_digests(here: Context, network: Network, checkpoint_folder: Path) -> dict[str, str]:
     """What a checkpoint must depend on to be gone on from.
 
     Versions before noted the digest of the whole recipe, or of all that the training reads, its
-    length included; where that is the same, it fits as well.
+    length included; where that is the same, it fits as well. They did not note the plan.
     """
     depends_on = digests(here, network)
-    saved = checkpoint.read_manifest(checkpoint_folder).digests.get("recipe")
+    saved = checkpoint.read_manifest(checkpoint_folder).digests
+    if "plan" not in saved:
+        depends_on.pop("plan", None)
     values = locks.values_of(here.recipe.identity())
     before = locks.digest(locks.read_by(values, network.reads, all_keys=True))
-    fits = saved in (before, here.recipe.digest())
-    return depends_on | ({"recipe": saved} if fits and saved is not None else {})
+    if saved.get("recipe") in (before, here.recipe.digest()):
+        depends_on["recipe"] = saved["recipe"]
+    return depends_on
 
 
 def _scores(name: str, scores: Accuracy) -> dict[str, float]:

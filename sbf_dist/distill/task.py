@@ -18,18 +18,21 @@ class DistillationTask(nn.Module):
     parts: "cross_entropy" on the labelled images and "divergence", KL(teacher || student), on all
     images. Both are means over the images that they are about. Of a batch after mixup, the
     cross-entropy is that with the label, times "share", plus that with the partner's, times the
-    rest.
+    rest. `label_smoothing`: share of each label that is given to all classes alike.
     """
 
-    def __init__(self, student: nn.Module, *, label_weight: float = 1.0) -> None:
+    def __init__(
+        self, student: nn.Module, *, label_weight: float = 1.0, label_smoothing: float = 0.0
+    ) -> None:
         super().__init__()
         self.student = student
         self.label_weight = label_weight
+        self.label_smoothing = label_smoothing
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return the loss and its parts, all scalars."""
         scores = self.student(batch["image"]).float().log_softmax(1)
-        cross_entropy = _cross_entropy(scores, batch)
+        cross_entropy = _cross_entropy(scores, batch, self.label_smoothing)
         if "teacher" not in batch:
             return {"loss": cross_entropy}
         divergence = F.kl_div(scores, batch["teacher"], reduction="batchmean")
@@ -40,7 +43,7 @@ class DistillationTask(nn.Module):
         }
 
 
-def _cross_entropy(scores: Tensor, batch: Batch) -> Tensor:
+def _cross_entropy(scores: Tensor, batch: Batch, smoothing: float) -> Tensor:
     """The mean over labelled images; 0 where there are none."""
     label = batch["label"]
     weights = [(label, torch.ones_like(scores[:, 0]))]
@@ -53,6 +56,9 @@ def _cross_entropy(scores: Tensor, batch: Batch) -> Tensor:
     mass = torch.zeros((), device=scores.device)
     for wanted, weight in weights:
         losses = F.nll_loss(scores, wanted, ignore_index=UNLABELLED, reduction="none")
+        if smoothing:
+            everywhere = -scores.mean(1) * (wanted != UNLABELLED)
+            losses = (1 - smoothing) * losses + smoothing * everywhere
         total = total + (weight * losses).sum()
         mass = mass + (weight * (wanted != UNLABELLED)).sum()
     return total / torch.where(mass > 0, mass, 1)

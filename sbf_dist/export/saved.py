@@ -16,7 +16,7 @@ from sbf_dist.compression.convert import convert
 from sbf_dist.compression.plan import MeasuredFidelity, OtherInput, Plan
 from sbf_dist.compression.remembered import plan_of
 from sbf_dist.errors import UserError
-from sbf_dist.files import sha256
+from sbf_dist.files import flush_below, sha256
 from sbf_dist.surgery import unwrapped
 from sbf_dist.weights import load_state, read_safetensors, save_weights
 
@@ -225,6 +225,7 @@ def load_student(
 
 def _replace_folder(new: Path, folder: Path) -> None:
     """Move `new` to `folder`; at no moment is there a folder with files of two students."""
+    flush_below(new)
     if not folder.exists():
         new.rename(folder)
         return

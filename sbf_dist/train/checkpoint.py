@@ -4,7 +4,8 @@ A checkpoint is a folder:
 
     manifest.json                step, ranks, digests, every file with its size and SHA-256
     deepspeed/state/*.pt         weights (from rank 0) and each rank's optimizer shard
-    ranks/00000.json             loader state and Python's random state of rank 0, and so on
+    ranks/00000.json             loader state and Python's random state of rank 0, and so on, and
+                                 by what engine it was written
     ranks/00000.safetensors      PyTorch's and NumPy's random state of rank 0, and so on
 
 The manifest is written last, so a folder without one is not a checkpoint. verify() compares every
@@ -13,7 +14,6 @@ are read with weights_only, so that a checkpoint from a stranger cannot run code
 """
 
 import json
-import logging
 import random
 import tempfile
 from collections.abc import Mapping
@@ -27,15 +27,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_file, save_file
 
 from sbf_dist.errors import UserError
-from sbf_dist.files import sha256, write_text
+from sbf_dist.files import flush, move_durably, sha256, write_text
 from sbf_dist.train.engine import load_shards, save_shards
+from sbf_dist.train.finite import refuse_non_finite
+from sbf_dist.train.resharding import base_optimizer
+from sbf_dist.train.shards import Whole, file_names, read
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
 _SHARDS = "deepspeed"
 _TAG = "state"
-
-_log = logging.getLogger(__name__)
 
 
 class FileEntry(BaseModel):
@@ -59,12 +60,66 @@ class Manifest(BaseModel):
     files: dict[str, FileEntry]
 
 
+class Written(BaseModel):
+    """By what a checkpoint was written, as far as a training that goes on must be alike.
+
+    shapes  of parameters and buffers, by name
+    reads   the recipe's values that the training depends on, by key
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    zero_stage: int
+    optimizer: str
+    shapes: dict[str, list[int]]
+    reads: dict[str, Any]
+
+    @classmethod
+    def by(cls, engine: Any) -> "Written":
+        """What `engine` writes."""
+        module = engine.module
+        shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in module.named_parameters()}
+        shapes |= {name: buffer.shape for name, buffer in module.named_buffers()}
+        return cls(
+            zero_stage=engine.zero_optimization_stage(),
+            optimizer=type(base_optimizer(engine)).__name__,
+            shapes={name: list(shape) for name, shape in shapes.items()},
+            reads=engine.reads,
+        )
+
+    def difference(self, other: "Written") -> str | None:
+        """What is another in `other`, in words, beside the recipe; None where nothing is."""
+        if self.zero_stage != other.zero_stage:
+            return f"at ZeRO stage {self.zero_stage}, this training at {other.zero_stage}"
+        if self.optimizer != other.optimizer:
+            return f"with the optimizer {self.optimizer}, this training with {other.optimizer}"
+        for name in [*self.shapes, *(name for name in other.shapes if name not in self.shapes)]:
+            if self.shapes.get(name) != other.shapes.get(name):
+                return f"{_shape(self, name)}, this training {_shape(other, name)}"
+        return None
+
+    def changed_values(self, other: "Written") -> list[str]:
+        """The values of the recipe that differ, in words."""
+        keys = [*self.reads, *(key for key in other.reads if key not in self.reads)]
+        return [
+            f"{key} = {self.reads.get(key)!r}, this run has {other.reads.get(key)!r}"
+            for key in keys
+            if self.reads.get(key) != other.reads.get(key)
+        ]
+
+
+def _shape(written: Written, name: str) -> str:
+    shape = written.shapes.get(name)
+    if shape is None:
+        return f"without {name}"
+    return f"with {name} of shape ({', '.join(map(str, shape))})"
+
+
 class Restored(BaseModel):
     """What load() gives back to the caller."""
 
     step: int
     loader_state: dict[str, Any]  # of this rank, or of rank 0 if the number of ranks has changed
-    optimizer: bool  # whether the optimizer's state came along
 
 
 def save(
@@ -80,25 +135,47 @@ def save(
     `folder` may be one that all ranks share, or one per rank whose contents are merged afterwards.
     `loader_state` must be JSON. Batch norm statistics are stored as they are on rank 0: call
     synchronise_batchnorm first.
+
+    UserError: as write_rank() raises it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=f".rank-{_rank()}-") as temporary:
-        own = Path(temporary)
-        save_shards(engine, own / _SHARDS, _TAG)
-        _write_rank_state(own / "ranks", loader_state)
-        files = {
-            path.relative_to(own).as_posix(): _entry(path)
-            for path in sorted(own.rglob("*"))
-            if path.is_file()
-        }
-        for name in files:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (own / name).replace(folder / name)
-    per_rank: list[dict[str, FileEntry]] = [{} for _ in range(_world_size())]
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f".rank-{_rank()}-") as own:
+        write_rank(engine, Path(own), loader_state=loader_state)
+        publish(Path(own), folder, step=step, digests=digests)
+
+
+def write_rank(engine: Any, own: Path, *, loader_state: Mapping[str, Any]) -> None:
+    """Write this rank's files into `own`, a folder of its own; every rank calls it, at one step.
+
+    When it returns, the training may go on: `publish` needs nothing but these files. UserError,
+    raised on all ranks alike: a number is not finite, and nothing is written.
+    """
+    refuse_non_finite(engine)
+    save_shards(engine, own / _SHARDS, _TAG)
+    _write_rank_state(own / "ranks", loader_state, Written.by(engine))
+
+
+def publish(
+    own: Path, folder: Path, *, step: int, digests: Mapping[str, str], group: Any = None
+) -> None:
+    """Move what write_rank wrote into `folder`, and write the manifest last; every rank calls it.
+
+    Every file is on the disk before the manifest is. In another thread than the training's, give
+    a `group` of torch.distributed that nothing else uses, of a backend that takes CPU tensors.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files: dict[str, FileEntry] = {}
+    for path in sorted(path for path in own.rglob("*") if path.is_file()):
+        name = path.relative_to(own).as_posix()
+        files[name] = _entry(path)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        move_durably(path, folder / name)
+    for place in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+        flush(place)
+    per_rank: list[dict[str, FileEntry]] = [files]
     if dist.is_initialized():
-        dist.all_gather_object(per_rank, files)
-    else:
-        per_rank = [files]
+        per_rank *= _world_size()
+        dist.all_gather_object(per_rank, files, group=group)
     if _rank() == 0:
         manifest = Manifest(
             format=FORMAT,
@@ -109,7 +186,7 @@ def save(
         )
         write_text(folder / _MANIFEST, manifest.model_dump_json(indent=1))
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group=group)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -133,7 +210,8 @@ def read_manifest(folder: Path) -> Manifest:
 def verify(folder: Path) -> Manifest:
     """Compare every file of the checkpoint in `folder` with its manifest, which is returned.
 
-    UserError names the first file that is missing or is not what was written.
+    UserError names the first file that is missing, is not what was written, or is there although
+    the manifest does not list it. Hidden files, as storage leaves them, are not looked at.
     """
     manifest = read_manifest(folder)
     for name, entry in manifest.files.items():
@@ -151,48 +229,101 @@ def verify(folder: Path) -> Manifest:
                 f"checkpoint {folder}: {name} is damaged: its SHA-256 is not the one written; "
                 "use an earlier checkpoint"
             )
+    for name in _expected(folder, manifest):
+        if name not in manifest.files:
+            raise UserError(
+                f"checkpoint {folder}: {_MANIFEST} does not list {name}, which a checkpoint of "
+                f"{manifest.world_size} workers has; use an earlier checkpoint"
+            )
+    for name in _files(folder):
+        if name not in manifest.files:
+            raise UserError(
+                f"checkpoint {folder}: {name} is not listed in {_MANIFEST}; remove it, or use an "
+                "earlier checkpoint"
+            )
     return manifest
+
+
+def _expected(folder: Path, manifest: Manifest) -> list[str]:
+    """The files that a checkpoint has, whatever its manifest lists."""
+    ranks = range(manifest.world_size)
+    expected = [
+        f"ranks/{rank:05d}.{ending}" for rank in ranks for ending in ("json", "safetensors")
+    ]
+    first = written(folder) if expected[0] in manifest.files else None
+    stage = None if first is None else first.zero_stage
+    shards = file_names(manifest.world_size, stage, folder / _SHARDS / _TAG)
+    return expected + [f"{_SHARDS}/{_TAG}/{name}" for name in shards]
+
+
+def _files(folder: Path) -> list[str]:
+    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    visible = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    return [name.as_posix() for name in visible if name.as_posix() != _MANIFEST]
 
 
 def load(engine: Any, folder: Path, *, digests: Mapping[str, str]) -> Restored:
     """Put engine and random states back to where `folder` was saved; every rank calls it.
 
     Every file is verified before it is opened. On as many ranks as before everything is restored;
-    on another number of ranks all but the random states, and at ZeRO stage 3 the optimizer's state,
-    which is logged as a warning and is in `Restored.optimizer`.
+    on another number of ranks all but the random states.
 
-    UserError: `folder` is no checkpoint or is damaged, or `digests` are not those it was saved
-    with.
+    UserError: `folder` is no checkpoint or is damaged, `digests` are not those it was saved with,
+    or it is of another network, optimizer or ZeRO stage.
     """
     manifest = verify(folder)
+    before = written(folder)
     for name, digest in digests.items():
         saved = manifest.digests.get(name)
         if saved != digest:
+            changed = before.changed_values(Written.by(engine)) if before and engine else []
+            found = f"{name} {saved}, this run has {digest}"
+            if name == "recipe" and changed:
+                more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+                found = changed[0] + more
             raise UserError(
-                f"checkpoint {folder}: was written with {name} {saved}, this run has {digest}; "
+                f"checkpoint {folder}: was written with {found}; "
                 f"give the same {name}, or start under another name"
             )
-    same_ranks = manifest.world_size == _world_size()
-    optimizer = load_shards(engine, folder / _SHARDS, _TAG, ranks=manifest.world_size)
-    if not optimizer:
-        _log.warning(
-            "checkpoint %s: was written by %d workers and goes on with %d: at ZeRO stage 3 the "
-            "weights are restored and the optimizer's state starts anew",
-            folder,
-            manifest.world_size,
-            _world_size(),
+    difference = before.difference(Written.by(engine)) if before else None
+    if difference is not None:
+        raise UserError(
+            f"checkpoint {folder}: was written {difference}; give the same, or start under "
+            "another name"
         )
+    same_ranks = manifest.world_size == _world_size()
+    load_shards(engine, folder / _SHARDS, _TAG, ranks=manifest.world_size)
     loader_state = _read_rank_state(
         folder / "ranks", _rank() if same_ranks else 0, restore_random=same_ranks
     )
-    return Restored(step=manifest.step, loader_state=loader_state, optimizer=optimizer)
+    return Restored(step=manifest.step, loader_state=loader_state)
 
 
-def _write_rank_state(folder: Path, loader_state: Mapping[str, Any]) -> None:
+def read_whole(folder: Path) -> Whole:
+    """What the shards of a checkpoint hold, put together, after they were verified.
+
+    It needs neither DeepSpeed nor the processes that wrote them. UserError as load() raises it.
+    """
+    return read(folder / _SHARDS / _TAG, verify(folder).world_size)
+
+
+def written(folder: Path) -> Written | None:
+    """By what the checkpoint in `folder` was written; None if a version before did not note it."""
+    state = json.loads((folder / "ranks" / "00000.json").read_text())
+    return Written.model_validate(state["written"]) if "written" in state else None
+
+
+def loader_state(folder: Path) -> dict[str, Any]:
+    """Where the images of rank 0 were when the checkpoint in `folder` was saved."""
+    return _read_rank_state(folder / "ranks", 0, restore_random=False)
+
+
+def _write_rank_state(folder: Path, loader_state: Mapping[str, Any], written: Written) -> None:
     folder.mkdir(parents=True)
     version, integers, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state = {
+        "written": written.model_dump(mode="json"),
         "loader": dict(loader_state),
         "python_random": [version, list(integers), gauss],
         "numpy_random": [name, position, has_gauss, cached],

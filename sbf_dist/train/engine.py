@@ -3,7 +3,6 @@
 import importlib
 import logging
 import os
-import pickle
 import sys
 import warnings
 from pathlib import Path
@@ -16,8 +15,13 @@ from torch import nn
 
 from sbf_dist.errors import UserError
 from sbf_dist.settings import Optimizer
+from sbf_dist.train import shards
+from sbf_dist.train.average import WeightAverage
 from sbf_dist.train.lean_deepspeed import load_deepspeed
+from sbf_dist.train.resharding import gradient_scaler, names_of_groups, put, shared_names
 
+_LARGEST_BUCKET = 500_000_000  # DeepSpeed's own, in numbers
+_WITHOUT_NORM = {"compute_grad_norm": False}
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
@@ -47,6 +51,8 @@ def build_engine(
     accumulation: int = 1,
     zero_stage: int = 1,
     precision: Precision = "fp32",
+    skip_bad_steps: int = 0,
+    ema: float | None = None,
 ) -> Any:
     """The DeepSpeedEngine that trains `task` on the device where its parameters are.
 
@@ -54,9 +60,11 @@ def build_engine(
     The parameters and buffers of rank 0 are given to all ranks. A process group that is there
     (Ray Train's, say) is used; otherwise one is set up from torchrun's variables, or of this
     process alone. bf16 and fp16 are torch.autocast: weights, batch norm and the optimizer stay
-    fp32.
+    fp32. So many `skip_bad_steps` may be left out, see sbf_dist.train.finite. `ema`: decay of a
+    moving average of the weights (engine.average, a WeightAverage); None: off.
 
-    UserError: nothing to train; fp16 on the CPU; a ZeRO stage that does not exist.
+    UserError: nothing to train; fp16 on the CPU; a ZeRO stage that does not exist, or that does not
+    suit the optimizer.
     """
     devices = {parameter.device for parameter in task.parameters() if parameter.requires_grad}
     if not devices:
@@ -67,19 +75,30 @@ def build_engine(
         raise UserError("precision fp16: needs a GPU; use fp32 or bf16 on the CPU")
     if zero_stage not in (0, 1, 2, 3):
         raise UserError(f"zero_stage {zero_stage}: must be 0, 1, 2 or 3")
+    if optimizer.name == "lamb" and zero_stage:
+        raise UserError(
+            f"zero_stage {zero_stage}: does not suit lamb, which scales each layer's step as a "
+            "whole; must be 0"
+        )
 
     join_process_group(device)
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed insists on it
     deepspeed = _silenced(device)
     for buffer in task.buffers():  # DeepSpeed broadcasts the parameters, but no buffers
         dist.broadcast(buffer, src=0)
+    reads_norm = optimizer.clip is not None or skip_bad_steps > 0
+    numbers = sum(p.numel() for p in task.parameters() if p.requires_grad)
     with torch.device(device):
         engine, *_ = deepspeed.initialize(
             model=task,
             optimizer=torch_optimizer(task, optimizer),
-            config=_config(optimizer, micro_batch, accumulation, zero_stage, precision),
+            config=_config(optimizer, micro_batch, accumulation, precision)
+            | {"zero_optimization": _zero(zero_stage, numbers, reads_norm=reads_norm)},
             dist_init_required=False,
         )
+    engine.average = WeightAverage(engine, ema) if ema is not None else None
+    engine.skip_bad_steps = skip_bad_steps
+    engine.reads = {}  # the values of a recipe that the training depends on, for its checkpoints
     engine.checkpoint_engine = _restricted_checkpoint_engine()
     return engine
 
@@ -96,10 +115,15 @@ def join_process_group(device: torch.device) -> None:
 
 
 def torch_optimizer(task: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
-    """PyTorch's optimizer of the trainable parameters of `task`."""
+    """The optimizer of the trainable parameters of `task`."""
     groups = parameter_groups(task, settings.weight_decay)
     if settings.name == "adamw":
         return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
+    if settings.name == "lamb":
+        from timm.optim import Lamb  # takes seconds
+
+        # The gradient is clipped before, as it is for the other optimizers.
+        return Lamb(groups, lr=settings.lr, betas=settings.betas, max_grad_norm=None)
     return torch.optim.SGD(
         groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0
     )
@@ -109,14 +133,12 @@ def _config(
     optimizer: Optimizer,
     micro_batch: int,
     accumulation: int,
-    zero_stage: int,
     precision: Precision,
 ) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": optimizer.clip or 0.0,
-        "zero_optimization": {"stage": zero_stage},
         "zero_allow_untested_optimizer": True,  # SGD
         "steps_per_print": sys.maxsize,
         "wall_clock_breakdown": False,
@@ -127,6 +149,17 @@ def _config(
         dtype = {"bf16": "bfloat16", "fp16": "float16"}[precision]
         config["torch_autocast"] = {"enabled": True, "dtype": dtype}
     return config
+
+
+def _zero(stage: int, parameters: int, *, reads_norm: bool) -> dict[str, Any]:
+    """DeepSpeed's settings of a ZeRO stage, for a task of so many trained numbers.
+
+    It would read the norm of the gradient from the device in each step, needed or not; at stage 3
+    that cannot be turned off. A norm that is not finite makes it leave out the step.
+    """
+    # It would set aside 2 GB for gradients on their way to other ranks, however small the network.
+    settings = {"stage": stage, "reduce_bucket_size": min(_LARGEST_BUCKET, parameters)}
+    return settings | ({} if reads_norm or stage not in (1, 2) else _WITHOUT_NORM)
 
 
 def _silenced(device: torch.device) -> ModuleType:
@@ -167,64 +200,45 @@ def _restricted_checkpoint_engine() -> Any:
             torch.save(state_dict, path)
 
         def load(self, path: str, map_location: Any = None) -> Any:
-            with torch.serialization.safe_globals(allowed):
-                try:
-                    return torch.load(path, map_location=map_location, weights_only=True)
-                except pickle.UnpicklingError as error:
-                    raise UserError(
-                        f"checkpoint file {path}: holds more than tensors and numbers, which could "
-                        "run code; do not use it"
-                    ) from error
+            return shards.load_restricted(path, map_location, allowed)
 
     return RestrictedCheckpointEngine()
 
 
 def save_shards(engine: Any, folder: Path, tag: str) -> None:
     """Write this rank's shards below folder/tag; every rank calls it with the same tag."""
-    engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+    scaler = gradient_scaler(engine)
+    added: dict[str, Any] = {
+        shards.NAMES: names_of_groups(engine),
+        shards.SHARED: shared_names(engine),
+    }
+    if scaler is not None:
+        added[shards.SCALER] = scaler.state_dict()
+    if engine.average is not None:
+        added[shards.EMA_BUFFERS] = engine.average.buffers
+    engine.save_checkpoint(str(folder), tag=tag, client_state=added, save_latest=False)
     # DeepSpeed puts scripts of its own beside the shards; a checkpoint should hold no code.
     for script in folder.glob("*.py"):
         script.unlink()
 
 
-def load_shards(engine: Any, folder: Path, tag: str, *, ranks: int) -> bool:
+def load_shards(engine: Any, folder: Path, tag: str, *, ranks: int) -> None:
     """Read the weights and the optimizer's state that save_shards wrote on `ranks` ranks.
 
-    False if the optimizer's state could not be read: at ZeRO stage 3 on another number of ranks.
+    On another number of ranks they are divided anew: DeepSpeed refuses to, and its way round that
+    ("universal checkpoints") does not know SGD's momentum.
     """
-    stage = engine.zero_optimization_stage()
-    divided_alike = ranks == dist.get_world_size() or stage == 0
-    path, _ = engine.load_checkpoint(str(folder), tag=tag, load_optimizer_states=divided_alike)
-    if path is None:  # DeepSpeed only warns
-        raise UserError(f"checkpoint {folder / tag}: DeepSpeed finds nothing to load there")
-    if not divided_alike and stage < 3:
-        _repartition_optimizer(engine, folder / tag, ranks)
-    return divided_alike or stage < 3
-
-
-def _repartition_optimizer(engine: Any, folder: Path, ranks: int) -> None:
-    """Give this rank its part of the optimizer's state of `ranks` ranks, at ZeRO stage 1 or 2.
-
-    Such a stage lays the parameters of a group end to end, with zeros behind the last, and cuts
-    them into equal parts, one per rank. DeepSpeed refuses to load them on another number of ranks,
-    and its way round that ("universal checkpoints") does not know SGD's momentum.
-    """
-    shards = [
-        engine.checkpoint_engine.load(
-            str(folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"), map_location="cpu"
-        )["optimizer_state_dict"]["base_optimizer_state"]["state"]
-        for rank in range(ranks)
-    ]
-    zero = engine.optimizer
-    for number, group in enumerate(zero.optimizer.param_groups):
-        (part,) = group["params"]
-        state = zero.optimizer.state[part]
-        total = sum(parameter.numel() for parameter in zero.bit16_groups[number])
-        for key, value in shards[0][number].items():
-            if not torch.is_tensor(value) or value.ndim == 0:  # a count of steps
-                state[key] = value
-                continue
-            whole = torch.cat([shard[number][key] for shard in shards])[:total]
-            mine = whole[dist.get_rank() * part.numel() :][: part.numel()]
-            state[key] = torch.zeros_like(part)
-            state[key][: len(mine)] = mine.to(part.device)
+    if ranks != dist.get_world_size() and engine.zero_optimization_stage() > 0:
+        whole = shards.read(folder / tag, ranks)
+        put(engine, whole)
+        saved_scaler, averaged = whole.scaler, whole.ema_buffers
+    else:
+        path, added = engine.load_checkpoint(str(folder), tag=tag)
+        if path is None:  # DeepSpeed only warns
+            raise UserError(f"checkpoint {folder / tag}: DeepSpeed finds nothing to load there")
+        saved_scaler, averaged = added.get(shards.SCALER), added.get(shards.EMA_BUFFERS, {})
+    scaler = gradient_scaler(engine)
+    if scaler is not None and saved_scaler is not None:
+        scaler.load_state_dict(saved_scaler)
+    if engine.average is not None:
+        engine.average.buffers = {n: value.to(engine.device) for n, value in averaged.items()}

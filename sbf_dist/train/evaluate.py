@@ -1,6 +1,6 @@
 """Accuracy and predictions over all ranks, and batch norm statistics that all ranks share."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -162,9 +162,10 @@ def _forward(
         model.train(training)
 
 
-def synchronise_batchnorm(model: nn.Module) -> None:
+def synchronise_batchnorm(model: nn.Module, statistics: Mapping[str, Tensor] | None = None) -> None:
     """Give every rank the batch norm statistics of all ranks' images together, in place.
 
+    `statistics`: the tensors by the names of the model's buffers; None: the buffers themselves.
     With mean μ_r and variance v_r on rank r of R, the mean is E[μ] and the variance is
     E[v] + E[μ²] − E[μ]² (the law of total variance; every rank has seen equally many images).
     SyncBatchNorm and layers without statistics are left alone. Without a process group nothing
@@ -172,27 +173,32 @@ def synchronise_batchnorm(model: nn.Module) -> None:
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
+    if statistics is None:
+        statistics = dict(model.named_buffers())
     layers = [
-        layer
-        for layer in model.modules()
+        name
+        for name, layer in model.named_modules()
         if isinstance(layer, _BatchNorm)
         and not isinstance(layer, nn.SyncBatchNorm)
         and layer.running_mean is not None
     ]
     if not layers:
         return
+    own_means = [statistics[_member(name, "running_mean")] for name in layers]
+    own_variances = [statistics[_member(name, "running_var")] for name in layers]
     # One message for all layers, in fp64: E[μ²] − E[μ]² cancels.
-    means = torch.cat([layer.running_mean for layer in layers]).double()  # type: ignore[misc]
-    variances = torch.cat([layer.running_var for layer in layers]).double()  # type: ignore[misc]
-    moments = torch.stack([means, variances + means.square()])
+    means = torch.cat(own_means).double()
+    moments = torch.stack([means, torch.cat(own_variances).double() + means.square()])
     dist.all_reduce(moments)
     moments /= dist.get_world_size()
     mean, second = moments
-    sizes = [layer.num_features for layer in layers]
-    for layer, m, v in zip(
-        layers, mean.split(sizes), (second - mean.square()).split(sizes), strict=True
-    ):
-        assert layer.running_mean is not None
-        assert layer.running_var is not None
-        layer.running_mean.copy_(m)
-        layer.running_var.copy_(v.clamp_min(0))
+    sizes = [len(one) for one in own_means]
+    variance = (second - mean.square()).clamp_min(0)
+    for own, m in zip(own_means, mean.split(sizes), strict=True):
+        own.copy_(m)
+    for own, v in zip(own_variances, variance.split(sizes), strict=True):
+        own.copy_(v)
+
+
+def _member(module: str, name: str) -> str:
+    return f"{module}.{name}" if module else name

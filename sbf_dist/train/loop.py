@@ -7,9 +7,10 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from sbf_dist.errors import UserError
+from sbf_dist.train.finite import LossWatch
 
 Batch = dict[str, Tensor]
 Argument = TypeVar("Argument")
@@ -20,6 +21,8 @@ class Engine(Protocol):
 
     device: torch.device
     optimizer: Any  # has param_groups
+    module: nn.Module
+    skip_bad_steps: int  # how many steps may be left out because their loss is not finite
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]: ...
     def backward(self, loss: Tensor) -> Any: ...
@@ -37,6 +40,7 @@ class LogRecord:
     lr: float  # of the last step
     images_per_s: float  # over all ranks
     seconds_left: float  # at the speed since the record before
+    left_out: int = 0  # steps so far whose loss was not finite, since the start or the last resume
 
 
 @dataclass(frozen=True)
@@ -73,29 +77,39 @@ def fit(
     as the engine accumulates. `log` gets a record of the steps since the one before, `checkpoint`
     the number of steps done. Both are called on all ranks at the same step.
 
+    The loop reads the device once a record, and not between them. Where the engine may leave out
+    steps whose loss is not finite, it reads it once a batch.
+
     UserError: the loss is not finite (noticed at the next record, before the next checkpoint, and
     raised on all ranks alike), or `batches` ends too early.
     """
     stream = iter(batches)
+    saved = start_step if start_step and checkpoint is not None else None
+    watch = LossWatch(engine, checkpoint=saved)
     meter = _Meter(engine.device)
     record = None
     for step in range(start_step, steps):
         lr = lr_at(step)
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
+        watch.begin()
         for _ in range(engine.gradient_accumulation_steps()):
             batch = _next_batch(stream, step, engine.device)
             parts = engine(annotate(batch) if annotate else batch)
-            engine.backward(parts["loss"])
+            loss = watch.look(parts["loss"], batch.get("id"), step=step, lr=lr)
+            engine.backward(loss)
             engine.step()  # counts; it steps once all gradients are there
-            meter.add(parts, images=len(batch["image"]), step=step, lr=lr)
+            if not watch.is_bad:
+                meter.add(parts, images=len(batch["image"]), step=step)
+        watch.end()
         done = step + 1
         saving = checkpoint is not None and (done == steps or checkpoint.is_due(done))
-        if done == steps or log.is_due(done) or saving:
-            record = meter.record(done, steps, lr)
+        if (done == steps or log.is_due(done) or saving) and meter.has_any:
+            record = meter.record(watch, done, steps, lr)
             log.call(record)
         if checkpoint is not None and saving:
             checkpoint.call(done)
+            watch.checkpoint = done
             meter.restart_clock()
     return record
 
@@ -120,19 +134,17 @@ class _Meter:
         self._batches = 0
         self._images = 0
         self._first_step: int | None = None
-        self._rates: dict[int, float] = {}
-        self._bad_step = torch.full((), float("inf"), dtype=torch.float64, device=self._device)
         self._since = time.monotonic()
 
-    def add(self, parts: dict[str, Tensor], *, images: int, step: int, lr: float) -> None:
+    @property
+    def has_any(self) -> bool:
+        """Whether there was a batch since the last record; not where all steps were left out."""
+        return self._sums is not None
+
+    def add(self, parts: dict[str, Tensor], *, images: int, step: int) -> None:
         self._names = ["loss", *(name for name in parts if name != "loss")]
         values = torch.stack([parts[name].detach().double().reshape(()) for name in self._names])
         self._sums = values if self._sums is None else self._sums + values
-        here = torch.full_like(self._bad_step, step)
-        self._bad_step = torch.where(
-            values[0].isfinite(), self._bad_step, torch.minimum(self._bad_step, here)
-        )
-        self._rates[step] = lr
         self._first_step = step if self._first_step is None else self._first_step
         self._batches += 1
         self._images += images
@@ -141,22 +153,19 @@ class _Meter:
         """Leave what was done since the last record out of the speed."""
         self._since = time.monotonic()
 
-    def record(self, done: int, steps: int, lr: float) -> LogRecord:
+    def record(self, watch: LossWatch, done: int, steps: int, lr: float) -> LogRecord:
         """Means over the ranks since the last record. UserError if a loss was not finite."""
         assert self._sums is not None
         assert self._first_step is not None
-        totals = torch.cat([self._sums, self._sums.new_tensor([self._batches, self._images])])
+        # What the device knows comes in one message, and is read once.
+        counts = self._sums.new_tensor([self._batches, self._images])
+        totals = torch.cat([self._sums, counts])
+        first_bad = watch.first_bad(self._device)
         if dist.is_initialized():
             dist.all_reduce(totals)
-            dist.all_reduce(self._bad_step, op=dist.ReduceOp.MIN)
-        bad = self._bad_step.item()
-        if bad != float("inf"):
-            raise UserError(
-                f"loss: is not a finite number at step {int(bad)} (learning rate "
-                f"{self._rates[int(bad)]:.3g}); lower the learning rate, lengthen the warm-up, "
-                "clip the gradient or use a wider precision"
-            )
-        *sums, count, images = totals.tolist()
+            dist.all_reduce(first_bad, op=dist.ReduceOp.MIN)
+        *sums, count, images, bad = torch.cat([totals, first_bad.reshape(1)]).tolist()
+        watch.check(bad)
         elapsed = time.monotonic() - self._since
         record = LogRecord(
             step=done,
@@ -165,6 +174,7 @@ class _Meter:
             lr=lr,
             images_per_s=images / elapsed,
             seconds_left=(steps - done) * elapsed / (done - self._first_step),
+            left_out=watch.left_out,
         )
         self._reset()
         return record

@@ -15,21 +15,23 @@ class SingleEngine:
     optimizer and clipping.
     """
 
+    skip_bad_steps = 0
+
     def __init__(self, task: nn.Module, optimizer: Optimizer) -> None:
         self.device = next(task.parameters()).device
         self.optimizer = torch_optimizer(task, optimizer)
-        self._task = task.train()
+        self.module = task.train()
         self._clip = optimizer.clip
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        return self._task(batch)
+        return self.module(batch)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
     def step(self) -> None:
         if self._clip is not None:
-            nn.utils.clip_grad_norm_(self._task.parameters(), self._clip)
+            nn.utils.clip_grad_norm_(self.module.parameters(), self._clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

@@ -113,3 +113,14 @@ def test_an_image_without_pseudo_label_is_our_own_bug(stranger):
     annotate = stored_targets(torch.tensor([2, 8]), classes, torch.ones(2, 1), num_classes=3)
     with pytest.raises(AssertionError, match="no pseudo-label"):
         annotate({"id": torch.tensor([2, stranger])})
+
+
+def test_labels_are_smoothed_as_pytorch_does_it_over_the_labelled_images() -> None:
+    torch.manual_seed(0)
+    scores, label = torch.randn(6, 5), torch.tensor([0, 4, -1, 2, -1, 1])
+    task = DistillationTask(torch.nn.Identity(), label_smoothing=0.1)
+    loss = task({"image": scores, "label": label})["loss"]
+    expected = torch.nn.functional.cross_entropy(
+        scores, label, ignore_index=-1, label_smoothing=0.1
+    )
+    torch.testing.assert_close(loss, expected)

@@ -1,6 +1,7 @@
-"""What the processes of test_two_ranks.py do: each function here is the whole life of one rank."""
+"""Processes that are ranks of a group, and what those of test_two_ranks.py do."""
 
 import json
+import multiprocessing
 import os
 import random
 import sys
@@ -18,16 +19,19 @@ from torch import Tensor
 
 from sbf_dist.errors import UserError
 from sbf_dist.files import sha256
+from sbf_dist.layers import SBFConv2d
 from sbf_dist.settings import Optimizer
 from sbf_dist.train import checkpoint
 from sbf_dist.train.engine import build_engine
 from sbf_dist.train.evaluate import accuracy, predict, synchronise_batchnorm
 from sbf_dist.train.loop import Every, fit
+from sbf_dist.train.resharding import whole_state
 
 DIGESTS = {"recipe": "r1"}
 OPTIMIZERS = {
     "sgd": Optimizer(lr=0.05, weight_decay=1e-3, clip=5.0),
     "adamw": Optimizer(name="adamw", lr=0.05, weight_decay=1e-3),
+    "unclipped": Optimizer(lr=0.05, weight_decay=1e-3),
 }
 
 
@@ -37,7 +41,9 @@ def run(rank_main: Callable[[Path], Any], folder: Path, world_size: int) -> list
         left.unlink()
     (folder / "store").unlink(missing_ok=True)
     arguments = (rank_main, str(folder), world_size)
-    mp.start_processes(_rank, args=arguments, nprocs=world_size, start_method="spawn")
+    # Forked from a process that has loaded what takes seconds to load, and has no threads yet.
+    multiprocessing.set_forkserver_preload(["tests.train.preloaded"])
+    mp.start_processes(_rank, args=arguments, nprocs=world_size, start_method="forkserver")
     return [torch.load(folder / f"{rank}.result") for rank in range(world_size)]
 
 
@@ -56,8 +62,13 @@ def _rank(rank: int, rank_main: Callable[[Path], Any], folder: str, world_size: 
     os._exit(0)
 
 
-def _engine(
-    zero_stage: int = 1, precision: str = "fp32", accumulation: int = 1, optimizer: str = "sgd"
+def make_engine(
+    zero_stage: int = 1,
+    precision: str = "fp32",
+    accumulation: int = 1,
+    optimizer: str = "sgd",
+    skip_bad_steps: int = 0,
+    ema: float | None = None,
 ) -> Any:
     torch.manual_seed(dist.get_rank())  # the ranks must agree although they begin apart
     return build_engine(
@@ -67,14 +78,16 @@ def _engine(
         accumulation=accumulation,
         zero_stage=zero_stage,
         precision=precision,  # type: ignore[arg-type]
+        skip_bad_steps=skip_bad_steps,
+        ema=ema,
     )
 
 
-def _loader() -> TinyLoader:
+def make_loader() -> TinyLoader:
     return TinyLoader(dist.get_rank(), dist.get_world_size())
 
 
-def _train(engine: Any, loader: Any, start: int, steps: int, **options: Any) -> list[float]:
+def train(engine: Any, loader: Any, start: int, steps: int, **options: Any) -> list[float]:
     losses: list[float] = []
     fit(
         engine,
@@ -94,21 +107,21 @@ def _weights(engine: Any) -> Tensor:
 
 def _go_on_with_fixed_statistics(folder: Path, optimizer: str, batch_size: int) -> Tensor:
     """Four more steps from folder/optimizer; batch norm does not depend on who has which image."""
-    engine = _engine(optimizer=optimizer)
+    engine = make_engine(optimizer=optimizer)
     restored = checkpoint.load(engine, folder / optimizer, digests=DIGESTS)
-    assert restored.optimizer
     engine.module.student[1].eval()
     loader = TinyLoader(dist.get_rank(), dist.get_world_size(), batch_size)
     loader.load_state_dict(restored.loader_state)
-    _train(engine, loader, restored.step, restored.step + 4)
+    train(engine, loader, restored.step, restored.step + 4)
     return _weights(engine)
 
 
 def save_for_other_ranks(folder: Path) -> dict[str, Tensor]:
     weights = {}
     for optimizer in ("sgd", "adamw"):
-        engine, loader = _engine(optimizer=optimizer), _loader()
-        _train(engine, loader, 0, 6)
+        engine, loader = make_engine(optimizer=optimizer), make_loader()
+        engine.reads = {"lr": 0.1, "seed": 0, "epochs": 3}
+        train(engine, loader, 0, 6)
         state = loader.state_dict()
         checkpoint.save(engine, folder / optimizer, step=6, loader_state=state, digests=DIGESTS)
         weights[optimizer] = _go_on_with_fixed_statistics(folder, optimizer, 16)
@@ -116,24 +129,28 @@ def save_for_other_ranks(folder: Path) -> dict[str, Tensor]:
 
 
 def train_save_and_go_on(folder: Path) -> dict[str, Any]:
-    engine, loader = _engine(), _loader()
+    engine, loader = make_engine(ema=0.9), make_loader()
     answer: dict[str, Any] = {"mlflow": "mlflow" in sys.modules}
-    answer["losses"] = _train(engine, loader, 0, 12)
+    answer["losses"] = train(engine, loader, 0, 12)
+    synchronise_batchnorm(engine.module)
+    engine.average.synchronise()
     checkpoint.save(
         engine, folder / "saved", step=12, loader_state=loader.state_dict(), digests=DIGESTS
     )
     draws = torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()
-    answer["more_losses"] = _train(engine, loader, 12, 16)
+    answer["more_losses"] = train(engine, loader, 12, 16)
     answer["weights"] = _weights(engine)
+    answer["averages"] = whole_state(engine, averaged=True)
 
-    again, loader = _engine(), _loader()
+    again, loader = make_engine(ema=0.9), make_loader()
     restored = checkpoint.load(again, folder / "saved", digests=DIGESTS)
     loader.load_state_dict(restored.loader_state)
-    answer["restored"] = restored.step, restored.optimizer
+    answer["restored"] = restored.step
     redrawn = torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()
     answer["same_draws"] = draws == redrawn
-    answer["more_losses_again"] = _train(again, loader, restored.step, 16)
+    answer["more_losses_again"] = train(again, loader, restored.step, 16)
     answer["weights_again"] = _weights(again)
+    answer["averages_again"] = whole_state(again, averaged=True)
     return answer
 
 
@@ -141,6 +158,11 @@ def batchnorm_and_accuracy(_: Path) -> dict[str, Any]:
     rank = dist.get_rank()
     task = TinyTask()
     norm = task.student[1]
+    averages = {
+        "student.1.running_mean": torch.arange(8.0) * (1 + 3 * rank),
+        "student.1.running_var": torch.arange(8.0) + 1 + rank,
+    }
+    synchronise_batchnorm(task, averages)
     with torch.no_grad():
         norm.running_mean.copy_(torch.arange(8.0) * (1 + 3 * rank))
         norm.running_var.copy_(torch.arange(8.0) + 1 + rank)
@@ -161,6 +183,7 @@ def batchnorm_and_accuracy(_: Path) -> dict[str, Any]:
     return {
         "before": before,
         "after": after,
+        "averages": tuple(averages.values()),
         "scores": scores.__dict__,
         "training_mode_kept": student.training,
         "probabilities": alone.probabilities,
@@ -175,56 +198,73 @@ def nothing_to_evaluate_on_rank_1(_: Path) -> dict[str, Any]:
     return accuracy(student, mine, "cpu").__dict__
 
 
-class _NanOnRank1(TinyLoader):
-    def __next__(self) -> dict[str, Tensor]:
-        step = self.seen // (self.batch_size * self.world_size)
-        batch = super().__next__()
-        if self.rank == 1 and step == 3:
-            batch["image"][:] = float("nan")
-        return batch
-
-
-def loss_turns_nan_on_one_rank(_: Path) -> dict[str, Any]:
-    engine = _engine()
-    saved: list[int] = []
-    try:
-        _train(
-            engine,
-            _NanOnRank1(dist.get_rank(), 2),
-            0,
-            20,
-            checkpoint=Every(2, saved.append),
-        )
-    except UserError as error:
-        return {"error": str(error), "saved": saved}
-    return {"error": None, "saved": saved}
+def an_sbf_layer_at_stage_3(_: Path) -> dict[str, Any]:
+    """Losses of a student with a rebuilt layer at ZeRO 0 and 3, and its weights, whole."""
+    answer = {}
+    for stage in (0, 3):
+        torch.manual_seed(0)
+        task = TinyTask()
+        task.student[0] = SBFConv2d(3, 8, 3, range(4), [[0, 1], [1, 2], [2, 3], [3, 0]], padding=1)
+        engine = build_engine(task, Optimizer(lr=0.05), micro_batch=16, zero_stage=stage, ema=0.5)
+        losses = train(engine, make_loader(), 0, 4)
+        answer[stage] = {
+            "losses": losses,
+            "state": whole_state(engine),
+            "averaged": whole_state(engine, averaged=True),
+        }
+    return answer
 
 
 def other_stages_and_precisions(folder: Path) -> dict[str, list[float]]:
     losses = {}
     for stage, precision in ((0, "fp32"), (2, "bf16"), (3, "fp32")):
-        engine = _engine(stage, precision)
+        engine = make_engine(stage, precision)
         name = f"zero {stage} {precision}"
-        losses[name] = _train(engine, _loader(), 0, 12)
+        losses[name] = train(engine, make_loader(), 0, 12)
         saved = folder / name
         checkpoint.save(engine, saved, step=12, loader_state={}, digests=DIGESTS)
-        again = _engine(stage, precision)
+        again = make_engine(stage, precision)
         checkpoint.load(again, saved, digests=DIGESTS)
     return losses
 
 
 def accumulated_equals_whole(_: Path) -> dict[str, Tensor]:
     """Without batch norm in training mode, two half batches make the step of a whole one."""
-    whole, halves = _engine(), _engine(accumulation=2)
+    whole, halves = make_engine(), make_engine(accumulation=2)
     for engine, size in ((whole, 16), (halves, 8)):
         engine.module.student[1].eval()
-        _train(engine, TinyLoader(dist.get_rank(), dist.get_world_size(), size), 0, 4)
+        train(engine, TinyLoader(dist.get_rank(), dist.get_world_size(), size), 0, 4)
     return {"whole": _weights(whole), "halves": _weights(halves)}
 
 
 def load_on_one_rank(folder: Path) -> dict[str, Any]:
     weights = {name: _go_on_with_fixed_statistics(folder, name, 32) for name in ("sgd", "adamw")}
-    return {"weights": weights, "refusal": _load_with_code_inside(_engine(), folder / "sgd")}
+    return {
+        "weights": weights,
+        "others": _refusals(folder / "sgd"),
+        "refusal": _load_with_code_inside(make_engine(), folder / "sgd"),
+    }
+
+
+def _refusals(folder: Path) -> dict[str, str]:
+    """What is said of a checkpoint of ZeRO stage 1 with SGD by other trainings."""
+    wider = TinyTask()
+    wider.student[5] = torch.nn.Linear(32, 9)
+    engines = {
+        "optimizer": make_engine(optimizer="adamw"),
+        "stage": make_engine(2),
+        "network": build_engine(wider, OPTIMIZERS["sgd"], micro_batch=16),
+        "recipe": make_engine(),
+    }
+    engines["recipe"].reads = {"lr": 0.2, "seed": 0}
+    answers = {}
+    for name, engine in engines.items():
+        digests = {"recipe": "r2"} if name == "recipe" else DIGESTS
+        try:
+            checkpoint.load(engine, folder, digests=digests)
+        except UserError as error:
+            answers[name] = str(error)
+    return answers
 
 
 class _RunsCode:

@@ -5,7 +5,7 @@ from torch import nn
 
 from sbf_dist.errors import UserError
 from sbf_dist.settings import Optimizer
-from sbf_dist.train.engine import build_engine, parameter_groups
+from sbf_dist.train.engine import build_engine, parameter_groups, torch_optimizer
 
 
 def test_only_weights_of_convolutions_and_linear_layers_decay() -> None:
@@ -50,3 +50,21 @@ def test_a_zero_stage_that_does_not_exist_is_refused() -> None:
 def test_a_misspelt_setting_of_the_optimizer_is_refused() -> None:
     with pytest.raises(UserError, match="wd is not a known key"):
         Optimizer(wd=0.1)  # type: ignore[call-arg]
+
+
+def test_lamb_is_timms_without_its_own_clipping() -> None:
+    from timm.optim import Lamb
+
+    task = TinyTask()
+    optimizer = torch_optimizer(task, Optimizer(name="lamb", lr=0.1, betas=(0.8, 0.9)))
+    assert isinstance(optimizer, Lamb)
+    decayed, free = optimizer.param_groups
+    assert (decayed["lr"], decayed["betas"], decayed["weight_decay"]) == (0.1, (0.8, 0.9), 1e-4)
+    assert free["weight_decay"] == 0
+    assert optimizer.defaults["max_grad_norm"] is None
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_lamb_is_refused_where_layers_are_cut_up(stage: int) -> None:
+    with pytest.raises(UserError, match=f"zero_stage {stage}: does not suit lamb"):
+        build_engine(TinyTask(), Optimizer(name="lamb"), micro_batch=1, zero_stage=stage)

@@ -5,16 +5,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sbf_dist.errors import UserError
 from sbf_dist.train.loop import Batch, Every, LogRecord, fit
+
+nan = float("nan")
 
 
 class DiaryEngine:
     """Its loss is the mean of the images; it notes the learning rate of each backward pass."""
 
     device = torch.device("cpu")
+    module = nn.Module()
+    skip_bad_steps = 0
 
     def __init__(self, accumulation: int = 1) -> None:
         self.optimizer: Any = self
@@ -22,7 +26,7 @@ class DiaryEngine:
         self.accumulation = accumulation
         self.rates: list[tuple[float, float]] = []
         self.seen: list[float] = []
-        self.steps = 0
+        self.steps = self.skipped_steps = 0
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         self.seen.append(batch["image"].mean().item())
@@ -126,6 +130,24 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step_and_rate(bad: flo
     values = [1.0, 1.0, bad, 1.0, bad, 1.0]
     with pytest.raises(UserError, match=r"not a finite number at step 2 \(learning rate 0.2\)"):
         run(DiaryEngine(), numbered(values), steps=6, lr_at=lambda step: step / 10)
+
+
+def test_the_error_names_the_images_and_the_last_checkpoint() -> None:
+    batches = [batch | {"id": torch.tensor([i])} for i, batch in enumerate(numbered([1, 1, nan]))]
+    wanted = r"step 2 \(learning rate 0.5, images 2\); the last good checkpoint is that of step 2;"
+    with pytest.raises(UserError, match=wanted):
+        run(DiaryEngine(), batches, steps=3, checkpoint=Every(2, lambda step: None))
+    with pytest.raises(UserError, match="there is no checkpoint yet"):
+        run(DiaryEngine(), batches, steps=3)
+
+
+def test_a_step_that_the_engine_leaves_out_by_itself_stops_the_run() -> None:
+    engine = DiaryEngine()
+    engine.skipped_steps = 5  # before the resume
+    run(engine)
+    engine.step = lambda: setattr(engine, "skipped_steps", 6)  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="gradient: is not a finite number at a step from 0 to 3;"):
+        run(engine)
 
 
 def test_data_that_ends_too_early_is_reported() -> None:

@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from sbf_dist.errors import UserError
 from sbf_dist.train.schedule import constant, cosine, schedule, step_decay
@@ -47,5 +48,29 @@ def test_a_warmup_as_long_as_the_run_is_refused() -> None:
 
 
 def test_an_unknown_schedule_is_refused() -> None:
-    with pytest.raises(UserError, match="'linear': must be constant, cosine or step"):
+    with pytest.raises(UserError, match="'linear': must be constant, cosine, step or one_cycle"):
         schedule("linear", lr=0.1, steps=10)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(100, 0), (100, 10), (37, 12)])
+def test_one_cycle_is_pytorchs(steps: int, warmup: int) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        max_lr=0.8,
+        total_steps=steps,
+        pct_start=warmup / steps or 0.3,
+        cycle_momentum=False,
+    )
+    lr_at = schedule("one_cycle", lr=0.8, steps=steps, warmup=warmup)
+    for step in range(steps):
+        assert lr_at(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6)
+        optimizer.step()
+        if step < steps - 1:
+            theirs.step()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_very_short_one_cycles_have_rates(steps: int) -> None:
+    lr_at = schedule("one_cycle", lr=0.8, steps=steps)
+    assert all(0 < lr_at(step) <= 0.8 for step in range(steps))

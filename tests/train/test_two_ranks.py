@@ -1,6 +1,6 @@
 """Training, checkpoints and evaluation over processes: each fixture starts them once."""
 
-import re
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import ranks
 import torch
 
 from sbf_dist.errors import UserError
+from sbf_dist.files import sha256
 from sbf_dist.train import checkpoint
 
 Answers = list[dict[str, Any]]
@@ -35,9 +36,9 @@ def _evaluate(folder: Path) -> dict[str, Any]:
     return {
         **ranks.batchnorm_and_accuracy(folder),
         "empty": ranks.nothing_to_evaluate_on_rank_1(folder),
-        "nan": ranks.loss_turns_nan_on_one_rank(folder),
         "accumulated": ranks.accumulated_equals_whole(folder),
         "resized": ranks.save_for_other_ranks(folder),
+        "sbf": ranks.an_sbf_layer_at_stage_3(folder),
         "others": ranks.other_stages_and_precisions(folder),
     }
 
@@ -82,11 +83,15 @@ def test_other_zero_stages_and_precisions_train_save_and_load(
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_a_nan_on_one_rank_stops_all_ranks_before_the_next_checkpoint(evaluated: Answers) -> None:
-    errors = [answer["nan"]["error"] for answer in evaluated]
-    assert errors[0] == errors[1]
-    assert re.match(r"loss: is not a finite number at step 3 \(learning rate 0\.05\)", errors[0])
-    assert [answer["nan"]["saved"] for answer in evaluated] == [[2], [2]]
+def test_a_layer_that_is_rebuilt_trains_at_stage_3_as_at_stage_0(evaluated: Answers) -> None:
+    for answer in evaluated:
+        undivided, divided = answer["sbf"][0], answer["sbf"][3]
+        assert divided["losses"] == pytest.approx(undivided["losses"], abs=1e-6)
+        for kind in ("state", "averaged"):
+            assert divided[kind].keys() == undivided[kind].keys()
+            for name, value in undivided[kind].items():
+                if torch.is_tensor(value):
+                    torch.testing.assert_close(divided[kind][name], value, rtol=0, atol=1e-6)
 
 
 def test_a_worker_does_not_import_mlflow(trained: Answers) -> None:
@@ -113,9 +118,12 @@ def test_a_checkpoint_has_the_shards_of_both_ranks_and_no_code(
 
 def test_going_on_from_a_checkpoint_is_as_if_it_had_never_stopped(trained: Answers) -> None:
     for answer in trained:
-        assert answer["restored"] == (12, True)
+        assert answer["restored"] == 12
         assert answer["more_losses_again"] == answer["more_losses"]
         assert torch.equal(answer["weights_again"], answer["weights"])
+        assert answer["averages_again"].keys() == answer["averages"].keys()
+        for name, average in answer["averages"].items():
+            assert torch.equal(answer["averages_again"][name], average)
 
 
 def test_random_numbers_go_on_where_they_were(trained: Answers) -> None:
@@ -158,6 +166,56 @@ def test_a_shard_cut_short_is_refused_with_both_sizes(saved: Path) -> None:
         checkpoint.verify(saved)
 
 
+@pytest.mark.parametrize(
+    "name", [RANK_1_SHARD, "ranks/00001.json", "deepspeed/state/mp_rank_00_model_states.pt"]
+)
+def test_a_manifest_that_lists_too_little_is_refused(saved: Path, name: str) -> None:
+    manifest = json.loads((saved / "manifest.json").read_text())
+    del manifest["files"][name]
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=f"does not list {name}, which a checkpoint of 2 workers"):
+        checkpoint.verify(saved)
+    (saved / name).unlink()
+    with pytest.raises(UserError, match=f"does not list {name}"):
+        checkpoint.verify(saved)
+
+
+def test_a_checkpoint_of_a_version_before_is_read_and_checked_as_well(saved: Path) -> None:
+    assert checkpoint.written(saved) is not None
+    rank_0 = saved / "ranks/00000.json"
+    state = json.loads(rank_0.read_text())
+    del state["written"]
+    rank_0.write_text(json.dumps(state))
+    manifest = json.loads((saved / "manifest.json").read_text())
+    entry = checkpoint.FileEntry(size=rank_0.stat().st_size, sha256=sha256(rank_0))
+    manifest["files"]["ranks/00000.json"] = entry.model_dump()
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    checkpoint.verify(saved)
+    assert checkpoint.written(saved) is None
+    del manifest["files"][RANK_1_SHARD]
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=f"does not list {RANK_1_SHARD}"):
+        checkpoint.verify(saved)
+
+
+def test_a_checkpoint_without_any_shard_of_the_optimizer_is_refused(saved: Path) -> None:
+    manifest = json.loads((saved / "manifest.json").read_text())
+    for name in [name for name in manifest["files"] if "optim" in name]:
+        del manifest["files"][name]
+        (saved / name).unlink()
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"does not list .*rank_0_mp_rank_00_optim_states\.pt"):
+        checkpoint.verify(saved)
+
+
+def test_a_file_that_is_not_in_the_manifest_is_named(saved: Path) -> None:
+    (saved / "ranks/.nfs0001").write_text("left by the storage")
+    checkpoint.verify(saved)
+    (saved / "ranks/00002.json").write_text("{}")
+    with pytest.raises(UserError, match=r"ranks/00002\.json is not listed in manifest\.json"):
+        checkpoint.verify(saved)
+
+
 def test_a_folder_without_a_manifest_is_no_checkpoint(saved: Path) -> None:
     (saved / "manifest.json").unlink()
     with pytest.raises(UserError, match="has no manifest"):
@@ -183,6 +241,19 @@ def test_a_checkpoint_of_another_recipe_is_refused(saved: Path) -> None:
         checkpoint.load(None, saved, digests={"recipe": "r2"})
 
 
+def test_a_checkpoint_of_other_training_is_refused_with_the_difference(
+    alone: dict[str, Any],
+) -> None:
+    refusals = alone["others"]
+    assert "written with the optimizer SGD, this training with AdamW" in refusals["optimizer"]
+    assert "written at ZeRO stage 1, this training at 2" in refusals["stage"]
+    assert (
+        "with student.5.weight of shape (7, 32), this training with student.5.weight of shape "
+        "(9, 32)"
+    ) in refusals["network"]
+    assert "written with lr = 0.1, this run has 0.2 (and 1 more); give" in refusals["recipe"]
+
+
 # --- evaluation ----------------------------------------------------------------------------------
 
 
@@ -192,6 +263,7 @@ def test_batchnorm_statistics_become_those_of_all_ranks_together(evaluated: Answ
     var = (var_0 + var_1) / 2 + ((mean_0 - mean) ** 2 + (mean_1 - mean) ** 2) / 2
     for answer in evaluated:
         torch.testing.assert_close(answer["after"], (mean, var))
+        torch.testing.assert_close(answer["averages"], (mean, var))
 
 
 def test_accuracy_counts_each_labelled_image_of_all_ranks_once(evaluated: Answers) -> None:

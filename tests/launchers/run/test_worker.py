@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import one_worker
@@ -254,8 +255,10 @@ def checkpoint_of(folder: Path, digests: dict[str, str]) -> Path:
     return folder
 
 
-def test_a_checkpoint_depends_on_what_its_training_reads_alone(begin, tmp_path):
+def test_a_checkpoint_depends_on_what_its_training_reads_alone(begin, tmp_path, monkeypatch):
     here = begin()
+    plan = SimpleNamespace(digest=lambda: "p1")
+    monkeypatch.setattr(training.Plan, "load", lambda path: plan)
     teacher, student = here.networks.teachers[0], here.networks.student
     settings = here.recipe.compress.model_copy(update={"macs": 0.25})
     recipe = here.recipe.model_copy(update={"compress": settings})
@@ -264,6 +267,13 @@ def test_a_checkpoint_depends_on_what_its_training_reads_alone(begin, tmp_path):
     assert training.digests(here, student) != training.digests(here, teacher)
     folder = checkpoint_of(tmp_path, training.digests(here, teacher))
     assert training.saved_digests(smaller, teacher, folder) == training.digests(here, teacher)
+    assert training.digests(here, student)["plan"] == "p1"
+    before = dict(training.digests(here, student))
+    folder = checkpoint_of(tmp_path, before)
+    assert training.saved_digests(here, student, folder) == before
+    del before["plan"]
+    folder = checkpoint_of(tmp_path, before)
+    assert training.saved_digests(here, student, folder) == before
 
 
 def test_a_checkpoint_of_the_version_before_depends_on_the_whole_recipe(begin, tmp_path):

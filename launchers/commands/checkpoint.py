@@ -1,0 +1,154 @@
+"""`sbf checkpoint`: what checkpoints of trainings hold, whether they are whole, their weights."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sbf_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from sbf_dist.train.checkpoint import Manifest, Written
+
+app = typer.Typer(
+    help="Look at the checkpoints of trainings, and take the weights out of one.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+_MANIFEST = "manifest.json"
+_BESIDE = ("ranks", "deepspeed")  # pseudo-labels and prepared sets have a manifest.json, too
+_NAMED = 4  # checkpoints in an error
+_NETWORK = "student."  # what the task of a training calls its network
+
+Place = Annotated[
+    Path, typer.Argument(metavar="PATH", help="A checkpoint's folder, or one with several below.")
+]
+
+
+class Weights(StrEnum):
+    """Which weights of a checkpoint."""
+
+    AVERAGE = "average"
+    LAST = "last"
+
+
+@app.command(short_help="Print what checkpoints hold.")
+def show(place: Place) -> None:
+    """Print step, workers, ZeRO stage and size of each checkpoint, and what it belongs to."""
+    from sbf_dist.train import checkpoint
+
+    for folder in _found(place):
+        manifest = checkpoint.read_manifest(folder)
+        rows = _rows(manifest, checkpoint.written(folder)) | {
+            "position": ", ".join(_position(checkpoint.loader_state(folder))) or "none",
+        }
+        print(folder)
+        for name, value in rows.items():
+            print(f"  {name:<10} {value}")
+
+
+@app.command(short_help="Compare all files of checkpoints with their manifests.")
+def verify(place: Place) -> None:
+    """Compare size and SHA-256 of all files with what was written.
+
+    Exit code 2 if a file is missing, damaged, or not listed in the manifest.
+    """
+    from sbf_dist.train import checkpoint
+
+    damaged = []
+    for folder in _found(place):
+        try:
+            manifest = checkpoint.verify(folder)
+        except UserError as error:
+            damaged.append(folder)
+            print(error)
+        else:
+            print(f"checkpoint {folder}: whole, step {manifest.step}")
+    if damaged:
+        raise UserError(f"{len(damaged)} of the checkpoints in {place} cannot be gone on from")
+
+
+@app.command(short_help="Write the weights of a checkpoint as one safetensors file.")
+def consolidate(
+    place: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint's folder.")],
+    out: Annotated[Path, typer.Option(help="The safetensors file to write; it must not exist.")],
+    weights: Annotated[
+        Weights | None,
+        typer.Option(
+            help="The moving average of the weights, or the last ones; without it the average, if "
+            "there is one."
+        ),
+    ] = None,
+) -> None:
+    """Put the shards of a checkpoint together, of any ZeRO stage and number of workers.
+
+    The file has the network's own names: it can be the `weights` of a teacher, or be loaded by
+    `sbf compress`.
+    """
+    folders = _found(place)
+    if len(folders) > 1:
+        raise UserError(
+            f"folder {place} has {len(folders)} checkpoints, give one of them: "
+            + ", ".join(str(folder.relative_to(place)) for folder in folders[-_NAMED:])
+            + (", …" if len(folders) > _NAMED else "")
+        )
+    if out.exists():
+        raise UserError(f"file {out} exists; give another --out, or remove it")
+    from safetensors import SafetensorError
+
+    from sbf_dist.train import checkpoint
+    from sbf_dist.weights import save_state
+
+    whole = checkpoint.read_whole(folders[0])
+    average = whole.ema
+    if weights is Weights.AVERAGE and not average:
+        raise UserError(
+            f"checkpoint {folders[0]}: has no average of the weights (training.ema); "
+            "give --weights last"
+        )
+    averaged = bool(average) and weights is not Weights.LAST
+    state = average if averaged else whole.weights
+    try:
+        save_state({name.removeprefix(_NETWORK): value for name, value in state.items()}, out)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"file {out} cannot be written: {error}") from None
+    kind = "moving average of the weights" if averaged else "weights"
+    print(f"{out}: the {kind} of step {checkpoint.read_manifest(folders[0]).step}")
+
+
+def _found(place: Path) -> list[Path]:
+    """The checkpoint in `place`, or those below, in the order of their paths."""
+    if not place.exists():
+        raise UserError(f"folder {place} does not exist")
+    if not place.is_dir():
+        raise UserError(f"{place} is a file: give a checkpoint's folder")
+    if (place / _MANIFEST).is_file():
+        return [place]
+    manifests = sorted(place.rglob(_MANIFEST))
+    found = [m.parent for m in manifests if any((m.parent / name).is_dir() for name in _BESIDE)]
+    if not found:
+        raise UserError(
+            f"folder {place} is no checkpoint and has none below: there is no {_MANIFEST}"
+        )
+    return found
+
+
+def _rows(manifest: "Manifest", written: "Written | None") -> dict[str, str]:
+    size = sum(entry.size for entry in manifest.files.values())
+    engine = "" if written is None else f", {written.optimizer} at ZeRO stage {written.zero_stage}"
+    return {
+        "step": str(manifest.step),
+        "workers": f"{manifest.world_size}{engine}",
+        **manifest.digests,
+        "files": f"{len(manifest.files)}, {size / 1e6:,.1f} MB",
+    }
+
+
+def _position(state: object, before: str = "") -> list[str]:
+    """The numbers of a loader's state, of several loaders one after the other."""
+    if isinstance(state, dict):
+        return [part for key, value in state.items() for part in _position(value, str(key))]
+    if isinstance(state, list) and state and isinstance(state[0], dict):
+        return [part for value in state for part in _position(value)]
+    return [f"{before} {state}"] if isinstance(state, int) else []

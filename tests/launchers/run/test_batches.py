@@ -1,0 +1,54 @@
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from launchers.run.batches import divided, step_shares, steps_per_epoch
+from launchers.run.networks import Job
+from sbf_dist.errors import UserError
+from sbf_dist.recipe import Training
+
+INDEX: Any = SimpleNamespace(parts={"labelled": range(1000), "unlabelled": range(9000)})
+
+
+def _job(targets: Any = "stored", share: float = 0.25) -> Job:
+    training = Training(steps=1, batch_size=64)
+    return Job("distill", training, targets, 0, Path("start"), labelled_share=share)
+
+
+def test_the_images_of_a_step_are_shared_out_before_the_workers_are_counted() -> None:
+    assert step_shares(_job(), INDEX, pairs=False) == {"labelled": 16, "unlabelled": 48}
+    assert step_shares(_job(share=1), INDEX, pairs=False) == {"labelled": 64}
+    assert step_shares(_job("labels"), INDEX, pairs=False) == {"labelled": 64}
+    alone: Any = SimpleNamespace(parts={"labelled": range(1000), "unlabelled": range(0)})
+    assert step_shares(_job(), alone, pairs=False) == {"labelled": 64}
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4, 8, 16])
+def test_shares_that_the_workers_divide_are_the_same_for_all_numbers_of_them(workers: int) -> None:
+    shares = {"labelled": 16, "unlabelled": 48}
+    assert divided(shares, workers, pairs=False) == shares
+
+
+@pytest.mark.parametrize(("workers", "pairs"), [(32, False), (64, False), (16, True)])
+def test_shares_that_the_workers_do_not_divide_are_refused_with_numbers_that_do(
+    workers: int, pairs: bool
+) -> None:
+    with pytest.raises(UserError) as refused:
+        divided({"labelled": 16, "unlabelled": 48}, workers, pairs=pairs)
+    message = str(refused.value)
+    assert f"batch of 16 labelled and 48 unlabelled images: {workers} workers" in message
+    assert f"these numbers do: 1, 2, 4, 8{'' if pairs else ', 16'}, or change batch" in message
+
+
+def test_an_epoch_lasts_until_the_longest_stream_was_seen() -> None:
+    data = SimpleNamespace(augmentation=SimpleNamespace(mixes=False))
+    here: Any = SimpleNamespace(recipe=SimpleNamespace(data=data))
+    for job, expected in (
+        (_job(), 9000 / 48),
+        (_job(share=0.75), 9000 / 16),
+        (_job("labels"), 1000 / 64),
+    ):
+        network: Any = SimpleNamespace(job=job)
+        assert steps_per_epoch(here, network, INDEX) == pytest.approx(expected)

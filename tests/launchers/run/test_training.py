@@ -1,0 +1,142 @@
+"""A training of a run on its only worker, in a process of its own: no Ray and no MLflow.
+
+Over Ray: test_recovery.py.
+"""
+
+import json
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from launchers.run.building import build_network
+from launchers.run.folder import RunFolder
+from launchers.run.networks import Networks
+from sbf_dist.recipe import Recipe
+from sbf_dist.train import checkpoint, shards
+
+TRAINING = {"batch_size": 64, "optimizer": {"lr": 0.05}, "log_every": 1, "precision": "fp32"}
+TRAININGS: dict[str, dict[str, Any]] = {
+    "averaged": TRAINING
+    | {"epochs": 0.2, "warmup_epochs": 0.05, "zero_stage": 3, "ema": 0.6, "images_at_once": 16},
+    "compiled": TRAINING | {"steps": 3, "compile": True},
+    "plain": TRAINING | {"steps": 3},
+}
+CONTENT = {
+    "name": "tiny",
+    "data": {"source": "digits", "image_size": 16, "cache": "memory"},
+    "teachers": [
+        {"name": name, "model": f"{__file__}:small_network", "training": training}
+        for name, training in TRAININGS.items()
+    ],
+    "compress": {"teacher": "plain", "macs": 0.5},
+    "distill": {"training": {"steps": 1}},
+}
+
+
+def small_network(num_classes: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32, num_classes),
+    )
+
+
+def _train_all(runs: str) -> None:
+    from one_worker import begin
+
+    from launchers.on_ray import ray_train
+    from launchers.run import training
+
+    logged: dict[str, Any] = {}
+
+    class Tracker:
+        def log_metrics(self, values: dict[str, float], step: int) -> None:
+            logged.setdefault(str(step), {}).update(values)
+
+        def flush(self) -> None:
+            pass
+
+    def report(metrics: dict[str, Any], write: Any) -> None:
+        write(Path(runs, f"checkpoint-{metrics['training']}"))
+
+    ray_train.progress = lambda record: None  # type: ignore[assignment]
+    ray_train.report = report  # type: ignore[assignment]
+    training.tracking.attach = lambda *address: Tracker()  # type: ignore[assignment]
+    torch.set_num_threads(1)
+    here = begin(Recipe.model_validate(CONTENT), Path(runs))
+    answer: dict[str, Any] = {}
+    for teacher in here.networks.teachers:
+        logged.clear()
+        # As if each were the first and only one: the same random weights.
+        object.__setattr__(teacher.job, "seed", 0)
+        answer[teacher.name] = training._train(here, teacher, None, teacher.name, [])
+        answer[teacher.name]["logged"] = dict(logged)
+    Path(runs, "answer.json").write_text(json.dumps(answer))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    child = multiprocessing.get_context("spawn").Process(target=_train_all, args=(str(folder),))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answer(runs: Path) -> dict[str, Any]:
+    return json.loads((runs / "answer.json").read_text())
+
+
+def _weights(runs: Path, name: str) -> dict[str, torch.Tensor]:
+    networks = Networks.of(Recipe.model_validate(CONTENT), RunFolder(runs, "tiny"))
+    network = next(network for network in networks if network.name == name)
+    return build_network(network, 10, network.weights).state_dict()
+
+
+def test_a_training_given_in_epochs_has_the_steps_that_the_images_make(
+    answer: dict[str, Any],
+) -> None:
+    averaged = answer["averaged"]
+    assert averaged["steps"] == 5  # 0.2 x 1,297 images / 64
+    rates = [averaged["logged"][str(step)]["averaged/lr"] for step in range(1, 6)]
+    assert rates[0] == pytest.approx(0.025)  # two steps of warm-up
+    assert rates[1] == pytest.approx(0.05)
+    assert averaged["logged"]["5"]["averaged/top1"] == averaged["top1"]
+
+
+def test_the_average_is_what_is_saved_and_the_checkpoint_holds_both(
+    answer: dict[str, Any], runs: Path
+) -> None:
+    folder = runs / "checkpoint-averaged"
+    checkpoint.verify(folder)
+    written = checkpoint.written(folder)
+    assert written is not None
+    assert (written.zero_stage, written.optimizer) == (3, "SGD")
+    assert written.reads["teachers.0.training.ema"] == 0.6
+    whole = shards.read(folder / "deepspeed/state", 1)
+    saved = _weights(runs, "averaged")
+    for name, value in saved.items():
+        assert torch.equal(value, whole.ema[f"student.{name}"])
+    assert any(not torch.equal(v, whole.weights[f"student.{n}"]) for n, v in saved.items())
+
+
+def test_a_compiled_network_trains_as_it_does_otherwise_and_is_saved_alike(
+    answer: dict[str, Any], runs: Path
+) -> None:
+    compiled, plain = answer["compiled"]["logged"], answer["plain"]["logged"]
+    for step in "123":
+        expected = plain[step]["plain/loss"]
+        assert compiled[step]["compiled/loss"] == pytest.approx(expected, rel=1e-3)
+    found, expected = _weights(runs, "compiled"), _weights(runs, "plain")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-2, atol=1e-3)
