@@ -8,7 +8,7 @@ import typer
 from typer.exceptions import TyperException
 
 from launchers.commands import checkpoint, compare, compress, data, jobs, plan, run
-from sbf_dist.errors import UserError, without_credentials
+from sbf_dist.errors import RunError, UserError, without_credentials
 
 app = typer.Typer(
     help="SBF-Dist: CNNs at half the cost, compressed by spatial basis filters and distilled "
@@ -60,4 +60,7 @@ def main() -> None:
         message = without_credentials(message.replace("Value error, ", ""))
         print(f"sbf: {message}", file=sys.stderr)
         sys.exit(2)
+    except RunError as error:
+        print(f"sbf: {error}", file=sys.stderr)
+        sys.exit(1)
     sys.exit(code)

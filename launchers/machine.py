@@ -35,3 +35,12 @@ def check_machine(workers: int, cpus_per_worker: int, gpus_per_worker: float = 0
             f"workers.count = {workers} with workers.gpus = {gpus_per_worker:g}: needs "
             f"{workers * gpus_per_worker:g} GPUs, this machine has {gpus}; ask for fewer, or for 0"
         )
+
+
+def workers_here(least: int, most: int, cpus_per_worker: int, gpus_per_worker: float = 0) -> int:
+    """Return how many workers have a place here, at most `most`; UserError below `least`."""
+    check_machine(least, cpus_per_worker, gpus_per_worker)
+    places = available_cpus() // cpus_per_worker
+    if gpus_per_worker:
+        places = min(places, int(available_gpus() / gpus_per_worker))
+    return min(most, places)

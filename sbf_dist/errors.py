@@ -16,3 +16,10 @@ class UserError(Exception):
 def without_credentials(text: str) -> str:
     """Return `text` with user and password taken out of every URL in it."""
     return _CREDENTIALS.sub("***@", text)
+
+
+class RunError(Exception):
+    """A run that could not go on, through no mistake of the user's; the same command goes on.
+
+    The command line prints the one line that it is and exits with 1.
+    """

@@ -115,10 +115,65 @@ class Data(Section):
 class Workers(Section):
     """The processes that Ray Train starts. Not part of a run's identity: they may change."""
 
-    count: Positive = Field(1, description="worker processes")
+    count: Positive | tuple[Positive, Positive] = Field(
+        1,
+        description="worker processes; [2, 8]: as many of 2 to 8 as have a place and divide the "
+        "batches, anew at each start",
+    )
     cpus: Positive = Field(1, description="CPUs (and threads) per worker")
     gpus: float = Field(0, ge=0, description="GPUs per worker")
-    max_failures: int = Field(2, ge=0, description="restarts from the last checkpoint per stage")
+    max_failures: int = Field(
+        2,
+        ge=0,
+        description="restarts after errors that workers raised, without a new checkpoint in "
+        "between",
+    )
+    max_lost: int = Field(
+        10,
+        ge=0,
+        description="restarts after workers or machines that died, without a new checkpoint in "
+        "between",
+    )
+    hang_timeout: float = Field(
+        600,
+        gt=0,
+        description="seconds without a step, or without an answer, after which workers are started "
+        "again",
+    )
+    stop_within: float = Field(
+        25, gt=0, description="seconds for a last checkpoint after SIGTERM, SIGHUP or Ctrl-C"
+    )
+    start_timeout: float = Field(
+        600, ge=0, description="seconds that a cluster may take to have places for the workers"
+    )
+
+    @field_validator("count")
+    @classmethod
+    def _is_a_range(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+        if isinstance(value, tuple) and value[0] > value[1]:
+            raise ValueError(f"{list(value)} must be [least, most]")
+        return value
+
+    @property
+    def least(self) -> int:
+        """The smallest number of workers."""
+        return self.count if isinstance(self.count, int) else self.count[0]
+
+    @property
+    def most(self) -> int:
+        """The largest number of workers."""
+        return self.count if isinstance(self.count, int) else self.count[1]
+
+    @property
+    def count_as_written(self) -> str:
+        """The number or the range, as in a recipe."""
+        return str(self.count if isinstance(self.count, int) else list(self.count))
+
+
+class Checkpoints(Section):
+    """Which checkpoints of a training are kept. Not part of a run's identity."""
+
+    keep_last: Positive = Field(2, description="newest checkpoints of each training that are kept")
 
 
 class Training(Section):
@@ -423,6 +478,7 @@ class Recipe(Section):
     seed: Seed = Field(0, description="seed of all random numbers")
     data: Data
     workers: Workers = Workers()
+    checkpoints: Checkpoints = Field(Checkpoints(), exclude_if=equals(Checkpoints()))
     teachers: list[Teacher] = Field(min_length=1)
     pseudo_labels: PseudoLabels = PseudoLabels()
     compress: Compress
@@ -443,7 +499,7 @@ class Recipe(Section):
                 f"compress.teacher = {self.compress.teacher!r} must be one of {', '.join(names)}"
             )
         for where, training in self.trainings().items():
-            self._check_batch(where, training, self.workers.count)
+            self._check_batch(where, training, self.workers.least)
             if training.sync_batchnorm and not self.workers.gpus:
                 raise ValueError(
                     f"{where}.sync_batchnorm = True needs GPUs, workers.gpus is 0; set it to false"
@@ -465,6 +521,18 @@ class Recipe(Section):
                 )
         return self
 
+    def numbers_of_workers(self) -> list[int]:
+        """Return the numbers in the range of workers.count that divide the batches of all."""
+        found = []
+        for count in range(self.workers.least, self.workers.most + 1):
+            try:
+                for where, training in self.trainings().items():
+                    self._check_batch(where, training, count)
+            except ValueError:
+                continue
+            found.append(count)
+        return found
+
     def trainings(self) -> dict[str, Training]:
         """All trainings, by their place in the recipe."""
         found = {
@@ -481,6 +549,7 @@ class Recipe(Section):
         """The values that results depend on: all but workers, tracking and caches."""
         elsewhere: dict[str, bool | set[str]] = {
             "workers": True,
+            "checkpoints": True,
             "tracking": True,
             "compress": {"latency_table"},
             "data": {"cache"},

@@ -87,7 +87,7 @@ def check_surroundings(recipe: Recipe, *, indexed: bool) -> int | None:
     check_ray_address(os.environ.get("RAY_ADDRESS"))
     if not os.environ.get("RAY_ADDRESS"):
         workers = recipe.workers
-        check_machine(workers.count, workers.cpus, workers.gpus)
+        check_machine(workers.least, workers.cpus, workers.gpus)
     images = recipe.data
     if (images.source == "folder" or images.expected) and not indexed:
         assert images.root is not None

@@ -4,24 +4,23 @@ import logging
 import math
 import os
 import secrets
-import shutil
 import socket
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from launchers.machine import check_machine
+import psutil
+
+from launchers.machine import workers_here
 from launchers.on_ray import unused_services
+from launchers.on_ray.temporary_folder import temporary_folder
 from sbf_dist.errors import UserError
 
 LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 256 * 2**20  # only Ray's own small objects pass through it
-
-_FOLDER_PREFIX = "sbf-ray-"
-# Ray makes Unix sockets in its folder, whose paths the kernel limits to 107 characters.
-_MAX_BASE_LENGTH = 15
+GCS, RAYLET = "gcs_server", "raylet"
 
 # Read by Ray when it is imported, and by its processes when they start.
 _RAY_ENVIRONMENT = {
@@ -55,9 +54,10 @@ def local_ray(
     cpus_per_worker: int = 1,
     gpus_per_worker: float = 0,
     *,
+    most: int | None = None,
     address: str | None = None,
 ) -> Iterator[None]:
-    """Ray for `workers` workers while the context lasts.
+    """Ray for `workers` workers, or up to `most`, while the context lasts.
 
     With `address` (or RAY_ADDRESS in the environment) that cluster is joined and left again.
     Without, a Ray is started that only this process uses: it listens on 127.0.0.1, asks for a
@@ -72,58 +72,108 @@ def local_ray(
         with _joined(address):
             yield
         return
-    check_machine(workers, cpus_per_worker, gpus_per_worker)
+    count = workers_here(workers, most or workers, cpus_per_worker, gpus_per_worker)
     environment = {
         **_RAY_ENVIRONMENT,
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         # Programs of the virtual environment for workers when it is not activated.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     }
-    with _temporary_folder() as folder, _environment({**environment, "TMPDIR": str(folder)}):
+    with temporary_folder() as folder, _environment({**environment, "TMPDIR": str(folder)}):
         if "ray" in sys.modules:
             unused_services.read_environment_again()
-        import ray
-
+        # Ray opens its folder to everybody; the folder around it is ours alone.
+        own = _OwnRay(count * cpus_per_worker, math.ceil(count * gpus_per_worker), folder / "r")
         try:
-            with unused_services.services_left_out():
-                ray.init(
-                    address="local",
-                    num_cpus=workers * cpus_per_worker,
-                    num_gpus=math.ceil(workers * gpus_per_worker),
-                    object_store_memory=OBJECT_STORE_BYTES,
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    _temp_dir=str(folder),
-                )
-            if not runs_locally():
-                raise RuntimeError(
-                    f"Ray listens at {ray.util.get_node_ip_address()} instead of {LOOPBACK}: it "
-                    "was imported before its environment was set"
-                )
+            own.start()
+            _own.append(own)
             yield
         finally:
-            ray.shutdown()
+            _own.clear()
+            own.end()
 
 
-@contextmanager
-def _temporary_folder() -> Iterator[Path]:
-    """A folder for the files of Ray and its workers, removed at the end.
+@dataclass
+class _OwnRay:
+    """The Ray that this process has started."""
 
-    Folders of processes that could not do so, because they were killed, are removed before.
+    cpus: int
+    gpus: int
+    folder: Path
+
+    def start(self) -> None:
+        import ray
+
+        with unused_services.services_left_out():
+            ray.init(
+                address="local",
+                num_cpus=self.cpus,
+                num_gpus=self.gpus,
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(self.folder),
+            )
+        if not runs_locally():
+            raise RuntimeError(
+                f"Ray listens at {ray.util.get_node_ip_address()} instead of {LOOPBACK}: it "
+                "was imported before its environment was set"
+            )
+        children = {process.name(): process for process in psutil.Process().children()}
+        self._servers = {name: children[name] for name in (GCS, RAYLET) if name in children}
+
+    def end(self) -> None:
+        import ray
+
+        started = psutil.Process().children(recursive=True)
+        ray.shutdown()
+        for process in started:
+            if _is_of_ray_train(process):  # a stopped process has not heard that it is over
+                process.kill()
+
+    def dead_server(self) -> str | None:
+        for name, process in self._servers.items():
+            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+                return name
+        return None
+
+
+_own: list[_OwnRay] = []  # none or one, as Ray itself is
+
+
+def dead_server() -> str | None:
+    """Return which of GCS and RAYLET of this process's own Ray has died, if one has."""
+    return _own[0].dead_server() if _own else None
+
+
+def restart() -> None:
+    """Start this process's own Ray again after its raylet has died."""
+    _own[0].end()
+    _own[0].start()
+
+
+def end_frozen_workers() -> None:
+    """End the workers that Ray has given up, where they are processes of this machine's own Ray.
+
+    A stopped process (SIGSTOP) does not hear that it is to end.
     """
-    base = Path(tempfile.gettempdir())
-    if len(str(base)) > _MAX_BASE_LENGTH:
-        base = Path("/tmp")
-    for old in base.glob(f"{_FOLDER_PREFIX}*-*"):
-        pid = old.name.removeprefix(_FOLDER_PREFIX).partition("-")[0]
-        if pid.isdigit() and old.stat().st_uid == os.getuid() and not Path("/proc", pid).exists():
-            shutil.rmtree(old, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{_FOLDER_PREFIX}{os.getpid()}-", dir=base))
+    if _own:
+        for process in psutil.Process().children(recursive=True):
+            if _is_of_ray_train(process):
+                process.kill()
+
+
+def logs() -> Path | None:
+    """Return the folder of the logs of this process's own Ray."""
+    return _own[0].folder / "session_latest" / "logs" if _own else None
+
+
+def _is_of_ray_train(process: psutil.Process) -> bool:
     try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        return "RayTrainWorker" in " ".join(process.cmdline())
+    except psutil.Error:  # it has ended
+        return False
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import ray
 from ray.train.backend import Backend, BackendConfig
@@ -52,16 +53,48 @@ class _ProcessGroup(Backend):
         return
 
 
+# On rank 0, from the moment that the others are told its address until they have joined.
+_listening: list[socket.socket] = []
+
+
 def _rendezvous() -> str:
     """Where the ranks meet, decided on rank 0: a file on one machine, else a port of rank 0's."""
     host = ray.util.get_node_ip_address()
     if host == LOOPBACK:
         return f"file://{Path(tempfile.mkdtemp(prefix='sbf-rendezvous-')) / 'store'}"
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
+    _listening.append(listening_socket(host))
+    port = _listening[-1].getsockname()[1]
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+def listening_socket(host: str) -> socket.socket:
+    """Return a socket that listens at a free port of this address alone.
+
+    A store that opens its own would listen on all addresses of the machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    opened = socket.socket(family)
+    opened.bind((host, 0))
+    opened.listen(128)
+    return opened
+
+
+def tcp_store(address: str, rank: int, world_size: int, opened: socket.socket | None) -> Any:
+    """Return the store at tcp://HOST:PORT; on rank 0 it is served on the socket `opened`."""
+    import torch.distributed as dist
+
+    parts = urlsplit(address)
+    assert parts.hostname is not None
+    assert parts.port is not None
+    return dist.TCPStore(
+        parts.hostname,
+        parts.port,
+        world_size,
+        is_master=rank == 0,
+        timeout=_TIMEOUT,
+        wait_for_workers=False,
+        master_listen_fd=None if opened is None else opened.detach(),
+    )
 
 
 def _join(address: str, backend: str, rank: int, world_size: int) -> None:
@@ -83,6 +116,9 @@ def _join(address: str, backend: str, rank: int, world_size: int) -> None:
         from ray.train.torch import get_device
 
         torch.cuda.set_device(get_device())
-    dist.init_process_group(
-        backend, init_method=address, rank=rank, world_size=world_size, timeout=_TIMEOUT
-    )
+    if address.startswith("file:"):
+        meeting: dict[str, Any] = {"init_method": address}
+    else:
+        opened = _listening.pop() if rank == 0 else None
+        meeting = {"store": tcp_store(address, rank, world_size, opened)}
+    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=_TIMEOUT, **meeting)

@@ -1,29 +1,40 @@
-"""One training on Ray Train: its workers, their restarts, checkpoints, progress and errors."""
+"""One attempt at a training on Ray Train's workers; and what a worker tells the driver.
+
+Ray Train starts the workers, joins them to a process group, polls them and ends them. It is told of
+no checkpoint and makes no second attempt: what an attempt goes on from, and whether there is
+another one, is decided in checkpoints.py and attempts.py.
+"""
 
 import json
 import logging
 import os
-import signal
-import tempfile
+import shutil
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray import cloudpickle, train
+from ray.exceptions import RayError
 from ray.experimental.internal_kv import (
     _internal_kv_del,
+    _internal_kv_exists,
     _internal_kv_get,
     _internal_kv_list,
     _internal_kv_put,
 )
 
+from launchers.interruption import Interrupted, Notice
+from launchers.on_ray import local_ray
+from launchers.on_ray.budget import AttemptError, judged
 from launchers.on_ray.local_ray import runs_locally
 from launchers.on_ray.process_group import ProcessGroupConfig
+from launchers.on_ray.stopping import StoppedError
 from launchers.on_ray.unused_services import trainer_class
 from sbf_dist.errors import UserError
 from sbf_dist.recipe import Workers
@@ -31,11 +42,14 @@ from sbf_dist.recipe import Workers
 if TYPE_CHECKING:
     import torch
 
-CHECKPOINTS_KEPT = 2
 _NAMESPACE = "sbf-dist"
 _WARNINGS = "/warnings/"
+_STOP = "/stop"
+_STEPPING = "/stepping"
 _PACKAGES = ("launchers", "pipelines", "sbf_dist")
 _POLL_SECONDS = 0.5
+_START_SECONDS = 600  # that Ray Train waits until all workers have a place
+_FILES_OF_RAY = ".ray-train"
 
 _log = logging.getLogger(__name__)
 
@@ -46,28 +60,32 @@ Config = dict[str, Any]
 Record = dict[str, Any]
 
 
+class ServerDiedError(Exception):
+    """A server process of this program's own Ray has died."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
 # --- the driver ----------------------------------------------------------------------------------
 
 
-def run_workers(
+def attempt(
     worker: Callable[[Config], Record | None],
     config: Config,
     *,
-    name: str,
-    storage: str | Path,
+    storage: Path,
     workers: Workers,
+    count: int,
+    notice: Notice,
     on_progress: Callable[[Record], None] | None = None,
 ) -> Record:
-    """Run worker(config) on every rank of a torch process group; what it returned on rank 0.
+    """Run worker(config) on `count` ranks of a process group, once; what it returned on rank 0.
 
-    `config` and the answer are JSON-like. Ray must be initialised. Checkpoints are kept under
-    storage/name, and a training of the same name and storage goes on from the last of them. When a
-    worker dies or raises, all are started again from the last checkpoint, `workers.max_failures`
-    times. `on_progress` is called from another thread with the newest record that rank 0 gave to
-    progress(). Warnings that our own packages log on rank 0 are logged here.
-
-    UserError: raised by a worker, as it was and without another try. RuntimeError: a worker failed
-    too often; the message ends with its traceback.
+    Raises the UserError of a worker as it was; AttemptError; ServerDiedError; and Interrupted where
+    `notice` has noted a signal: once the workers have written a checkpoint and ended, or are late,
+    or do not train.
     """
     key = uuid.uuid4().hex
     # The worker travels as bytes: Ray's controller would import all of its module's imports.
@@ -77,47 +95,107 @@ def run_workers(
         "progress_key": key,
         "directory": str(Path.cwd()),
     }
+    own_files = storage.absolute() / _FILES_OF_RAY
     trainer = trainer_class(on_one_machine=runs_locally())(
         _run_worker,
         train_loop_config=work,
         torch_config=ProcessGroupConfig("nccl" if workers.gpus else "gloo"),
         scaling_config=train.ScalingConfig(
-            num_workers=workers.count,
+            num_workers=count,
             use_gpu=workers.gpus > 0,
             resources_per_worker=_resources(workers),
         ),
         run_config=train.RunConfig(  # type: ignore[call-arg]
-            name=name,
-            storage_path=str(storage.absolute() if isinstance(storage, Path) else storage),
-            failure_config=train.FailureConfig(max_failures=workers.max_failures),
-            checkpoint_config=train.CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
-            callbacks=[_StopAtUserError()],  # type: ignore[list-item]
+            name=key,
+            storage_path=str(own_files),
+            failure_config=train.FailureConfig(
+                max_failures=0,
+                controller_failure_limit=0,  # type: ignore[call-arg]
+                max_preemption_failures=0,
+            ),
             worker_runtime_env={"env_vars": _worker_environment(workers)},
             logging_config=train.LoggingConfig(log_level="ERROR"),
         ),
     )
-    with _environment_of_train(), _own_interrupt(), _watch(key, on_progress):
-        try:
-            result = trainer.fit()
-        except SystemExit as error:
-            # Ray Train's handler of Ctrl-C stops the workers and then leaves with status 0.
-            raise KeyboardInterrupt from error
-        except train.ControllerError as error:
-            if isinstance(error.controller_failure, UserError):
-                raise error.controller_failure from None
-            raise
-        except train.WorkerGroupError as error:
-            raise RuntimeError(f"training {name}: {error}") from error
+    try:
+        with _environment_of_train(workers), _watch(key, on_progress):
+            result = _fitted(trainer, lambda: _check(key, notice, workers.stop_within))
+    except (StoppedError, ServerDiedError, AttemptError):
+        notice.raise_it()
+        raise
+    finally:
+        shutil.rmtree(own_files, ignore_errors=True)
     return dict(result.return_value or {})
 
 
-class _StopAtUserError(train.UserCallback):
-    """Lets a worker's UserError end the training: an error of a callback is not tried again."""
+def _fitted(trainer: Any, check: Callable[[], None]) -> Any:
+    """Return the result of trainer.fit(), which runs in a thread, while check() is called here.
 
-    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
-        for error in worker_exceptions.values():
-            if isinstance(error, UserError):
-                raise error
+    In the main thread Ray Train would take Ctrl-C for itself, and nothing else could be noticed.
+    """
+    outcome: futures.Future[Any] = futures.Future()
+
+    def fit() -> None:
+        try:
+            outcome.set_result(trainer.fit())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=fit, name="ray-train", daemon=True).start()
+    while not futures.wait([outcome], timeout=_POLL_SECONDS).done:
+        check()
+    error = outcome.exception()
+    if error is not None:
+        _raise_judged(error)
+    return outcome.result()
+
+
+def _raise_judged(error: BaseException) -> None:
+    if isinstance(error, train.WorkerGroupError):
+        for failure in error.worker_failures.values():
+            if isinstance(failure, UserError | StoppedError):
+                raise failure from None
+        raise judged(error.worker_failures, str(error)) from None
+    if isinstance(error, train.ControllerError):
+        if "StartupTimeout" in type(error.controller_failure).__name__:
+            raise AttemptError(
+                lost=True,
+                cause=f"not all workers had a place within {_START_SECONDS} s",
+                details=str(error),
+            ) from None
+        raise judged({0: error.controller_failure}, str(error)) from None
+    if isinstance(error, train.TrainingFailedError):
+        raise AttemptError(
+            lost=True, cause="a machine was taken away", details=str(error)
+        ) from None
+    if isinstance(error, RayError):
+        server = local_ray.dead_server()
+        if server is not None:
+            raise ServerDiedError(server) from None
+        raise AttemptError(
+            lost=True, cause="Ray Train's controller died", details=str(error)
+        ) from None
+    raise error
+
+
+def _check(key: str, notice: Notice, stop_within: float) -> None:
+    """Raise ServerDiedError; pass a noted signal on to the workers; raise it if that takes long."""
+    server = local_ray.dead_server()
+    if server is not None:
+        raise ServerDiedError(server)
+    if notice.signum is None:
+        return
+    if not _internal_kv_exists(key + _STEPPING, namespace=_NAMESPACE):
+        notice.raise_it()
+    if not _internal_kv_exists(key + _STOP, namespace=_NAMESPACE):
+        _internal_kv_put(key + _STOP, b"", namespace=_NAMESPACE)
+        _log.warning(
+            "%s: a checkpoint is written at the next step (once more: end at once)",
+            Interrupted(notice.signum),
+        )
+    if time.monotonic() - notice.since > stop_within:
+        _log.warning("no checkpoint within %g s (workers.stop_within): ending now", stop_within)
+        notice.raise_it()
 
 
 def _resources(workers: Workers) -> dict[str, float]:
@@ -132,12 +210,13 @@ def _worker_environment(workers: Workers) -> dict[str, str]:
 
 
 @contextmanager
-def _environment_of_train() -> Iterator[None]:
+def _environment_of_train(workers: Workers) -> Iterator[None]:
     """Ray Train's switches, which it reads from the driver's environment."""
     switches = {
         "RAY_TRAIN_METRICS_ENABLED": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(workers.hang_timeout),
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(_START_SECONDS),
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
     }
     if runs_locally():  # no node of which will be taken away
@@ -149,19 +228,6 @@ def _environment_of_train() -> Iterator[None]:
     finally:
         for switch in missing:
             os.environ.pop(switch, None)
-
-
-@contextmanager
-def _own_interrupt() -> Iterator[None]:
-    """Ray Train sets a handler of Ctrl-C and leaves it there: put the one before it back."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
@@ -187,17 +253,22 @@ def _watch(key: str, on_progress: Callable[[Record], None] | None) -> Iterator[N
 
     def watch() -> None:
         while not ended.wait(_POLL_SECONDS):
-            look()
+            if local_ray.dead_server() is None:
+                look()
 
     thread = threading.Thread(target=watch, name="progress", daemon=True)
     thread.start()
     try:
         yield
-    finally:
+    except ServerDiedError:  # which would have to answer
         ended.set()
-        thread.join()
-        look()
-        _internal_kv_del(key, del_by_prefix=True, namespace=_NAMESPACE)
+        raise
+    finally:
+        if not ended.is_set():
+            ended.set()
+            thread.join()
+            look()
+            _internal_kv_del(key, del_by_prefix=True, namespace=_NAMESPACE)
 
 
 # --- the workers ---------------------------------------------------------------------------------
@@ -259,31 +330,25 @@ def place() -> Place:
 
 def progress(record: Mapping[str, Any]) -> None:
     """Show `record` (JSON) to the driver's on_progress; only rank 0's is shown, the newest wins."""
-    assert _progress_key is not None, "progress() is for workers of run_workers"
+    key = _key()
     if train.get_context().get_world_rank() == 0:
-        _internal_kv_put(
-            _progress_key, json.dumps(dict(record)), overwrite=True, namespace=_NAMESPACE
-        )
+        _internal_kv_put(key, json.dumps(dict(record)), overwrite=True, namespace=_NAMESPACE)
 
 
 @contextmanager
-def latest_checkpoint() -> Iterator[Path | None]:
-    """The folder of the checkpoint to go on from, while the context lasts; None at the start."""
-    checkpoint = train.get_checkpoint()
-    if checkpoint is None:
-        yield None
-        return
-    with checkpoint.as_directory() as folder:
-        yield Path(folder)
+def listening() -> Iterator[Callable[[], bool]]:
+    """On rank 0: tell the driver that a training can be asked for an end, while the context lasts.
 
-
-def report(metrics: Mapping[str, Any], write: Callable[[Path], None]) -> None:
-    """Make a checkpoint of what write(folder) of every rank puts into a folder of its own.
-
-    The folders are merged, so their files need different names. Every rank calls it equally often
-    and waits for the others. The files are in the storage when it returns; Ray's controller takes
-    note of them at its next look at the workers, half a second later.
+    Gives the function that says whether it is asked.
     """
-    with tempfile.TemporaryDirectory(prefix="sbf-checkpoint-") as folder:
-        write(Path(folder))
-        train.report(dict(metrics), checkpoint=train.Checkpoint.from_directory(folder))
+    key = _key()
+    _internal_kv_put(key + _STEPPING, b"", namespace=_NAMESPACE)
+    try:
+        yield lambda: bool(_internal_kv_exists(key + _STOP, namespace=_NAMESPACE))
+    finally:
+        _internal_kv_del(key + _STEPPING, namespace=_NAMESPACE)
+
+
+def _key() -> str:
+    assert _progress_key is not None, "this is for workers of a training"
+    return _progress_key

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from launchers.display import Display, results_table
+from launchers.interruption import Interrupted, signals_raise
 from launchers.machine import available_cpus
 from launchers.places import locked
 from launchers.run.folder import RunFolder
@@ -13,7 +14,20 @@ from sbf_dist.recipe import Recipe
 
 
 def execute(recipe: Recipe, folder: RunFolder, until: str, again: str | None) -> None:
-    """Run the stages of a run, with its folder locked and its MLflow run open."""
+    """Run the stages of a run, with its folder locked and its MLflow run open.
+
+    A signal that asks this program to end leaves a run that the same command goes on with, and its
+    MLflow run KILLED: one line says so, and SystemExit has the signal's exit code.
+    """
+    try:
+        with signals_raise():
+            _execute(recipe, folder, until, again)
+    except Interrupted as signal:
+        print(f"sbf: ended by {signal}; the same command goes on", file=sys.stderr)
+        raise SystemExit(signal.exit_code) from None
+
+
+def _execute(recipe: Recipe, folder: RunFolder, until: str, again: str | None) -> None:
     folder.root.mkdir(parents=True, exist_ok=True)
     with ExitStack() as resources:
         resources.enter_context(locked(folder.root, "run"))

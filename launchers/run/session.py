@@ -48,10 +48,11 @@ class Session:
 
         workers = self.recipe.workers
         if not self._ray_runs:
-            self.resources.enter_context(local_ray(workers.count, workers.cpus, workers.gpus))
+            ray = local_ray(workers.least, workers.cpus, workers.gpus, most=workers.most)
+            self.resources.enter_context(ray)
             self._ray_runs = True
         # It imports Ray, which reads the environment that local_ray has set.
-        from launchers.on_ray import ray_train
+        from launchers.on_ray import attempts
 
         config = {
             # Workers do not talk to the tracking store, whose URI may hold a password.
@@ -60,11 +61,12 @@ class Session:
             "group": name,
             "tracking": [str(log_to.journals)],
         }
-        return ray_train.run_workers(
+        return attempts.run_workers(
             worker,
             config,
             name=name,
             storage=self.folder.checkpoints,
             workers=workers,
+            counts=self.recipe.numbers_of_workers(),
             on_progress=self.display.show,
         )

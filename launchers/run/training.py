@@ -3,7 +3,7 @@
 import dataclasses
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,9 @@ from sbf_dist.train.resharding import whole_state
 from sbf_dist.train.schedule import schedule
 from sbf_dist.weights import save_weights
 
+if TYPE_CHECKING:  # of Ray, which the driver imports later than this module
+    from launchers.on_ray.saving import Saving
+
 _LENGTHS = tuple(f".{name}" for name in locks.LENGTHS)  # ends of keys
 
 
@@ -36,23 +39,30 @@ def train_networks(config: dict[str, Any]) -> dict[str, Any]:
     was resumed from.
     """
     from launchers.on_ray import ray_train
+    from launchers.on_ray.checkpoints import Shelf
+    from launchers.on_ray.saving import Saving
+    from launchers.on_ray.stopping import Stopping
 
     here = Context.of(config)
     wanted = here.networks.trained_in(config["group"])
     check_workers_agree(here.index, here.device)
     results: dict[str, Any] = {}
-    with ray_train.latest_checkpoint() as folder, _measured(config["tracking"]):
-        resumed = checkpoint.read_manifest(folder).digests["training"] if folder else None
+    with _measured(config["tracking"]):
         for number, network in enumerate(wanted, 1):
             done = outcome.is_trained(network)
             dist.barrier()  # all have looked before rank 0 writes
-            if not done:
-                resume = folder if resumed == network.name else None
-                title = f"{network.name} ({number} of {len(wanted)})"
-                results[network.name] = _train(here, network, resume, title, config["tracking"])
-                if here.rank == 0:
-                    outcome.keep(network, results[network.name])
-                dist.barrier()
+            if done:
+                continue
+            title = f"{network.name} ({number} of {len(wanted)})"
+            folder = Path(config["checkpoints"])
+            shelf = Shelf(folder, network.name, here.recipe.checkpoints.keep_last)
+            stacks = here.folder.root / "logs" / f"{network.name}-rank-{here.rank}-stacks.txt"
+            stopping = Stopping(ray_train.listening(), here.recipe.workers.hang_timeout, stacks)
+            with Saving(shelf, stopping) as saving:
+                results[network.name] = _train(here, network, saving, title, config["tracking"])
+            if here.rank == 0:
+                outcome.keep(network, results[network.name])
+            dist.barrier()
     return results
 
 
@@ -67,7 +77,7 @@ def _measured(address: list[str]) -> AbstractContextManager[None]:
 
 
 def _train(
-    here: Context, network: Network, resume: Path | None, title: str, address: list[str]
+    here: Context, network: Network, saving: "Saving", title: str, address: list[str]
 ) -> dict[str, Any]:
     """Compose and run one training: student, task, engine, loaders, loop."""
     from launchers.on_ray import ray_train
@@ -83,8 +93,9 @@ def _train(
     batches = training_batches(here, network, index)
     depends_on = digests(here, network)
     start = 0
-    if resume is not None:
-        restored = checkpoint.load(engine, resume, digests=saved_digests(here, network, resume))
+    if saving.resume is not None:
+        expected = saved_digests(here, network, saving.resume)
+        restored = checkpoint.load(engine, saving.resume, digests=expected)
         batches.load_state_dict(restored.loader_state)
         start = restored.step
     tracker = tracking.attach(*address) if here.rank == 0 else None
@@ -104,13 +115,7 @@ def _train(
         synchronise_batchnorm(student)
         if engine.average is not None:
             engine.average.synchronise()
-
-        def write(folder: Path) -> None:
-            checkpoint.save(
-                engine, folder, step=step, loader_state=batches.state_dict(), digests=depends_on
-            )
-
-        ray_train.report({"training": network.name, "step": step}, write)
+        saving.save(engine, step=step, loader_state=batches.state_dict(), digests=depends_on)
 
     fit(
         engine,
@@ -126,7 +131,7 @@ def _train(
             factor=settings.factor,
         ),
         log=Every(settings.log_every, on_log),
-        checkpoint=Every(settings.checkpoint_every, on_checkpoint),
+        checkpoint=saving.every(settings.checkpoint_every, on_checkpoint),
         annotate=annotate,
     )
     batches.close()

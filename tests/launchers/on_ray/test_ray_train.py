@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +16,9 @@ import tiny_worker
 from tiny_worker import CHECKPOINT_EVERY, STEPS
 
 from launchers.machine import available_cpus
+from launchers.on_ray.attempts import run_workers
 from launchers.on_ray.local_ray import local_ray
-from launchers.on_ray.ray_train import run_workers
-from sbf_dist.errors import UserError
+from sbf_dist.errors import RunError, UserError
 from sbf_dist.recipe import Workers
 from sbf_dist.train import checkpoint
 
@@ -49,18 +50,17 @@ def killed(ray: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
         listening.append(addresses())
 
     warnings = Messages()
-    logging.getLogger("launchers.on_ray.ray_train").addHandler(warnings)
-    snapshot = folder / "runs/tiny/checkpoint_manager_snapshot.json"
-    config = {"diary": str(folder), "snapshot": str(snapshot), "die_at": DIE_AT, "pause": 0.3}
+    logging.getLogger("launchers.on_ray").addHandler(warnings)
+    config = {"diary": str(folder), "at": {str(DIE_AT): signal.SIGKILL}, "pause": 0.3}
     result = run_workers(
         tiny_worker.train,
         config,
         name="tiny",
         storage=folder / "runs",
-        workers=Workers(count=2, max_failures=1),
+        workers=Workers(count=2, max_lost=1),
         on_progress=on_progress,
     )
-    logging.getLogger("launchers.on_ray.ray_train").removeHandler(warnings)
+    logging.getLogger("launchers.on_ray").removeHandler(warnings)
     return {
         "result": result,
         "progress": progress,
@@ -89,7 +89,7 @@ def addresses() -> set[str]:
 
 
 def checkpoints(killed: dict[str, Any]) -> list[Path]:
-    return sorted((killed["folder"] / "runs/tiny").glob("checkpoint_2*"))
+    return sorted((killed["folder"] / "runs/tiny").glob("tiny-*"))
 
 
 def diary(killed: dict[str, Any], rank: int) -> list[tuple[int, int, list[int]]]:
@@ -146,7 +146,9 @@ def test_progress_is_seen_between_checkpoints(killed: dict[str, Any]) -> None:
 
 
 def test_warnings_of_rank_0_reach_the_driver(killed: dict[str, Any]) -> None:
-    assert killed["warnings"] == ["begins at step 0", f"begins at step {CHECKPOINT_EVERY}"]
+    first, restart, second = killed["warnings"]
+    assert [first, second] == ["begins at step 0", f"begins at step {CHECKPOINT_EVERY}"]
+    assert re.match(r"tiny: (a worker|worker [01, ]+) died, once without a new checkpoint", restart)
 
 
 def test_everything_listens_on_loopback_alone(killed: dict[str, Any]) -> None:
@@ -179,7 +181,7 @@ def test_a_users_mistake_on_one_rank_arrives_as_its_line_at_the_first_try(
 
 
 def test_any_other_error_arrives_with_the_workers_traceback(ray: None, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(RunError) as caught:
         run_workers(
             tiny_worker.break_down,
             {"layer": "conv1"},
@@ -187,7 +189,13 @@ def test_any_other_error_arrives_with_the_workers_traceback(ray: None, tmp_path:
             storage=tmp_path / "runs",
             workers=Workers(count=1, max_failures=0),
         )
-    assert re.search(r"break_down[\s\S]*KeyError: 'no such layer: conv1'", str(caught.value))
+    log = tmp_path / "logs" / "bug-1.log"
+    assert str(caught.value) == (
+        "bug: worker 0 raised KeyError: 'no such layer: conv1', once without a new checkpoint "
+        f"(workers.max_failures = 0); what was logged is kept in {log}; the same command goes on "
+        "from the last checkpoint"
+    )
+    assert re.search(r"break_down[\s\S]*KeyError: 'no such layer: conv1'", log.read_text())
 
 
 def test_workers_find_the_users_network_where_the_driver_works(

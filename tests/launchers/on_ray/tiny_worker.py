@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import signal
 import sys
 import time
 from dataclasses import asdict
@@ -16,7 +15,10 @@ import torch
 import torch.distributed as dist
 from tiny import TinyLoader, TinyTask
 
-from launchers.on_ray.ray_train import latest_checkpoint, progress, report
+from launchers.on_ray import ray_train
+from launchers.on_ray.checkpoints import Shelf
+from launchers.on_ray.saving import Saving
+from launchers.on_ray.stopping import Stopping
 from sbf_dist import models
 from sbf_dist.errors import UserError
 from sbf_dist.settings import Optimizer
@@ -29,17 +31,23 @@ CHECKPOINT_EVERY = 10
 
 
 def train(config: dict[str, Any]) -> dict[str, Any]:
-    """Train; note each sample seen; on rank 1, die by kill -9 at config["die_at"] if given."""
+    """Train; note each sample seen; on rank 1, do config["at"][step] once: raise, or a signal."""
+    stacks = Path(config["diary"], f"stacks-{dist.get_rank()}.txt")
+    stopping = Stopping(ray_train.listening(), config.get("hang_timeout", 600), stacks)
+    with Saving(Shelf(Path(config["checkpoints"]), "tiny"), stopping) as saving:
+        return _train(config, saving)
+
+
+def _train(config: dict[str, Any], saving: Saving) -> dict[str, Any]:
     rank, diary = dist.get_rank(), Path(config["diary"])
     torch.manual_seed(rank)
     engine = build_engine(TinyTask(), Optimizer(lr=0.05, weight_decay=5e-4), micro_batch=16)
     loader = TinyLoader(rank, dist.get_world_size())
     start = 0
-    with latest_checkpoint() as folder:
-        if folder is not None:
-            restored = checkpoint.load(engine, folder, digests={})
-            loader.load_state_dict(restored.loader_state)
-            start = restored.step
+    if saving.resume is not None:
+        restored = checkpoint.load(engine, saving.resume, digests={})
+        loader.load_state_dict(restored.loader_state)
+        start = restored.step
     logging.getLogger("sbf_dist.test").warning("begins at step %d", start)
     losses = []
 
@@ -47,22 +55,24 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
         step = int(batch["id"][0]) // 32
         with (diary / f"{rank}.jsonl").open("a") as file:
             print(json.dumps([os.getpid(), step, batch["id"].tolist()]), file=file)
-        if rank == 1 and start == 0 and step == config.get("die_at"):
-            while "checkpoint_" not in Path(config["snapshot"]).read_text():
-                time.sleep(0.1)  # until Ray has noted the checkpoint of step 10
-            os.kill(os.getpid(), signal.SIGKILL)
+        what = config.get("at", {}).get(str(step))
+        done = diary / f"done-{step}"
+        if rank == dist.get_world_size() - 1 and what is not None and not done.exists():
+            saving.wait()  # so that it is known what is gone on from
+            done.touch()
+            if what == "raise":
+                raise RuntimeError("no luck\nat all")
+            os.kill(os.getpid(), what)
         return batch
 
     def on_log(record: LogRecord) -> None:
         losses.append(record.parts["loss"])
-        progress(asdict(record))
+        ray_train.progress(asdict(record))
         time.sleep(config.get("pause", 0))
 
     def on_checkpoint(step: int) -> None:
-        def write(folder: Path) -> None:
-            checkpoint.save(engine, folder, step=step, loader_state=loader.state_dict(), digests={})
-
-        report({"step": step}, write)
+        state, digests = loader.state_dict(), {"training": "tiny"}
+        saving.save(engine, step=step, loader_state=state, digests=digests)
 
     fit(
         engine,
@@ -71,7 +81,7 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
         start_step=start,
         lr_at=lambda step: 0.05,
         log=Every(5, on_log),
-        checkpoint=Every(CHECKPOINT_EVERY, on_checkpoint),
+        checkpoint=saving.every(CHECKPOINT_EVERY, on_checkpoint),
         annotate=note,
     )
     flat = torch.cat([p.detach().flatten() for p in engine.module.parameters()])

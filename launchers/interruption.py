@@ -1,0 +1,72 @@
+"""Signals that ask this program to end: Ctrl-C, SIGTERM (a machine that is taken away), SIGHUP."""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupted(KeyboardInterrupt):
+    """This program was asked to end by a signal."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell reports for a program that the signal ended."""
+        return 128 + self.signum
+
+
+@dataclass
+class Notice:
+    """The first signal that came while work was going on that can be ended in good order."""
+
+    signum: int | None = None
+    since: float = 0.0  # time.monotonic()
+
+    def raise_it(self) -> None:
+        """Raise Interrupted for the signal, if one came."""
+        if self.signum is not None:
+            raise Interrupted(self.signum)
+
+
+_notices: list[Notice] = []  # of the innermost work that is going on, last
+
+
+@contextmanager
+def signals_raise() -> Iterator[None]:
+    """Let SIGNALS raise Interrupted in the main thread; but see `noted`."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, _handle) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def noted() -> Iterator[Notice]:
+    """Note the first signal instead of raising Interrupted; a second one raises."""
+    notice = Notice()
+    _notices.append(notice)
+    try:
+        yield notice
+    finally:
+        _notices.remove(notice)
+
+
+def _handle(signum: int, frame: FrameType | None) -> None:
+    if _notices and _notices[-1].signum is None:
+        _notices[-1].signum, _notices[-1].since = signum, time.monotonic()
+        return
+    raise Interrupted(signum)

@@ -1,0 +1,132 @@
+"""A training on workers that die: attempt after attempt, until it is done or the budget is used up.
+
+Ray Train can make attempts of its own, and change the number of workers between them. It counts
+failures over the whole training, however far it gets in between; it ends workers without a
+checkpoint when it has more of them; and its controller dies with the raylet. So each attempt is one
+fit of Ray Train, and this module decides on the next one.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from launchers.interruption import noted
+from launchers.machine import available_cpus, available_gpus
+from launchers.on_ray import local_ray, ray_train
+from launchers.on_ray.budget import AttemptError, Budget
+from launchers.on_ray.checkpoints import Shelf
+from launchers.on_ray.kept_logs import keep_logs
+from launchers.on_ray.local_ray import runs_locally
+from launchers.on_ray.ray_train import Config, Record, ServerDiedError
+from sbf_dist.errors import RunError, UserError
+from sbf_dist.recipe import Workers
+
+_POLL_SECONDS = 2.0
+
+_log = logging.getLogger(__name__)
+
+
+def run_workers(
+    worker: Callable[[Config], Record | None],
+    config: Config,
+    *,
+    name: str,
+    storage: Path,
+    workers: Workers,
+    counts: Sequence[int] | None = None,
+    on_progress: Callable[[Record], None] | None = None,
+) -> Record:
+    """Run worker(config) on every rank of a torch process group; what it returned on rank 0.
+
+    `config` and the answer are JSON-like. Ray must be initialised. `counts` are the numbers of
+    workers that suit the training, of which the largest is taken that has a place; without them all
+    in the range of workers.count do. The worker keeps its checkpoints in storage/name. When workers
+    die or raise an error, all are started again, as often as workers.max_lost and max_failures say.
+    `on_progress` is called from another thread with the newest record that rank 0 gave to
+    progress(). Warnings that our own packages log on rank 0 are logged here.
+
+    UserError: raised by a worker, as it was and without another try; too few workers have a place.
+    RunError: the budget is used up. Interrupted: a signal came, see launchers.interruption.
+    """
+    folder = storage / name
+    budget = Budget(workers, Shelf(folder, "").names)
+    with noted() as notice:
+        while True:
+            count = _number_of_workers(workers, counts or range(workers.least, workers.most + 1))
+            notice.raise_it()
+            began = time.time()
+            try:
+                return ray_train.attempt(
+                    worker,
+                    config | {"checkpoints": str(folder)},
+                    storage=storage,
+                    workers=workers,
+                    count=count,
+                    notice=notice,
+                    on_progress=on_progress,
+                )
+            except ServerDiedError as died:
+                failure = AttemptError(
+                    lost=True, cause=f"Ray's {died.name} died", details=f"{died.name} died"
+                )
+                log = keep_logs(storage.parent / "logs", name, failure, began)
+                if died.name != local_ray.RAYLET:  # Ray's library ends a process that goes on
+                    raise RunError(_given_up(name, failure, "", log)) from None
+                again = budget.charge(failure)
+                if again:
+                    local_ray.restart()
+            except AttemptError as found:
+                failure = found
+                log = keep_logs(storage.parent / "logs", name, failure, began)
+                local_ray.end_frozen_workers()
+                again = budget.charge(failure)
+            if not again:
+                raise RunError(_given_up(name, failure, budget.described(failure), log))
+            _log.warning(
+                "%s: %s, %s; what was logged is kept in %s; starting the workers again",
+                name,
+                failure,
+                budget.described(failure),
+                log,
+            )
+
+
+def _given_up(name: str, failure: AttemptError, budget: str, log: Path) -> str:
+    return (
+        f"{name}: {failure}{budget and ', '}{budget}; what was logged is kept in {log}; the same "
+        "command goes on from the last checkpoint"
+    )
+
+
+def _number_of_workers(workers: Workers, counts: Sequence[int]) -> int:
+    """Return the largest of `counts` that has a place; waits until the least has one.
+
+    UserError after workers.start_timeout seconds, with what is there and what was asked.
+    """
+    deadline = time.monotonic() + workers.start_timeout
+    while True:
+        cpus, gpus = _there()
+        places = int(cpus // workers.cpus)
+        if workers.gpus:
+            places = min(places, int(gpus / workers.gpus + 1e-9))
+        fitting = [count for count in counts if count <= places]
+        if fitting:
+            return max(fitting)
+        if runs_locally() or time.monotonic() > deadline:
+            raise UserError(
+                f"workers.count = {workers.count_as_written}: there are {cpus:g} CPUs and "
+                f"{gpus:g} GPUs, places for {places} workers with workers.cpus = {workers.cpus} "
+                f"and workers.gpus = {workers.gpus:g}; at least {min(counts)} are needed"
+            )
+        time.sleep(_POLL_SECONDS)
+
+
+def _there() -> tuple[float, float]:
+    """Return the CPUs and GPUs of the cluster, or of this machine."""
+    import ray
+
+    if runs_locally():
+        return available_cpus(), available_gpus()
+    resources = ray.cluster_resources()
+    return resources.get("CPU", 0), resources.get("GPU", 0)

@@ -1,0 +1,41 @@
+"""What workers and servers of Ray have logged, kept in the run's folder: Ray's own is removed."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from launchers.on_ray import local_ray
+from launchers.on_ray.budget import AttemptError
+from sbf_dist.files import write_text
+
+_MAX_CHARACTERS = 100_000  # of a file; the end counts
+_FILES = (
+    "worker-*.err",
+    "worker-*.out",
+    "train/ray-train-app-*.log",
+    "raylet.err",
+    "gcs_server.err",
+)
+
+
+def keep_logs(folder: Path, name: str, failure: AttemptError, since: float) -> Path:
+    """Write one file with all that is known of a failure; its path.
+
+    That is: the error, and what the processes of this machine have written after `since` (seconds,
+    as time.time). On a cluster the other machines keep theirs.
+    """
+    number = len(list(folder.glob(f"{name}-*.log"))) + 1
+    path = folder / f"{name}-{number}.log"
+    write_text(path, "\n".join([failure.details, *_logged(local_ray.logs(), since)]) + "\n")
+    return path
+
+
+def _logged(logs: Path | None, since: float) -> Iterator[str]:
+    if logs is None:
+        return
+    for pattern in _FILES:
+        for file in sorted(logs.glob(pattern)):
+            if file.stat().st_mtime < since:
+                continue
+            text = file.read_text(errors="replace").strip()
+            if text:
+                yield f"--- {file.name}\n{text[-_MAX_CHARACTERS:]}"
