@@ -37,6 +37,7 @@ class Notice:
             raise Interrupted(self.signum)
 
 
+_handled: list[bool] = []  # not empty within `signals_raise`
 _notices: list[Notice] = []  # of the innermost work that is going on, last
 
 
@@ -47,11 +48,20 @@ def signals_raise() -> Iterator[None]:
         yield
         return
     before = {number: signal.signal(number, _handle) for number in SIGNALS}
+    _handled.append(True)
     try:
         yield
     finally:
+        _handled.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def take_signals_back() -> None:
+    """Within `signals_raise`: handle the signals again after a library has taken them."""
+    if _handled and threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, _handle)
 
 
 @contextmanager

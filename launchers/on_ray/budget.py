@@ -37,7 +37,7 @@ def judged(worker_failures: dict[int, Exception], details: str) -> AttemptError:
     if dead:
         ranks = ", ".join(map(str, sorted(dead)))
         hung = any("hanging" in str(error) for error in dead.values())
-        what = "does not answer" if hung else "died"
+        what = "died, or did not go on in time" if hung else "died"
         return AttemptError(lost=True, cause=f"worker {ranks} {what}", details=details)
     own = [item for item in worker_failures.items() if not _PEER_IS_GONE.search(str(item[1]))]
     if not own:

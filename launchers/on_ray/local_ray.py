@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from launchers.interruption import take_signals_back
 from launchers.machine import workers_here
 from launchers.on_ray import unused_services
 from launchers.on_ray.temporary_folder import temporary_folder
@@ -115,6 +116,7 @@ class _OwnRay:
                 logging_level=logging.ERROR,
                 _temp_dir=str(self.folder),
             )
+        take_signals_back()  # Ray's own handler of SIGTERM prints a stack and aborts
         if not runs_locally():
             raise RuntimeError(
                 f"Ray listens at {ray.util.get_node_ip_address()} instead of {LOOPBACK}: it "
@@ -183,6 +185,7 @@ def _joined(address: str) -> Iterator[None]:
 
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        take_signals_back()
     except ConnectionError as error:
         raise UserError(f"Ray cluster {address}: cannot be reached: {error}") from error
     try:

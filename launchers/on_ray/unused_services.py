@@ -18,6 +18,8 @@ from unittest import mock
 WRITTEN_FOR = "2.60"  # of Ray; its patch releases are taken to be alike
 # The autoscaler's monitor, the log monitor and the API server.
 SERVICES = ("start_monitor", "start_log_monitor", "start_api_server")
+# Prints twenty lines of a raylet's log where it dies; they are kept in the run's folder instead.
+MESSAGES = "listen_error_messages"
 # A process that imports Ray Data before a training can start.
 CALLBACKS = {"DatasetsCallback"}
 # On one machine there is nobody to ask for more nodes, and placement groups end with their Ray.
@@ -43,12 +45,18 @@ def services_left_out() -> Iterator[None]:
     if not is_known_version():
         yield
         return
+    from ray._private import worker
     from ray._private.node import Node
 
     with ExitStack() as stack:
         for method in SERVICES:
             stack.enter_context(mock.patch.object(Node, method, _start_nothing))
+        stack.enter_context(mock.patch.object(worker, MESSAGES, _listen_to_nothing))
         yield
+
+
+def _listen_to_nothing(*_: Any) -> None:
+    """In place of printing what Ray's servers say when one of them, or a worker, has died."""
 
 
 def _start_nothing(node: Any, **_: Any) -> None:

@@ -59,11 +59,13 @@ def test_this_ray_is_the_version_that_it_was_written_for() -> None:
 
 
 def test_what_is_left_out_is_there_to_be_left_out() -> None:
+    from ray._private import worker
     from ray._private.node import Node
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
     assert all(hasattr(Node, method) for method in unused_services.SERVICES)
+    assert hasattr(worker, unused_services.MESSAGES)
     assert hasattr(TorchTrainer, "_initialize_and_run_controller")
     for method in unused_services.REQUESTS_FOR_NODES:
         assert hasattr(FixedScalingPolicy, method)
