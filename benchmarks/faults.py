@@ -95,7 +95,8 @@ class Run:
 
     def saved(self) -> int:
         """Return the step of the newest checkpoint, 0 if there is none."""
-        found = self.checkpoints.glob(f"{TRAINING}-*/manifest.json")
+        step = "[0-9]" * 8
+        found = self.checkpoints.glob(f"{TRAINING}-{step}/manifest.json")
         return max((int(p.parent.name.rpartition("-")[2]) for p in found), default=0)
 
     def passes(self) -> dict[str, int]:
@@ -164,16 +165,15 @@ def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> b
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def kill(run: Run, victim: str) -> tuple[int, int]:
-    """Kill one process of a kind; the step that was reached and the one that is saved."""
-    before = run.passes()
+def kill(run: Run, victim: str) -> int | None:
+    """Kill one process of a kind; the step of the newest checkpoint. None: there is no such one."""
     processes = run.below(victim)
-    if not processes:  # the run has just ended, or is between two attempts
-        return 0, 0
+    if not processes:  # the run has just ended
+        return None
     processes[-1].send_signal(signal.SIGKILL)
     if victim == "driver":
         run.finish()
-    return max(before.values(), default=0), run.saved()
+    return run.saved()
 
 
 def killed_runs(folder: Path, kills: int, seed: int, workers: int) -> dict[str, object]:
@@ -184,6 +184,8 @@ def killed_runs(folder: Path, kills: int, seed: int, workers: int) -> dict[str, 
     reference.start()
     if reference.finish() != 0:
         raise RuntimeError(f"the run without a fault ended with an error:\n{reference.output}")
+    victims = list(VICTIMS) * (kills // len(VICTIMS) + 1)
+    moments.shuffle(victims)
     done: list[dict[str, object]] = []
     runs = lost = exact = 0
     while len(done) < kills:
@@ -194,14 +196,19 @@ def killed_runs(folder: Path, kills: int, seed: int, workers: int) -> dict[str, 
         code: int | None = None
         started_at = 0
         while len(done) < kills and run.wait_for_step(moments.randint(5, run.steps // 2)):
-            victim = moments.choice(VICTIMS)
+            victim = victims[len(done)]
             known = run.passes()
             newest = max(known, key=lambda pid: (run.runs / "diary" / pid).stat().st_mtime)
-            _, saved = kill(run, victim)
+            saved = kill(run, victim)
+            if saved is None:
+                break
             repeated = started_at + known[newest] - saved
             started_at = saved
             done.append({"run": runs, "killed": victim, "repeated": repeated, "saved": saved})
-            print(f"{len(done)}/{kills}: run {runs}: {victim} killed, {repeated} steps to repeat")
+            print(
+                f"{len(done)}/{kills}: run {runs}: {victim} killed, {repeated} steps to repeat",
+                flush=True,
+            )
             if victim == "driver":
                 run.start()
         code = run.finish()

@@ -115,7 +115,7 @@ class Data(Section):
 class Workers(Section):
     """The processes that Ray Train starts. Not part of a run's identity: they may change."""
 
-    count: Positive | tuple[Positive, Positive] = Field(
+    count: int | tuple[int, int] = Field(
         1,
         description="worker processes; [2, 8]: as many of 2 to 8 as have a place and divide the "
         "batches, anew at each start",
@@ -147,11 +147,14 @@ class Workers(Section):
         600, ge=0, description="seconds that a cluster may take to have places for the workers"
     )
 
-    @field_validator("count")
+    @field_validator("count", mode="before")
     @classmethod
-    def _is_a_range(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
-        if isinstance(value, tuple) and value[0] > value[1]:
-            raise ValueError(f"{list(value)} must be [least, most]")
+    def _is_a_number_or_a_range(cls, value: Any) -> Any:
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if not all(type(number) is int and number >= 1 for number in numbers):
+            raise ValueError("must be greater than or equal to 1, or [least, most] of such numbers")
+        if isinstance(value, list | tuple) and (len(value) != 2 or value[0] > value[1]):
+            raise ValueError("must be a number, or [least, most]")
         return value
 
     @property

@@ -126,7 +126,8 @@ def test_a_recipe_survives_json(path):
 
 @pytest.mark.parametrize(
     "override",
-    ["workers.count=4", "workers={gpus: 1, max_failures: 0}", "tracking.experiment=other",
+    ["workers.count=4", "workers.count=[1, 2]", "workers={gpus: 1, max_failures: 0}",
+     "checkpoints.keep_last=5", "tracking.experiment=other",
      "tracking.uri=http://localhost:5000", "compress.latency_table=t.json"],
 )  # fmt: skip
 def test_workers_tracking_and_caches_are_no_part_of_the_identity(path, override):
@@ -226,6 +227,13 @@ def test_an_override_into_an_empty_list_is_refused(path):
     assert "teachers has no entries" in refusal(path, "teachers=[]", "teachers.0.name=x")
 
 
+def test_a_range_of_workers_leaves_those_that_divide_the_batches(path):
+    loaded = recipe.load(path, ["workers.count=[2, 8]"])
+    assert (loaded.workers.least, loaded.workers.most) == (2, 8)
+    assert loaded.numbers_of_workers() == [2, 4, 8]
+    assert recipe.load(path, ["workers.count=2"]).numbers_of_workers() == [2]
+
+
 # --- messages ------------------------------------------------------------------------------------
 
 
@@ -319,6 +327,10 @@ def test_a_key_that_is_wrongly_written_comes_before_the_one_that_is_missing_for_
         ("data.cache=disk", "data.cache = 'disk'"),
         ("data.augmentation.rotate=200", "data.augmentation.rotate = 200 must be less than or"),
         ("workers.count=0", "workers.count = 0 must be greater than or equal to 1"),
+        ("workers.count=[0, 2]", "workers.count = [0, 2] must be greater than or equal to 1"),
+        ("workers.count=[4, 2]", "workers.count = [4, 2] must be a number, or [least, most]"),
+        ("workers.count=[3, 4]", "teachers.0.training.batch_size = 64 must be a multiple of "
+         "workers x accumulation = 3"),
         ("workers.count=3", "teachers.0.training.batch_size = 64 must be a multiple of workers x "
          "accumulation = 3: 63 or 66, or 1, 2, 4, 8, 16, 32 workers"),
         ("workers.count=100", "teachers.0.training.batch_size = 64 must be a multiple of workers x "

@@ -14,8 +14,8 @@ from pathlib import Path
 from launchers.interruption import noted
 from launchers.machine import available_cpus, available_gpus
 from launchers.on_ray import local_ray, ray_train
-from launchers.on_ray.budget import AttemptError, Budget
 from launchers.on_ray.checkpoints import Shelf
+from launchers.on_ray.failures import AttemptError, Budget
 from launchers.on_ray.kept_logs import keep_logs
 from launchers.on_ray.local_ray import runs_locally
 from launchers.on_ray.ray_train import Config, Record, ServerDiedError

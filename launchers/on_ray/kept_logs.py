@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launchers.on_ray import local_ray
-from launchers.on_ray.budget import AttemptError
+from launchers.on_ray.failures import AttemptError
 from sbf_dist.files import write_text
 
 _MAX_CHARACTERS = 100_000  # of a file; the end counts

@@ -31,7 +31,7 @@ from ray.experimental.internal_kv import (
 
 from launchers.interruption import Interrupted, Notice
 from launchers.on_ray import local_ray
-from launchers.on_ray.budget import AttemptError, judged
+from launchers.on_ray.failures import AttemptError, judged
 from launchers.on_ray.local_ray import runs_locally
 from launchers.on_ray.process_group import ProcessGroupConfig
 from launchers.on_ray.stopping import StoppedError

@@ -157,3 +157,33 @@ def test_the_order_is_a_permutation_drawn_by_the_seed(plain_index):
         assert np.array_equal(np.sort(epoch), np.sort(epochs[0]))
     assert not np.array_equal(epochs[0], epochs[1])
     assert not np.array_equal(epochs[0], np.sort(epochs[0]))
+
+
+def test_exactly_at_the_end_of_an_epoch_the_next_one_begins_and_none_is_skipped(plain_index):
+    old = ranks(plain_index, ["labelled"], 3, 1)  # 6 samples: two steps
+    first = ids_in(steps(old, 2))
+    state = old[0].state_dict()
+    assert (state["epoch"], state["position"]) == (1, 0)
+    new = ranks(plain_index, ["labelled"], 1, 2)
+    for loader in new:
+        loader.load_state_dict(state)
+    rest = ids_in(steps(new, 6))
+    assert first + rest == ids_in(steps(ranks(plain_index, ["labelled"], 1, 1), 18))
+    assert sorted(first) == sorted(rest[:6]) == sorted(rest[6:])
+
+
+def test_sixteen_to_eight_to_sixteen_workers_see_one_stream(plain_index):
+    """The batch of all workers stays; each number of workers goes on from the one before."""
+    seen: list[int] = []
+    state = None
+    for count, batch_size, number in ((16, 1, 3), (8, 2, 2), (16, 1, 2)):
+        loaders = ranks(plain_index, ["labelled", "unlabelled"], batch_size, count)
+        for loader in loaders:
+            if state is not None:
+                loader.load_state_dict(state)
+        seen += ids_in(steps(loaders, number))
+        states = [loader.state_dict() | {"world_size": 0} for loader in loaders]
+        assert all(own == states[0] for own in states)
+        state = loaders[0].state_dict()
+    (alone,) = ranks(plain_index, ["labelled", "unlabelled"], 1, 1)
+    assert seen == ids_in(steps([alone], 7 * 16))

@@ -1,149 +1,168 @@
-"""Runs that are killed: what a user does then is to give the same command again."""
+"""One run that meets every fault in turn, and must end with the bits of a run that met none."""
 
-import json
+import contextlib
+import importlib.util
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
-import psutil
 import pytest
 
-ROOT = Path(__file__).parents[3]
-SBF = Path(sys.executable).with_name("sbf")
-SHORT = [
-    "teachers.0.training.steps=6",
-    "teachers.0.training.warmup=1",
-    "teachers.0.model=cifar_resnet8",
-    "teachers.1.training.steps=6",
-    "teachers.1.training.warmup=1",
-    "teachers.1.model=cifar_resnet8",
-    "compress.images=64",
-    "compress.sources=2",
-    "distill.training.steps=120",
-    "distill.training.checkpoint_every=10",
-    "distill.training.log_every=5",
-    "baselines=null",
+from launchers.machine import available_cpus
+
+spec = importlib.util.spec_from_file_location(
+    "faults", Path(__file__).parents[3] / "benchmarks" / "faults.py"
+)
+assert spec is not None
+faults = importlib.util.module_from_spec(spec)
+sys.modules["faults"] = faults  # dataclasses look there
+assert spec.loader is not None
+spec.loader.exec_module(faults)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(available_cpus() < 2, reason="two workers need two CPUs"),
 ]
-pytestmark = pytest.mark.slow
-
-
-def command(runs: Path, *extra: str) -> list[str]:
-    return [str(SBF), "run", "recipes/digits.yaml", "--runs", str(runs), *SHORT, *extra]
+BETWEEN = 14  # steps between two faults; a checkpoint is written every 10
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that is done up to the stage before distill."""
-    folder = tmp_path_factory.mktemp("runs")
-    subprocess.run(
-        command(folder, "--until", "compress"), cwd=ROOT, check=True, stdout=subprocess.DEVNULL
-    )
-    return folder
+def whole(tmp_path_factory: pytest.TempPathFactory):
+    """A run without a fault."""
+    run = faults.Run(tmp_path_factory.mktemp("whole"))
+    run.start()
+    assert run.finish() == 0, run.output
+    return run
 
 
-@pytest.fixture
-def started(runs: Path) -> Iterator[subprocess.Popen[str]]:
-    """The stage distill at work, with a checkpoint that Ray's controller has taken note of.
+@pytest.fixture(scope="module")
+def survived(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A run through all faults; what was seen of it."""
+    run = faults.Run(tmp_path_factory.mktemp("survived"), extra=["workers.hang_timeout=8"])
+    seen = SimpleNamespace(run=run, codes={}, saved={})
 
-    A checkpoint is in the storage a while before the controller looks at its workers again, on a
-    busy machine a long one; a worker that dies in between goes on from the checkpoint before.
-    """
-    subprocess.run(command(runs, "--until", "compress", "--again", "distill"), cwd=ROOT, check=True)
-    process = subprocess.Popen(
-        command(runs, "--until", "distill"),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    def reach() -> None:
+        assert run.wait_for_step(BETWEEN), run.output
+
+    def ended(name: str) -> None:
+        seen.codes[name], seen.saved[name] = run.finish(), run.saved()
+
+    def end_by(signum: signal.Signals) -> None:
+        run.start()
+        reach()
+        os.kill(run.process.pid, signum)
+        ended(signum.name)
+
+    run.checkpoints.mkdir(parents=True)
+    seen.small_disk = is_mounted(run.checkpoints)
     try:
-        deadline = time.monotonic() + 300  # a busy machine
-        while not noted_checkpoints(runs):
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < deadline, "no checkpoint within five minutes"
-            time.sleep(0.1)
-        yield process
+        run.start()
+        reach()
+        run.below("worker")[1].send_signal(signal.SIGKILL)
+        reach()
+        seen.frozen = run.below("worker")[0]
+        seen.frozen.send_signal(signal.SIGSTOP)
+        reach()
+        faults.kill(run, "raylet")
+        reach()
+        if seen.small_disk:
+            fill_the_disk(seen, ended)
+        else:
+            faults.kill(run, "driver")
+
+        seen.truncated = run.checkpoints / f"{faults.TRAINING}-{run.saved():08d}"
+        shard = next(seen.truncated.glob("deepspeed/state/*rank_1*optim*"))
+        os.truncate(shard, 100)
+        end_by(signal.SIGTERM)
+        seen.killed = status(run)
+        end_by(signal.SIGINT)
+        run.start()
+        reach()
+        faults.kill(run, "driver")
+        run.start()
+        ended("end")
+        yield seen
     finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+        run.end()
+        if seen.small_disk:
+            subprocess.run(["umount", "--lazy", str(run.checkpoints)], check=True)
 
 
-def checkpoints(runs: Path) -> Iterator[Path]:
-    return (runs / "digits" / "checkpoints" / "distill").glob("checkpoint_*/manifest.json")
+def fill_the_disk(seen: SimpleNamespace, ended: Callable[[str], None]) -> None:
+    """Let the next checkpoint find no room; then make room again."""
+    filler = seen.run.checkpoints / "filler"
+    fill(filler)
+    before = seen.run.saved()
+    ended("full disk")
+    assert seen.saved["full disk"] >= before
+    filler.unlink()
 
 
-def noted_checkpoints(runs: Path) -> list[str]:
-    """The checkpoints that Ray would go on from, as its controller keeps them on the disk."""
-    noted = runs / "digits" / "checkpoints" / "distill" / "checkpoint_manager_snapshot.json"
-    try:
-        results = json.loads(noted.read_text())["checkpoint_results"]
-    except (FileNotFoundError, json.JSONDecodeError):  # not there yet, or being written
-        return []
-    return [result["checkpoint_dir_name"] for result in results]
+def is_mounted(folder: Path) -> bool:
+    """Make `folder` a disk of 8 MB, which this user may not be allowed to."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(folder)]
+    return subprocess.run(mount, check=False, capture_output=True).returncode == 0
 
 
-def result(runs: Path) -> dict:
-    stage = json.loads((runs / "digits" / "stages" / "distill.json").read_text())
-    return stage["trainings"]["sbf-distilled"]
+def fill(path: Path) -> None:
+    """Write to a file until its disk is full."""
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(2**12))
 
 
-def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The two processes that train: those that use the most memory below the driver."""
-    below = psutil.Process(process.pid).children(recursive=True)
-    names = [p for p in below if "RayTrainWorker" in " ".join(p.cmdline())]
-    assert len(names) == 2, [p.cmdline() for p in below]
-    return names
+def status(run) -> set[str]:
+    """The states of all MLflow runs."""
+    with sqlite3.connect(run.runs / "mlflow.db") as database:
+        return {row[0] for row in database.execute("select status from runs")}
 
 
-def test_a_killed_worker_is_replaced_and_the_stage_goes_on_from_its_checkpoint(
-    runs: Path, started: subprocess.Popen[str]
-) -> None:
-    workers_of(started)[1].send_signal(signal.SIGKILL)
-
-    output, _ = started.communicate(timeout=180)
-
-    assert started.returncode == 0, output
-    assert result(runs)["from_step"] >= 10
-    assert result(runs)["steps"] == 120
+def test_it_ends_with_the_bits_of_a_run_without_a_fault(whole, survived) -> None:
+    assert survived.codes["end"] == 0, survived.run.output
+    assert faults.same_bits(whole.weights(), survived.run.weights())
 
 
-def test_a_killed_driver_leaves_a_run_that_the_same_command_finishes_from_its_checkpoint(
-    runs: Path, started: subprocess.Popen[str]
-) -> None:
-    os.kill(started.pid, signal.SIGKILL)
-    started.wait()
-    assert not (runs / "digits" / "stages" / "distill.json").exists()
-
-    again = subprocess.run(
-        command(runs, "--until", "distill"), cwd=ROOT, capture_output=True, text=True, check=False
-    )
-
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "compress: done before" in again.stdout
-    assert "resumed at step" in again.stdout
-    assert result(runs)["from_step"] >= 10
-    assert result(runs)["steps"] == 120
+def test_workers_and_raylet_are_started_again_with_one_line_each(survived) -> None:
+    lines = [line for line in survived.run.output.splitlines() if "starting the workers" in line]
+    killed, stopped, raylet = lines
+    assert "worker 1 died, once" in killed or "a worker died, once" in killed
+    assert "did not go on in time" in stopped or "died" in stopped
+    assert "Ray's raylet died" in raylet
+    assert "logs/teachers-1.log" in killed
+    assert not survived.frozen.is_running()
 
 
-def test_a_checkpoint_with_a_missing_shard_is_refused_in_one_line_that_names_it(
-    runs: Path, started: subprocess.Popen[str]
-) -> None:
-    os.kill(started.pid, signal.SIGKILL)
-    started.wait()
-    for manifest in checkpoints(runs):
-        shard = next(manifest.parent.glob("deepspeed/state/*rank_1*optim*"))
-        shard.unlink()
+def test_a_full_disk_ends_the_run_with_its_cause_in_one_line(survived) -> None:
+    if not survived.small_disk:
+        pytest.skip("may not mount a small disk")
+    assert survived.codes["full disk"] == 2, survived.run.output
+    (line,) = [line for line in survived.run.output.splitlines() if "checkpoint of step" in line]
+    assert "the disk is full; the checkpoint before is intact" in line
 
-    again = subprocess.run(
-        command(runs, "--until", "distill"), cwd=ROOT, capture_output=True, text=True, check=False
-    )
 
-    assert again.returncode == 2, again.stdout + again.stderr
-    assert len(again.stderr.strip().splitlines()) == 1, again.stderr
-    assert shard.name in again.stderr
-    assert "missing" in again.stderr
+def test_a_truncated_shard_is_passed_over_with_a_warning_that_names_both(survived) -> None:
+    (line,) = [line for line in survived.run.output.splitlines() if "damaged" in line]
+    assert str(survived.truncated) in line
+    step = int(survived.truncated.name.rpartition("-")[2])
+    assert line.endswith(f"goes on from {faults.TRAINING}-{step - 10:08d}")
+
+
+def test_signals_write_a_checkpoint_at_the_next_step_and_say_how_to_go_on(survived) -> None:
+    codes = {name: survived.codes[name] for name in ("SIGTERM", "SIGINT")}
+    assert codes == {"SIGTERM": 143, "SIGINT": 130}, survived.run.output
+    for name in codes:
+        assert f"sbf: ended by {name}; the same command goes on" in survived.run.output
+    # After some 14 steps, of which every tenth is saved anyway.
+    assert any(survived.saved[name] % 10 for name in codes)
+    assert survived.killed == {"KILLED"}
+
+
+def test_no_traceback_is_shown_and_nothing_cut_is_left(survived) -> None:
+    assert "Traceback" not in survived.run.output
+    names = {path.name for path in survived.run.checkpoints.iterdir()}
+    assert {name for name in names if name.startswith(".")} == set()

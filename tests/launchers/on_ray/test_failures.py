@@ -1,7 +1,7 @@
 import pytest
 from ray.exceptions import ActorDiedError
 
-from launchers.on_ray.budget import AttemptError, Budget, judged
+from launchers.on_ray.failures import AttemptError, Budget, judged
 from sbf_dist.recipe import Workers
 
 

@@ -1,0 +1,56 @@
+"""How many workers an attempt gets; attempts on real workers are in test_ray_train.py."""
+
+import pytest
+
+from launchers.on_ray import attempts
+from sbf_dist.errors import UserError
+from sbf_dist.recipe import Workers
+
+ELASTIC = Workers(count=(2, 8), cpus=2, start_timeout=3)
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """A cluster whose CPUs and GPUs a test sets, and whose time passes only in waiting."""
+    there = {"CPU": 0.0, "GPU": 0.0, "now": 0.0}
+    monkeypatch.setattr(attempts, "_there", lambda: (there["CPU"], there["GPU"]))
+    monkeypatch.setattr(attempts, "runs_locally", lambda: False)
+    monkeypatch.setattr(attempts.time, "monotonic", lambda: there["now"])
+    monkeypatch.setattr(attempts.time, "sleep", lambda s: there.update(now=there["now"] + s))
+    return there
+
+
+@pytest.mark.parametrize(("cpus", "count"), [(4, 2), (11, 4), (12, 4), (16, 8), (64, 8)])
+def test_the_largest_number_that_has_a_place_and_suits_the_training_is_taken(
+    cluster: dict[str, float], cpus: float, count: int
+) -> None:
+    cluster["CPU"] = cpus
+    assert attempts._number_of_workers(ELASTIC, [2, 4, 8]) == count
+
+
+def test_gpus_count_too(cluster: dict[str, float]) -> None:
+    cluster.update(CPU=64, GPU=3)
+    workers = ELASTIC.model_copy(update={"gpus": 0.5})
+    assert attempts._number_of_workers(workers, range(2, 9)) == 6
+
+
+def test_fewer_than_the_minimum_is_one_line_with_what_is_there_and_what_was_asked(
+    cluster: dict[str, float],
+) -> None:
+    cluster["CPU"] = 3
+    with pytest.raises(UserError) as caught:
+        attempts._number_of_workers(ELASTIC, [2, 4, 8])
+    assert str(caught.value) == (
+        "workers.count = [2, 8]: there are 3 CPUs and 0 GPUs, places for 1 workers with "
+        "workers.cpus = 2 and workers.gpus = 0; at least 2 are needed"
+    )
+    assert cluster["now"] > ELASTIC.start_timeout
+
+
+def test_machines_that_come_in_time_are_waited_for(
+    cluster: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = iter([(0, 0), (3, 0), (8, 0)])
+    monkeypatch.setattr(attempts, "_there", lambda: next(looks))
+    workers = ELASTIC.model_copy(update={"start_timeout": 60})
+    assert attempts._number_of_workers(workers, [2, 4, 8]) == 4

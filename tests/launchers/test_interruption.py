@@ -1,0 +1,46 @@
+import os
+import signal
+
+import pytest
+
+from launchers import interruption
+from launchers.interruption import Interrupted, noted, signals_raise
+
+
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_signal_raises_with_the_exit_code_that_a_shell_reports(signum: int, code: int) -> None:
+    before = signal.getsignal(signum)
+    with pytest.raises(Interrupted) as caught, signals_raise():
+        os.kill(os.getpid(), signum)
+    assert caught.value.exit_code == code
+    assert isinstance(caught.value, KeyboardInterrupt)  # so the MLflow run is KILLED
+    assert signal.getsignal(signum) is before
+
+
+def test_work_that_can_end_in_good_order_is_told_of_the_first_signal_and_cut_by_the_second() -> (
+    None
+):
+    with signals_raise():
+        with noted() as notice:
+            notice.raise_it()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert notice.signum == signal.SIGTERM
+            with pytest.raises(Interrupted, match="SIGTERM"):
+                notice.raise_it()
+            with pytest.raises(Interrupted, match="SIGINT"):
+                os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(Interrupted):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_handler_of_a_librarys_is_replaced() -> None:
+    with signals_raise():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        interruption.take_signals_back()
+        with pytest.raises(Interrupted):
+            os.kill(os.getpid(), signal.SIGTERM)
+    before = signal.getsignal(signal.SIGTERM)
+    interruption.take_signals_back()
+    assert signal.getsignal(signal.SIGTERM) is before
