@@ -33,6 +33,7 @@ def run_workers(
     *,
     name: str,
     storage: Path,
+    logs: Path,
     workers: Workers,
     counts: Sequence[int] | None = None,
     on_progress: Callable[[Record], None] | None = None,
@@ -42,8 +43,8 @@ def run_workers(
     `config` and the answer are JSON-like. Ray must be initialised. `counts` are the numbers of
     workers that suit the training, of which the largest is taken that has a place; without them all
     in the range of workers.count do. The worker keeps its checkpoints in storage/name. When workers
-    die or raise an error, all are started again, as often as workers.max_lost and max_failures say.
-    `on_progress` is called from another thread with the newest record that rank 0 gave to
+    die or raise an error, all are started again, as often as workers.max_lost and max_failures say;
+    what is known of that is kept in `logs`. `on_progress` is called from another thread with the newest record that rank 0 gave to
     progress(). Warnings that our own packages log on rank 0 are logged here.
 
     UserError: raised by a worker, as it was and without another try; too few workers have a place.
@@ -70,7 +71,7 @@ def run_workers(
                 failure = AttemptError(
                     lost=True, cause=f"Ray's {died.name} died", details=f"{died.name} died"
                 )
-                log = keep_logs(storage.parent / "logs", name, failure, began)
+                log = keep_logs(logs, name, failure, began)
                 if died.name != local_ray.RAYLET:  # Ray's library ends a process that goes on
                     raise RunError(_given_up(name, failure, "", log)) from None
                 again = budget.charge(failure)
@@ -78,7 +79,7 @@ def run_workers(
                     local_ray.restart()
             except AttemptError as found:
                 failure = found
-                log = keep_logs(storage.parent / "logs", name, failure, began)
+                log = keep_logs(logs, name, failure, began)
                 local_ray.end_frozen_workers()
                 again = budget.charge(failure)
             if not again:

@@ -1,4 +1,7 @@
-"""What ended an attempt at a training, and how many more attempts it gets."""
+"""What ended an attempt at a training, and how many more attempts it gets.
+
+Ray's controller imports this module with ray_train.py: it must not import torch.
+"""
 
 import re
 from collections.abc import Callable
@@ -11,6 +14,10 @@ _PEER_IS_GONE = re.compile(
     r"Timed out waiting|NCCL error: remote process exited",
     re.IGNORECASE,
 )
+
+
+class StoppedError(Exception):
+    """A training ended because the driver asked for it; its state is in a checkpoint."""
 
 
 class AttemptError(Exception):

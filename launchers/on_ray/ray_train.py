@@ -2,7 +2,8 @@
 
 Ray Train starts the workers, joins them to a process group, polls them and ends them. It is told of
 no checkpoint and makes no second attempt: what an attempt goes on from, and whether there is
-another one, is decided in checkpoints.py and attempts.py.
+another one, is decided in checkpoints.py and attempts.py. Ray's controller imports this module: it
+must not import torch, which costs a start three seconds and 350 MB.
 """
 
 import json
@@ -31,10 +32,9 @@ from ray.experimental.internal_kv import (
 
 from launchers.interruption import Interrupted, Notice
 from launchers.on_ray import local_ray
-from launchers.on_ray.failures import AttemptError, judged
+from launchers.on_ray.failures import AttemptError, StoppedError, judged
 from launchers.on_ray.local_ray import runs_locally
 from launchers.on_ray.process_group import ProcessGroupConfig
-from launchers.on_ray.stopping import StoppedError
 from launchers.on_ray.unused_services import trainer_class
 from sbf_dist.errors import UserError
 from sbf_dist.recipe import Workers

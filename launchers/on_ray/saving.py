@@ -21,7 +21,8 @@ from typing import Any, Self, TypeVar
 import torch.distributed as dist
 
 from launchers.on_ray.checkpoints import Shelf
-from launchers.on_ray.stopping import StoppedError, Stopping
+from launchers.on_ray.failures import StoppedError
+from launchers.on_ray.stopping import Stopping
 from sbf_dist.errors import UserError
 from sbf_dist.train import checkpoint
 from sbf_dist.train.loop import Every

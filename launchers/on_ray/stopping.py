@@ -21,10 +21,6 @@ _POLL_SECONDS = 0.5
 _REARM_SECONDS = 1.0
 
 
-class StoppedError(Exception):
-    """A training ended because the driver asked for it; its state is in a checkpoint."""
-
-
 class Stopping:
     """Counts the steps of a training; says after each whether all ranks are to end.
 

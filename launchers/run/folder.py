@@ -46,6 +46,11 @@ class RunFolder:
         return self.root / "checkpoints"
 
     @property
+    def logs(self) -> Path:
+        """What workers had logged that failed."""
+        return self.root / "logs"
+
+    @property
     def student(self) -> Path:
         """The exported student."""
         return self.root / "student"

@@ -66,6 +66,7 @@ class Session:
             config,
             name=name,
             storage=self.folder.checkpoints,
+            logs=self.folder.logs,
             workers=workers,
             counts=self.recipe.numbers_of_workers(),
             on_progress=self.display.show,

@@ -40,6 +40,7 @@ def train_networks(config: dict[str, Any]) -> dict[str, Any]:
     """
     from launchers.on_ray import ray_train
     from launchers.on_ray.checkpoints import Shelf
+    from launchers.on_ray.kept_logs import STACKS
     from launchers.on_ray.saving import Saving
     from launchers.on_ray.stopping import Stopping
 
@@ -56,7 +57,7 @@ def train_networks(config: dict[str, Any]) -> dict[str, Any]:
             title = f"{network.name} ({number} of {len(wanted)})"
             folder = Path(config["checkpoints"])
             shelf = Shelf(folder, network.name, here.recipe.checkpoints.keep_last)
-            stacks = here.folder.root / "logs" / f"{network.name}-rank-{here.rank}-stacks.txt"
+            stacks = here.folder.logs / f"{network.name}-rank-{here.rank}{STACKS}"
             stopping = Stopping(ray_train.listening(), here.recipe.workers.hang_timeout, stacks)
             with Saving(shelf, stopping) as saving:
                 results[network.name] = _train(here, network, saving, title, config["tracking"])

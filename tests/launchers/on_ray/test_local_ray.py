@@ -9,8 +9,8 @@ import pytest
 
 from launchers import machine
 from launchers.machine import available_cpus, check_machine
-from launchers.on_ray import local_ray as module
 from launchers.on_ray.local_ray import local_ray
+from launchers.on_ray.temporary_folder import temporary_folder
 from sbf_dist.errors import UserError
 
 DRIVER = """
@@ -18,10 +18,14 @@ import sys, time
 from launchers.on_ray.local_ray import local_ray
 with local_ray(workers=1):
     print("up", flush=True)
+    import os
+    before = oct(os.stat(os.environ["TMPDIR"]).st_mode & 0o777)
     if len(sys.argv) > 1:
         time.sleep(60)
-    import os, ray
-    print(ray.get_runtime_context().get_node_id(), os.environ["TMPDIR"], flush=True)
+    import ray
+    folder = os.environ["TMPDIR"]
+    mode = oct(os.stat(folder).st_mode & 0o777)  # Ray opens its own folder, below, to everybody
+    print(ray.get_runtime_context().get_node_id(), folder, before, mode, flush=True)
 print("RAY_AUTH_TOKEN" in os.environ, flush=True)
 """
 
@@ -63,6 +67,7 @@ def test_a_ray_leaves_nothing_behind() -> None:
     )
     up, node, clean = done.stdout.splitlines()
     folder = Path(node.split()[1])
+    assert node.split()[2:] == ["0o700", "0o700"]
     assert (up, clean) == ("up", "False")
     assert not folder.exists()
     assert not [p for p in psutil.process_iter(["cmdline"]) if belongs(p, folder)]
@@ -75,6 +80,9 @@ def test_a_ray_dies_with_a_driver_that_was_killed_and_the_next_one_tidies_up() -
     )
     assert driver.stdout is not None
     assert driver.stdout.readline() == "up\n"
+    environment = psutil.Process(driver.pid).children()[0].environ()
+    left_over = Path(environment["TMPDIR"])
+    assert left_over.exists()
     agents = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}  # they take a minute to notice
     started = psutil.Process(driver.pid).children(recursive=True)
     must_die = [process for process in started if process.name() not in agents]
@@ -86,8 +94,8 @@ def test_a_ray_dies_with_a_driver_that_was_killed_and_the_next_one_tidies_up() -
     for process in started:
         if process.is_running():
             process.kill()
-    with module._temporary_folder() as folder:
-        assert not list(folder.parent.glob(f"sbf-ray-{driver.pid}-*"))
+    with temporary_folder() as folder:
+        assert not left_over.exists()
     assert not folder.exists()
 
 

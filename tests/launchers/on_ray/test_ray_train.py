@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def killed(ray: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
         config,
         name="tiny",
         storage=folder / "runs",
+        logs=folder / "logs",
         workers=Workers(count=2, max_lost=1),
         on_progress=on_progress,
     )
@@ -172,6 +174,7 @@ def test_a_users_mistake_on_one_rank_arrives_as_its_line_at_the_first_try(
             {"diary": str(tmp_path)},
             name="mistake",
             storage=tmp_path / "runs",
+            logs=tmp_path / "logs",
             workers=Workers(count=2, max_failures=3),
         )
     assert str(caught.value) == "batch size 7: must be a multiple of 2"
@@ -187,6 +190,7 @@ def test_any_other_error_arrives_with_the_workers_traceback(ray: None, tmp_path:
             {"layer": "conv1"},
             name="bug",
             storage=tmp_path / "runs",
+            logs=tmp_path / "logs",
             workers=Workers(count=1, max_failures=0),
         )
     log = tmp_path / "logs" / "bug-1.log"
@@ -211,6 +215,12 @@ def test_workers_find_the_users_network_where_the_driver_works(
         {"model": "nets/mine.py:make"},
         name="own",
         storage=tmp_path / "runs",
+        logs=tmp_path / "logs",
         workers=Workers(count=1, max_failures=0),
     )
     assert found == {"directory": str(tmp_path), "outputs": 3}
+
+
+def test_what_rays_controller_imports_does_not_import_torch() -> None:
+    program = "import sys, launchers.on_ray.ray_train; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -16,8 +16,9 @@ import torch.distributed as dist
 
 from launchers.on_ray import saving as module
 from launchers.on_ray.checkpoints import Shelf
+from launchers.on_ray.failures import StoppedError
 from launchers.on_ray.saving import Saving
-from launchers.on_ray.stopping import StoppedError, Stopping
+from launchers.on_ray.stopping import Stopping
 from sbf_dist.errors import UserError
 from sbf_dist.train import checkpoint
 

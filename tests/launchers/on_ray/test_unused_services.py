@@ -20,12 +20,13 @@ def work(config):
     return {"sum": config["a"] + config["b"], "ranks": dist.get_world_size()}
 
 with local_ray(workers=1):
-    from launchers.on_ray import ray_train
+    from launchers.on_ray import attempts
     from sbf_dist.recipe import Workers
     import ray
-    with tempfile.TemporaryDirectory() as storage:
-        result = ray_train.run_workers(
-            work, {"a": 2, "b": 3}, name="work", storage=storage, workers=Workers()
+    with tempfile.TemporaryDirectory() as folder:
+        storage, logs = Path(folder), Path(folder, "logs")
+        result = attempts.run_workers(
+            work, {"a": 2, "b": 3}, name="work", storage=storage, logs=logs, workers=Workers()
         )
     children = psutil.Process().children(recursive=True)
     # process_iter leaves None where a process has ended in the meantime
