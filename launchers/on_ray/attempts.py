@@ -44,8 +44,9 @@ def run_workers(
     workers that suit the training, of which the largest is taken that has a place; without them all
     in the range of workers.count do. The worker keeps its checkpoints in storage/name. When workers
     die or raise an error, all are started again, as often as workers.max_lost and max_failures say;
-    what is known of that is kept in `logs`. `on_progress` is called from another thread with the newest record that rank 0 gave to
-    progress(). Warnings that our own packages log on rank 0 are logged here.
+    what is known of that is kept in `logs`. `on_progress` is called from another thread with the
+    newest record that rank 0 gave to progress(). Warnings that our own packages log on rank 0 are
+    logged here.
 
     UserError: raised by a worker, as it was and without another try; too few workers have a place.
     RunError: the budget is used up. Interrupted: a signal came, see launchers.interruption.
