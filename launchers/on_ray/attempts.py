@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from launchers.interruption import noted
+from launchers.interruption import Notice, noted
 from launchers.machine import available_cpus, available_gpus
 from launchers.on_ray import local_ray, ray_train
 from launchers.on_ray.checkpoints import Shelf
@@ -55,8 +55,8 @@ def run_workers(
     budget = Budget(workers, Shelf(folder, "").names)
     with noted() as notice:
         while True:
-            count = _number_of_workers(workers, counts or range(workers.least, workers.most + 1))
-            notice.raise_it()
+            numbers = counts or range(workers.least, workers.most + 1)
+            count = _number_of_workers(workers, numbers, notice)
             began = time.time()
             try:
                 return ray_train.attempt(
@@ -101,13 +101,14 @@ def _given_up(name: str, failure: AttemptError, budget: str, log: Path) -> str:
     )
 
 
-def _number_of_workers(workers: Workers, counts: Sequence[int]) -> int:
+def _number_of_workers(workers: Workers, counts: Sequence[int], notice: Notice) -> int:
     """Return the largest of `counts` that has a place; waits until the least has one.
 
     UserError after workers.start_timeout seconds, with what is there and what was asked.
     """
     deadline = time.monotonic() + workers.start_timeout
     while True:
+        notice.raise_it()
         cpus, gpus = _there()
         places = int(cpus // workers.cpus)
         if workers.gpus:

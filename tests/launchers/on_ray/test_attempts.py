@@ -2,6 +2,7 @@
 
 import pytest
 
+from launchers.interruption import Interrupted, Notice
 from launchers.on_ray import attempts
 from sbf_dist.errors import UserError
 from sbf_dist.recipe import Workers
@@ -25,13 +26,13 @@ def test_the_largest_number_that_has_a_place_and_suits_the_training_is_taken(
     cluster: dict[str, float], cpus: float, count: int
 ) -> None:
     cluster["CPU"] = cpus
-    assert attempts._number_of_workers(ELASTIC, [2, 4, 8]) == count
+    assert attempts._number_of_workers(ELASTIC, [2, 4, 8], Notice()) == count
 
 
 def test_gpus_count_too(cluster: dict[str, float]) -> None:
     cluster.update(CPU=64, GPU=3)
     workers = ELASTIC.model_copy(update={"gpus": 0.5})
-    assert attempts._number_of_workers(workers, range(2, 9)) == 6
+    assert attempts._number_of_workers(workers, range(2, 9), Notice()) == 6
 
 
 def test_fewer_than_the_minimum_is_one_line_with_what_is_there_and_what_was_asked(
@@ -39,7 +40,7 @@ def test_fewer_than_the_minimum_is_one_line_with_what_is_there_and_what_was_aske
 ) -> None:
     cluster["CPU"] = 3
     with pytest.raises(UserError) as caught:
-        attempts._number_of_workers(ELASTIC, [2, 4, 8])
+        attempts._number_of_workers(ELASTIC, [2, 4, 8], Notice())
     assert str(caught.value) == (
         "workers.count = [2, 8]: there are 3 CPUs and 0 GPUs, places for 1 workers with "
         "workers.cpus = 2 and workers.gpus = 0; at least 2 are needed"
@@ -53,4 +54,10 @@ def test_machines_that_come_in_time_are_waited_for(
     looks = iter([(0, 0), (3, 0), (8, 0)])
     monkeypatch.setattr(attempts, "_there", lambda: next(looks))
     workers = ELASTIC.model_copy(update={"start_timeout": 60})
-    assert attempts._number_of_workers(workers, [2, 4, 8]) == 4
+    assert attempts._number_of_workers(workers, [2, 4, 8], Notice()) == 4
+
+
+def test_a_signal_ends_the_waiting(cluster: dict[str, float]) -> None:
+    with pytest.raises(Interrupted):
+        attempts._number_of_workers(ELASTIC, [2], Notice(signum=15))
+    assert cluster["now"] == 0
