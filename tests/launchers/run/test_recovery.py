@@ -159,7 +159,7 @@ def test_signals_write_a_checkpoint_at_the_next_step_and_say_how_to_go_on(surviv
         assert f"sbf: ended by {name}; the same command goes on" in survived.run.output
     # After some 14 steps, of which every tenth is saved anyway.
     assert any(survived.saved[name] % 10 for name in codes)
-    assert survived.killed == {"KILLED"}
+    assert survived.killed == {"FINISHED", "KILLED"}  # the stage before, and what was going on
 
 
 def test_no_traceback_is_shown_and_nothing_cut_is_left(survived) -> None:
