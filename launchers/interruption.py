@@ -66,13 +66,17 @@ def take_signals_back() -> None:
 
 @contextmanager
 def noted() -> Iterator[Notice]:
-    """Note the first signal instead of raising Interrupted; a second one raises."""
+    """Note the first signal instead of raising Interrupted; a second one raises.
+
+    The first one is raised at the end, where the work was done before anybody looked at it.
+    """
     notice = Notice()
     _notices.append(notice)
     try:
         yield notice
     finally:
         _notices.remove(notice)
+    notice.raise_it()
 
 
 def _handle(signum: int, frame: FrameType | None) -> None:

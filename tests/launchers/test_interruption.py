@@ -19,11 +19,19 @@ def test_a_signal_raises_with_the_exit_code_that_a_shell_reports(signum: int, co
     assert signal.getsignal(signum) is before
 
 
+def test_a_signal_that_nobody_looked_at_is_raised_when_the_work_is_done() -> None:
+    done = False
+    with pytest.raises(Interrupted, match="SIGTERM"), signals_raise(), noted():
+        os.kill(os.getpid(), signal.SIGTERM)
+        done = True
+    assert done
+
+
 def test_work_that_can_end_in_good_order_is_told_of_the_first_signal_and_cut_by_the_second() -> (
     None
 ):
     with signals_raise():
-        with noted() as notice:
+        with pytest.raises(Interrupted, match="SIGTERM"), noted() as notice:
             notice.raise_it()
             os.kill(os.getpid(), signal.SIGTERM)
             assert notice.signum == signal.SIGTERM
