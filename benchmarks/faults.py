@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -176,8 +177,11 @@ def kill(run: Run, victim: str) -> int | None:
     return run.saved()
 
 
-def killed_runs(folder: Path, kills: int, seed: int, workers: int) -> dict[str, object]:
-    """Kill so many processes, in as many runs as that takes, and compare what the runs end with."""
+def killed_runs(folder: Path, kills: int, seed: int, workers: int) -> Iterator[dict[str, object]]:
+    """Kill so many processes, in as many runs as that takes, and compare what the runs end with.
+
+    Yields the figures after each run.
+    """
     moments = random.Random(seed)
     reference = Run(folder / "reference", workers=workers)
     reference.runs.mkdir(parents=True)
@@ -218,18 +222,18 @@ def killed_runs(folder: Path, kills: int, seed: int, workers: int) -> dict[str, 
         exact += ended and same_bits(run.weights(), reference.weights())
         if not ended:
             print(f"run {runs} ended with {code}:\n{run.output}")
-    return {
-        "kills": len(done),
-        "runs": runs,
-        "lost_runs": lost,
-        "exact": exact,
-        "steps": reference.steps,
-        "checkpoint_every": reference.checkpoint_every,
-        "workers": workers,
-        "steps_repeated_max": max(int(str(one["repeated"])) for one in done),
-        "killed": {kind: sum(one["killed"] == kind for one in done) for kind in VICTIMS},
-        "moments": done,
-    }
+        yield {
+            "kills": len(done),
+            "runs": runs,
+            "lost_runs": lost,
+            "exact": exact,
+            "steps": reference.steps,
+            "checkpoint_every": reference.checkpoint_every,
+            "workers": workers,
+            "steps_repeated_max": max((int(str(one["repeated"])) for one in done), default=0),
+            "killed": {kind: sum(one["killed"] == kind for one in done) for kind in VICTIMS},
+            "moments": list(done),
+        }
 
 
 def main() -> None:
@@ -240,12 +244,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        figures = killed_runs(Path(folder), given.kills, given.seed, given.workers)
     machine = {"cpus": os.cpu_count(), "processor": platform.machine(), "torch": torch.__version__}
-    figures |= {"seed": given.seed, "date": str(date.today()), "machine": machine}
-    given.json.write_text(json.dumps(figures, indent=1) + "\n")
-    print({key: figures[key] for key in ("kills", "lost_runs", "exact", "steps_repeated_max")})
+    origin = {"seed": given.seed, "date": str(date.today()), "machine": machine}
+    with tempfile.TemporaryDirectory() as folder:
+        for figures in killed_runs(Path(folder), given.kills, given.seed, given.workers):
+            given.json.write_text(json.dumps(figures | origin, indent=1) + "\n")
+            shown = ("kills", "runs", "lost_runs", "exact", "steps_repeated_max")
+            print({key: figures[key] for key in shown}, flush=True)
 
 
 if __name__ == "__main__":
