@@ -73,7 +73,7 @@ def run_workers(
                     lost=True, cause=f"Ray's {died.name} died", details=f"{died.name} died"
                 )
                 log = keep_logs(logs, name, failure, began)
-                if died.name != local_ray.RAYLET:  # Ray's library ends a process that goes on
+                if died.name == local_ray.GCS:  # Ray's library ends a process that goes on
                     raise RunError(_given_up(name, failure, "", log)) from None
                 again = budget.charge(failure)
                 if again:

@@ -150,7 +150,7 @@ def dead_server() -> str | None:
 
 
 def restart() -> None:
-    """Start this process's own Ray again after its raylet has died."""
+    """Start this process's own Ray again after its raylet, or what holds its places, has died."""
     _own[0].end()
     _own[0].start()
 

@@ -49,6 +49,7 @@ _STEPPING = "/stepping"
 _PACKAGES = ("launchers", "pipelines", "sbf_dist")
 _POLL_SECONDS = 0.5
 _START_SECONDS = 600  # that Ray Train waits until all workers have a place
+_CONTROLLER = "controller"
 _FILES_OF_RAY = ".ray-train"
 
 _log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ Record = dict[str, Any]
 
 
 class ServerDiedError(Exception):
-    """A server process of this program's own Ray has died."""
+    """A server process of this program's own Ray has died, which must be started again."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -169,11 +170,10 @@ def _raise_judged(error: BaseException) -> None:
             lost=True, cause="a machine was taken away", details=str(error)
         ) from None
     if isinstance(error, RayError):
-        server = local_ray.dead_server()
-        if server is not None:
-            raise ServerDiedError(server) from None
+        if runs_locally():  # on a cluster, Ray Train gives the workers' places back
+            raise ServerDiedError(local_ray.dead_server() or _CONTROLLER) from None
         raise AttemptError(
-            lost=True, cause="Ray Train's controller died", details=str(error)
+            lost=True, cause=f"Ray Train's {_CONTROLLER} died", details=str(error)
         ) from None
     raise error
 
