@@ -6,7 +6,8 @@ One training is done without a fault. Then runs of the same recipe are started, 
 a seed decides a worker, the driver or Ray's raylet is killed (kill -9), until so many have been
 killed. Where the driver dies, the same command is given again. A run is lost if its command ends
 with another exit code than 0, or not within five minutes. Steps repeated: those done before a kill
-that are not in the checkpoint gone on from.
+that are not in the newest checkpoint at that moment; one that is finished just after the kill makes
+it up to ten too many, and the number after it too few.
 """
 
 import argparse
