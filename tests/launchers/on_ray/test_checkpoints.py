@@ -11,6 +11,8 @@ from sbf_dist.errors import UserError
 from sbf_dist.files import sha256
 from sbf_dist.train import checkpoint
 
+SHARD = "deepspeed/state/mp_rank_00_model_states.pt"
+
 
 def shelf(folder: Path, training: str = "student", keep_last: int = 3) -> Shelf:
     return Shelf(folder, training, keep_last)
@@ -19,28 +21,30 @@ def shelf(folder: Path, training: str = "student", keep_last: int = 3) -> Shelf:
 def put(shelf: Shelf, step: int) -> Path:
     """Put a checkpoint with one shard on the shelf, as a training does."""
     partial = shelf.place_to_write(step, "token")
-    (partial / "deepspeed").mkdir(parents=True)
-    shard = partial / "deepspeed" / "shard.pt"
-    shard.write_bytes(bytes(range(step % 256)) * 3 + b"end")
-    entry = {"size": shard.stat().st_size, "sha256": sha256(shard)}
+    entries = {}
+    for name in (SHARD, "ranks/00000.json", "ranks/00000.safetensors"):
+        path = partial / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(range(step % 256)) * 3 + b"end" if name == SHARD else b"{}")
+        entries[name] = {"size": path.stat().st_size, "sha256": sha256(path)}
     manifest = {
         "format": checkpoint.FORMAT,
         "step": step,
         "world_size": 1,
         "digests": {"training": shelf.training},
-        "files": {"deepspeed/shard.pt": entry},
+        "files": entries,
     }
     (partial / "manifest.json").write_text(json.dumps(manifest))
     return shelf.accept(partial, step)
 
 
 def truncate(path: Path) -> None:
-    shard = path / "deepspeed" / "shard.pt"
+    shard = path / SHARD
     shard.write_bytes(shard.read_bytes()[:-1])
 
 
 def change(path: Path) -> None:
-    shard = path / "deepspeed" / "shard.pt"
+    shard = path / SHARD
     shard.write_bytes(b"\xff" + shard.read_bytes()[1:])
 
 
@@ -61,9 +65,9 @@ def test_the_newest_is_taken_and_the_last_so_many_are_kept(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("harm", "fault"),
     [
-        (truncate, "deepspeed/shard.pt is damaged: 62 bytes instead of 63"),
-        (change, "deepspeed/shard.pt is damaged: its SHA-256 is not the one written"),
-        (lambda p: (p / "deepspeed" / "shard.pt").unlink(), "deepspeed/shard.pt is missing"),
+        (truncate, f"{SHARD} is damaged: 62 bytes instead of 63"),
+        (change, f"{SHARD} is damaged: its SHA-256 is not the one written"),
+        (lambda p: (p / SHARD).unlink(), f"{SHARD} is missing"),
         (lambda p: (p / "manifest.json").unlink(), "has no manifest.json"),
         (lambda p: (p / "manifest.json").write_text(""), "is damaged: JSON"),
     ],
@@ -99,7 +103,7 @@ def test_where_none_is_whole_the_error_lists_them_and_leaves_them(tmp_path: Path
     with pytest.raises(UserError) as caught:
         shelf(tmp_path).newest_whole()
     assert "\n" not in str(caught.value)
-    for name in ("student-00000010: deepspeed/shard.pt is damaged", "student-00000020: deep"):
+    for name in (f"student-00000010: {SHARD} is damaged", "student-00000020: deep"):
         assert name in str(caught.value)
     assert "--again" in str(caught.value)
     assert shelf(tmp_path).names() == {"student-00000010", "student-00000020"}
