@@ -459,34 +459,3 @@ def test_keys_that_earlier_versions_did_not_have_are_not_stored_at_their_default
         "log_every",
         "checkpoint_every",
     }
-
-
-def test_a_length_in_epochs_becomes_steps_once_the_images_are_known():
-    training = recipe.Training(epochs=90, warmup_epochs=5)
-    assert training.lengths(1251.1) == (112599, 6256)
-    assert training.length == "90 epochs"
-    assert recipe.Training(epochs=0.01).lengths(3.0) == (1, 0)
-    assert recipe.Training(steps=50, warmup=7).lengths(1000.0) == (50, 7)
-    with pytest.raises(UserError, match="warm-up of 7 steps must be shorter than the 6 steps"):
-        recipe.Training(epochs=2, warmup=7).lengths(3.0)
-
-
-def test_a_shortened_training_has_a_share_of_the_length_and_of_the_warm_up():
-    steps = recipe.Training(steps=52, warmup=4).shortened(1 / 5, None)
-    assert (steps.steps, steps.warmup) == (10, 2)
-    epochs = recipe.Training(epochs=10, warmup_epochs=1).shortened(1 / 5, None)
-    assert (epochs.steps, epochs.epochs, epochs.warmup_epochs) == (None, 2.0, 0.2)
-    given = recipe.Training(epochs=10, warmup_epochs=1).shortened(1 / 5, 30)
-    assert (given.steps, given.epochs, given.warmup_epochs) == (30, None, None)
-
-
-def test_fewer_workers_take_more_passes_where_the_images_at_once_are_limited():
-    training = recipe.Training(steps=1, batch_size=96, images_at_once=16)
-    assert {n: training.passes(n) for n in (1, 2, 3, 6, 12, 96)} == {
-        1: 6, 2: 3, 3: 2, 6: 1, 12: 1, 96: 1,
-    }  # fmt: skip
-    assert recipe.Training(steps=1, batch_size=60, images_at_once=16).passes(2, pairs=True) == 3
-    with pytest.raises(UserError, match="multiple of workers x accumulation = 5: 95 or 100, or 1"):
-        training.passes(5)
-    with pytest.raises(UserError, match="at once; mixup and cutmix need an even number: 64, or 2,"):
-        recipe.Training(steps=1, batch_size=32).passes(32, pairs=True)

@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from launchers.run.folder import RunFolder
 from sbf_dist.models import Architecture
-from sbf_dist.recipe import Recipe, Teacher, Training
+from sbf_dist.recipe import Recipe, Teacher
 from sbf_dist.settings import View
+from sbf_dist.training_recipe import Training
 
 ENSEMBLE = "ensemble"
 DENSE = "dense-labels"

@@ -7,7 +7,7 @@ import pytest
 from launchers.run.batches import divided, step_shares, steps_per_epoch
 from launchers.run.networks import Job
 from sbf_dist.errors import UserError
-from sbf_dist.recipe import Training
+from sbf_dist.training_recipe import Training
 
 INDEX: Any = SimpleNamespace(parts={"labelled": range(1000), "unlabelled": range(9000)})
 
