@@ -84,6 +84,23 @@ class Training(Section):
         "is read in each step, which slows a GPU down",
     )
 
+    profile_steps: tuple[int, int] | None = Field(
+        None,
+        exclude_if=equals(None),
+        description="steps [from, to) of which each worker writes a profiler's trace to "
+        "RUNS/NAME/logs; null: none",
+    )
+
+    @model_validator(mode="after")
+    def _profiles_some_steps(self) -> Self:
+        if self.profile_steps is not None:
+            first, last = self.profile_steps
+            if not 0 <= first < last:
+                raise ValueError(
+                    f"profile_steps = [{first}, {last}] must be [from, to] with 0 <= from < to"
+                )
+        return self
+
     @model_validator(mode="after")
     def _has_one_length(self) -> Self:
         if (self.steps is None) == (self.epochs is None):

@@ -35,3 +35,9 @@ def test_fewer_workers_take_more_passes_where_the_images_at_once_are_limited():
         training.passes(5)
     with pytest.raises(UserError, match="at once; mixup and cutmix need an even number: 64, or 2,"):
         Training(steps=1, batch_size=32).passes(32, pairs=True)
+
+
+@pytest.mark.parametrize("steps", [[5, 5], [-1, 2], [9, 3]])
+def test_steps_to_profile_must_be_a_range(steps):
+    with pytest.raises(ValueError, match=r"must be \[from, to\] with 0 <= from < to"):
+        Training(steps=10, profile_steps=steps)

@@ -11,7 +11,7 @@ Values = dict[str, Any]  # of keys with dots; a key that is null is not in it
 
 DIGEST = ".sha256"  # ends the keys of digests of the files that a recipe names, see read_files
 # Last parts of keys that say when something is written, not what: they change freely.
-WITHOUT_EFFECT = ("log_every", "checkpoint_every")
+WITHOUT_EFFECT = ("log_every", "checkpoint_every", "profile_steps")
 LENGTHS = ("steps", "epochs", "round_steps")
 
 

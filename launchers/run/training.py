@@ -1,6 +1,7 @@
 """Trainings of a run, on every rank: composed, gone on with from a checkpoint, and done."""
 
 import dataclasses
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from launchers.run import locks, outcome
 from launchers.run.batches import steps_per_epoch, targets, training_batches
 from launchers.run.building import build_network
 from launchers.run.networks import Job, Network
-from launchers.run.worker import Context, validation
+from launchers.run.worker import Batch, Context, validation
 from pipelines.agreement import check_workers_agree
 from sbf_dist import tracking
 from sbf_dist.compression.plan import Plan
@@ -22,6 +23,7 @@ from sbf_dist.train import checkpoint
 from sbf_dist.train.engine import build_engine
 from sbf_dist.train.evaluate import Accuracy, accuracy, synchronise_batchnorm
 from sbf_dist.train.loop import Every, LogRecord, fit
+from sbf_dist.train.profiling import profiled
 from sbf_dist.train.resharding import whole_state
 from sbf_dist.train.schedule import schedule
 from sbf_dist.weights import save_weights
@@ -106,10 +108,7 @@ def _train(
     def on_log(record: LogRecord) -> None:
         ray_train.progress({"title": title, **dataclasses.asdict(record)})
         if tracker is not None:
-            values = {**record.parts, "lr": record.lr, "images_per_s": record.images_per_s}
-            if record.left_out:
-                values["skipped_steps"] = record.left_out
-            named = {f"{network.name}/{key}": value for key, value in values.items()}
+            named = {f"{network.name}/{k}": v for k, v in _logged(record, here.device).items()}
             tracker.log_metrics(named, record.step)
 
     def on_checkpoint(step: int) -> None:
@@ -118,9 +117,14 @@ def _train(
             engine.average.synchronise()
         saving.save(engine, step=step, loader_state=batches.state_dict(), digests=depends_on)
 
+    stream: Iterable[Batch] = batches
+    if settings.profile_steps is not None:
+        trace = here.folder.logs / f"{network.name}-rank-{here.rank}.trace.json"
+        passes = engine.gradient_accumulation_steps()
+        stream = profiled(batches, settings.profile_steps, trace, start_step=start, passes=passes)
     fit(
         engine,
-        batches,
+        stream,
         steps=steps,
         start_step=start,
         lr_at=schedule(
@@ -145,6 +149,17 @@ def _train(
         tracker.flush()
     dist.barrier()
     return {"top1": scores.top1, "loss": scores.loss, "steps": steps, "from_step": start}
+
+
+def _logged(record: LogRecord, device: torch.device) -> dict[str, float]:
+    """What MLflow gets of a log record."""
+    values = {**record.parts, "lr": record.lr, "images_per_s": record.images_per_s}
+    values |= {f"seconds/{part}": time for part, time in record.seconds.items()}
+    if record.left_out:
+        values["skipped_steps"] = record.left_out
+    if device.type == "cuda":
+        values["gpu_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+    return values
 
 
 def _engine(here: Context, network: Network, job: Job) -> tuple[nn.Module, Any]:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sbf_dist.errors import UserError
 from sbf_dist.train.finite import LossWatch
+from sbf_dist.train.step_times import StepTimes
 
 Batch = dict[str, Tensor]
 Argument = TypeVar("Argument")
@@ -41,6 +42,9 @@ class LogRecord:
     images_per_s: float  # over all ranks
     seconds_left: float  # at the speed since the record before
     left_out: int = 0  # steps so far whose loss was not finite, since the start or the last resume
+    # Of a step on this rank, by part: waiting for data, teachers, forward, backward, optimizer, and
+    # checkpoints since the record before. Ranks exchange gradients in backward and optimizer.
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ def fit(
     stream = iter(batches)
     saved = start_step if start_step and checkpoint is not None else None
     watch = LossWatch(engine, checkpoint=saved)
-    meter = _Meter(engine.device)
+    meter, times = _Meter(engine.device), StepTimes(engine.device)
     record = None
     for step in range(start_step, steps):
         lr = lr_at(step)
@@ -94,21 +98,29 @@ def fit(
             group["lr"] = lr
         watch.begin()
         for _ in range(engine.gradient_accumulation_steps()):
-            batch = _next_batch(stream, step, engine.device)
-            parts = engine(annotate(batch) if annotate else batch)
-            loss = watch.look(parts["loss"], batch.get("id"), step=step, lr=lr)
-            engine.backward(loss)
-            engine.step()  # counts; it steps once all gradients are there
+            with times.part("data"):
+                batch = _next_batch(stream, step, engine.device)
+            if annotate is not None:
+                with times.part("teachers"):
+                    batch = annotate(batch)
+            with times.part("forward"):
+                parts = engine(batch)
+                loss = watch.look(parts["loss"], batch.get("id"), step=step, lr=lr)
+            with times.part("backward"):
+                engine.backward(loss)
+            with times.part("optimizer"):
+                engine.step()  # counts; it steps once all gradients are there
             if not watch.is_bad:
                 meter.add(parts, images=len(batch["image"]), step=step)
         watch.end()
         done = step + 1
         saving = checkpoint is not None and (done == steps or checkpoint.is_due(done))
         if (done == steps or log.is_due(done) or saving) and meter.has_any:
-            record = meter.record(watch, done, steps, lr)
+            record = meter.record(watch, times, done, steps, lr)
             log.call(record)
         if checkpoint is not None and saving:
-            checkpoint.call(done)
+            with times.part("checkpoint"):
+                checkpoint.call(done)
             watch.checkpoint = done
             meter.restart_clock()
     return record
@@ -153,7 +165,9 @@ class _Meter:
         """Leave what was done since the last record out of the speed."""
         self._since = time.monotonic()
 
-    def record(self, watch: LossWatch, done: int, steps: int, lr: float) -> LogRecord:
+    def record(
+        self, watch: LossWatch, times: StepTimes, done: int, steps: int, lr: float
+    ) -> LogRecord:
         """Means over the ranks since the last record. UserError if a loss was not finite."""
         assert self._sums is not None
         assert self._first_step is not None
@@ -175,6 +189,7 @@ class _Meter:
             images_per_s=images / elapsed,
             seconds_left=(steps - done) * elapsed / (done - self._first_step),
             left_out=watch.left_out,
+            seconds=times.per_step(done - self._first_step),
         )
         self._reset()
         return record

@@ -1,5 +1,6 @@
 """The loop with an engine that only keeps a diary."""
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -153,3 +154,24 @@ def test_a_step_that_the_engine_leaves_out_by_itself_stops_the_run() -> None:
 def test_data_that_ends_too_early_is_reported() -> None:
     with pytest.raises(UserError, match="training data: ended at step 3"):
         run(DiaryEngine(), numbered(range(3)))
+
+
+def test_a_record_says_where_the_time_of_a_step_went() -> None:
+    def slow() -> Iterator[Batch]:
+        for batch in numbered():
+            time.sleep(0.01)
+            yield batch
+
+    first, second = run(DiaryEngine(accumulation=2), slow(), steps=4, log_every=2)
+    assert list(first.seconds) == ["data", "forward", "backward", "optimizer"]
+    assert first.seconds["data"] >= 0.02
+    assert second.seconds["data"] >= 0.02
+    assert sum(first.seconds.values()) < 4 * 2 / first.images_per_s * 1.01
+
+
+def test_teachers_and_checkpoints_have_times_of_their_own() -> None:
+    checkpoint = Every(2, lambda step: time.sleep(0.02))
+    records = run(DiaryEngine(), steps=4, log_every=2, checkpoint=checkpoint, annotate=dict)
+    assert "checkpoint" not in records[0].seconds
+    assert records[1].seconds["checkpoint"] >= 0.01  # of the one before, for each of two steps
+    assert "teachers" in records[0].seconds
