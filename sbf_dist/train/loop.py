@@ -42,7 +42,7 @@ class LogRecord:
     images_per_s: float  # over all ranks
     seconds_left: float  # at the speed since the record before
     left_out: int = 0  # steps so far whose loss was not finite, since the start or the last resume
-    # Of a step on this rank, by part: waiting for data, teachers, forward, backward, optimizer, and
+    # Of a step on this rank, by part: waiting for data, targets (mixup, teachers), forward, backward, optimizer, and
     # checkpoints since the record before. Ranks exchange gradients in backward and optimizer.
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -101,7 +101,7 @@ def fit(
             with times.part("data"):
                 batch = _next_batch(stream, step, engine.device)
             if annotate is not None:
-                with times.part("teachers"):
+                with times.part("targets"):
                     batch = annotate(batch)
             with times.part("forward"):
                 parts = engine(batch)

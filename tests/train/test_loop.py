@@ -169,9 +169,9 @@ def test_a_record_says_where_the_time_of_a_step_went() -> None:
     assert sum(first.seconds.values()) < 4 * 2 / first.images_per_s * 1.01
 
 
-def test_teachers_and_checkpoints_have_times_of_their_own() -> None:
+def test_targets_and_checkpoints_have_times_of_their_own() -> None:
     checkpoint = Every(2, lambda step: time.sleep(0.02))
     records = run(DiaryEngine(), steps=4, log_every=2, checkpoint=checkpoint, annotate=dict)
     assert "checkpoint" not in records[0].seconds
     assert records[1].seconds["checkpoint"] >= 0.01  # of the one before, for each of two steps
-    assert "teachers" in records[0].seconds
+    assert "targets" in records[0].seconds
