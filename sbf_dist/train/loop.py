@@ -42,8 +42,8 @@ class LogRecord:
     images_per_s: float  # over all ranks
     seconds_left: float  # at the speed since the record before
     left_out: int = 0  # steps so far whose loss was not finite, since the start or the last resume
-    # Of a step on this rank, by part: waiting for data, targets (mixup, teachers), forward, backward, optimizer, and
-    # checkpoints since the record before. Ranks exchange gradients in backward and optimizer.
+    # Of a step on this rank, by part: waiting for data, targets (mixup, teachers), forward,
+    # backward, optimizer, checkpoints. Ranks exchange gradients in backward and optimizer.
     seconds: dict[str, float] = field(default_factory=dict)
 
 
