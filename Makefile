@@ -41,6 +41,7 @@ bench: setup
 	$(BIN)/python benchmarks/network.py --json benchmarks/results/network.json
 	$(BIN)/python benchmarks/fitting.py errors --trained cifar_resnet14 \
 	    --json benchmarks/results/fitting-errors.json
+	$(BIN)/python benchmarks/overhead.py --json benchmarks/results/overhead.json
 	$(BIN)/python benchmarks/fitting.py cost --json benchmarks/results/fitting-cost.json
 	$(BIN)/python benchmarks/models.py --json benchmarks/results/models.json \
 	    --markdown docs/models.md
