@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -247,10 +248,10 @@ def test_a_node_is_measured_under_mlflows_names(
 ) -> None:
     monkeypatch.setattr(machine, "SECONDS", 0.05)
     with parent.stage("measured") as run:
-        for _ in range(2):  # of a worker, and of the one that takes its place
+        for worker in (1, 2):  # the second one takes the place of the first
             with tracking.measured_node(run.journals, 0):
-                while not history(run, "system/node-0/cpu_utilization_percentage"):
-                    pass
+                while len(history(run, "system/node-0/cpu_utilization_percentage")) < worker:
+                    time.sleep(0.01)
     cpu = history(run, "system/node-0/cpu_utilization_percentage")
     assert [step for step, _ in cpu] == list(range(len(cpu)))
     assert len(cpu) >= 2

@@ -92,7 +92,7 @@ def test_a_damaged_set_is_reported_file_by_file_and_in_one_line(sbf, archives, t
 
 
 def test_mistakes_are_one_line_and_leave_nothing(sbf, archives, tmp_path):
-    out = tmp_path / "out"
+    out, write = tmp_path / "out", tmp_path / "list.txt"
     prepare = ("data", "prepare")
     both = ("--archives", archives, "--out", out)
     for arguments, message in (
@@ -102,7 +102,8 @@ def test_mistakes_are_one_line_and_leave_nothing(sbf, archives, tmp_path):
         ((*prepare, "cifar10", *both, "--format", "zip"), "'zip'"),
         ((*prepare, "cifar10", *both, "--seed", "-1"), "'--seed'"),
         (("data", "check", tmp_path), "has no manifest.json"),
-        (("data", "split", archives, "--labelled", "1", "--out", out), "has no class folders"),
+        (("data", "split", archives, "--labelled", "1", "--out", write), "has no class folders"),
+        (("data", "split", archives, "--labelled", "1", "--out", out), "is a folder; name a file"),
     ):
         code, _, error = sbf(*arguments)
         assert code == 2
@@ -110,6 +111,7 @@ def test_mistakes_are_one_line_and_leave_nothing(sbf, archives, tmp_path):
         assert error.count("\n") == 1
         assert message in error
     assert {path.parts[len(out.parts)] for path in out.rglob("*")} <= {".preparing"}
+    assert not write.exists()
 
 
 @pytest.mark.parametrize("labelled", ["x", "0", "1.5", "6"])

@@ -3,6 +3,7 @@
 Over Ray: test_recovery.py.
 """
 
+import contextlib
 import json
 import multiprocessing
 from pathlib import Path
@@ -52,7 +53,11 @@ def _train_all(runs: str) -> None:
     from one_worker import begin
 
     from launchers.on_ray import ray_train
+    from launchers.on_ray.checkpoints import Shelf
+    from launchers.on_ray.saving import Saving
+    from launchers.on_ray.stopping import Stopping
     from launchers.run import training
+    from sbf_dist.train.engine import join_process_group
 
     logged: dict[str, Any] = {}
 
@@ -63,20 +68,19 @@ def _train_all(runs: str) -> None:
         def flush(self) -> None:
             pass
 
-    def report(metrics: dict[str, Any], write: Any) -> None:
-        write(Path(runs, f"checkpoint-{metrics['training']}"))
-
     ray_train.progress = lambda record: None  # type: ignore[assignment]
-    ray_train.report = report  # type: ignore[assignment]
     training.tracking.attach = lambda *address: Tracker()  # type: ignore[assignment]
     torch.set_num_threads(1)
+    join_process_group(torch.device("cpu"))
     here = begin(Recipe.model_validate(CONTENT), Path(runs))
     answer: dict[str, Any] = {}
     for teacher in here.networks.teachers:
         logged.clear()
         # As if each were the first and only one: the same random weights.
         object.__setattr__(teacher.job, "seed", 0)
-        answer[teacher.name] = training._train(here, teacher, None, teacher.name, [])
+        stopping = Stopping(contextlib.nullcontext(lambda: False), 600, Path(runs, "stacks"))
+        with Saving(Shelf(Path(runs, "checkpoints"), teacher.name), stopping) as saving:
+            answer[teacher.name] = training._train(here, teacher, saving, teacher.name, [])
         answer[teacher.name]["logged"] = dict(logged)
     Path(runs, "answer.json").write_text(json.dumps(answer))
 
@@ -116,7 +120,7 @@ def test_a_training_given_in_epochs_has_the_steps_that_the_images_make(
 def test_the_average_is_what_is_saved_and_the_checkpoint_holds_both(
     answer: dict[str, Any], runs: Path
 ) -> None:
-    folder = runs / "checkpoint-averaged"
+    folder = runs / "checkpoints" / "averaged-00000005"
     checkpoint.verify(folder)
     written = checkpoint.written(folder)
     assert written is not None
