@@ -89,7 +89,7 @@ def _train(
     assert job is not None
     torch.manual_seed(job.seed)
     settings = job.training
-    student, engine = _engine(here, network, job)
+    engine = _engine(here, network, job)
     engine.reads = _reads(here, network)
     index, annotate = targets(here, network)
     steps, warmup = settings.lengths(steps_per_epoch(here, network, index))
@@ -112,9 +112,6 @@ def _train(
             tracker.log_metrics(named, record.step)
 
     def on_checkpoint(step: int) -> None:
-        synchronise_batchnorm(student)
-        if engine.average is not None:
-            engine.average.synchronise()
         saving.save(engine, step=step, loader_state=batches.state_dict(), digests=depends_on)
 
     stream: Iterable[Batch] = batches
@@ -140,6 +137,9 @@ def _train(
         annotate=annotate,
     )
     batches.close()
+    synchronise_batchnorm(engine.module)
+    if engine.average is not None:
+        engine.average.synchronise()
     trained = _trained(here, network, engine, averaged=engine.average is not None)
     scores = accuracy(trained, validation(here, network.view), here.device)
     if here.rank == 0:
@@ -162,8 +162,8 @@ def _logged(record: LogRecord, device: torch.device) -> dict[str, float]:
     return values
 
 
-def _engine(here: Context, network: Network, job: Job) -> tuple[nn.Module, Any]:
-    """The student and the engine that trains it."""
+def _engine(here: Context, network: Network, job: Job) -> Any:
+    """The engine that trains a network."""
     settings = job.training
     passes = settings.passes(here.world_size, pairs=here.recipe.data.augmentation.mixes)
     # Images come in channels_last, which the layers keep; the weights stay contiguous, as ZeRO lays
@@ -176,7 +176,7 @@ def _engine(here: Context, network: Network, job: Job) -> tuple[nn.Module, Any]:
     task = DistillationTask(
         student, label_weight=job.label_weight, label_smoothing=settings.label_smoothing
     )
-    engine = build_engine(
+    return build_engine(
         task,
         settings.optimizer,
         micro_batch=settings.batch_size // here.world_size // passes,
@@ -186,7 +186,6 @@ def _engine(here: Context, network: Network, job: Job) -> tuple[nn.Module, Any]:
         skip_bad_steps=settings.skip_bad_steps,
         ema=settings.ema,
     )
-    return student, engine
 
 
 def _trained(here: Context, network: Network, engine: Any, *, averaged: bool) -> nn.Module:

@@ -6,7 +6,8 @@ A checkpoint is a folder:
     deepspeed/state/*.pt         weights (from rank 0) and each rank's optimizer shard
     ranks/00000.json             loader state and Python's random state of rank 0, and so on, and
                                  by what engine it was written
-    ranks/00000.safetensors      PyTorch's and NumPy's random state of rank 0, and so on
+    ranks/00000.safetensors      PyTorch's and NumPy's random state of rank 0, and so on, and the
+                                 batch norm statistics of its own images
 
 The manifest is written last, so a folder without one is not a checkpoint. verify() compares every
 file with it before anything is read. Our own files are JSON and safetensors; DeepSpeed's .pt files
@@ -14,22 +15,24 @@ are read with weights_only, so that a checkpoint from a stranger cannot run code
 """
 
 import json
-import random
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.torch import load_file, save_file
 
 from sbf_dist.errors import UserError
 from sbf_dist.files import flush, move_durably, sha256, write_text
 from sbf_dist.train.engine import load_shards, save_shards
 from sbf_dist.train.finite import refuse_non_finite
+from sbf_dist.train.rank_state import (
+    read_loader_state,
+    restore,
+    shared_statistics,
+    write_rank_state,
+)
 from sbf_dist.train.resharding import base_optimizer
 from sbf_dist.train.shards import Whole, file_names, read
 
@@ -133,10 +136,7 @@ def save(
     """Write this rank's part of a checkpoint into `folder`; every rank calls it, at the same step.
 
     `folder` may be one that all ranks share, or one per rank whose contents are merged afterwards.
-    `loader_state` must be JSON. Batch norm statistics are stored as they are on rank 0: call
-    synchronise_batchnorm first.
-
-    UserError: as write_rank() raises it.
+    `loader_state` must be JSON. UserError: as write_rank() raises it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=f".rank-{_rank()}-") as own:
@@ -147,12 +147,17 @@ def save(
 def write_rank(engine: Any, own: Path, *, loader_state: Mapping[str, Any]) -> None:
     """Write this rank's files into `own`, a folder of its own; every rank calls it, at one step.
 
-    When it returns, the training may go on: `publish` needs nothing but these files. UserError,
-    raised on all ranks alike: a number is not finite, and nothing is written.
+    When it returns, the training may go on: `publish` needs nothing but these files. The shards
+    have batch norm statistics of all ranks together. The training keeps those of each rank, and a
+    checkpoint is no step of it: it ends with the same bits whenever it was saved. UserError, raised
+    on all ranks alike: a number is not finite, and nothing is written.
     """
     refuse_non_finite(engine)
-    save_shards(engine, own / _SHARDS, _TAG)
-    _write_rank_state(own / "ranks", loader_state, Written.by(engine))
+    with shared_statistics(engine) as statistics:
+        save_shards(engine, own / _SHARDS, _TAG)
+    write_rank_state(
+        own / "ranks", loader_state, Written.by(engine).model_dump(mode="json"), statistics
+    )
 
 
 def publish(
@@ -293,10 +298,10 @@ def load(engine: Any, folder: Path, *, digests: Mapping[str, str]) -> Restored:
         )
     same_ranks = manifest.world_size == _world_size()
     load_shards(engine, folder / _SHARDS, _TAG, ranks=manifest.world_size)
-    loader_state = _read_rank_state(
-        folder / "ranks", _rank() if same_ranks else 0, restore_random=same_ranks
-    )
-    return Restored(step=manifest.step, loader_state=loader_state)
+    if same_ranks:
+        restore(folder / "ranks", engine)
+    state = read_loader_state(folder / "ranks", _rank() if same_ranks else 0)
+    return Restored(step=manifest.step, loader_state=state)
 
 
 def read_whole(folder: Path) -> Whole:
@@ -315,42 +320,7 @@ def written(folder: Path) -> Written | None:
 
 def loader_state(folder: Path) -> dict[str, Any]:
     """Where the images of rank 0 were when the checkpoint in `folder` was saved."""
-    return _read_rank_state(folder / "ranks", 0, restore_random=False)
-
-
-def _write_rank_state(folder: Path, loader_state: Mapping[str, Any], written: Written) -> None:
-    folder.mkdir(parents=True)
-    version, integers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    state = {
-        "written": written.model_dump(mode="json"),
-        "loader": dict(loader_state),
-        "python_random": [version, list(integers), gauss],
-        "numpy_random": [name, position, has_gauss, cached],
-    }
-    (folder / f"{_rank():05d}.json").write_text(json.dumps(state))
-    tensors = {
-        "torch": torch.get_rng_state(),
-        "numpy": torch.from_numpy(np.asarray(keys, np.int64)),
-    }
-    if torch.cuda.is_available():
-        tensors["cuda"] = torch.cuda.get_rng_state()
-    save_file(tensors, folder / f"{_rank():05d}.safetensors")
-
-
-def _read_rank_state(folder: Path, rank: int, *, restore_random: bool) -> dict[str, Any]:
-    state = json.loads((folder / f"{rank:05d}.json").read_text())
-    if restore_random:
-        tensors = load_file(folder / f"{rank:05d}.safetensors")
-        version, integers, gauss = state["python_random"]
-        random.setstate((version, tuple(integers), gauss))
-        name, position, has_gauss, cached = state["numpy_random"]
-        keys = tensors["numpy"].numpy().astype(np.uint32)
-        np.random.set_state((name, keys, position, has_gauss, cached))
-        torch.set_rng_state(tensors["torch"])
-        if "cuda" in tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(tensors["cuda"])
-    return state["loader"]
+    return read_loader_state(folder / "ranks", 0)
 
 
 def _entry(path: Path) -> FileEntry:

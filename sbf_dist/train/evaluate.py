@@ -175,13 +175,7 @@ def synchronise_batchnorm(model: nn.Module, statistics: Mapping[str, Tensor] | N
         return
     if statistics is None:
         statistics = dict(model.named_buffers())
-    layers = [
-        name
-        for name, layer in model.named_modules()
-        if isinstance(layer, _BatchNorm)
-        and not isinstance(layer, nn.SyncBatchNorm)
-        and layer.running_mean is not None
-    ]
+    layers = _layers_with_statistics(model)
     if not layers:
         return
     own_means = [statistics[_member(name, "running_mean")] for name in layers]
@@ -198,6 +192,25 @@ def synchronise_batchnorm(model: nn.Module, statistics: Mapping[str, Tensor] | N
         own.copy_(m)
     for own, v in zip(own_variances, variance.split(sizes), strict=True):
         own.copy_(v)
+
+
+def batchnorm_statistics(model: nn.Module) -> list[str]:
+    """Names of the buffers that synchronise_batchnorm makes the same on all ranks."""
+    return [
+        _member(layer, name)
+        for layer in _layers_with_statistics(model)
+        for name in ("running_mean", "running_var")
+    ]
+
+
+def _layers_with_statistics(model: nn.Module) -> list[str]:
+    return [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, _BatchNorm)
+        and not isinstance(layer, nn.SyncBatchNorm)
+        and layer.running_mean is not None
+    ]
 
 
 def _member(module: str, name: str) -> str:

@@ -105,10 +105,15 @@ def _weights(engine: Any) -> Tensor:
     return torch.cat([p.detach().flatten() for p in engine.module.parameters()])
 
 
+def _buffers(engine: Any) -> Tensor:
+    return torch.cat([b.flatten() for b in engine.module.buffers()])
+
+
 def _go_on_with_fixed_statistics(folder: Path, optimizer: str, batch_size: int) -> Tensor:
     """Four more steps from folder/optimizer; batch norm does not depend on who has which image."""
     engine = make_engine(optimizer=optimizer)
     restored = checkpoint.load(engine, folder / optimizer, digests=DIGESTS)
+    synchronise_batchnorm(engine.module)
     engine.module.student[1].eval()
     loader = TinyLoader(dist.get_rank(), dist.get_world_size(), batch_size)
     loader.load_state_dict(restored.loader_state)
@@ -132,15 +137,20 @@ def train_save_and_go_on(folder: Path) -> dict[str, Any]:
     engine, loader = make_engine(ema=0.9), make_loader()
     answer: dict[str, Any] = {"mlflow": "mlflow" in sys.modules}
     answer["losses"] = train(engine, loader, 0, 12)
-    synchronise_batchnorm(engine.module)
-    engine.average.synchronise()
     checkpoint.save(
         engine, folder / "saved", step=12, loader_state=loader.state_dict(), digests=DIGESTS
     )
     draws = torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()
     answer["more_losses"] = train(engine, loader, 12, 16)
     answer["weights"] = _weights(engine)
+    answer["buffers"] = _buffers(engine)
     answer["averages"] = whole_state(engine, averaged=True)
+
+    never, loader = make_engine(ema=0.9), make_loader()
+    train(never, loader, 0, 16)
+    answer["weights_unsaved"] = _weights(never)
+    answer["buffers_unsaved"] = _buffers(never)
+    answer["averages_unsaved"] = whole_state(never, averaged=True)
 
     again, loader = make_engine(ema=0.9), make_loader()
     restored = checkpoint.load(again, folder / "saved", digests=DIGESTS)
@@ -150,6 +160,7 @@ def train_save_and_go_on(folder: Path) -> dict[str, Any]:
     answer["same_draws"] = draws == redrawn
     answer["more_losses_again"] = train(again, loader, restored.step, 16)
     answer["weights_again"] = _weights(again)
+    answer["buffers_again"] = _buffers(again)
     answer["averages_again"] = whole_state(again, averaged=True)
     return answer
 

@@ -121,9 +121,18 @@ def test_going_on_from_a_checkpoint_is_as_if_it_had_never_stopped(trained: Answe
         assert answer["restored"] == 12
         assert answer["more_losses_again"] == answer["more_losses"]
         assert torch.equal(answer["weights_again"], answer["weights"])
+        assert torch.equal(answer["buffers_again"], answer["buffers"])
         assert answer["averages_again"].keys() == answer["averages"].keys()
         for name, average in answer["averages"].items():
             assert torch.equal(answer["averages_again"][name], average)
+
+
+def test_saving_changes_nothing_in_a_training(trained: Answers) -> None:
+    for answer in trained:
+        assert torch.equal(answer["weights_unsaved"], answer["weights"])
+        assert torch.equal(answer["buffers_unsaved"], answer["buffers"])
+        for name, average in answer["averages"].items():
+            assert torch.equal(answer["averages_unsaved"][name], average)
 
 
 def test_random_numbers_go_on_where_they_were(trained: Answers) -> None:

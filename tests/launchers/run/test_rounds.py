@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from launchers.display import Display
-from launchers.run import rounds
+from launchers.run import outcome, rounds
 from launchers.run.building import build_network
 from launchers.run.folder import RunFolder
 from launchers.run.networks import Network, Networks
@@ -57,6 +57,7 @@ class Run:
             for parameter in module.parameters():
                 parameter.mul_(1.01)
         save_weights(module, network.weights)
+        outcome.keep(network, {"top1": 0.5})
         self.trained.append(network.name)
 
     def network(self, name: str) -> torch.nn.Module:
