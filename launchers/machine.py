@@ -40,7 +40,12 @@ def check_machine(workers: int, cpus_per_worker: int, gpus_per_worker: float = 0
 def workers_here(least: int, most: int, cpus_per_worker: int, gpus_per_worker: float = 0) -> int:
     """Return how many workers have a place here, at most `most`; UserError below `least`."""
     check_machine(least, cpus_per_worker, gpus_per_worker)
-    places = available_cpus() // cpus_per_worker
-    if gpus_per_worker:
-        places = min(places, int(available_gpus() / gpus_per_worker))
-    return min(most, places)
+    gpus = available_gpus() if gpus_per_worker else 0
+    return min(most, places(available_cpus(), gpus, cpus_per_worker, gpus_per_worker))
+
+
+def places(cpus: float, gpus: float, cpus_per_worker: int, gpus_per_worker: float) -> int:
+    """Return how many workers have a place among so many CPUs and GPUs."""
+    found = int(cpus // cpus_per_worker)
+    # 0.3 / 0.1 is less than 3 in floating point.
+    return min(found, int(gpus / gpus_per_worker + 1e-9)) if gpus_per_worker else found

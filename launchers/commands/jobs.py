@@ -14,7 +14,7 @@ import typer
 from launchers import packing
 from launchers.commands.run import LAST_STAGE, StageName
 from sbf_dist import recipe as recipes
-from sbf_dist.errors import UserError
+from sbf_dist.errors import UserError, without_credentials
 
 if TYPE_CHECKING:
     from launchers.on_ray.jobs import Cluster
@@ -95,7 +95,7 @@ def submit(
         )
         print(f"job {job_id}: submitted to {found.address}, {len(files)} files sent")
         if recipe.tracking.uri is not None and recipe.tracking.uri.startswith("http"):
-            print(f"MLflow {without_user(recipe.tracking.uri)}")
+            print(f"MLflow {without_credentials(recipe.tracking.uri)}")
         if wait:
             _follow(found, job_id)
 
@@ -180,10 +180,3 @@ def _cluster(file: Path | None, address: str | None) -> Iterator["Cluster"]:
             f"{ADDRESS}; on this machine alone, sbf run needs none"
         )
     yield Cluster(address)
-
-
-def without_user(uri: str) -> str:
-    """Return a URI without name and password."""
-    scheme, _, rest = uri.partition("://")
-    host, slash, path = rest.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"

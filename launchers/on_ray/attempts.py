@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from launchers.interruption import Notice, noted
-from launchers.machine import available_cpus, available_gpus
+from launchers.machine import available_cpus, available_gpus, places
 from launchers.on_ray import local_ray, ray_train
 from launchers.on_ray.checkpoints import Shelf
 from launchers.on_ray.failures import AttemptError, Budget
@@ -110,16 +110,14 @@ def _number_of_workers(workers: Workers, counts: Sequence[int], notice: Notice) 
     while True:
         notice.raise_it()
         cpus, gpus = _there()
-        places = int(cpus // workers.cpus)
-        if workers.gpus:
-            places = min(places, int(gpus / workers.gpus + 1e-9))
-        fitting = [count for count in counts if count <= places]
+        there = places(cpus, gpus, workers.cpus, workers.gpus)
+        fitting = [count for count in counts if count <= there]
         if fitting:
             return max(fitting)
         if runs_locally() or time.monotonic() > deadline:
             raise UserError(
                 f"workers.count = {workers.count_as_written}: there are {cpus:g} CPUs and "
-                f"{gpus:g} GPUs, places for {places} workers with workers.cpus = {workers.cpus} "
+                f"{gpus:g} GPUs, places for {there} workers with workers.cpus = {workers.cpus} "
                 f"and workers.gpus = {workers.gpus:g}; at least {min(counts)} are needed"
             )
         time.sleep(_POLL_SECONDS)

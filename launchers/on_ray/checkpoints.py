@@ -1,7 +1,7 @@
 """The checkpoints of one training in their folder: found, judged, published and removed.
 
 One rule holds: a folder TRAINING-STEP whose manifest names files that are all there and unchanged
-counts, and nothing else does. Ray Train is told of no checkpoint, so that no list of its own has to
+counts, and nothing else does. Ray Train knows of no checkpoint, so that no list of its own has to
 agree with the folder. This module knows neither Ray nor workers.
 """
 

@@ -53,7 +53,7 @@ class _ProcessGroup(Backend):
         return
 
 
-# On rank 0, from the moment that the others are told its address until they have joined.
+# On rank 0, from when its address is given to the others until they have joined.
 _listening: list[socket.socket] = []
 
 

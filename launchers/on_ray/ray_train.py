@@ -1,6 +1,6 @@
 """One attempt at a training on Ray Train's workers; and what a worker tells the driver.
 
-Ray Train starts the workers, joins them to a process group, polls them and ends them. It is told of
+Ray Train starts the workers, joins them to a process group, polls them and ends them. It knows of
 no checkpoint and makes no second attempt: what an attempt goes on from, and whether there is
 another one, is decided in checkpoints.py and attempts.py. Ray's controller imports this module: it
 must not import torch, which costs a start three seconds and 350 MB.

@@ -1,6 +1,7 @@
 """Files that a run reads, weights and lists of images: part of what it is, by their digests."""
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from launchers.run.locks import DIGEST, Values
@@ -25,12 +26,19 @@ def _files(recipe: Recipe) -> Iterator[tuple[str, Path]]:
         yield "data.split", recipe.data.split
 
 
+@cache
+def _digest_of(path: Path, *_: int) -> str:
+    """The digest of a file that is as it was: weights of gigabytes are asked for at each stage."""
+    return sha256(path)
+
+
 def _digest(key: str, path: Path) -> str:
     if not path.exists():
         raise UserError(f"{key} = {str(path)!r} does not exist")
     if not path.is_file():  # of /dev/zero there is no end
         raise UserError(f"{key} = {str(path)!r} must be a file")
     try:
-        return sha256(path)
+        now = path.stat()
+        return _digest_of(path.absolute(), now.st_ino, now.st_size, now.st_mtime_ns)
     except OSError as error:
         raise UserError(f"{key} = {str(path)!r} cannot be read: {error.strerror}") from error

@@ -97,7 +97,7 @@ class Courier:
                 self._deliver_all()
             except (StoreAwayError, UserError) as error:
                 self._say_away(error)
-            except Exception:  # a fault of ours must not end the thread without a word
+            except Exception:  # a fault of ours must not end the thread silently
                 if not self._away:
                     logger.exception("tracking store %s", self._shown)
                 self._away = True
@@ -134,7 +134,7 @@ class Courier:
         for lane in (self._files, self._files_of_artifacts):
             for key in self._keys():
                 if any(self._has_more(file) for file in lane(key)):
-                    run_id = self._run_of(key)  # a new one is told all from the start
+                    run_id = self._run_of(key)  # a new one gets all from the start
                     for file in lane(key):
                         if self._has_more(file):
                             self._deliver(run_id, file)

@@ -95,7 +95,7 @@ def metrics_entry(values: Mapping[str, float], step: int) -> Entry:
         "kind": "metrics",
         "step": step,
         "time": now(),
-        # JSON has no word for numbers that are not finite.
+        # JSON has no numbers that are not finite.
         "metrics": {n: v if math.isfinite(v) else str(v) for n, v in numbers.items()},
     }
 

@@ -28,7 +28,7 @@ MAX_PARAM_CHARS = 6000  # of a parameter, in MLflow
 MAX_REQUEST_METRICS = 1000
 MAX_REQUEST_ENTRIES = 100  # parameters or tags in one request
 LOCK_SECONDS = 45.0  # for which a lock of an SQLite database is waited for
-SILENT_SECONDS = 20.0  # of it, without a word: another run may be making the database
+SILENT_SECONDS = 20.0  # of it, before a line says so: another run may be making the database
 # MLflow would go on trying one request for minutes; the courier tries again itself.
 _LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 

@@ -25,6 +25,11 @@ class WeightAverage:
 
     def __init__(self, engine: Any, decay: float) -> None:
         self.buffers: dict[str, Tensor] = {}
+        self._followed = {
+            name: buffer
+            for name, buffer in engine.module.named_buffers()
+            if buffer.is_floating_point()
+        }
         self._engine = engine
         self._decay = decay
         self._last_step = -1
@@ -52,9 +57,8 @@ class WeightAverage:
             self._average_buffers()
 
     def _average_buffers(self) -> None:
-        buffers = {n: b for n, b in self._engine.module.named_buffers() if b.is_floating_point()}
         if not self.buffers:
-            self.buffers = {name: buffer.clone() for name, buffer in buffers.items()}
-        elif buffers:
-            own = [self.buffers[name] for name in buffers]
-            torch._foreach_lerp_(own, list(buffers.values()), 1 - self._decay)
+            self.buffers = {name: buffer.clone() for name, buffer in self._followed.items()}
+        elif self._followed:
+            own = [self.buffers[name] for name in self._followed]
+            torch._foreach_lerp_(own, list(self._followed.values()), 1 - self._decay)

@@ -220,20 +220,50 @@ def verify(folder: Path) -> Manifest:
     """
     manifest = read_manifest(folder)
     for name, entry in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"checkpoint {folder}: {name} is missing; use an earlier checkpoint")
-        size = path.stat().st_size
-        if size != entry.size:
-            raise UserError(
-                f"checkpoint {folder}: {name} is damaged: {size} bytes instead of {entry.size}; "
-                "use an earlier checkpoint"
-            )
-        if sha256(path) != entry.sha256:
-            raise UserError(
-                f"checkpoint {folder}: {name} is damaged: its SHA-256 is not the one written; "
-                "use an earlier checkpoint"
-            )
+        _check_file(folder, name, entry)
+    _check_names(folder, manifest)
+    return manifest
+
+
+def _verify_together(folder: Path) -> Manifest:
+    """As verify(), each rank a part of the files; all raise alike."""
+    manifest = read_manifest(folder)
+    fault: str | None = None
+    try:
+        for name in list(manifest.files)[_rank() :: _world_size()]:
+            _check_file(folder, name, manifest.files[name])
+    except UserError as error:
+        fault = str(error)
+    faults = [fault]
+    if dist.is_initialized():
+        faults *= _world_size()
+        dist.all_gather_object(faults, fault)
+    found = next((one for one in faults if one is not None), None)
+    if found is not None:
+        raise UserError(found)
+    _check_names(folder, manifest)  # which reads a file: that it is whole is known by now
+    return manifest
+
+
+def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
+    path = folder / name
+    if not path.is_file():
+        raise UserError(f"checkpoint {folder}: {name} is missing; use an earlier checkpoint")
+    size = path.stat().st_size
+    if size != entry.size:
+        raise UserError(
+            f"checkpoint {folder}: {name} is damaged: {size} bytes instead of {entry.size}; "
+            "use an earlier checkpoint"
+        )
+    if sha256(path) != entry.sha256:
+        raise UserError(
+            f"checkpoint {folder}: {name} is damaged: its SHA-256 is not the one written; "
+            "use an earlier checkpoint"
+        )
+
+
+def _check_names(folder: Path, manifest: Manifest) -> None:
+    """UserError for a file that the manifest should list, and one that it does not."""
     for name in _expected(folder, manifest):
         if name not in manifest.files:
             raise UserError(
@@ -246,7 +276,6 @@ def verify(folder: Path) -> Manifest:
                 f"checkpoint {folder}: {name} is not listed in {_MANIFEST}; remove it, or use an "
                 "earlier checkpoint"
             )
-    return manifest
 
 
 def _expected(folder: Path, manifest: Manifest) -> list[str]:
@@ -270,13 +299,13 @@ def _files(folder: Path) -> list[str]:
 def load(engine: Any, folder: Path, *, digests: Mapping[str, str]) -> Restored:
     """Put engine and random states back to where `folder` was saved; every rank calls it.
 
-    Every file is verified before it is opened. On as many ranks as before everything is restored;
-    on another number of ranks all but the random states.
+    Every file is verified before it is opened, by one of the ranks. On as many ranks as before
+    everything is restored; on another number of ranks all but the random states.
 
     UserError: `folder` is no checkpoint or is damaged, `digests` are not those it was saved with,
     or it is of another network, optimizer or ZeRO stage.
     """
-    manifest = verify(folder)
+    manifest = _verify_together(folder)
     before = written(folder)
     for name, digest in digests.items():
         saved = manifest.digests.get(name)

@@ -185,15 +185,8 @@ def _restricted_checkpoint_engine() -> Any:
     torch_engine = importlib.import_module(
         "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine"
     )
-    loss_scaler = importlib.import_module("deepspeed.runtime.fp16.loss_scaler")
-    fragment = importlib.import_module("deepspeed.utils.tensor_fragment")
-    zero = importlib.import_module("deepspeed.runtime.zero.config")
-    allowed = [
-        loss_scaler.LossScaler,
-        loss_scaler.DynamicLossScaler,
-        fragment.fragment_address,
-        zero.ZeroStageEnum,
-    ]
+    parts = [name.rpartition(".") for name in shards.OF_DEEPSPEED]
+    allowed = [getattr(importlib.import_module(module), name) for module, _, name in parts]
 
     class RestrictedCheckpointEngine(torch_engine.TorchCheckpointEngine):  # type: ignore[name-defined]
         def save(self, state_dict: dict[str, Any], path: str) -> None:

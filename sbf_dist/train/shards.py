@@ -194,19 +194,20 @@ class _Ignored:
         pass
 
 
-# What DeepSpeed puts into its files beside tensors and numbers. Reading them needs no DeepSpeed.
-_STAND_INS = [
-    (_Ignored, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
-    (_Ignored, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
-    (_Ignored, "deepspeed.utils.tensor_fragment.fragment_address"),
-    (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
-]
+# What DeepSpeed puts into its files beside tensors and numbers, and what takes its place where
+# files are read without DeepSpeed.
+OF_DEEPSPEED = {
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler": _Ignored,
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": _Ignored,
+    "deepspeed.utils.tensor_fragment.fragment_address": _Ignored,
+    "deepspeed.runtime.zero.config.ZeroStageEnum": int,
+}
 
 
 def _load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"checkpoint {path.parent}: {path.name} is missing")
-    return load_restricted(path, "cpu", _STAND_INS)
+    return load_restricted(path, "cpu", [(type_, name) for name, type_ in OF_DEEPSPEED.items()])
 
 
 def load_restricted(path: Path | str, device: Any, allowed: Sequence[Any]) -> Any:

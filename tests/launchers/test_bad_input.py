@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from launchers import cli
 from launchers.run import execution
 from pipelines.inspection import inspect_image
 from sbf_dist import models
@@ -36,11 +34,10 @@ Sbf = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def sbf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Sbf:
+def sbf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sbf: Sbf) -> Sbf:
     """The command line in a user's folder: exit code, stdout, stderr. No run is begun."""
     monkeypatch.chdir(tmp_path)
-    for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(execution, "execute", lambda *_: None)
     Path("tiny.yaml").write_text(RECIPE)
     Path("compared.yaml").write_text(COMPARED)
@@ -48,15 +45,7 @@ def sbf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     for name in ("cat", "dog"):
         write_images(Path("photos") / name)
 
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sbf", *arguments])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        code = left.value.code or 0
-        assert isinstance(code, int)
-        return (code, *capsys.readouterr())
-
-    return run
+    return sbf
 
 
 def write_images(folder: Path) -> None:

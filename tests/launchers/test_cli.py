@@ -109,7 +109,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Answ
     prepare(template)
 
     def ask(name: str) -> Answer:
-        folder = tmp_path_factory.mktemp("user") / "work"
+        folder = tmp_path_factory.mktemp("user") / "mine"
         shutil.copytree(template, folder)
         before = content(folder)
         done = subprocess.run(
@@ -168,9 +168,9 @@ def test_help_of_run_explains_every_argument_and_stage(answers):
         ("budget", "recipe tiny.yaml: compress.macs = 1.5 must be a share in (0, 1]"),
         ("unknown model", "model 'timm:resnet5O' is unknown; did you mean 'resnet50'?"),
         ("too many workers", "workers.count = 1024 with workers.cpus = 1: needs 1024 CPUs, this"),
-        ("missing data", "/work/nowhere: is not a folder"),
-        ("empty data", "/work/empty: is empty; it should hold one folder a class"),
-        ("class without image", "/work/gap: the class 'bee' has no image"),
+        ("missing data", "/mine/nowhere: is not a folder"),
+        ("empty data", "/mine/empty: is empty; it should hold one folder a class"),
+        ("class without image", "/mine/gap: the class 'bee' has no image"),
         ("class with too few labels", "labelled_per_class 5: the class 'bee' of "),
         ("other recipe", "/runs/other: prepare was done with "),
     ],
@@ -226,21 +226,11 @@ def test_a_run_folder_in_use_is_refused_by_a_second_process(tmp_path):
 
 
 @pytest.fixture
-def sbf(tmp_path, monkeypatch, capsys):
+def sbf(tmp_path, monkeypatch, sbf):
     """Run the command line in a user's folder; returns exit code, stdout and stderr."""
     prepare(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sbf", *arguments])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        code = left.value.code or 0
-        assert isinstance(code, int)
-        return (code, *capsys.readouterr())
-
-    return run
+    return sbf
 
 
 def test_without_arguments_the_help_is_shown(sbf):

@@ -1,11 +1,9 @@
 import re
-import sys
 from pathlib import Path
 
 import pytest
 from archive_makers import cifar10_python, imagenet
 
-from launchers import cli
 from launchers.commands.data import _Progress
 from launchers.display import Display
 from pipelines.sources.preparation import _ARCHIVES
@@ -29,20 +27,6 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cifar10_python(folder)
     imagenet(folder)
     return folder
-
-
-@pytest.fixture
-def sbf(monkeypatch, capsys):
-    """The command in this process: exit code, stdout, stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sbf", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        output = capsys.readouterr()
-        return left.value.code or 0, output.out, output.err
-
-    return run
 
 
 def test_a_set_is_prepared_checked_and_divided(sbf, archives, tmp_path):

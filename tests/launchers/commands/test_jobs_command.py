@@ -91,8 +91,3 @@ def test_a_recipe_in_a_folder_that_is_not_sent_is_refused(folder: Path) -> None:
     assert found == (
         "recipe data/digits.yaml: is not sent, as it lies in data/ or Git ignores it; move it"
     )
-
-
-def test_a_tracking_server_is_shown_without_password() -> None:
-    shown = jobs.without_user("https://me:secret@mlflow.example.org:5000/a")
-    assert shown == "https://mlflow.example.org:5000/a"
