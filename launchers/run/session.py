@@ -59,7 +59,7 @@ class Session:
             "recipe": self.recipe.model_dump(mode="json", exclude={"tracking"}),
             "runs": str(self.folder.runs),
             "group": name,
-            "tracking": [str(log_to.journals)],
+            "journals": str(log_to.journals),
         }
         return attempts.run_workers(
             worker,

@@ -50,7 +50,7 @@ def train_networks(config: dict[str, Any]) -> dict[str, Any]:
     wanted = here.networks.trained_in(config["group"])
     check_workers_agree(here.index, here.device)
     results: dict[str, Any] = {}
-    with _measured(config["tracking"]):
+    with _measured(config["journals"]):
         for number, network in enumerate(wanted, 1):
             done = outcome.is_trained(network)
             dist.barrier()  # all have looked before rank 0 writes
@@ -62,25 +62,25 @@ def train_networks(config: dict[str, Any]) -> dict[str, Any]:
             stacks = here.folder.logs / f"{network.name}-rank-{here.rank}{STACKS}"
             stopping = Stopping(ray_train.listening(), here.recipe.workers.hang_timeout, stacks)
             with Saving(shelf, stopping) as saving:
-                results[network.name] = _train(here, network, saving, title, config["tracking"])
+                results[network.name] = _train(here, network, saving, title, config["journals"])
             if here.rank == 0:
                 outcome.keep(network, results[network.name])
             dist.barrier()
     return results
 
 
-def _measured(address: list[str]) -> AbstractContextManager[None]:
+def _measured(journals: str) -> AbstractContextManager[None]:
     """One worker of every node logs how busy the node is."""
     from launchers.on_ray import ray_train
 
     where = ray_train.place()
     if where.local_rank != 0:
         return nullcontext()
-    return tracking.measured_node(Path(*address), where.node_rank)
+    return tracking.measured_node(Path(journals), where.node_rank)
 
 
 def _train(
-    here: Context, network: Network, saving: "Saving", title: str, address: list[str]
+    here: Context, network: Network, saving: "Saving", title: str, journals: str
 ) -> dict[str, Any]:
     """Compose and run one training: student, task, engine, loaders, loop."""
     from launchers.on_ray import ray_train
@@ -101,7 +101,7 @@ def _train(
         restored = checkpoint.load(engine, saving.resume, digests=expected)
         batches.load_state_dict(restored.loader_state)
         start = restored.step
-    tracker = tracking.attach(*address) if here.rank == 0 else None
+    tracker = tracking.attach(journals) if here.rank == 0 else None
     if settings.epochs is not None:
         title = f"{title}, {settings.length}"  # beside the steps that they are
 

@@ -69,7 +69,7 @@ def _train_all(runs: str) -> None:
             pass
 
     ray_train.progress = lambda record: None  # type: ignore[assignment]
-    training.tracking.attach = lambda *address: Tracker()  # type: ignore[assignment]
+    training.tracking.attach = lambda journals: Tracker()  # type: ignore[assignment]
     torch.set_num_threads(1)
     join_process_group(torch.device("cpu"))
     here = begin(Recipe.model_validate(CONTENT), Path(runs))
@@ -80,7 +80,7 @@ def _train_all(runs: str) -> None:
         object.__setattr__(teacher.job, "seed", 0)
         stopping = Stopping(contextlib.nullcontext(lambda: False), 600, Path(runs, "stacks"))
         with Saving(Shelf(Path(runs, "checkpoints"), teacher.name), stopping) as saving:
-            answer[teacher.name] = training._train(here, teacher, saving, teacher.name, [])
+            answer[teacher.name] = training._train(here, teacher, saving, teacher.name, "")
         answer[teacher.name]["logged"] = dict(logged)
     Path(runs, "answer.json").write_text(json.dumps(answer))
 
