@@ -185,8 +185,17 @@ def _restricted_checkpoint_engine() -> Any:
     torch_engine = importlib.import_module(
         "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine"
     )
-    parts = [name.rpartition(".") for name in shards.OF_DEEPSPEED]
-    allowed = [getattr(importlib.import_module(module), name) for module, _, name in parts]
+    modules = (
+        importlib.import_module("deepspeed.runtime.fp16.loss_scaler"),
+        importlib.import_module("deepspeed.runtime.zero.config"),
+        importlib.import_module("deepspeed.utils.tensor_fragment"),
+    )
+    types = {
+        f"{module.__name__}.{name}": value
+        for module in modules
+        for name, value in vars(module).items()
+    }
+    allowed = [types[name] for name in shards.OF_DEEPSPEED]
 
     class RestrictedCheckpointEngine(torch_engine.TorchCheckpointEngine):  # type: ignore[name-defined]
         def save(self, state_dict: dict[str, Any], path: str) -> None:
