@@ -1,0 +1,23 @@
+import pytest
+
+
+@pytest.fixture(scope="session")
+def s3_of_all_tests():
+    from s3_double import s3_server
+
+    with s3_server() as double:
+        yield double
+
+
+@pytest.fixture
+def s3(s3_of_all_tests, monkeypatch):
+    """A bucket of a local S3 server, empty, and the environment of this process led to it."""
+    from s3_double import BUCKET
+
+    client = s3_of_all_tests.client()
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET):
+        for item in page.get("Contents", ()):
+            client.delete_object(Bucket=BUCKET, Key=item["Key"])
+    for name, value in s3_of_all_tests.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3_of_all_tests
