@@ -13,7 +13,6 @@ import argparse
 import datetime
 import gc
 import json
-import math
 import os
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from rich.table import Table
 from timing import machine
 from torch import Tensor
 
+from launchers.estimate.memory import state_memory
 from sbf_dist import models
 from sbf_dist.distill.task import DistillationTask
 from sbf_dist.settings import Optimizer
@@ -36,28 +36,16 @@ from sbf_dist.train.engine import build_engine
 from sbf_dist.train.resharding import optimized, state_of
 
 MODEL = "timm:resnet50"
-OPTIMIZERS = {"sgd": 1, "adamw": 2}  # numbers of state for each parameter
+OPTIMIZERS = ("sgd", "adamw")
 STAGES = (0, 1, 2, 3)
 RANKS = (2, 8, 64)
-BYTES = 4  # of a number in fp32
-PERSISTENT = 100_000  # DeepSpeed's stage3_param_persistence_threshold
 KINDS = ("weights", "gradients", "optimizer")
 
 
-def computed(stage: int, state: int, sizes: Sequence[int], ranks: int) -> dict[str, int]:
-    """Bytes of a rank. `sizes`: numbers of each parameter; `state`: of the optimizer for each.
-
-    Stages 1 to 3 hold a rank's part of the weights twice, as the network and as what the optimizer
-    steps; stage 3 holds small parameters whole besides.
-    """
-    whole = BYTES * sum(sizes)
-    part = math.ceil(whole / ranks)
-    small = BYTES * sum(size for size in sizes if size < PERSISTENT)
-    return {
-        "weights": {0: whole, 1: whole + part, 2: whole + part, 3: 2 * part + small}[stage],
-        "gradients": whole if stage == 0 else part,
-        "optimizer": state * (whole if stage == 0 else part),
-    }
+def computed(stage: int, optimizer: str, sizes: Sequence[int], ranks: int) -> dict[str, int]:
+    """Bytes of a rank, as `sbf run --dry-run` computes them."""
+    memory = state_memory(stage, optimizer, sizes, ranks)
+    return {kind: getattr(memory, kind) for kind in KINDS}
 
 
 def measure(stage: int, optimizer: str) -> dict[str, int]:
@@ -136,14 +124,14 @@ def run() -> dict[str, Any]:
     sizes = [p.numel() for p in models.build(MODEL, 1000).parameters()]
     rows = []
     for stage in STAGES:
-        for name, state in OPTIMIZERS.items():
+        for name in OPTIMIZERS:
             found = [rank[f"{stage} {name}"] for rank in measured]
             rows.append(
                 {
                     "stage": stage,
                     "optimizer": name,
                     "measured": {kind: max(rank[kind] for rank in found) for kind in KINDS},
-                    "computed": {ranks: computed(stage, state, sizes, ranks) for ranks in RANKS},
+                    "computed": {ranks: computed(stage, name, sizes, ranks) for ranks in RANKS},
                 }
             )
     return {

@@ -17,6 +17,7 @@ from sbf_dist.tracking import tracking_address
 
 StageName = StrEnum("StageName", [(s.name, s.name) for s in STAGES])  # type: ignore[misc]
 LAST_STAGE = StageName(STAGES[-1].name)
+DEFAULT_MACHINE = "p5.48xlarge"
 HELP = f"""Run a recipe: {", ".join(stage.name for stage in STAGES)}.
 
 Finished stages are kept under RUNS/NAME and not repeated. An interrupted run resumes from the last
@@ -50,9 +51,18 @@ def command(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Check the recipe, but not the machine and the data, and stop."
+            "--dry-run",
+            help="Check the recipe, but not this machine and the data; print the trainings, the "
+            "memory that a worker needs, and hours on 8 to 512 GPUs; stop.",
         ),
     ] = False,
+    machine: Annotated[
+        str, typer.Option(help="With --dry-run: the kind of machine that the hours are for.")
+    ] = DEFAULT_MACHINE,
+    price: Annotated[
+        float | None,
+        typer.Option(min=0, help="With --dry-run: USD that such a machine costs in an hour."),
+    ] = None,
 ) -> None:
     """Run a recipe, as HELP says."""
     recipe = recipes.load(recipe_file, overrides or ())
@@ -60,7 +70,10 @@ def command(
     tracking_address(folder.runs, recipe.tracking.uri)
     if dry_run:
         check_models(recipe)
-        describe(recipe, folder)
+        from launchers.display import Display
+        from launchers.estimate.report import describe
+
+        describe(recipe, folder, machine, price, Display())
         return
     check_writable("--runs", folder.runs)
     prepare = STAGES[0].name
@@ -142,19 +155,3 @@ def check_models(recipe: Recipe) -> None:
                 f"{', '.join(TITLES)}, nor sbf-round-N"
             )
         models.build(teacher.model, 2, teacher.arguments)
-
-
-def describe(recipe: Recipe, folder: RunFolder) -> None:
-    """Print the trainings of a recipe."""
-    from launchers.display import Display
-    from launchers.run.networks import Networks
-
-    display = Display()
-    display.say(f"recipe {recipe.name} is valid ({recipe.digest()[:12]})")
-    for network in Networks.of(recipe, folder):
-        job = network.job
-        if job is not None:
-            display.say(
-                f"  {network.name}: {network.model}, {job.training.length} of "
-                f"{job.training.batch_size} images towards {job.targets}"
-            )

@@ -1,15 +1,14 @@
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from launchers.run.batches import divided, step_shares, steps_per_epoch
 from launchers.run.networks import Job
+from launchers.run.shares import divided, epoch_steps, step_shares
 from sbf_dist.errors import UserError
 from sbf_dist.training_recipe import Training
 
-INDEX: Any = SimpleNamespace(parts={"labelled": range(1000), "unlabelled": range(9000)})
+IMAGES = {"labelled": 1000, "unlabelled": 9000}
 
 
 def _job(targets: Any = "stored", share: float = 0.25) -> Job:
@@ -18,11 +17,10 @@ def _job(targets: Any = "stored", share: float = 0.25) -> Job:
 
 
 def test_the_images_of_a_step_are_shared_out_before_the_workers_are_counted() -> None:
-    assert step_shares(_job(), INDEX, pairs=False) == {"labelled": 16, "unlabelled": 48}
-    assert step_shares(_job(share=1), INDEX, pairs=False) == {"labelled": 64}
-    assert step_shares(_job("labels"), INDEX, pairs=False) == {"labelled": 64}
-    alone: Any = SimpleNamespace(parts={"labelled": range(1000), "unlabelled": range(0)})
-    assert step_shares(_job(), alone, pairs=False) == {"labelled": 64}
+    assert step_shares(_job(), IMAGES, pairs=False) == {"labelled": 16, "unlabelled": 48}
+    assert step_shares(_job(share=1), IMAGES, pairs=False) == {"labelled": 64}
+    assert step_shares(_job("labels"), IMAGES, pairs=False) == {"labelled": 64}
+    assert step_shares(_job(), {"labelled": 1000, "unlabelled": 0}, pairs=False) == {"labelled": 64}
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4, 8, 16])
@@ -43,12 +41,9 @@ def test_shares_that_the_workers_do_not_divide_are_refused_with_numbers_that_do(
 
 
 def test_an_epoch_lasts_until_the_longest_stream_was_seen() -> None:
-    data = SimpleNamespace(augmentation=SimpleNamespace(mixes=False))
-    here: Any = SimpleNamespace(recipe=SimpleNamespace(data=data))
     for job, expected in (
         (_job(), 9000 / 48),
         (_job(share=0.75), 9000 / 16),
         (_job("labels"), 1000 / 64),
     ):
-        network: Any = SimpleNamespace(job=job)
-        assert steps_per_epoch(here, network, INDEX) == pytest.approx(expected)
+        assert epoch_steps(job, IMAGES, pairs=False) == pytest.approx(expected)

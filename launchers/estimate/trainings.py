@@ -1,0 +1,152 @@
+"""The trainings of a recipe with their real networks, traced but not run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from launchers.estimate.memory import (
+    FLOAT_BYTES,
+    Memory,
+    activation_bytes,
+    frozen_bytes,
+    state_memory,
+)
+from launchers.estimate.student import even_student
+from launchers.estimate.timing import Work
+from launchers.run.networks import Job, Network, Networks
+from launchers.run.shares import epoch_steps
+from sbf_dist import models
+from sbf_dist.compression.cost import Cost, count
+
+# Seconds of a training step of SBF layers, of those of the convolutions that they stand for, on an
+# H100: all layers of a ResNet-50 at half (benchmarks/results/gpu.json, 2026-11-26).
+SBF_STEP = 1.6
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A network: its multiply-adds, parameters and layers, and the module itself."""
+
+    network: nn.Module
+    input_shape: tuple[int, int, int]
+    cost: Cost
+    layers: int
+
+    @classmethod
+    def of(cls, network: nn.Module, input_shape: tuple[int, int, int]) -> "Traced":
+        """Trace one image."""
+        layers = sum(not list(module.children()) for module in network.modules())
+        return cls(network, input_shape, count(network, input_shape), layers)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A training that a run will do.
+
+    steps  of `batch` images, all workers together; None: the images would have to be counted
+    """
+
+    name: str
+    job: Job
+    trained: Traced
+    teachers: tuple[Traced, ...]
+    is_sbf: bool
+    steps: int | None
+
+    @property
+    def batch(self) -> int:
+        """Images of a step."""
+        return self.job.training.batch_size
+
+    def work(self) -> Work:
+        """What a step of it has to do."""
+        slower = SBF_STEP if self.is_sbf else 1.0
+        dense_macs = self.trained.cost.macs
+        return Work(
+            trained_macs=dense_macs * slower,
+            frozen_macs=sum(teacher.cost.macs for teacher in self.teachers),
+            trained_layers=self.trained.layers,
+            frozen_layers=sum(teacher.layers for teacher in self.teachers),
+            gradient_bytes=FLOAT_BYTES * self.trained.cost.params,
+        )
+
+    def state(self, workers: int) -> Memory:
+        """Return what a worker keeps between steps."""
+        training = self.job.training
+        sizes = [parameter.numel() for parameter in self.trained.network.parameters()]
+        return state_memory(training.zero_stage, training.optimizer.name, sizes, workers)
+
+    def memory(self, workers: int, *, pairs: bool) -> Memory:
+        """Return what a worker keeps in a step. UserError: so many do not divide the batch."""
+        training = self.job.training
+        at_once = self.batch // workers // training.passes(workers, pairs=pairs)
+        state = self.state(workers)
+        return Memory(
+            weights=state.weights,
+            gradients=state.gradients,
+            optimizer=state.optimizer,
+            activations=activation_bytes(
+                self.trained.network, self.trained.input_shape, at_once, training.precision
+            ),
+            teachers=sum(
+                frozen_bytes(teacher.network, teacher.input_shape, at_once, training.precision)
+                for teacher in self.teachers
+            ),
+        )
+
+
+def planned_trainings(
+    networks: Networks, classes: int, images: Mapping[str, int] | None
+) -> list[Planned]:
+    """Build and trace the networks that a run trains; the student by an even plan.
+
+    `images` are the numbers of each part, where they are known.
+    """
+    recipe = networks.recipe
+    traced = {
+        teacher.name: Traced.of(
+            models.build(teacher.model, classes, teacher.arguments), teacher.input_shape
+        )
+        for teacher in networks.teachers
+    }
+    dense = traced[networks.compressed.name]
+    shape = networks.student.input_shape
+    student: Traced | None = None
+    found = []
+    for network in networks:
+        job = network.job
+        if job is None:
+            continue
+        if network.plan is not None and student is None:
+            student = Traced.of(even_student(dense.network, recipe.compress, shape), shape)
+        is_sbf = network.plan is not None
+        trained = student if is_sbf else _dense(network, traced, classes)
+        assert trained is not None
+        live = job.targets == "live"
+        found.append(
+            Planned(
+                name=network.name,
+                job=job,
+                trained=trained,
+                teachers=tuple(traced[t.name] for t in networks.teachers) if live else (),
+                is_sbf=is_sbf,
+                steps=_steps(job, images, pairs=recipe.data.augmentation.mixes),
+            )
+        )
+    return found
+
+
+def _dense(network: Network, traced: Mapping[str, Traced], classes: int) -> Traced:
+    if network.name in traced:
+        return traced[network.name]
+    built = models.build(network.model, classes, network.arguments)
+    return Traced.of(built, network.input_shape)
+
+
+def _steps(job: Job, images: Mapping[str, int] | None, *, pairs: bool) -> int | None:
+    if job.training.epochs is None:
+        return job.training.steps
+    if images is None:
+        return None
+    return job.training.lengths(epoch_steps(job, images, pairs=pairs))[0]

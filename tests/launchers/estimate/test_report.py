@@ -1,0 +1,57 @@
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from launchers.display import Display
+from launchers.estimate.report import describe, images_of_known_set
+from launchers.run.folder import RunFolder
+from sbf_dist import recipe as recipes
+from sbf_dist.errors import UserError
+
+RECIPES = Path(__file__).parents[3] / "recipes"
+
+
+def printed(recipe: str, *overrides: str, machine="p5.48xlarge", price=None, runs=Path()) -> str:
+    loaded = recipes.load(RECIPES / recipe, overrides)
+    text = io.StringIO()
+    display = Display(Console(file=text, width=100))
+    describe(loaded, RunFolder(runs, loaded.name), machine, price, display)
+    return text.getvalue()
+
+
+def test_an_ilsvrc_recipe_is_described_with_memory_and_hours(tmp_path):
+    text = printed("ilsvrc-resnet50.yaml", price=20.0, runs=tmp_path)
+    assert "recipe ilsvrc-resnet50 is valid" in text
+    row = next(line for line in text.splitlines() if line.startswith("resnet50 "))
+    assert row.split()[1:5] == ["4.089", "25.56", "112,603", "1,024"]
+    student = next(line for line in text.splitlines() if line.startswith("sbf-distilled"))
+    assert float(student.split()[1]) == pytest.approx(4.089 / 2, rel=0.01)
+    assert "activations" in text
+    hours = {line.split()[0]: line.split() for line in text.splitlines() if line[:1].isdigit()}
+    assert list(hours) == ["8", "16", "64", "256", "512"]
+    assert float(hours["16"][2]) < float(hours["8"][2])
+    assert "USD" in text
+
+
+def test_without_gpus_hours_are_not_estimated(tmp_path):
+    text = printed("digits.yaml", runs=tmp_path)
+    assert "MB" in text
+    assert "this recipe has workers.gpus = 0" in text
+
+
+def test_an_unknown_kind_of_machine_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"--machine abacus is not known; p5.48xlarge, .* are"):
+        printed("digits.yaml", machine="abacus", runs=tmp_path)
+
+
+def test_images_of_known_sets_are_counted_without_them():
+    def images(*overrides: str) -> dict[str, int] | None:
+        loaded = recipes.load(RECIPES / "ilsvrc-resnet50.yaml", overrides)
+        return images_of_known_set(loaded.data)
+
+    assert images() == {"labelled": 1_281_167, "unlabelled": 0}
+    assert images("data.labelled_per_class=0.1") == {"labelled": 128_117, "unlabelled": 1_153_050}
+    assert images("data.labelled_per_class=10") == {"labelled": 10_000, "unlabelled": 1_271_167}
+    assert images("data.split=list.txt") is None
