@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from sbf_dist.train.utilisation import TRAINING_PASSES
+
 RESNET50_MACS = 4.089e9  # of one image at 224 px, which the published speeds are of
-TRAINING_PASSES = 3  # multiply-adds of a training step, in forward passes: backward is two
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ says where it is right and where not.
 import math
 from dataclasses import dataclass
 
-from launchers.estimate.machines import TRAINING_PASSES, Machine
+from launchers.estimate.machines import Machine
+from sbf_dist.train.utilisation import TRAINING_PASSES
 
 # Images that a CPU thread decodes, crops and resizes in a second: half of what two threads did with
 # photographs of ILSVRC's size (benchmarks/results/loader.json, 2026-11-25: 1,711 images/s).

@@ -17,6 +17,7 @@ from launchers.run.networks import Job, Network
 from launchers.run.worker import Batch, Context, validation
 from pipelines.agreement import check_workers_agree
 from sbf_dist import tracking
+from sbf_dist.compression.cost import count
 from sbf_dist.compression.plan import Plan
 from sbf_dist.distill.task import DistillationTask
 from sbf_dist.train import checkpoint
@@ -26,6 +27,7 @@ from sbf_dist.train.loop import Every, LogRecord, fit
 from sbf_dist.train.profiling import profiled
 from sbf_dist.train.resharding import whole_state
 from sbf_dist.train.schedule import schedule
+from sbf_dist.train.utilisation import TRAINING_PASSES, peak_macs_per_s
 from sbf_dist.weights import save_weights
 
 if TYPE_CHECKING:  # of Ray, which the driver imports later than this module
@@ -102,13 +104,14 @@ def _train(
         batches.load_state_dict(restored.loader_state)
         start = restored.step
     tracker = tracking.attach(journals) if here.rank == 0 else None
+    used = _share_of_peak(here, network, job) if here.rank == 0 else 0.0
     if settings.epochs is not None:
         title = f"{title}, {settings.length}"  # beside the steps that they are
 
     def on_log(record: LogRecord) -> None:
         ray_train.progress({"title": title, **dataclasses.asdict(record)})
         if tracker is not None:
-            named = {f"{network.name}/{k}": v for k, v in _logged(record, here.device).items()}
+            named = {f"{network.name}/{k}": v for k, v in _logged(record, here, used).items()}
             tracker.log_metrics(named, record.step)
 
     def on_checkpoint(step: int) -> None:
@@ -151,9 +154,23 @@ def _train(
     return {"top1": scores.top1, "loss": scores.loss, "steps": steps, "from_step": start}
 
 
-def _logged(record: LogRecord, device: torch.device) -> dict[str, float]:
-    """What MLflow gets of a log record."""
+def _share_of_peak(here: Context, network: Network, job: Job) -> float:
+    """What share of a device's arithmetic one image a second and worker takes."""
+    beside = here.networks.teachers if job.targets == "live" else ()
+    with torch.random.fork_rng(devices=[]):  # weights are drawn, and thrown away
+        passes = [(network, TRAINING_PASSES), *((teacher, 1) for teacher in beside)]
+        macs = sum(
+            number * count(build_network(one, here.num_classes, None), one.input_shape).macs
+            for one, number in passes
+        )
+    return macs / peak_macs_per_s(here.device, job.training.precision)
+
+
+def _logged(record: LogRecord, here: Context, used: float) -> dict[str, float]:
+    """What MLflow gets of a log record; `used`: see _share_of_peak."""
+    device = here.device
     values = {**record.parts, "lr": record.lr, "images_per_s": record.images_per_s}
+    values["mfu"] = used * record.images_per_s / here.world_size
     values |= {f"seconds/{part}": time for part, time in record.seconds.items()}
     if record.left_out:
         values["skipped_steps"] = record.left_out

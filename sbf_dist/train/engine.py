@@ -1,10 +1,13 @@
 """The DeepSpeed engine around a task. With lean_deepspeed the only file that knows it."""
 
+import functools
 import importlib
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -22,6 +25,18 @@ from sbf_dist.train.resharding import gradient_scaler, names_of_groups, put, sha
 
 _LARGEST_BUCKET = 500_000_000  # DeepSpeed's own, in numbers
 _WITHOUT_NORM = {"compute_grad_norm": False}
+# Methods of DeepSpeed's communication backend that its ZeRO stages call.
+_EXCHANGES = (
+    "all_reduce",
+    "all_reduce_coalesced",
+    "all_gather",
+    "all_gather_coalesced",
+    "all_gather_into_tensor",
+    "broadcast",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+)
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
@@ -98,9 +113,37 @@ def build_engine(
         )
     engine.average = WeightAverage(engine, ema) if ema is not None else None
     engine.skip_bad_steps = skip_bad_steps
+    engine.timed_communication = timed_communication
     engine.reads = {}  # the values of a recipe that the training depends on, for its checkpoints
     engine.checkpoint_engine = _restricted_checkpoint_engine()
     return engine
+
+
+@contextmanager
+def timed_communication(part: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """While the context lasts, let what engines exchange between ranks happen within part().
+
+    What ZeRO 3 starts in the background is timed where it is started, not where it is waited for.
+    """
+    backend = importlib.import_module("deepspeed.comm.comm").cdb
+    timed: list[str] = []
+    for name in _EXCHANGES:
+        setattr(backend, name, _within(part, getattr(backend, name)))
+        timed.append(name)
+    try:
+        yield
+    finally:
+        for name in timed:
+            delattr(backend, name)  # the method of the class is there again
+
+
+def _within(part: Callable[[], AbstractContextManager[None]], call: Any) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def timed(*arguments: Any, **keywords: Any) -> Any:
+        with part():
+            return call(*arguments, **keywords)
+
+    return timed
 
 
 def join_process_group(device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -29,6 +30,9 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> Any: ...
     def step(self) -> None: ...
     def gradient_accumulation_steps(self) -> int: ...
+    def timed_communication(
+        self, part: Callable[[], AbstractContextManager[None]]
+    ) -> AbstractContextManager[None]: ...
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ class LogRecord:
     seconds_left: float  # at the speed since the record before
     left_out: int = 0  # steps so far whose loss was not finite, since the start or the last resume
     # Of a step on this rank, by part: waiting for data, targets (mixup, teachers), forward,
-    # backward, optimizer, checkpoints. Ranks exchange gradients in backward and optimizer.
+    # backward, optimizer, checkpoints. What ranks exchange in forward, backward and optimizer
+    # (gradients; at ZeRO 3 weights as well) is part of them, and stands as communication besides.
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -92,37 +97,38 @@ def fit(
     watch = LossWatch(engine, checkpoint=saved)
     meter, times = _Meter(engine.device), StepTimes(engine.device)
     record = None
-    for step in range(start_step, steps):
-        lr = lr_at(step)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = lr
-        watch.begin()
-        for _ in range(engine.gradient_accumulation_steps()):
-            with times.part("data"):
-                batch = _next_batch(stream, step, engine.device)
-            if annotate is not None:
-                with times.part("targets"):
-                    batch = annotate(batch)
-            with times.part("forward"):
-                parts = engine(batch)
-                loss = watch.look(parts["loss"], batch.get("id"), step=step, lr=lr)
-            with times.part("backward"):
-                engine.backward(loss)
-            with times.part("optimizer"):
-                engine.step()  # counts; it steps once all gradients are there
-            if not watch.is_bad:
-                meter.add(parts, images=len(batch["image"]), step=step)
-        watch.end()
-        done = step + 1
-        saving = checkpoint is not None and (done == steps or checkpoint.is_due(done))
-        if (done == steps or log.is_due(done) or saving) and meter.has_any:
-            record = meter.record(watch, times, done, steps, lr)
-            log.call(record)
-        if checkpoint is not None and saving:
-            with times.part("checkpoint"):
-                checkpoint.call(done)
-            watch.checkpoint = done
-            meter.restart_clock()
+    with engine.timed_communication(lambda: times.part("communication")):
+        for step in range(start_step, steps):
+            lr = lr_at(step)
+            for group in engine.optimizer.param_groups:
+                group["lr"] = lr
+            watch.begin()
+            for _ in range(engine.gradient_accumulation_steps()):
+                with times.part("data"):
+                    batch = _next_batch(stream, step, engine.device)
+                if annotate is not None:
+                    with times.part("targets"):
+                        batch = annotate(batch)
+                with times.part("forward"):
+                    parts = engine(batch)
+                    loss = watch.look(parts["loss"], batch.get("id"), step=step, lr=lr)
+                with times.part("backward"):
+                    engine.backward(loss)
+                with times.part("optimizer"):
+                    engine.step()  # counts; it steps once all gradients are there
+                if not watch.is_bad:
+                    meter.add(parts, images=len(batch["image"]), step=step)
+            watch.end()
+            done = step + 1
+            saving = checkpoint is not None and (done == steps or checkpoint.is_due(done))
+            if (done == steps or log.is_due(done) or saving) and meter.has_any:
+                record = meter.record(watch, times, done, steps, lr)
+                log.call(record)
+            if checkpoint is not None and saving:
+                with times.part("checkpoint"):
+                    checkpoint.call(done)
+                watch.checkpoint = done
+                meter.restart_clock()
     return record
 
 

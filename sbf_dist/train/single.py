@@ -1,5 +1,8 @@
 """An engine for one process and one device, without DeepSpeed: many short trainings in a row."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 from torch import Tensor, nn
 
 from sbf_dist.settings import Optimizer
@@ -37,3 +40,9 @@ class SingleEngine:
 
     def gradient_accumulation_steps(self) -> int:
         return 1
+
+    def timed_communication(
+        self, part: Callable[[], AbstractContextManager[None]]
+    ) -> AbstractContextManager[None]:
+        """There is nobody to exchange anything with."""
+        return nullcontext()

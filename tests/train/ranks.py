@@ -24,7 +24,7 @@ from sbf_dist.settings import Optimizer
 from sbf_dist.train import checkpoint
 from sbf_dist.train.engine import build_engine
 from sbf_dist.train.evaluate import accuracy, predict, synchronise_batchnorm
-from sbf_dist.train.loop import Every, fit
+from sbf_dist.train.loop import Every, LogRecord, fit
 from sbf_dist.train.resharding import whole_state
 
 DIGESTS = {"recipe": "r1"}
@@ -237,6 +237,21 @@ def other_stages_and_precisions(folder: Path) -> dict[str, list[float]]:
         again = make_engine(stage, precision)
         checkpoint.load(again, saved, digests=DIGESTS)
     return losses
+
+
+def where_the_time_goes(_: Path) -> dict[int, dict[str, float]]:
+    seconds = {}
+    for stage in (0, 1, 2, 3):
+        records: list[LogRecord] = []
+        fit(
+            make_engine(stage),
+            make_loader(),
+            steps=3,
+            lr_at=lambda step: 0.05,
+            log=Every(None, records.append),
+        )
+        seconds[stage] = records[-1].seconds
+    return seconds
 
 
 def accumulated_equals_whole(_: Path) -> dict[str, Tensor]:

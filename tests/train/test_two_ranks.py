@@ -40,6 +40,7 @@ def _evaluate(folder: Path) -> dict[str, Any]:
         "resized": ranks.save_for_other_ranks(folder),
         "sbf": ranks.an_sbf_layer_at_stage_3(folder),
         "others": ranks.other_stages_and_precisions(folder),
+        "seconds": ranks.where_the_time_goes(folder),
     }
 
 
@@ -81,6 +82,13 @@ def test_other_zero_stages_and_precisions_train_save_and_load(
 ) -> None:
     losses = evaluated[0]["others"][name]
     assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_what_ranks_exchange_is_timed_as_a_part_of_the_step(evaluated: Answers, stage: int) -> None:
+    seconds = evaluated[0]["seconds"][stage]
+    assert seconds["communication"] > 0
+    assert seconds["communication"] < sum(seconds[k] for k in ("forward", "backward", "optimizer"))
 
 
 def test_a_layer_that_is_rebuilt_trains_at_stage_3_as_at_stage_0(evaluated: Answers) -> None:

@@ -144,3 +144,9 @@ def test_a_compiled_network_trains_as_it_does_otherwise_and_is_saved_alike(
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-2, atol=1e-3)
+
+
+def test_the_share_of_the_devices_arithmetic_that_is_used_is_logged(answer: dict[str, Any]) -> None:
+    shares = [values["plain/mfu"] for values in answer["plain"]["logged"].values()]
+    assert len(shares) == 3
+    assert all(0 < share < 1 for share in shares)
