@@ -15,7 +15,8 @@ from launchers.interruption import Notice, noted
 from launchers.machine import available_cpus, available_gpus, places
 from launchers.on_ray import local_ray, ray_train
 from launchers.on_ray.checkpoints import Shelf
-from launchers.on_ray.failures import AttemptError, Budget
+from launchers.on_ray.draining import staying_resources
+from launchers.on_ray.failures import AttemptError, Budget, StoppedError
 from launchers.on_ray.kept_logs import keep_logs
 from launchers.on_ray.local_ray import runs_locally
 from launchers.on_ray.ray_train import Config, Record, ServerDiedError
@@ -78,6 +79,10 @@ def run_workers(
                 again = budget.charge(failure)
                 if again:
                     local_ray.restart()
+            except StoppedError:
+                failure = AttemptError(lost=True, cause="a machine is being taken away", details="")
+                log = keep_logs(logs, name, failure, began)
+                again = budget.charge(failure)
             except AttemptError as found:
                 failure = found
                 log = keep_logs(logs, name, failure, began)
@@ -125,9 +130,7 @@ def _number_of_workers(workers: Workers, counts: Sequence[int], notice: Notice) 
 
 def _there() -> tuple[float, float]:
     """Return the CPUs and GPUs of the cluster, or of this machine."""
-    import ray
-
     if runs_locally():
         return available_cpus(), available_gpus()
-    resources = ray.cluster_resources()
+    resources = staying_resources()
     return resources.get("CPU", 0), resources.get("GPU", 0)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray import cloudpickle, train
+from ray import cloudpickle, get_runtime_context, train
 from ray.exceptions import RayError
 from ray.experimental.internal_kv import (
     _internal_kv_del,
@@ -32,6 +32,7 @@ from ray.experimental.internal_kv import (
 
 from launchers.interruption import Interrupted, Notice
 from launchers.on_ray import local_ray
+from launchers.on_ray.draining import draining_nodes
 from launchers.on_ray.failures import AttemptError, StoppedError, judged
 from launchers.on_ray.local_ray import runs_locally
 from launchers.on_ray.process_group import ProcessGroupConfig
@@ -46,6 +47,7 @@ _NAMESPACE = "sbf-dist"
 _WARNINGS = "/warnings/"
 _STOP = "/stop"
 _STEPPING = "/stepping"
+_NODES = "/nodes/"
 _PACKAGES = ("launchers", "pipelines", "sbf_dist")
 _POLL_SECONDS = 0.5
 _START_SECONDS = 600  # that Ray Train waits until all workers have a place
@@ -84,9 +86,10 @@ def attempt(
 ) -> Record:
     """Run worker(config) on `count` ranks of a process group, once; what it returned on rank 0.
 
-    Raises the UserError of a worker as it was; AttemptError; ServerDiedError; and Interrupted where
-    `notice` has noted a signal: once the workers have written a checkpoint and ended, or are late,
-    or do not train.
+    Raises the UserError of a worker as it was; AttemptError; ServerDiedError; StoppedError where a
+    machine of the workers is being taken away, and they have written a checkpoint and ended; and
+    Interrupted where `notice` has noted a signal: once they have done the same, or are late, or do
+    not train.
     """
     key = uuid.uuid4().hex
     # The worker travels as bytes: Ray's controller would import all of its module's imports.
@@ -179,11 +182,15 @@ def _raise_judged(error: BaseException) -> None:
 
 
 def _check(key: str, notice: Notice, stop_within: float) -> None:
-    """Raise ServerDiedError; pass a noted signal on to the workers; raise it if that takes long."""
+    """Raise ServerDiedError; pass a noted signal on to the workers; raise it if that takes long.
+
+    That a machine of theirs will be taken away is passed on as well.
+    """
     server = local_ray.dead_server()
     if server is not None:
         raise ServerDiedError(server)
     if notice.signum is None:
+        _pass_draining_on(key)
         return
     if not _internal_kv_exists(key + _STEPPING, namespace=_NAMESPACE):
         notice.raise_it()
@@ -196,6 +203,26 @@ def _check(key: str, notice: Notice, stop_within: float) -> None:
     if time.monotonic() - notice.since > stop_within:
         _log.warning("no checkpoint within %g s (workers.stop_within): ending now", stop_within)
         notice.raise_it()
+
+
+def _pass_draining_on(key: str) -> None:
+    """Let workers that train write a checkpoint and end where a machine of theirs is drained."""
+    if runs_locally():  # no machine of which will be taken away
+        return
+    prefix = key + _NODES
+    own = {
+        found.decode().removeprefix(prefix)
+        for found in _internal_kv_list(prefix, namespace=_NAMESPACE)
+    }
+    leaving = own & draining_nodes().keys()
+    if not leaving or not _internal_kv_exists(key + _STEPPING, namespace=_NAMESPACE):
+        return
+    if not _internal_kv_exists(key + _STOP, namespace=_NAMESPACE):
+        _internal_kv_put(key + _STOP, b"", namespace=_NAMESPACE)
+        _log.warning(
+            "%s is being taken away: a checkpoint is written at the next step",
+            ", ".join(sorted(leaving)),
+        )
 
 
 def _resources(workers: Workers) -> dict[str, float]:
@@ -218,9 +245,9 @@ def _environment_of_train(workers: Workers) -> Iterator[None]:
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(workers.hang_timeout),
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(_START_SECONDS),
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
+        # It would ask all workers alike, and each would have to ask at the same step: _check asks.
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     }
-    if runs_locally():  # no node of which will be taken away
-        switches["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     missing = {k: v for k, v in switches.items() if k not in os.environ}
     os.environ.update(missing)
     try:
@@ -281,6 +308,8 @@ def _run_worker(given: Config) -> Record | None:
     # they may lie on shared storage.
     if Path(given["directory"]).is_dir():
         os.chdir(given["directory"])
+    node = get_runtime_context().get_node_id()
+    _internal_kv_put(_progress_key + _NODES + node, b"", namespace=_NAMESPACE)
     if train.get_context().get_world_rank() == 0:
         logging.getLogger().addHandler(_WarningsForDriver(_progress_key + _WARNINGS))
     return cloudpickle.loads(given["worker"])(given["config"])
