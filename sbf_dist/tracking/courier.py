@@ -102,7 +102,7 @@ class Courier:
                     logger.exception("tracking store %s", self._shown)
                 self._away = True
             else:
-                if self._away:
+                if self._away and not self._closed.is_set():  # which ends a delivery early
                     logger.warning("tracking store %s answers again", self._shown)
                 self._away = False
             self.first_try.set()
