@@ -3,7 +3,7 @@ import pytest
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    """Skip a test that times layers for real where the planner finds the machine too busy for it."""
+    """Skip a test that times layers where the planner finds the machine too busy for it."""
     from sbf_dist.compression.planning.latency import MachineBusyError
 
     try:
