@@ -24,9 +24,10 @@ setup: .venv/built
 demo: setup
 	$(BIN)/sbf run recipes/digits.yaml
 
-# One thread: the tests' tensors are small, and threads cost more than they bring.
+# One thread: the tests' tensors are small, and threads cost more than they bring. Two processes:
+# tests/conftest.py says which tests are run beside which.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,4 +1,19 @@
+from pathlib import Path
+
 import pytest
+
+LAUNCHERS = Path(__file__).parent / "launchers"
+
+
+def pytest_collection_modifyitems(items):
+    """Keep tests together that pytest-xdist's processes must not run beside each other.
+
+    Those of the launchers start Ray, which takes the whole machine. The others share fixtures with
+    the tests of their file.
+    """
+    for item in items:
+        alone = item.path.is_relative_to(LAUNCHERS)
+        item.add_marker(pytest.mark.xdist_group("launchers" if alone else str(item.path)))
 
 
 @pytest.hookimpl(wrapper=True)
