@@ -5,6 +5,7 @@ import pytest
 LAUNCHERS = Path(__file__).parent / "launchers"
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups here
 def pytest_collection_modifyitems(items):
     """Keep tests together that pytest-xdist's processes must not run beside each other.
 
