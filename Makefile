@@ -27,7 +27,7 @@ demo: setup
 # One thread: the tests' tensors are small, and threads cost more than they bring. Two processes:
 # tests/conftest.py says which tests are run beside which.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
 
 lint: setup
 	$(BIN)/ruff check .

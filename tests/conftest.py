@@ -1,20 +1,27 @@
-from pathlib import Path
-
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
-LAUNCHERS = Path(__file__).parent / "launchers"
+LAUNCHERS = "tests/launchers/"
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups here
 def pytest_collection_modifyitems(items):
-    """Keep tests together that pytest-xdist's processes must not run beside each other.
+    """Begin with what takes longest."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LAUNCHERS))
 
-    Those of the launchers start Ray, which takes the whole machine. The others share fixtures with
-    the tests of their file.
+
+class _Apart(LoadFileScheduling):
+    """The tests of the launchers one after another, as Ray takes the whole machine.
+
+    Beside them the others, file by file.
     """
-    for item in items:
-        alone = item.path.is_relative_to(LAUNCHERS)
-        item.add_marker(pytest.mark.xdist_group("launchers" if alone else str(item.path)))
+
+    def _split_scope(self, nodeid):
+        return LAUNCHERS if nodeid.startswith(LAUNCHERS) else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """Share the tests out to the processes of pytest-xdist."""
+    return _Apart(config, log)
 
 
 @pytest.hookimpl(wrapper=True)
