@@ -12,6 +12,6 @@ done
 # Ray's own default is one thread; workers of a training have workers.cpus.
 OMP_NUM_THREADS=$(nproc)
 export OMP_NUM_THREADS
-# Seconds that a training waits for its workers' machines, which may have to be started and built.
-export RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S=${RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S:-2400}
+# Seconds that `sbf stop` leaves a run for its last checkpoint: more than workers.stop_within.
+export RAY_JOB_STOP_WAIT_TIME_S=${RAY_JOB_STOP_WAIT_TIME_S:-60}
 unset checkout built

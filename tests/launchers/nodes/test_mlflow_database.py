@@ -72,7 +72,8 @@ def test_a_store_that_refuses_is_an_error_so_that_no_server_starts_empty(
             self.send_response(403)
             self.end_headers()
 
-        do_GET = do_HEAD
+        def do_GET(self) -> None:
+            self.do_HEAD()
 
     database = tmp_path / "mlflow.db"
     with HTTPServer(("127.0.0.1", 0), Refusing) as server:
