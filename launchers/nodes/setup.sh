@@ -6,8 +6,16 @@ cd "$(dirname "$0")/../.."
 
 root=()
 if [ "$(id -u)" != 0 ]; then root=(sudo); fi
+# Their own GCC is 11, which lacks _Float16; here is the newer one that each offers beside it.
+if "${root[@]}" dnf -q list gcc14-c++ > /dev/null 2>&1; then
+    compiler=(gcc14 gcc14-c++)
+    export CC=gcc14-gcc CXX=gcc14-g++
+else
+    compiler=(gcc-toolset-14-gcc-c++)
+    export PATH=/opt/rh/gcc-toolset-14/root/usr/bin:$PATH
+fi
 "${root[@]}" dnf install -y --setopt=install_weak_deps=False \
-    python3.11 python3.11-devel gcc-c++ make git
+    python3.11 python3.11-devel gcc-c++ "${compiler[@]}" make git
 
 # A machine with a GPU must build the CUDA kernels; nvcc has to be CUDA 13, as PyTorch's is.
 if [ -e /dev/nvidiactl ]; then

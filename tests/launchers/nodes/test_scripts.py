@@ -97,18 +97,32 @@ def test_the_environment_names_the_built_extension_and_asks_for_the_token(machin
     assert "checkout" not in values
 
 
-def test_the_set_up_builds_once_more_only_what_has_changed_and_guards_the_token(machine):
-    for name in ("sudo", "dnf", "make"):
-        machine.program(name, '"$@"' if name == "sudo" else "")
+@pytest.mark.parametrize(
+    ("offered", "package", "compiler"),
+    [
+        (True, "gcc14-c++", "gcc14-g++"),  # Amazon Linux
+        (False, "gcc-toolset-14-gcc-c++", ""),  # Rocky Linux
+    ],
+)
+def test_the_set_up_builds_with_a_newer_compiler_and_guards_the_token(
+    machine, offered, package, compiler
+):
+    machine.program("sudo", '"$@"')
+    machine.program("dnf", f'if [ "$2" = list ]; then {str(offered).lower()}; fi')
+    machine.program("make", f'echo "with ${{CXX:-}} by $PATH" >> {machine.called}')
     (machine.home / ".ray").mkdir()
     token = machine.home / ".ray" / "auth_token"
     token.write_text("0" * 64)
     token.chmod(0o644)
     for _ in range(2):
         machine.run(f"bash {machine.checkout}/launchers/nodes/setup.sh")
+    made, how = machine.calls()[-2:]
+    assert made == "make setup PYTHON=python3.11"
+    assert how.startswith(f"with {compiler} by ")
+    assert ("/opt/rh/gcc-toolset-14/root/usr/bin" in how) is not offered
+    (install, _) = (call for call in machine.calls() if call.startswith("dnf install -y"))
+    assert package in install.split()
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
-    assert machine.calls()[-1] == "make setup PYTHON=python3.11"
-    assert any(call.startswith("dnf install -y") for call in machine.calls())
     shells = (machine.home / ".bashrc").read_text().splitlines()
     assert shells == [f". {machine.checkout}/launchers/nodes/environment.sh"]
 
