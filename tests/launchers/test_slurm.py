@@ -126,7 +126,10 @@ def test_before_its_time_is_over_the_run_ends_in_order_and_is_queued_again(alloc
     assert process.returncode == 143, printed
     calls = allocation.calls()
     assert "checkpoint written" in calls
-    assert ("scontrol requeue 42" in calls) is again
+    # The very last: Slurm ends the script with it.
+    assert (calls[-1] == "scontrol requeue 42") is again
+    assert sum("requeue" in call for call in calls) == again
+    assert list((allocation.folder / ".ray").iterdir()) == []
     ends = [number for number, call in enumerate(calls) if call.startswith("ended start")]
     assert len(ends) == 2
     assert min(ends) > calls.index("checkpoint written")  # Ray is there until the run has ended
