@@ -140,6 +140,29 @@ def test_the_buckets_name_comes_from_the_instance_by_its_token(machine):
     assert machine.run(f"bash {NODES}/aws_bucket.sh sbf") == "sbf-123456789012-eu-west-1\n"
 
 
+def test_a_spot_instances_notice_is_told_to_ray(machine):
+    machine.program("sleep")
+    machine.program("ray", f'echo "RAY_ADDRESS=$RAY_ADDRESS $RAY_AUTH_MODE" >> {machine.called}')
+    machine.program(
+        "curl",
+        f"""case "$*" in
+        *"-X PUT"*) echo secret ;;
+        *"X-aws-ec2-metadata-token: secret"*"/spot/instance-action")
+            [ "$(grep -c instance-action {machine.called})" = 3 ] || exit 22  # there is none yet
+            echo '{{"action": "terminate"}}' ;;
+        *) exit 1 ;;
+        esac""",
+    )
+    machine.run(f"bash {machine.checkout}/launchers/nodes/spot_notice.sh 192.0.2.7:6379")
+    calls = machine.calls()
+    assert calls.count("sleep 5") == 2
+    assert calls[-1] == "RAY_ADDRESS=192.0.2.7:6379 token"
+    drained = calls[-2]
+    assert drained.startswith("ray drain-node --address=192.0.2.7:6379 ")
+    assert "--reason=DRAIN_NODE_REASON_PREEMPTION" in drained
+    assert '{"action": "terminate"}' in drained
+
+
 def test_mlflow_is_a_service_of_systemd_on_the_loopback_address(machine):
     units = machine.home / "units"
     units.mkdir()
