@@ -15,13 +15,15 @@ SCRIPT = ROOT / "launchers" / "slurm.sbatch"
 SRUN = 'while [[ $1 == --* ]]; do shift; done; exec "$@"'
 SCONTROL = 'if [ "$1 $2" = "show hostnames" ]; then printf "%s\\n" node1 node2 node3; fi'
 GETENT = 'echo "127.0.1.1 STREAM node1"; echo "192.0.2.7 STREAM"'
-# Ray's processes stay until they are asked to end; the head can be asked for its health at once.
+SLEEP = 'if [ "$1" = 2 ]; then set -- 0.05; fi; exec /usr/bin/sleep "$@"'  # the script's own wait
+# Ray's processes stay until they are asked to end; the head answers once it is up.
 RAY = """
     stat -c "token %a $(cat "$RAY_AUTH_TOKEN_PATH" | wc -c)" "$RAY_AUTH_TOKEN_PATH" >> "$CALLED"
     if [ "$1" = start ]; then
         sleep 60 & trap 'kill $!; echo "ended $*" >> "$CALLED"; exit' TERM
         echo "up" >> "$CALLED"; wait
     fi
+    if [ "$1" = health-check ]; then grep -q ^up "$CALLED"; fi
 """
 
 
@@ -37,7 +39,7 @@ class Allocation:
         self.programs = self.checkout / ".venv" / "bin"  # the first place to be looked at
         self.programs.mkdir(parents=True)
         for name, body in {
-            "srun": SRUN, "scontrol": SCONTROL, "getent": GETENT, "ray": RAY,
+            "srun": SRUN, "scontrol": SCONTROL, "getent": GETENT, "ray": RAY, "sleep": SLEEP,
         }.items():  # fmt: skip
             self.program(name, body)
 
