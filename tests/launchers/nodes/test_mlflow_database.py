@@ -5,27 +5,9 @@ from contextlib import closing
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from launchers.nodes.mlflow_database import restore, save
-
-
-@pytest.fixture
-def bucket(monkeypatch):
-    """The name of an empty bucket; what asks for S3 reaches the double."""
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    port = server.get_host_and_port()[1]
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    boto3.Session().client("s3").create_bucket(Bucket="tracked")
-    yield "tracked"
-    server.stop()
 
 
 def rows(database) -> list[int]:
@@ -33,8 +15,8 @@ def rows(database) -> list[int]:
         return [value for (value,) in connection.execute("select value from metrics")]
 
 
-def test_a_database_in_use_is_copied_and_comes_back_on_another_machine(bucket, tmp_path):
-    uri = f"s3://{bucket}/mlflow/mlflow.db"
+def test_a_database_in_use_is_copied_and_comes_back_on_another_machine(s3, tmp_path):
+    uri = f"{s3.bucket}/mlflow/mlflow.db"
     database, other = tmp_path / "mlflow.db", tmp_path / "new machine" / "mlflow.db"
     assert not restore(other, uri)  # the very first machine
     assert not save(other, uri)
@@ -51,8 +33,8 @@ def test_a_database_in_use_is_copied_and_comes_back_on_another_machine(bucket, t
     assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db", "new machine"]
 
 
-def test_a_database_that_is_there_is_never_replaced(bucket, tmp_path):
-    uri = f"s3://{bucket}/mlflow.db"
+def test_a_database_that_is_there_is_never_replaced(s3, tmp_path):
+    uri = f"{s3.bucket}/mlflow.db"
     database = tmp_path / "mlflow.db"
     with closing(sqlite3.connect(database)) as server:
         server.execute("create table metrics (value)")
@@ -64,9 +46,7 @@ def test_a_database_that_is_there_is_never_replaced(bucket, tmp_path):
     assert rows(database) == [1]
 
 
-def test_a_store_that_refuses_is_an_error_so_that_no_server_starts_empty(
-    bucket, tmp_path, monkeypatch
-):
+def test_a_store_that_refuses_is_an_error_so_that_no_server_starts_empty(s3, tmp_path, monkeypatch):
     class Refusing(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
             self.send_response(403)
@@ -80,6 +60,6 @@ def test_a_store_that_refuses_is_an_error_so_that_no_server_starts_empty(
         Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
         with pytest.raises(OSError, match=r"ACCESS_DENIED|403"):
-            restore(database, f"s3://{bucket}/mlflow.db")
+            restore(database, f"{s3.bucket}/mlflow.db")
         server.shutdown()
     assert not database.exists()
