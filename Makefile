@@ -1,6 +1,7 @@
 # Each target does all the set-up it needs; a second call re-uses it.
 PYTHON ?= python3
 BIN := .venv/bin
+SHELL_SCRIPTS := .ci/run $(wildcard benchmarks/*.sh launchers/*.sbatch launchers/*/*.sh)
 
 .PHONY: setup demo test lint bench clean
 
@@ -34,6 +35,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror csrc/* tests/csrc/*.cpp
 	$(BIN)/mypy
+	$(BIN)/shellcheck -x $(SHELL_SCRIPTS)
 
 # quality.py goes on where it was cut: remove runs/quality after a change of the methods.
 bench: setup
