@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -13,14 +14,15 @@ import typer
 
 from launchers import packing
 from launchers.commands.run import LAST_STAGE, StageName
+from launchers.on_ray.cluster_file import how_to_open, mlflow_of
 from sbf_dist import recipe as recipes
-from sbf_dist.errors import UserError, without_credentials
+from sbf_dist.errors import UserError
 
 if TYPE_CHECKING:
     from launchers.on_ray.jobs import Cluster
 
 ADDRESS = "RAY_API_SERVER_ADDRESS"  # as Ray's own `ray job` reads it
-FAILED = 1  # exit code where the job has not succeeded
+FAILED = 1  # exit code where the job has not succeeded, and has none of its own
 
 ClusterFile = Annotated[
     Path | None,
@@ -80,6 +82,8 @@ def submit(
             f"recipe {inside}: is not sent, as it lies in {inside.parts[0]}/ or Git ignores it; "
             "move it"
         )
+    tracking = recipe.tracking.uri or (mlflow_of(cluster) if cluster else None)
+    ray = os.path.relpath(Path(sys.executable).with_name("ray"))
     job_id = f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     command = ["sbf", "run", str(inside), *(overrides or ()), "--runs", runs]
     command += ["--until", until.value] if until is not LAST_STAGE else []
@@ -94,8 +98,8 @@ def submit(
             env={"PYTHONUNBUFFERED": "1"},
         )
         print(f"job {job_id}: submitted to {found.address}, {len(files)} files sent")
-        if recipe.tracking.uri is not None and recipe.tracking.uri.startswith("http"):
-            print(f"MLflow {without_credentials(recipe.tracking.uri)}")
+        if tracking is not None and tracking.startswith("http"):
+            print(how_to_open(tracking, cluster, ray))
         if wait:
             _follow(found, job_id)
 
@@ -144,7 +148,7 @@ def stop(job_id: JobId, cluster: ClusterFile = None, address: Address = None) ->
 
 
 def _follow(cluster: "Cluster", job_id: str) -> None:
-    """Print a job's log until it ends; exit code 1 unless it has succeeded."""
+    """Print a job's log until it ends; the exit code of `sbf run`, or FAILED."""
     try:
         for text in cluster.follow(job_id):
             print(text, end="", flush=True)
@@ -157,7 +161,7 @@ def _follow(cluster: "Cluster", job_id: str) -> None:
     job = cluster.job(job_id)
     print(f"job {job_id}: {job.status}")
     if job.status != "SUCCEEDED":
-        raise typer.Exit(FAILED)
+        raise typer.Exit(job.code if job.code and job.code > 0 else FAILED)
 
 
 @contextmanager
@@ -171,7 +175,7 @@ def _cluster(file: Path | None, address: str | None) -> Iterator["Cluster"]:
         raise UserError("--cluster and --address both name a cluster; give one of them")
     if file is not None:
         with forwarded_dashboard(file) as forwarded:
-            yield Cluster(forwarded)
+            yield Cluster(forwarded, file)
         return
     address = address or os.environ.get(ADDRESS)
     if not address:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from launchers.interruption import Notice, noted
 from launchers.machine import available_cpus, available_gpus, places
-from launchers.on_ray import local_ray, ray_train
+from launchers.on_ray import held_places, local_ray, ray_train
 from launchers.on_ray.checkpoints import Shelf
 from launchers.on_ray.draining import staying_resources
-from launchers.on_ray.failures import AttemptError, Budget, StoppedError
+from launchers.on_ray.failures import AttemptError, Budget, NoPlaceError, StoppedError
 from launchers.on_ray.kept_logs import keep_logs
 from launchers.on_ray.local_ray import runs_locally
 from launchers.on_ray.ray_train import Config, Record, ServerDiedError
@@ -49,7 +49,8 @@ def run_workers(
     newest record that rank 0 gave to progress(). Warnings that our own packages log on rank 0 are
     logged here.
 
-    UserError: raised by a worker, as it was and without another try; too few workers have a place.
+    UserError: raised by a worker, as it was and without another try; too few workers have a
+    place, or others use them.
     RunError: the budget is used up. Interrupted: a signal came, see launchers.interruption.
     """
     folder = storage / name
@@ -85,6 +86,10 @@ def run_workers(
                 again = budget.charge(failure)
             except AttemptError as found:
                 failure = found
+                if not runs_locally():
+                    held_places.give_back()
+                    if isinstance(found, NoPlaceError):
+                        _check_used_by_others(workers, count)
                 log = keep_logs(logs, name, failure, began)
                 local_ray.end_frozen_workers()
                 again = budget.charge(failure)
@@ -109,23 +114,60 @@ def _given_up(name: str, failure: AttemptError, budget: str, log: Path) -> str:
 def _number_of_workers(workers: Workers, counts: Sequence[int], notice: Notice) -> int:
     """Return the largest of `counts` that has a place; waits until the least has one.
 
-    UserError after workers.start_timeout seconds, with what is there and what was asked.
+    An autoscaler is asked for the least. UserError after workers.start_timeout seconds, with
+    what is there and what was asked.
     """
-    deadline = time.monotonic() + workers.start_timeout
-    while True:
-        notice.raise_it()
-        cpus, gpus = _there()
-        there = places(cpus, gpus, workers.cpus, workers.gpus)
-        fitting = [count for count in counts if count <= there]
-        if fitting:
-            return max(fitting)
-        if runs_locally() or time.monotonic() > deadline:
-            raise UserError(
-                f"workers.count = {workers.count_as_written}: there are {cpus:g} CPUs and "
-                f"{gpus:g} GPUs, places for {there} workers with workers.cpus = {workers.cpus} "
-                f"and workers.gpus = {workers.gpus:g}; at least {min(counts)} are needed"
-            )
-        time.sleep(_POLL_SECONDS)
+    notice.raise_it()
+    count = _largest(workers, counts)
+    if count is None and not runs_locally() and workers.start_timeout:
+        _log.warning(
+            "%s; waiting for %g s (workers.start_timeout)",
+            _too_few(workers, counts),
+            workers.start_timeout,
+        )
+        deadline = time.monotonic() + workers.start_timeout
+        with held_places.asked_for(ray_train.resources(workers), min(counts)):
+            while count is None and time.monotonic() < deadline:
+                time.sleep(_POLL_SECONDS)
+                notice.raise_it()
+                count = _largest(workers, counts)
+    if count is None:
+        raise UserError(_too_few(workers, counts))
+    return count
+
+
+def _largest(workers: Workers, counts: Sequence[int]) -> int | None:
+    """Return the largest of `counts` that has a place now, used by others or not."""
+    there = places(*_there(), workers.cpus, workers.gpus)
+    return max((count for count in counts if count <= there), default=None)
+
+
+def _too_few(workers: Workers, counts: Sequence[int]) -> str:
+    cpus, gpus = _there()
+    there = places(cpus, gpus, workers.cpus, workers.gpus)
+    return (
+        f"workers.count = {workers.count_as_written}: there are {cpus:g} CPUs and {gpus:g} GPUs, "
+        f"places for {there} workers with workers.cpus = {workers.cpus} and workers.gpus = "
+        f"{workers.gpus:g}; at least {min(counts)} are needed"
+    )
+
+
+def _check_used_by_others(workers: Workers, count: int) -> None:
+    """UserError if `count` workers found no place although the cluster has enough.
+
+    Where it has not, a machine went away meanwhile, and another attempt takes fewer or waits.
+    """
+    cpus, gpus = _there()
+    if count > places(cpus, gpus, workers.cpus, workers.gpus):
+        return
+    import ray
+
+    free = ray.available_resources()
+    raise UserError(
+        f"workers.count = {workers.count_as_written}: no places for {count} workers within "
+        f"{workers.start_timeout:g} s (workers.start_timeout): of {cpus:g} CPUs and {gpus:g} GPUs, "
+        f"{free.get('CPU', 0):g} and {free.get('GPU', 0):g} are free; others use the rest"
+    )
 
 
 def _there() -> tuple[float, float]:

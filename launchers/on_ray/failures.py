@@ -15,6 +15,10 @@ _PEER_IS_GONE = re.compile(
     re.IGNORECASE,
 )
 
+# Where Ray says that a worker's machine is gone; of its address, Ray Train's words or Ray's.
+_MACHINE_IS_GONE = "its node has died"
+_ADDRESS = re.compile(r"node_ip='([^']+)'|\bip: (\S+)")
+
 
 class StoppedError(Exception):
     """A training ended because the driver asked for it; its state is in a checkpoint."""
@@ -35,6 +39,19 @@ class AttemptError(Exception):
         self.details = details
 
 
+class NoPlaceError(AttemptError):
+    """The workers of an attempt have found no place in time."""
+
+
+def judged_start(error: Exception, details: str) -> AttemptError:
+    """Return what kept workers from starting, or from meeting, or Ray Train from going on."""
+    cause = getattr(error, "cause", error)  # Ray wraps what a worker has raised
+    first = str(cause).strip().splitlines()
+    text = f"{type(cause).__name__}: {first[0]}" if first else type(cause).__name__
+    lost = _is_of_ray(cause) or bool(_PEER_IS_GONE.search(str(cause)))
+    return AttemptError(lost=lost, cause=f"the workers did not start: {text}", details=details)
+
+
 def judged(worker_failures: dict[int, Exception], details: str) -> AttemptError:
     """Return what the errors of the workers, by rank, come from.
 
@@ -44,7 +61,9 @@ def judged(worker_failures: dict[int, Exception], details: str) -> AttemptError:
     if dead:
         ranks = ", ".join(map(str, sorted(dead)))
         hung = any("hanging" in str(error) for error in dead.values())
+        machines = sorted(filter(None, map(_lost_machine, dead.values())))
         what = "died, or did not go on in time" if hung else "died"
+        what += f" with machine {', '.join(machines)}" if machines else ""
         return AttemptError(lost=True, cause=f"worker {ranks} {what}", details=details)
     own = [item for item in worker_failures.items() if not _PEER_IS_GONE.search(str(item[1]))]
     if not own:
@@ -53,6 +72,12 @@ def judged(worker_failures: dict[int, Exception], details: str) -> AttemptError:
     first = str(error).strip().splitlines()
     text = f"{type(error).__name__}: {first[0]}" if first else type(error).__name__
     return AttemptError(lost=False, cause=f"worker {rank} raised {text}", details=details)
+
+
+def _lost_machine(error: Exception) -> str | None:
+    """Return the address of the machine that a worker was lost with, where that is the reason."""
+    found = _ADDRESS.search(str(error)) if _MACHINE_IS_GONE in str(error) else None
+    return (found[1] or found[2]) if found else None
 
 
 def _is_of_ray(error: Exception) -> bool:

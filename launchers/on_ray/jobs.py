@@ -17,37 +17,54 @@ if TYPE_CHECKING:
 
 RUN = "sbf.run"  # the key of a job's metadata that names the run
 AT_WORK = ("PENDING", "RUNNING")
-TOKEN_HINT = "give the head's token: RAY_AUTH_MODE=token with RAY_AUTH_TOKEN or ~/.ray/auth_token"
+TOKEN_FILE = "~/.ray/auth_token"
+TOKEN_HINT = f"give the head's token in RAY_AUTH_TOKEN or {TOKEN_FILE}"
+_UNAUTHORIZED = "Authentication required"  # how Ray's message begins where it got no token
+_CHATTY = (  # they report every request
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job as `sbf jobs` lists it; times are seconds since 1970."""
+    """A job as `sbf jobs` lists it; times are seconds since 1970, `code` is an exit code."""
 
     id: str
     run: str
     status: str
     begun: float | None
     ended: float | None
-    message: str
+    code: int | None
 
 
 class Cluster:
     """The job API of the Ray cluster at `address`, an http or https URL.
 
-    UserError: it cannot be reached, or refuses the token.
+    `file` is the cluster file that the address was found by. UserError: the cluster cannot be
+    reached, or refuses the token.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, file: Path | None = None) -> None:
         check_address(address)
         self.address = address.rstrip("/")
+        self.name = str(file or self.address)  # as the user calls it
+        self._hint = (
+            "on the head the dashboard listens at 127.0.0.1:8265: forward it (ray dashboard "
+            "cluster.yaml), or give --cluster FILE"
+            if file is None
+            else f"does Ray run on the head? ray up {file} starts it"
+        )
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        if _has_token():
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
         with self._errors():
             from ray.job_submission import JobSubmissionClient
 
             self._client = JobSubmissionClient(self.address)
-        for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
-            logging.getLogger(name).setLevel(logging.WARNING)  # they report every request
+        for logger in _CHATTY:
+            logging.getLogger(logger).setLevel(logging.WARNING)
 
     def submit(
         self, entrypoint: str, *, folder: Path, job_id: str, run: str, env: Mapping[str, str]
@@ -82,7 +99,7 @@ class Cluster:
         found = next((job for job in jobs if job.id == job_id), None)
         if found is None:
             known = ", ".join(job.id for job in jobs[:8]) or "none"
-            raise UserError(f"job {job_id}: does not exist at {self.address}; there are: {known}")
+            raise UserError(f"job {job_id}: does not exist at {self.name}; there are: {known}")
         return found
 
     def logs(self, job_id: str) -> str:
@@ -92,16 +109,30 @@ class Cluster:
             return self._client.get_job_logs(job_id)
 
     def follow(self, job_id: str) -> Iterator[str]:
-        """Give what a job prints, as it comes, until it ends."""
+        """Give what a job prints, as it comes, until it ends.
+
+        UserError: the connection is lost, as it is when the head dies.
+        """
+        import aiohttp
+
         self.job(job_id)
-        with self._errors():
+        try:
+            yield from self._followed(job_id)
+        except (RuntimeError, OSError, aiohttp.ClientError) as error:
+            raise UserError(
+                f"cluster {self.name}: the connection to job {job_id} is lost ({_reason(error)}); "
+                f"if the head is there, the job goes on: sbf logs {job_id} --follow; if not, start "
+                "it, and submit the run again: it goes on from its last checkpoint"
+            ) from error
+
+    def _followed(self, job_id: str) -> Iterator[str]:
+        with asyncio.Runner() as runner:
             lines = self._client.tail_job_logs(job_id)
-            with asyncio.Runner() as runner:
-                while True:
-                    try:
-                        yield runner.run(_next(lines))
-                    except StopAsyncIteration:
-                        return
+            while True:
+                try:
+                    yield runner.run(_next(lines))
+                except StopAsyncIteration:
+                    return
 
     def stop(self, job_id: str) -> bool:
         """Ask a job to end; False if it has ended already."""
@@ -119,17 +150,14 @@ class Cluster:
         try:
             yield
         except AuthenticationError as error:
-            raise UserError(
-                f"cluster {self.address}: refuses the token, or wants one; {TOKEN_HINT}"
-            ) from error
+            what = "wants a token" if _UNAUTHORIZED in str(error) else "refuses the token"
+            raise UserError(f"cluster {self.name}: {what}; {TOKEN_HINT}") from error
         except (ConnectionError, requests.exceptions.RequestException) as error:
             raise UserError(
-                f"cluster {self.address}: cannot be reached ({_reason(error)}); on the head the "
-                "dashboard listens at 127.0.0.1:8265: forward it (ray dashboard cluster.yaml), or "
-                "give --cluster FILE"
+                f"cluster {self.name}: cannot be reached ({_reason(error)}); {self._hint}"
             ) from error
         except RuntimeError as error:
-            raise UserError(f"cluster {self.address}: {_reason(error)}") from error
+            raise UserError(f"cluster {self.name}: {_reason(error)}") from error
 
 
 def check_address(address: str) -> None:
@@ -146,6 +174,12 @@ def check_address(address: str) -> None:
         )
 
 
+def _has_token() -> bool:
+    """Whether Ray finds a token here once it looks for one."""
+    given = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return bool(given) or Path(TOKEN_FILE).expanduser().is_file()
+
+
 async def _next(lines: "object") -> str:
     return await lines.__anext__()  # type: ignore[attr-defined]
 
@@ -160,7 +194,7 @@ def _job(found: "JobDetails") -> Job:
         status=str(getattr(found.status, "value", found.status)),
         begun=seconds(found.start_time),
         ended=seconds(found.end_time),
-        message=found.message or "",
+        code=found.driver_exit_code,
     )
 
 

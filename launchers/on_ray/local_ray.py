@@ -43,10 +43,8 @@ _RAY_ENVIRONMENT = {
 
 
 def runs_locally() -> bool:
-    """Whether the Ray that this process has joined is one of local_ray's own."""
-    import ray
-
-    return ray.util.get_node_ip_address() == LOOPBACK
+    """Whether the Ray that this process uses is one that local_ray has started for it alone."""
+    return bool(_own)
 
 
 @contextmanager
@@ -117,10 +115,11 @@ class _OwnRay:
                 _temp_dir=str(self.folder),
             )
         take_signals_back()  # Ray's own handler of SIGTERM prints a stack and aborts
-        if not runs_locally():
+        address = ray.util.get_node_ip_address()
+        if address != LOOPBACK:
             raise RuntimeError(
-                f"Ray listens at {ray.util.get_node_ip_address()} instead of {LOOPBACK}: it "
-                "was imported before its environment was set"
+                f"Ray listens at {address} instead of {LOOPBACK}: it was imported before its "
+                "environment was set"
             )
         children = {process.name(): process for process in psutil.Process().children()}
         self._servers = {name: children[name] for name in (GCS, RAYLET) if name in children}
@@ -184,7 +183,8 @@ def _joined(address: str) -> Iterator[None]:
     import ray
 
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        with unused_services.messages_left_out():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         take_signals_back()
     except ConnectionError as error:
         raise UserError(f"Ray cluster {address}: cannot be reached: {error}") from error

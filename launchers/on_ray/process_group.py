@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
 import ray
 from ray.train.backend import Backend, BackendConfig
 
@@ -79,6 +80,18 @@ def listening_socket(host: str) -> socket.socket:
     return opened
 
 
+def interface_of(address: str) -> str:
+    """Return the name of this machine's network interface that has `address`.
+
+    RuntimeError: none has it.
+    """
+    interfaces = psutil.net_if_addrs()
+    for name, entries in interfaces.items():
+        if any(entry.address.partition("%")[0] == address for entry in entries):
+            return name
+    raise RuntimeError(f"no network interface has the address {address}, but {interfaces}")
+
+
 def tcp_store(address: str, rank: int, world_size: int, opened: socket.socket | None) -> Any:
     """Return the store at tcp://HOST:PORT; on rank 0 it is served on the socket `opened`."""
     import torch.distributed as dist
@@ -109,9 +122,11 @@ def _join(address: str, backend: str, rank: int, world_size: int) -> None:
         LOCAL_RANK=str(context.get_local_rank()),
         LOCAL_WORLD_SIZE=str(context.get_local_world_size()),
     )
-    if address.startswith("file:"):  # the workers' own sockets, too, stay on this machine
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    # The workers' own sockets: on the way that Ray's take, the loopback on one machine. Left alone,
+    # Gloo takes the address that the machine's name has there, which is often 127.0.1.1.
+    interface = interface_of(ray.util.get_node_ip_address())
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
     if backend == "nccl":
         from ray.train.torch import get_device
 

@@ -33,7 +33,13 @@ from ray.experimental.internal_kv import (
 from launchers.interruption import Interrupted, Notice
 from launchers.on_ray import local_ray
 from launchers.on_ray.draining import draining_nodes
-from launchers.on_ray.failures import AttemptError, StoppedError, judged
+from launchers.on_ray.failures import (
+    AttemptError,
+    NoPlaceError,
+    StoppedError,
+    judged,
+    judged_start,
+)
 from launchers.on_ray.local_ray import runs_locally
 from launchers.on_ray.process_group import ProcessGroupConfig
 from launchers.on_ray.unused_services import trainer_class
@@ -50,7 +56,6 @@ _STEPPING = "/stepping"
 _NODES = "/nodes/"
 _PACKAGES = ("launchers", "pipelines", "sbf_dist")
 _POLL_SECONDS = 0.5
-_START_SECONDS = 600  # that Ray Train waits until all workers have a place
 _CONTROLLER = "controller"
 _FILES_OF_RAY = ".ray-train"
 
@@ -107,7 +112,7 @@ def attempt(
         scaling_config=train.ScalingConfig(
             num_workers=count,
             use_gpu=workers.gpus > 0,
-            resources_per_worker=_resources(workers),
+            resources_per_worker=resources(workers),
         ),
         run_config=train.RunConfig(  # type: ignore[call-arg]
             name=key,
@@ -162,18 +167,16 @@ def _raise_judged(error: BaseException) -> None:
         raise judged(error.worker_failures, str(error)) from None
     if isinstance(error, train.ControllerError):
         if "StartupTimeout" in type(error.controller_failure).__name__:
-            raise AttemptError(
-                lost=True,
-                cause=f"not all workers had a place within {_START_SECONDS} s",
-                details=str(error),
+            raise NoPlaceError(
+                lost=True, cause="not all workers had a place in time", details=str(error)
             ) from None
-        raise judged({0: error.controller_failure}, str(error)) from None
+        raise judged_start(error.controller_failure, str(error)) from None
     if isinstance(error, train.TrainingFailedError):
         raise AttemptError(
             lost=True, cause="a machine was taken away", details=str(error)
         ) from None
     if isinstance(error, RayError):
-        if runs_locally():  # on a cluster, Ray Train gives the workers' places back
+        if runs_locally():
             raise ServerDiedError(local_ray.dead_server() or _CONTROLLER) from None
         raise AttemptError(
             lost=True, cause=f"Ray Train's {_CONTROLLER} died", details=str(error)
@@ -225,7 +228,8 @@ def _pass_draining_on(key: str) -> None:
         )
 
 
-def _resources(workers: Workers) -> dict[str, float]:
+def resources(workers: Workers) -> dict[str, float]:
+    """Return what one worker needs, by Ray's names."""
     return {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
 
 
@@ -243,7 +247,7 @@ def _environment_of_train(workers: Workers) -> Iterator[None]:
         "RAY_TRAIN_METRICS_ENABLED": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(workers.hang_timeout),
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(_START_SECONDS),
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(max(workers.start_timeout, 1)),
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
         # It would ask all workers alike, and each would have to ask at the same step: _check asks.
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",

@@ -1,5 +1,6 @@
 """A cluster's dashboard, brought to this machine by SSH while a command lasts."""
 
+import re
 import socket
 import subprocess
 import sys
@@ -13,6 +14,11 @@ from sbf_dist.errors import UserError
 
 SECONDS = 60.0  # until the dashboard must have been reached
 _POLL_SECONDS = 0.3
+# Of what `ray dashboard` prints, which ends with SSH's command line: SSH's reason, or Ray's.
+_REASON = re.compile(
+    r"^ssh: .*|.*Permission denied.*|.*Head node of cluster .*|.*No such file.*|^Load key .*",
+    re.MULTILINE,
+)
 
 
 @contextmanager
@@ -36,16 +42,22 @@ def forwarded_dashboard(cluster_file: Path) -> Iterator[str]:
             while not _answers(port):
                 if process.poll() is not None or time.monotonic() > deadline:
                     printed.seek(0)
-                    lines = printed.read().decode(errors="replace").strip().splitlines()
-                    last = lines[-1].strip() if lines else "ray dashboard printed nothing"
                     raise UserError(
-                        f"cluster file {cluster_file}: its dashboard cannot be reached: {last}"
+                        f"cluster file {cluster_file}: its dashboard cannot be reached: "
+                        + reason(printed.read().decode(errors="replace"))
                     )
                 time.sleep(_POLL_SECONDS)
             yield f"http://127.0.0.1:{port}"
         finally:
             process.terminate()
             process.wait()
+
+
+def reason(printed: str) -> str:
+    """Return why `ray dashboard` has failed, of all that it has printed."""
+    found = _REASON.findall(printed)
+    lines = [line.strip() for line in found or printed.splitlines() if line.strip()]
+    return lines[-1].removeprefix("The exception is: ") if lines else "ray dashboard says nothing"
 
 
 def _free_port() -> int:

@@ -18,7 +18,8 @@ from unittest import mock
 WRITTEN_FOR = "2.60"  # of Ray; its patch releases are taken to be alike
 # The autoscaler's monitor, the log monitor and the API server.
 SERVICES = ("start_monitor", "start_log_monitor", "start_api_server")
-# Prints twenty lines of a raylet's log where it dies; they are kept in the run's folder instead.
+# Prints twenty lines of a raylet's log where it dies. On one machine they are kept in the run's
+# folder instead; on a cluster they stay with the machine, which the run names.
 MESSAGES = "listen_error_messages"
 # A process that imports Ray Data before a training can start.
 CALLBACKS = {"DatasetsCallback"}
@@ -45,13 +46,24 @@ def services_left_out() -> Iterator[None]:
     if not is_known_version():
         yield
         return
-    from ray._private import worker
     from ray._private.node import Node
 
     with ExitStack() as stack:
         for method in SERVICES:
             stack.enter_context(mock.patch.object(Node, method, _start_nothing))
-        stack.enter_context(mock.patch.object(worker, MESSAGES, _listen_to_nothing))
+        stack.enter_context(messages_left_out())
+        yield
+
+
+@contextmanager
+def messages_left_out() -> Iterator[None]:
+    """Keep ray.init, in this context, from printing later what Ray's servers say when one dies."""
+    if not is_known_version():
+        yield
+        return
+    from ray._private import worker
+
+    with mock.patch.object(worker, MESSAGES, _listen_to_nothing):
         yield
 
 

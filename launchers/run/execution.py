@@ -85,4 +85,5 @@ def show_results(display: Display, folder: RunFolder, uri: str) -> None:
     )
     display.say(f"summary   {shortened(folder.summary)}, {shortened(folder.root)}/summary.png")
     program = shortened(Path(sys.executable).with_name("mlflow"))
-    display.say(f"MLflow    {program} ui --backend-store-uri {shown}")
+    served = uri.startswith(("http://", "https://"))
+    display.say(f"MLflow    {shown if served else f'{program} ui --backend-store-uri {shown}'}")

@@ -1,11 +1,15 @@
 """`sbf submit`, `jobs`, `logs` and `stop`: what is wrong is one line, before anything is sent."""
 
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from launchers import cli
+from launchers import cli, packing
 from launchers.commands import jobs
 from launchers.on_ray import tunnel
 from sbf_dist.errors import UserError
@@ -90,4 +94,86 @@ def test_a_recipe_in_a_folder_that_is_not_sent_is_refused(folder: Path) -> None:
     found = answer("submit", "data/digits.yaml", "--address", "http://127.0.0.1:1")
     assert found == (
         "recipe data/digits.yaml: is not sent, as it lies in data/ or Git ignores it; move it"
+    )
+
+
+@contextmanager
+def dashboard(answers: dict[str, tuple[int, str]]) -> Iterator[str]:
+    """A server that answers paths with a status and a text; the address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, text = answers.get(self.path, (404, "no such path"))
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *_: object) -> None:
+            return
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+VERSION = (200, '{"version": "4", "ray_version": "2.60.0", "ray_commit": "", "session_name": "s"}')
+NO_TOKEN = (401, "Unauthorized: Missing authentication token")
+BAD_TOKEN = (403, "Forbidden: Invalid authentication token")
+MISTAKES = {
+    "no token": (
+        ["jobs"],
+        {"/api/version": NO_TOKEN},
+        "cluster {}: wants a token; give the head's",
+    ),
+    "wrong token": (["jobs"], {"/api/version": BAD_TOKEN}, "cluster {}: refuses the token; give"),
+    "not a dashboard": (["jobs"], {"/api/version": (200, "hello")}, "cluster {}: "),
+    "no such job, logs": (
+        ["logs", "nobody"],
+        {"/api/version": VERSION, "/api/jobs/": (200, "[]")},
+        "job nobody: does not exist at {}; there are: none",
+    ),
+    "no such job, stop": (
+        ["stop", "nobody"],
+        {"/api/version": VERSION, "/api/jobs/": (200, "[]")},
+        "job nobody: does not exist at {}; there are: none",
+    ),
+    "head that fails": (["jobs"], {"/api/version": (500, "broken\nmore")}, "cluster {}: "),
+}
+
+
+@pytest.mark.parametrize(("arguments", "answers", "begins"), MISTAKES.values(), ids=MISTAKES)
+def test_what_a_cluster_answers_is_one_line(
+    arguments: list[str],
+    answers: dict[str, tuple[int, str]],
+    begins: str,
+    sbf: Callable[..., tuple[int, str, str]],
+) -> None:
+    with dashboard(answers) as address:
+        code, _, errors = sbf(*arguments, "--address", address)
+    assert (code, errors.count("\n")) == (2, 1), errors
+    assert errors.startswith(f"sbf: {begins.format(address)}")
+
+
+def test_an_upload_that_is_too_large_is_refused_with_the_largest_files(
+    folder: Path, sbf: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "MOST_BYTES", 2**20)
+    (folder / "large.bin").write_bytes(b"0" * 3 * 2**20)
+    code, _, errors = sbf("submit", "digits.yaml", "--address", "http://127.0.0.1:1")
+    assert (code, errors.count("\n")) == (2, 1)
+    assert errors.startswith(
+        f"sbf: folder {folder}: 3 MiB would be sent, Ray takes 1; the largest files are large.bin "
+        "(3.0 MiB), digits.yaml (0.0 MiB); move them"
+    )
+
+
+def test_a_cluster_file_that_is_none_is_refused_before_anything_is_reached(folder: Path) -> None:
+    (folder / "list.yaml").write_text("- a\n")
+    assert answer("submit", "digits.yaml", "--cluster", "list.yaml") == (
+        "cluster file list.yaml: must be a mapping, as `ray up` takes it"
     )

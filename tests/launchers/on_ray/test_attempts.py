@@ -1,5 +1,7 @@
 """How many workers an attempt gets; attempts on real workers are in test_ray_train.py."""
 
+from contextlib import nullcontext
+
 import pytest
 
 from launchers.interruption import Interrupted, Notice
@@ -16,6 +18,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     there = {"CPU": 0.0, "GPU": 0.0, "now": 0.0}
     monkeypatch.setattr(attempts, "_there", lambda: (there["CPU"], there["GPU"]))
     monkeypatch.setattr(attempts, "runs_locally", lambda: False)
+    monkeypatch.setattr(attempts.held_places, "asked_for", lambda place, count: nullcontext())
     monkeypatch.setattr(attempts.time, "monotonic", lambda: there["now"])
     monkeypatch.setattr(attempts.time, "sleep", lambda s: there.update(now=there["now"] + s))
     return there
@@ -45,7 +48,7 @@ def test_fewer_than_the_minimum_is_one_line_with_what_is_there_and_what_was_aske
         "workers.count = [2, 8]: there are 3 CPUs and 0 GPUs, places for 1 workers with "
         "workers.cpus = 2 and workers.gpus = 0; at least 2 are needed"
     )
-    assert cluster["now"] > ELASTIC.start_timeout
+    assert cluster["now"] >= ELASTIC.start_timeout
 
 
 def test_machines_that_come_in_time_are_waited_for(
@@ -61,3 +64,34 @@ def test_a_signal_ends_the_waiting(cluster: dict[str, float]) -> None:
     with pytest.raises(Interrupted):
         attempts._number_of_workers(ELASTIC, [2], Notice(signum=15))
     assert cluster["now"] == 0
+
+
+def test_places_that_others_use_are_one_line_with_what_is_free(
+    cluster: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    cluster.update(CPU=8, GPU=2)
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 3.0})
+    with pytest.raises(UserError) as caught:
+        attempts._check_used_by_others(ELASTIC, 4)
+    assert str(caught.value) == (
+        "workers.count = [2, 8]: no places for 4 workers within 3 s (workers.start_timeout): of 8 "
+        "CPUs and 2 GPUs, 3 and 0 are free; others use the rest"
+    )
+    cluster["CPU"] = 7  # a machine has gone meanwhile: the next attempt takes fewer
+    attempts._check_used_by_others(ELASTIC, 4)
+
+
+def test_an_autoscaler_is_asked_for_the_least_number(
+    cluster: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(
+        attempts.held_places,
+        "asked_for",
+        lambda place, count: nullcontext(asked.append((place, count))),
+    )
+    with pytest.raises(UserError):
+        attempts._number_of_workers(ELASTIC, [2, 4, 8], Notice())
+    assert asked == [({"CPU": 2}, 2)]

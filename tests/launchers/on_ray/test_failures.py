@@ -1,7 +1,8 @@
 import pytest
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, RayTaskError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-from launchers.on_ray.failures import AttemptError, Budget, judged
+from launchers.on_ray.failures import AttemptError, Budget, judged, judged_start
 from sbf_dist.recipe import Workers
 
 
@@ -51,3 +52,34 @@ def test_what_an_attempt_ended_with_is_told_from_what_that_leads_to(
 ) -> None:
     found = judged(failures, "all of it")
     assert (found.lost, found.cause, found.details) == (is_lost, cause, "all of it")
+
+
+@pytest.mark.parametrize(
+    ("error", "lost", "cause"),
+    [
+        (
+            RuntimeError("Gloo: timed out: Connection refused\nmore"),
+            True,
+            "RuntimeError: Gloo: timed",
+        ),
+        (RuntimeError("no network interface"), False, "RuntimeError: no network interface"),
+        (ActorDiedError(), True, "ActorDiedError: "),
+        (RayTaskError("f", "traceback", ValueError("bad")), False, "ValueError: bad"),
+    ],
+)
+def test_workers_that_do_not_start_are_told_from_those_whose_peers_are_gone(
+    error: Exception, lost: bool, cause: str
+) -> None:
+    found = judged_start(error, "all of it")
+    assert found.lost is lost
+    assert found.cause.startswith(f"the workers did not start: {cause}")
+
+
+def test_a_machine_that_was_lost_is_named() -> None:
+    error = WorkerHealthCheckFailedError(
+        "A worker health check failed.\nWorker info: Worker(node_ip='10.0.0.3', pid=7)\nThe actor "
+        "died because its node has died.",
+        failure=ActorDiedError(),
+    )
+    found = judged({1: error}, "")
+    assert (found.lost, found.cause) == (True, "worker 1 died with machine 10.0.0.3")

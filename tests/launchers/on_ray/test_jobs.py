@@ -136,6 +136,14 @@ def test_a_run_is_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert unknown.returncode == 2
         assert unknown.stderr.startswith(f"sbf: job nobody: does not exist at {address}; there are")
 
+        too_many = ["workers.count=2", "workers.start_timeout=1", "--until", "teachers"]
+        few = sbf("submit", "recipes/digits.yaml", *too_many, "--runs", str(runs))
+        assert few.returncode == 2, few.stdout + few.stderr
+        there = "workers.count = 2: there are 1 CPUs and 0 GPUs, places for 1 workers with"
+        assert f"WARNING {there}" in few.stdout
+        assert f"\nsbf: {there}" in few.stdout
+        assert few.stdout.splitlines()[-1].endswith(": FAILED")
+
         start_job(address, token, "sleep 60", submission_id="long", metadata={RUN: "digits"})
         busy = sbf("submit", "recipes/digits.yaml", "--runs", str(runs))
         assert busy.returncode == 2

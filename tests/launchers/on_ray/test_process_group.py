@@ -1,8 +1,16 @@
 import threading
 
 import psutil
+import pytest
 
-from launchers.on_ray.process_group import listening_socket, tcp_store
+from launchers.on_ray.process_group import interface_of, listening_socket, tcp_store
+
+
+def test_the_interface_is_the_one_that_has_the_address() -> None:
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("::1") == "lo"
+    with pytest.raises(RuntimeError, match=r"no network interface has the address 192\.0\."):
+        interface_of("192.0.2.1")
 
 
 def test_the_rendezvous_listens_at_the_address_of_the_node_alone() -> None:

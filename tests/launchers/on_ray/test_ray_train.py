@@ -17,6 +17,7 @@ import tiny_worker
 from tiny_worker import CHECKPOINT_EVERY, STEPS
 
 from launchers.machine import available_cpus
+from launchers.on_ray import held_places
 from launchers.on_ray.attempts import run_workers
 from launchers.on_ray.local_ray import local_ray
 from sbf_dist.errors import RunError, UserError
@@ -70,6 +71,20 @@ def killed(ray: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
         "warnings": warnings.messages,
         "folder": folder,
     }
+
+
+def test_what_an_attempt_has_left_behind_is_given_back(ray: None) -> None:
+    from ray.util import placement_group, placement_group_table
+
+    left = placement_group([{"CPU": 2}])
+    assert left.wait(60)
+    asked = placement_group([{"CPU": 1}])
+    held_places.give_back()
+    assert {group["state"] for group in placement_group_table().values()} == {"REMOVED"}
+    with held_places.asked_for({"CPU": 1}, 2):
+        assert {g["state"] for g in placement_group_table().values()} > {"REMOVED"}
+    assert asked.id != left.id
+    assert {group["state"] for group in placement_group_table().values()} == {"REMOVED"}
 
 
 class Messages(logging.Handler):
