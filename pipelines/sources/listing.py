@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 from pipelines.index import UNKNOWN, Contents
 from pipelines.inspection import SUFFIXES, Inspection
 from pipelines.roots import Root, patiently, way
-from pipelines.sources.manifest import CLASSES, Manifest, is_prepared, read_manifest, read_samples
+from pipelines.sources.manifest import (
+    CLASSES,
+    WORK,
+    Manifest,
+    is_prepared,
+    read_manifest,
+    read_samples,
+)
 from sbf_dist.errors import UserError
 from sbf_dist.object_storage import ObjectFolder
 
@@ -172,6 +179,8 @@ def _check_prepared(root: ObjectFolder) -> None:
             raise UserError(f"data {root}: holds its images as single files; {remedy}")
         return
     names = patiently(root.names)  # UserError where the bucket does not exist
+    if WORK in names:
+        raise UserError(f"data {root}: has no set in shards; its preparation is not finished")
     state = f"has {', '.join(names[:_MAX_NAMED])} but no set in shards" if names else "is empty"
     raise UserError(f"data {root}: {state}; {remedy}")
 

@@ -5,7 +5,6 @@ import io
 import json
 import re
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +113,7 @@ def read_samples(root: Root, manifest: Manifest) -> pa.Table:
     """samples.parquet; UserError if it is missing or is not the manifest's."""
     path = f"{root}/{SAMPLES}"
     try:
-        # Of a store it is fetched once: its content is checked below.
-        data = read(root, SAMPLES) if isinstance(root, Path) else _fetched(root, manifest.samples)
+        data = read(root, SAMPLES)
     except OSError as error:
         reason = error.strerror or "it is missing"
         raise UserError(f"data {path}: cannot be read ({reason}); prepare it again") from None
@@ -137,11 +135,6 @@ def read_samples(root: Root, manifest: Manifest) -> pa.Table:
             "prepare the set again"
         )
     return table
-
-
-@lru_cache(maxsize=1)
-def _fetched(root: ObjectFolder, _digest: str) -> bytes:
-    return read(root, SAMPLES)
 
 
 def _within(column: pa.ChunkedArray, low: int, high: int) -> tuple[pa.Array, pa.Array]:
