@@ -242,7 +242,9 @@ class OneShotCompression(Compression):
         1, ge=1, le=4096, description="images per forward pass that is timed"
     )
     latency_table: Path | None = Field(
-        None, description="file of measured times; null: sbf-dist/latency.json in the user's cache"
+        None,
+        description="file of measured times; null: latency.json in $SBF_DIST_CACHE, or in "
+        "~/.cache/sbf-dist",
     )
     images: Positive = Field(512, description="number of calibration images; they need no labels")
 

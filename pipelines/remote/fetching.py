@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from contextlib import ExitStack
 
 import numpy as np
@@ -28,11 +28,16 @@ class ShardFetcher:
     While it lives, none of the set's shards is removed from the cache. Its methods raise what
     fetching has raised in the background: UserError for a shard that is missing or
     changed and for the cache's disk, RunError where the store does not answer for minutes.
+
+    here            bool, for each shard: whether it was in the cache when it was last looked for
+    fetched_bytes   of shards, by this process
+    read_bytes      of single images of shards that were on their way; counted by RemoteShards
     """
 
     def __init__(self, index: DataIndex, cache: ShardCache) -> None:
         self.reads, self.cache = StoreReads(index), cache
         self.here: NDArray[np.bool_] = np.zeros(len(index.shards), dtype=bool)
+        self.fetched_bytes = self.read_bytes = 0
         self._contents: Contents = self.reads.contents
         cache.check(max(self._contents.shard_bytes))
         self._resources = ExitStack()
@@ -70,12 +75,14 @@ class ShardFetcher:
         self.here[shard] = handle is not None
         return handle
 
-    def wait(self, shards: Iterable[int], seconds: float) -> None:
-        """Wait until none of these shards is coming any more, `seconds` at most."""
+    def wait(
+        self, shards: Iterable[int], seconds: float, enough: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Wait until none of these shards is coming any more, or `enough`, `seconds` at most."""
         end = time.monotonic() + seconds
         waited_for = {int(shard) for shard in shards}
         with self._change:
-            while not self._error and waited_for & self._wanted.keys():
+            while not self._error and waited_for & self._wanted.keys() and not enough():
                 left = end - time.monotonic()
                 if left <= 0:
                     break
@@ -155,11 +162,17 @@ class ShardFetcher:
 
     def _fetch(self, shard: int) -> Outcome:
         digest, size = self._contents.shard_digests[shard], self._contents.shard_bytes[shard]
+
+        def read(offset: int, count: int) -> bytes:
+            data = self.reads.read(shard, offset, count)
+            with self._change:
+                self.fetched_bytes += count
+                self._change.notify_all()
+            return data
+
         for final in (False, True):
             try:
-                return self.cache.fetch(
-                    digest, size, lambda offset, count: self.reads.read(shard, offset, count)
-                )
+                return self.cache.fetch(digest, size, read)
             except OtherContentError as error:
                 if not final:
                     _log.warning(

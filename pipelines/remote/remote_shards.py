@@ -17,7 +17,8 @@ from pipelines.remote.store_reads import StoreReads
 from pipelines.samples import Shards
 
 AHEAD_BATCHES = 8  # that are known, and whose images are read, before they are asked for
-PATIENCE = 10.0  # seconds that a batch waits for shards
+SINGLE_SHARE = 0.1  # of the bytes that come, for images that cannot wait for their shards
+PATIENCE = 10.0  # seconds that a batch waits for shards at most
 KEPT_BYTES = 2**28  # of a set's images that are read without a cache, so much is kept in memory
 Ids = NDArray[np.int64]
 
@@ -52,10 +53,10 @@ class RemoteShards(Shards):
     cache      fetches whole shards, the first needed first, and keeps them; None, for few images:
                every one is read by itself, and the first KEPT_BYTES stay in memory
 
-    A batch waits for those of its shards that are on their way, PATIENCE seconds at most: fetched
-    as a whole they are needed by all batches that follow. What is not here by then is read image by
-    image, so that a first batch comes soon. So are, ahead of their batch, the images of shards for
-    which the cache has no room.
+    While shards are on their way, images are read one by one with a tenth of what comes
+    (SINGLE_SHARE): what they take is fetched twice, and batches that follow need whole shards. A
+    batch waits until it may, or its shards are here, PATIENCE seconds at most. Images of shards for
+    which the cache has no room are read one by one ahead of their batch.
 
     `take` raises what ShardFetcher and StoreReads do.
     """
@@ -90,9 +91,8 @@ class RemoteShards(Shards):
                 pass
         promised = self._promised(ids)
         missing = self._missing(ids)
-        if self._fetcher is not None and len(missing):
-            self._fetcher.ask(missing, urgent=True)
-            self._fetcher.wait(missing, PATIENCE)
+        if self._fetcher is not None and missing:
+            self._wait(self._fetcher, ids, missing)
         data: dict[int, bytes | Future[bytes]] = {}
         for sample in ids.tolist():
             data[sample] = promised.get(sample) or self._read_soon(sample)
@@ -103,6 +103,25 @@ class RemoteShards(Shards):
             self._upcoming = None
             self._planned.clear()
         return [np.frombuffer(image, dtype=np.uint8) for image in found]
+
+    def _wait(self, fetcher: ShardFetcher, ids: Ids, missing: list[int]) -> None:
+        """Wait for shards, or until their images may be read one by one."""
+        index = self._index
+        assert index.shard is not None
+        within = index.shard[ids]
+        # What has no room waits for nothing, and was read ahead.
+        coming = [shard for shard in missing if not fetcher.has_no_room(shard)]
+        fetcher.ask(missing, urgent=True)
+
+        def needed() -> int:
+            return int(index.file_bytes[ids[np.isin(within, coming) & ~fetcher.here[within]]].sum())
+
+        fetcher.wait(
+            coming,
+            PATIENCE,
+            lambda: fetcher.read_bytes + needed() <= SINGLE_SHARE * fetcher.fetched_bytes,
+        )
+        fetcher.read_bytes += needed()
 
     def explain(self, sample: int) -> str | None:
         fault = inspect_bytes(_result(self._read_soon(sample))).fault

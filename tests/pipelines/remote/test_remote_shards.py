@@ -144,6 +144,13 @@ def test_unlabelled_images_may_lie_beside_the_set_in_the_bucket(s3, shards, tmp_
             index_folder(f"{s3.bucket}/sets/one", **SELECTION, unlabelled=other)
 
 
+@pytest.fixture
+def only_whole(monkeypatch):
+    """Batches wait for their shards: no image is read by itself meanwhile."""
+    monkeypatch.setattr(remote_shards, "SINGLE_SHARE", 0.0)
+
+
+@pytest.mark.usefixtures("only_whole")
 def test_every_shard_is_asked_for_once_and_the_second_epoch_asks_for_nothing(
     address, link, tmp_path
 ):
@@ -258,6 +265,31 @@ def test_a_batch_does_not_wait_forever_for_its_shards(index, cache, shards, monk
     assert same(taken(loader, 6), taken(local, 6))
 
 
+def test_while_shards_come_images_are_read_with_a_share_of_what_comes(
+    index, cache, shards, monkeypatch
+):
+    monkeypatch.setattr(remote_shards, "SINGLE_SHARE", 0.5)
+    monkeypatch.setattr(remote_shards, "PATIENCE", 60.0)
+    monkeypatch.setattr(fetching, "THREADS", 1)
+    go_on = threading.Semaphore(2)  # shards that may come
+    fetch = fetching.ShardFetcher._fetch
+    monkeypatch.setattr(
+        fetching.ShardFetcher, "_fetch", lambda self, shard: go_on.acquire() and fetch(self, shard)
+    )
+    loader = training(index, cache)
+    local = training(index_folder(shards, **SELECTION), None)
+    # Two of five shards have come: as much as one of them is may be read in single images.
+    assert same(taken(loader, 1), taken(local, 1))
+    fetcher = fetching.fetcher_of(index, cache)
+    size = index.contents.shard_bytes[0]
+    assert fetcher.fetched_bytes <= 2 * size * 1.05
+    assert 0 < fetcher.read_bytes <= 0.5 * fetcher.fetched_bytes
+    threading.Timer(0.3, go_on.release, (9,)).start()
+    assert same(taken(loader, 9), taken(local, 9))
+    assert fetcher.read_bytes <= 0.5 * fetcher.fetched_bytes
+
+
+@pytest.mark.usefixtures("only_whole")
 def test_a_changed_shard_is_named_after_a_second_try(address, link, cache, caplog):
     index = index_folder(address, **SELECTION)
     change(address, "train-000002.tar")
