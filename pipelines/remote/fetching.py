@@ -26,8 +26,8 @@ class ShardFetcher:
     """Fetches the shards of one set that were asked for, the most urgent first.
 
     While it lives, none of the set's shards is removed from the cache. Its methods raise what
-    fetching has raised in the background: UserError for a shard that is missing or
-    changed and for the cache's disk, RunError where the store does not answer for minutes.
+    fetching has raised in the background: UserError for a shard that is missing or changed and for
+    the cache's disk, RunError where the store does not answer for minutes.
 
     here            bool, for each shard: whether it was in the cache when it was last looked for
     fetched_bytes   of shards, by this process
@@ -148,7 +148,7 @@ class ShardFetcher:
         if outcome is Outcome.HERE:
             self.here[shard] = True
         if outcome is Outcome.NO_ROOM:
-            if not self._without_room:
+            if not self._full_until:  # said once
                 total = sum(self._contents.shard_bytes) / _GB
                 _log.warning(
                     "data.cache_dir %s: has no room for all shards of %s (%.3g GB; data.cache_gb); "

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from archive_makers import cifar10_python
 
+from launchers.commands.compress import settings_of
 from launchers.display import Display
 from launchers.images import calibration_images, find_again, index_images
 from launchers.run import execution
@@ -110,6 +111,11 @@ def test_a_set_may_move_from_a_folder_to_a_store_and_back(sbf: Sbf, archives, ad
     with pytest.raises(UserError, match=r"data.cache_gb = 1e-05 is less than the largest shard"):
         find_again(store, runs, folder, 0)
         find_again(Data(root=address, cache_gb=1e-5), runs, folder, 0)
+
+
+def test_a_network_is_compressed_on_a_set_at_an_address(address) -> None:
+    settings = settings_of("cifar_resnet8", Path("x"), address, "macs=0.5", [])
+    assert settings.data.root == address
 
 
 def test_few_calibration_images_need_no_cache(address, tmp_path) -> None:
