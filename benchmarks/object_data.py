@@ -58,6 +58,7 @@ THREADS, BATCH, SIDE = 2, 64, 224
 HELD_OUT = 0.02
 CLASSES = 10
 PER_SHARD = 100
+FILLING, TURN = 3, 12  # batches of a turn: before the clock starts, and timed
 CONSOLE = Console(width=140)
 
 
@@ -133,19 +134,18 @@ def seconds_of(loader: TrainLoader, count: int) -> tuple[float, float]:
 
 
 def warm(local: DataIndex, stored: DataIndex, cache: ShardCache, rounds: int) -> dict[str, float]:
-    """Images per second, and processor time for an image, of both, in turns of an epoch."""
+    """Images per second, and processor time for an image, of both, in turns of some batches."""
     loaders = {"folder": batches(local, None), "cache": batches(stored, cache)}
-    count = -(-len(local.parts["labelled"]) // BATCH)
-    for loader in loaders.values():  # shards come here, files into the page cache
-        seconds_of(loader, count)
+    for loader in loaders.values():  # an epoch: shards come here, files into the page cache
+        seconds_of(loader, -(-len(local.parts["labelled"]) // BATCH))
     rates: dict[str, list[float]] = {name: [] for name in loaders}
     costs: dict[str, list[float]] = {name: [] for name in loaders}
     for turn in track(range(rounds), "warm", console=CONSOLE):
         for name in sorted(loaders, reverse=turn % 2 == 1):
-            next(loaders[name])
-            seconds, cpu = seconds_of(loaders[name], count)
-            rates[name].append(count * BATCH / seconds)
-            costs[name].append(1e3 * cpu / (count * BATCH))
+            seconds_of(loaders[name], FILLING)
+            seconds, cpu = seconds_of(loaders[name], TURN)
+            rates[name].append(TURN * BATCH / seconds)
+            costs[name].append(1e3 * cpu / (TURN * BATCH))
     for loader in loaders.values():
         loader.close()
     speed = [a / b for a, b in zip(rates["cache"], rates["folder"], strict=True)]
@@ -211,7 +211,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--images", type=int, default=2000, help="photographs; default 2000")
-    parser.add_argument("--rounds", type=int, default=9, help="turns of each loader; default 9")
+    parser.add_argument("--rounds", type=int, default=40, help="turns of each loader; default 40")
     parser.add_argument(
         "--rates", type=float, nargs="+", default=[4, 16], help="of the link, MB/s; default 4 16"
     )
