@@ -259,7 +259,8 @@ def main() -> None:
             "date": datetime.date.today().isoformat(),
             "machine": machine(),
             "cores": len(os.sched_getaffinity(0)),
-            "load_average_of_other_programs_too": {
+            # Above the number of cores, other programs were at work: then rates say little.
+            "load_average": {
                 "before": round(load, 1),
                 "after": round(os.getloadavg()[0], 1),
             },
