@@ -126,7 +126,7 @@ def cifar_rates(folder: Path, images: int, rounds: int) -> dict[str, float]:
     write_crops(root, images, size=(32, 32), kind="png")
     index = index_folder(root, labelled_per_class=None, validation=10, seed=0)
     ids = index.parts["labelled"]
-    pixels = np.array(decode_all(index, ids, threads=THREADS).take(ids))
+    pixels = np.array(decode_all(index, ids, Reader(threads=THREADS)).take(ids))
     padded = Augmentation(crop="padded")
     strong = Augmentation(crop="padded", rand_augment=2)
     loaders = {

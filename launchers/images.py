@@ -11,9 +11,13 @@ from launchers.display import Display
 from pipelines.index import INDEX, DataIndex
 from pipelines.loader import EvalLoader
 from pipelines.reader import Reader
+from pipelines.remote.remote_shards import KEPT_BYTES
+from pipelines.remote.shard_cache import ShardCache
+from pipelines.roots import Root, root_of
 from pipelines.sources import digits, photos
 from pipelines.sources.folder import index_folder
 from sbf_dist.compression.calibration import Calibration
+from sbf_dist.errors import UserError
 from sbf_dist.recipe import Data
 
 BATCH_SIZE = 64
@@ -25,7 +29,7 @@ _EMBEDDED = {"digits": digits.write, "photos": photos.write}
 def index_images(data: Data, runs: Path, seed: int, display: Display) -> DataIndex:
     """Find and check a recipe's images and divide them into parts; embedded sets are written."""
     return index_folder(
-        _root(data, runs),
+        _place(data, runs),
         labelled_per_class=data.labelled_per_class,
         validation=data.validation,
         seed=seed,
@@ -36,31 +40,59 @@ def index_images(data: Data, runs: Path, seed: int, display: Display) -> DataInd
     )
 
 
-def _root(data: Data, runs: Path) -> Path:
-    """Return where the images are; embedded sets are written."""
-    root = data.root
+def _place(data: Data, runs: Path) -> Path | str:
+    """Return the folder or the address of the images; embedded sets are written."""
+    place = data.root
     if data.source in _EMBEDDED:
-        root = root or runs / "data" / data.source
-        _EMBEDDED[data.source](root)
-    assert root is not None
-    return root.expanduser().absolute()
+        place = place or runs / "data" / data.source
+        assert isinstance(place, Path), place
+        _EMBEDDED[data.source](place)
+    assert place is not None
+    return place
 
 
-def find_again(data: Data, runs: Path, folder: Path) -> None:
+def find_again(data: Data, runs: Path, folder: Path, seed: int) -> None:
     """Let the index in `folder`, if there is one, be of the recipe's images wherever they are now.
 
     A run's folder, or the images, may have been moved since. UserError where the images are not
-    those that were indexed, by their names and sizes.
+    those that were indexed (in a folder by their names and sizes, in an object store by those in
+    the list of the prepared set), and for a cache that holds none of their shards.
     """
     if not (folder / INDEX).exists():
         return
     index = DataIndex.load(folder)
-    wanted = data.root.expanduser() if data.root is not None else None
-    if wanted is not None and not wanted.is_dir() and index.root.is_dir():
+    cache = shard_cache(data)
+    if cache is not None and index.contents is not None:
+        cache.check_gigabytes(max(index.contents.shard_bytes))
+    if data.root is not None and _is_elsewhere(root_of(data.root), index.root):
         return  # a relative path, given in another folder
-    root = _root(data, runs)
-    if root != index.root:
+    root = root_of(_place(data, runs))
+    if root == index.root:
+        return
+    if isinstance(root, Path):
         index.at(root).save(folder)
+        return
+    found = index_images(data, runs, seed, Display())
+    if found.digest != index.digest:
+        raise UserError(
+            f"data {root}: holds other images, or in other shards, than {index.root}, which were "
+            "indexed; prepare the new ones with --again prepare or under another name (name=…)"
+        )
+    found.save(folder)
+
+
+def _is_elsewhere(wanted: Root, known: Root) -> bool:
+    """Whether a folder is not there, and the one that was indexed is."""
+    if isinstance(wanted, Path):
+        return not wanted.is_dir() and isinstance(known, Path) and known.is_dir()
+    return False
+
+
+def shard_cache(data: Data) -> ShardCache | None:
+    """Return this machine's cache of the recipe's shards; None where they lie in a folder."""
+    if not isinstance(data.root, str):
+        return None
+    return ShardCache.at(data.cache_dir, data.cache_gb)
 
 
 def images_read(display: Display) -> Callable[[int, int], None]:
@@ -100,10 +132,16 @@ def evaluation_loader(
 ) -> EvalLoader:
     """Return the batches of `ids` as the student sees them in evaluation."""
     others = dict.fromkeys(("labelled", "unlabelled"), ids[:0])
+    few = int(index.file_bytes[ids].sum()) <= KEPT_BYTES
     return EvalLoader(
         dataclasses.replace(index, parts=others | {"validation": ids}),
         "validation",
-        Reader(threads=data.threads, device=device),
+        Reader(
+            threads=data.threads,
+            device=device,
+            # For few images of a store, whole shards would be fetched in vain.
+            shard_cache=None if few else shard_cache(data),
+        ),
         batch_size=batch_size,
         view=data.view,
         crop=data.crop,

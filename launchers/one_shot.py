@@ -82,9 +82,10 @@ def compress_once(
 def _index(settings: OneShot, runs: Path, display: Display) -> DataIndex:
     """The images, which may lie in one folder without classes."""
     root = settings.data.root
-    plain = root is not None and root.is_dir() and not any(p.is_dir() for p in root.iterdir())
-    if settings.data.source == "folder" and root is not None and plain and any(root.iterdir()):
-        return index_plain(root, progress=images_read(display))
+    if settings.data.source == "folder" and isinstance(root, Path) and root.is_dir():
+        within = list(root.iterdir())
+        if within and not any(path.is_dir() for path in within):
+            return index_plain(root, progress=images_read(display))
     return index_images(settings.data, runs, settings.seed, display)
 
 

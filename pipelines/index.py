@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,8 +17,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines.names import Names
+from pipelines.roots import Root, root_of
 from sbf_dist.errors import UserError
 from sbf_dist.files import replacing, write_json
+from sbf_dist.object_storage import ObjectFolder
 
 PARTS = ("labelled", "unlabelled", "validation")
 UNKNOWN = -1
@@ -27,10 +30,40 @@ INDEX = "index.json"
 
 
 @dataclass(frozen=True, eq=False)
+class Contents:
+    """What tells whether the bytes that come out of an object store are those that were indexed.
+
+    shard_bytes    the size of each shard
+    shard_digests  its SHA-256, 64 hexadecimal digits
+    images         uint8 (n, 32): the SHA-256 of each encoded image
+    """
+
+    shard_bytes: list[int]
+    shard_digests: list[str]
+    images: NDArray[np.uint8]
+
+    def take(self, rows: Sequence[int] | NDArray[np.int64]) -> "Contents":
+        """Return the contents of some of the images; the shards stay."""
+        return dataclasses.replace(self, images=self.images[rows])
+
+    @classmethod
+    def joined(cls, one: "Contents | None", other: "Contents | None") -> "Contents | None":
+        """Return both, one behind the other; None if neither is known."""
+        if one is None or other is None:
+            assert one is other, "one of two sets is in an object store"
+            return None
+        return cls(
+            one.shard_bytes + other.shard_bytes,
+            one.shard_digests + other.shard_digests,
+            np.concatenate([one.images, other.images]),
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class DataIndex:
     """All usable images below a root. A sample's id is its row, 0 … n − 1; rows are sorted by name.
 
-    root         where the files are
+    root         where the files are: a folder, or one in an object store
     classes      class names; a label is a position in this list
     files        paths relative to root, "/" between folders, as a column (Names) whatever it is
                  given as. Where there are shards: the names of their members.
@@ -44,9 +77,10 @@ class DataIndex:
     shard        int64 (n,): the position in `shards` of each image's tar file, −1 for an image that
                  is a file of its own after all
     offset       int64 (n,): the image's first byte in it; it is file_bytes long, not compressed
+    contents     digests, where the root is in an object store
     """
 
-    root: Path
+    root: Root
     classes: list[str]
     files: Sequence[str]
     labels: NDArray[np.int64]
@@ -57,10 +91,12 @@ class DataIndex:
     shards: list[str] = field(default_factory=list)
     shard: NDArray[np.int64] | None = None
     offset: NDArray[np.int64] | None = None
+    contents: Contents | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "files", Names(self.files))
         assert bool(self.shards) == (self.shard is not None) == (self.offset is not None)
+        assert isinstance(self.root, ObjectFolder) == (self.contents is not None)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -73,11 +109,11 @@ class DataIndex:
     def place(self, sample: int) -> str:
         """Where a sample is, for a message: its file, or its shard and its name there."""
         if self.shard is None or self.shard[sample] == NO_SHARD:
-            return str(self.root / self.files[sample])
-        return f"{self.root / self.shards[self.shard[sample]]}:{self.files[sample]}"
+            return f"{self.root}/{self.files[sample]}"
+        return f"{self.root}/{self.shards[self.shard[sample]]}:{self.files[sample]}"
 
     def at(self, root: Path) -> "DataIndex":
-        """Return the index of the same images at another root.
+        """Return the index of the same images in another folder.
 
         UserError, naming the first file, where they are not there, by their names and sizes.
         """
@@ -99,7 +135,7 @@ class DataIndex:
                     f"data {root}: {name} is missing; the images that were indexed were in "
                     f"{self.root}; put them back, or give --again prepare"
                 )
-        return dataclasses.replace(self, root=root)
+        return dataclasses.replace(self, root=root, contents=None)
 
     @cached_property
     def digest(self) -> str:
@@ -146,11 +182,16 @@ class DataIndex:
         }
         if self.shards:
             columns |= {"shard": self.shard, "offset": self.offset}
+        if self.contents is not None:
+            digests = pa.py_buffer(np.ascontiguousarray(self.contents.images))
+            columns["sha256"] = pa.FixedSizeBinaryArray.from_buffers(
+                pa.binary(32), len(self), [None, digests]
+            )
         table = pa.table(columns)
         samples = f"samples-{self.digest[:16]}.parquet"
         about = {
             "format": _FORMAT,
-            "root": str(self.root),
+            "root": str(self.root) if isinstance(self.root, Path) else self.root.address,
             "classes": self.classes,
             "shards": self.shards,
             "samples": samples,
@@ -158,6 +199,9 @@ class DataIndex:
             "counts": {part: len(ids) for part, ids in self.parts.items()},
             "skipped": self.skipped,
         }
+        if self.contents is not None:
+            about["shard_bytes"] = self.contents.shard_bytes
+            about["shard_digests"] = self.contents.shard_digests
         with replacing(folder / samples) as partial:
             pq.write_table(table, partial)
         write_json(folder / INDEX, about)
@@ -182,12 +226,12 @@ class DataIndex:
             columns = {
                 name: table[name].to_numpy().astype(np.int64)
                 for name in table.column_names
-                if name not in ("file", "part")
+                if name not in ("file", "part", "sha256")
             }
             part = pc.index_in(table["part"].cast(pa.string()), pa.array(PARTS))
             codes = part.fill_null(-1).to_numpy()
             index = cls(
-                root=Path(about["root"]),
+                root=root_of(about["root"]),
                 classes=list(about["classes"]),
                 files=Names(table["file"]),
                 labels=columns["label"],
@@ -198,6 +242,7 @@ class DataIndex:
                 shards=list(about.get("shards", [])),
                 shard=columns.get("shard"),
                 offset=columns.get("offset"),
+                contents=_contents(about, table),
             )
         except FileNotFoundError as error:
             raise UserError(f"index {folder}: {error.filename} is missing; {again}") from error
@@ -217,3 +262,15 @@ class DataIndex:
             assert (codes[ids] == -1).all(), f"part {part} shares samples with another"
             codes[ids] = code
         return codes
+
+
+def _contents(about: dict[str, Any], table: pa.Table) -> Contents | None:
+    """The digests in the two files of an index, if they have such."""
+    if "sha256" not in table.column_names:
+        return None
+    digests = table["sha256"].combine_chunks()
+    column = digests.chunk(0) if isinstance(digests, pa.ChunkedArray) else digests
+    images = np.frombuffer(column.buffers()[1], np.uint8).reshape(-1, 32)
+    # A copy: what Arrow has read is given back to the system.
+    images = images[column.offset : column.offset + len(column)].copy()
+    return Contents(list(about["shard_bytes"]), list(about["shard_digests"]), images)

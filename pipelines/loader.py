@@ -19,7 +19,8 @@ from pipelines.mixup import draw_mixup
 from pipelines.order import SampleStream, evaluation_shard, rank_start
 from pipelines.reader import Reader, check_count
 from pipelines.resizing import resized_batch
-from pipelines.samples import Pixels, Samples, stored_samples
+from pipelines.samples import Pixels, Samples
+from pipelines.stored import stored_samples
 from sbf_dist.errors import UserError
 from sbf_dist.settings import Augmentation, View
 
@@ -189,10 +190,19 @@ class TrainLoader:
 
     def _samples(self) -> Samples:
         if self._reader.cache == "none":
-            return stored_samples(self._index)
+            upcoming = self._upcoming(self._handed_out)
+            return stored_samples(self._index, self._stream.ids, upcoming, self._reader.shard_cache)
         if self._pixels is None:
-            self._pixels = decode_all(self._index, self._stream.ids, threads=self._reader.threads)
+            self._pixels = decode_all(self._index, self._stream.ids, self._reader)
         return self._pixels
+
+    def _upcoming(self, position: int) -> Iterator[NDArray[np.int64]]:
+        """The ids of this rank's batches from the global batch at `position` on, without end."""
+        stream = SampleStream(self._stream.ids, self._stream.seed)
+        while True:
+            start = rank_start(position, self._batch_size, self._reader.rank)
+            yield stream.take(start, self._batch_size)
+            position += self._batch_size * self._reader.world_size
 
     def _submit(self, flight: Flight) -> None:
         start = rank_start(self._submitted, self._batch_size, self._reader.rank)
@@ -256,7 +266,9 @@ class EvalLoader:
         if not len(self):
             return
         reader = replace(self._reader, prefetch=min(self._reader.prefetch, len(self)))
-        samples = stored_samples(self._index)
+        starts = range(0, len(self._ids), self._batch_size)
+        batches = [self._ids[start : start + self._batch_size] for start in starts]
+        samples = stored_samples(self._index, self._ids, batches, reader.shard_cache)
         form = Form.of(
             self._view,
             reader,
@@ -265,18 +277,15 @@ class EvalLoader:
             largest=_largest(self._index.sizes[self._ids]),
         )
         flight = Flight(evaluate_graph(form, crop=self._crop), samples, reader)
-        starts = iter(range(0, len(self._ids), self._batch_size))
+        waiting = iter(batches)
         for _ in range(reader.prefetch):
-            self._submit(flight, next(starts))
+            flight.submit(next(waiting), {})
         for _ in range(len(self)):
             ids, (images,) = flight.take()
-            start = next(starts, None)
-            if start is not None:
-                self._submit(flight, start)
+            following = next(waiting, None)
+            if following is not None:
+                flight.submit(following, {})
             yield _batch(images, self._index.labels[ids], ids)
-
-    def _submit(self, flight: Flight, start: int) -> None:
-        flight.submit(self._ids[start : start + self._batch_size], {})
 
 
 def _batch(images: torch.Tensor, labels: NDArray[np.int64], ids: NDArray[np.int64]) -> Batch:

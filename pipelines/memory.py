@@ -9,7 +9,8 @@ from pipelines.flight import Flight
 from pipelines.graphs import Form, decode_graph
 from pipelines.index import DataIndex
 from pipelines.reader import Reader
-from pipelines.samples import Pixels, stored_samples
+from pipelines.samples import Pixels
+from pipelines.stored import stored_samples
 from sbf_dist.errors import UserError
 from sbf_dist.settings import View
 
@@ -19,8 +20,8 @@ _MAX_MEMORY_SHARE = 0.5  # of the memory that is free
 _UNUSED_VIEW = View(image_size=1, mean=(0, 0, 0), std=(1, 1, 1))  # decoding alone asks for no view
 
 
-def decode_all(index: DataIndex, ids: NDArray[np.int64], *, threads: int) -> Pixels:
-    """Decode the samples `ids` (ascending) on the CPU and keep their pixels.
+def decode_all(index: DataIndex, ids: NDArray[np.int64], reader: Reader) -> Pixels:
+    """Decode the samples `ids` (ascending) on the CPU, in the reader's threads; keep their pixels.
 
     UserError where they would fill more than half of the free memory, or where an image has
     vanished, is damaged, or has another size than when it was indexed.
@@ -33,12 +34,12 @@ def decode_all(index: DataIndex, ids: NDArray[np.int64], *, threads: int) -> Pix
             f"in every worker, {free / 1e9:.1f} GB are free here; use cache: none"
         )
     pixels = Pixels(ids, sizes)
-    samples = stored_samples(index)
     batches = [ids[start : start + _BATCH_SIZE] for start in range(0, len(ids), _BATCH_SIZE)]
+    samples = stored_samples(index, ids, batches, reader.shard_cache)
     depth = min(_PREFETCH, len(batches))
-    reader = Reader(threads=threads, prefetch=depth)
-    form = Form.of(_UNUSED_VIEW, reader, batch_size=_BATCH_SIZE, source=samples.source)
-    flight = Flight(decode_graph(form), samples, reader)
+    on_cpu = Reader(threads=reader.threads, prefetch=depth)
+    form = Form.of(_UNUSED_VIEW, on_cpu, batch_size=_BATCH_SIZE, source=samples.source)
+    flight = Flight(decode_graph(form), samples, on_cpu)
     for batch in batches[:depth]:
         flight.submit(batch, {})
     for number in range(len(batches)):

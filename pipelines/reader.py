@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 
+from pipelines.remote.shard_cache import ShardCache
 from sbf_dist.errors import UserError
 
 DTYPES = ("float32", "float16")
@@ -23,6 +24,8 @@ class Reader:
     cache              of training images: "memory" decodes all of them when the first batch is
                        asked for and keeps their pixels, for small data sets; "none" decodes them
                        each time. Evaluation always decodes
+    shard_cache        keeps shards of an object store on this machine's disk; None: images are read
+                       one by one
     UserError for a value that does not fit.
     """
 
@@ -33,6 +36,7 @@ class Reader:
     prefetch: int = 2
     dtype: Literal["float32", "float16"] = "float32"
     cache: Literal["none", "memory"] = "none"
+    shard_cache: ShardCache | None = None
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.world_size, f"rank {self.rank} of {self.world_size}"

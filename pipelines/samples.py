@@ -2,6 +2,7 @@
 
 import os
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,11 +27,6 @@ class Samples(Protocol):
         """The fault of a sample, as one line that names it; None if it has no fault."""
 
 
-def stored_samples(index: DataIndex) -> "Files | Shards":
-    """The images where the index says that they are."""
-    return Shards(index) if index.shards else Files(index)
-
-
 class Files:
     """Images in files of their own: DALI gets their names and reads them."""
 
@@ -47,12 +43,12 @@ class Files:
     def read(self, sample: int) -> bytes:
         """The bytes of one file; UserError if it was removed."""
         try:
-            return (self._index.root / self._index.files[sample]).read_bytes()
+            return self._path(sample).read_bytes()
         except OSError as error:
             raise UserError(self.explain(sample) or f"image: {error}") from error
 
     def explain(self, sample: int) -> str | None:
-        path = self._index.root / self._index.files[sample]
+        path = self._path(sample)
         if not path.is_file():
             return (
                 f"image {path}: was removed after it was indexed; restore it or index the "
@@ -60,6 +56,9 @@ class Files:
             )
         fault = inspect_image(path).fault
         return None if fault is None else f"image {path}: changed since it was indexed: {fault}"
+
+    def _path(self, sample: int) -> Path:
+        return Path(self._root, self._index.files[sample])
 
 
 class Shards:
@@ -111,18 +110,22 @@ class Shards:
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
-        path = self._index.root / self._index.shards[shard]
+        handle = self._opened(shard)
+        self._open[shard] = handle
+        if len(self._open) > _MAX_OPEN_SHARDS:
+            os.close(self._open.popitem(last=False)[1])
+        return handle
+
+    def _opened(self, shard: int) -> int:
+        """Return a new descriptor of a shard."""
+        path = f"{self._index.root}/{self._index.shards[shard]}"
         try:
-            handle = os.open(path, os.O_RDONLY)
+            return os.open(path, os.O_RDONLY)
         except OSError as error:
             raise UserError(
                 f"shard {path}: cannot be opened ({error.strerror}); restore it or index the "
                 "images again"
             ) from error
-        self._open[shard] = handle
-        if len(self._open) > _MAX_OPEN_SHARDS:
-            os.close(self._open.popitem(last=False)[1])
-        return handle
 
     def __del__(self) -> None:
         for handle in self._open.values():

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.roots import Root
 from sbf_dist.errors import UserError
 from sbf_dist.files import write_text
 
@@ -68,7 +69,7 @@ def write_split(path: Path, names: Iterable[str], heading: str) -> None:
 
 
 def parts(
-    root: Path,
+    root: Root,
     classes: Sequence[str],
     files: Sequence[str],
     labels: NDArray[np.int64],
@@ -99,7 +100,7 @@ def parts(
 
 
 def by_class(
-    root: Path, classes: Sequence[str], labels: NDArray[np.int64], roles: NDArray[np.str_]
+    root: Root, classes: Sequence[str], labels: NDArray[np.int64], roles: NDArray[np.str_]
 ) -> list[NDArray[np.int64]]:
     """The ids of each class's training images; UserError for a class without one."""
     rows = np.flatnonzero(roles == "train")
@@ -115,7 +116,7 @@ def by_class(
 
 
 def pick_labelled(
-    root: Path,
+    root: Root,
     classes: Sequence[str],
     train: Sequence[NDArray[np.int64]],
     labelled: int | float,
@@ -156,7 +157,7 @@ def share_out(counts: NDArray[np.int64], take: int, caps: NDArray[np.int64]) -> 
 
 
 def _listed(
-    root: Path,
+    root: Root,
     classes: Sequence[str],
     files: Sequence[str],
     train: Sequence[NDArray[np.int64]],
@@ -194,7 +195,7 @@ def _listed(
 
 
 def _hold_out(
-    root: Path,
+    root: Root,
     classes: Sequence[str],
     train: list[NDArray[np.int64]],
     selection: Selection,

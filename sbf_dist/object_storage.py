@@ -83,6 +83,9 @@ class ObjectFolder:
             raise UserError(f"{shown}: must end with the folder, without ? and #")
         return cls(address.rstrip("/"))
 
+    def __str__(self) -> str:
+        return without_credentials(self.address)
+
     def child(self, name: str) -> "ObjectFolder":
         """Return the folder `name` in this one."""
         return ObjectFolder(f"{self.address}/{name}")
@@ -104,6 +107,17 @@ class ObjectFolder:
                 if info.type == FileType.File
             }
 
+    def names(self) -> list[str]:
+        """Return the names of the objects and folders right in this one, sorted; [] for none."""
+        from pyarrow.fs import FileSelector
+
+        with self._explained(""):
+            system, root = self._place("")
+            try:
+                return sorted(info.base_name for info in system.get_file_info(FileSelector(root)))
+            except FileNotFoundError:
+                return []
+
     def find(self, key: str) -> StoredObject | None:
         """Return the object `key`; None where there is none."""
         from pyarrow.fs import FileType
@@ -121,6 +135,15 @@ class ObjectFolder:
             system, place = self._place(key)
             with system.open_input_stream(place) as stream:
                 return bytes(stream.read())
+
+    @contextmanager
+    def opened(self, key: str) -> Iterator["OpenObject"]:
+        """Open an object to read parts of it."""
+        with self._explained(key):
+            system, place = self._place(key)
+            file = system.open_input_file(place)
+        with file:
+            yield OpenObject(self, key, file)
 
     def write(self, key: str, data: bytes) -> None:
         """Write an object, in place of one of that key; it is there as a whole or not at all."""
@@ -173,6 +196,26 @@ class ObjectFolder:
             if isinstance(error, OSError) and error.filename is not None:
                 raise  # of a file on this machine
             raise _judged(f"{self.address}/{key}".rstrip("/"), error) from error
+
+
+class OpenObject:
+    """An object whose parts are read, each with a request of its own, by any number of threads."""
+
+    def __init__(self, folder: ObjectFolder, key: str, file: Any) -> None:
+        self._folder, self._key, self._file = folder, key, file
+        self.size: int = file.size()  # bytes
+
+    def read(self, offset: int, count: int) -> bytes:
+        """Return `count` bytes from `offset` on, fewer where the object ends before.
+
+        Raises what ObjectFolder does.
+        """
+        wanted = max(0, min(count, self.size - offset))
+        with self._folder._explained(self._key):
+            data = bytes(self._file.read_at(wanted, offset))
+            if len(data) < wanted:  # pyarrow does not say so
+                raise OSError("the connection ended before the answer did")
+            return data
 
 
 def is_address(place: str) -> bool:

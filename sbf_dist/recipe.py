@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from sbf_dist.schema import (
     Above0,
     Name,
+    Place,
     Positive,
     RunName,
     Section,
@@ -39,12 +40,16 @@ class Data(Section):
         "scikit-learn and scikit-image, written as JPEG files first; a set's name: root must be "
         "that set with all its classes (sbf data prepare)",
     )
-    root: Path | None = Field(
+    root: Place | None = Field(
         None,
-        description="folder of images, or a prepared set; optional for 'digits' and 'photos'",
+        description="folder of images, or a prepared set; s3://BUCKET/FOLDER (gs://, abfs://): "
+        "shards that sbf data prepare --format webdataset wrote there; optional for 'digits' and "
+        "'photos'",
     )
-    unlabelled: Path | None = Field(
-        None, description="folder with more images, without labels, in any depth"
+    unlabelled: Place | None = Field(
+        None,
+        description="folder with more images, without labels, in any depth; where root is an "
+        "address, another one of its bucket",
     )
     labelled_per_class: int | float | None = Field(
         None,
@@ -73,6 +78,18 @@ class Data(Section):
         "none",
         description="'memory': each worker decodes all images once and keeps them (small images)",
     )
+    cache_dir: Path | None = Field(
+        None,
+        exclude_if=equals(None),
+        description="folder on each node's own disk that keeps shards of an object store for all "
+        "its workers; null: shards in $SBF_DIST_CACHE, or in ~/.cache/sbf-dist",
+    )
+    cache_gb: Above0 | None = Field(
+        None,
+        exclude_if=equals(None),
+        description="largest size of cache_dir, GB (10^9 bytes); null: a twentieth of its disk "
+        "stays free",
+    )
     threads: Positive = Field(1, description="DALI's CPU threads per worker")
 
     @field_validator("validation", "labelled_per_class", mode="before")
@@ -88,6 +105,11 @@ class Data(Section):
     def _has_root(self) -> "Data":
         if (self.source == "folder" or self.expected) and self.root is None:
             raise ValueError(f"root must name a folder of images for source: {self.source}")
+        if isinstance(self.root, str) and self.source in ("digits", "photos"):
+            raise ValueError(
+                f"root = {self.root!r} must be a folder for source: {self.source}, whose images "
+                "are written there"
+            )
         return self
 
     @model_validator(mode="after")
@@ -220,7 +242,9 @@ class OneShotCompression(Compression):
         1, ge=1, le=4096, description="images per forward pass that is timed"
     )
     latency_table: Path | None = Field(
-        None, description="file of measured times; null: sbf-dist/latency.json in the user's cache"
+        None,
+        description="file of measured times; null: latency.json in $SBF_DIST_CACHE, or in "
+        "~/.cache/sbf-dist",
     )
     images: Positive = Field(512, description="number of calibration images; they need no labels")
 
@@ -356,7 +380,7 @@ class Recipe(Section):
             "checkpoints": True,
             "tracking": True,
             "compress": {"latency_table"},
-            "data": {"cache"},
+            "data": {"cache", "cache_dir", "cache_gb"},
         }
         return self.model_dump(mode="json", exclude=elsewhere)
 

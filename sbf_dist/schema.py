@@ -7,10 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+)
 
 from sbf_dist import strict_yaml
 from sbf_dist.errors import UserError, without_credentials
+from sbf_dist.object_storage import ObjectFolder, is_address
 
 Positive = typing.Annotated[int, Field(ge=1)]
 Share = typing.Annotated[float, Field(gt=0, le=1)]
@@ -33,6 +41,22 @@ def _is_free(name: str) -> str:
     return name
 
 
+def _path_or_address(value: object) -> Path | str:
+    if isinstance(value, Path):
+        return value
+    if not isinstance(value, str):
+        raise ValueError("must be a path, or an address as s3://BUCKET/FOLDER")
+    if not is_address(value):
+        return Path(value)
+    try:
+        return ObjectFolder.at(value).address
+    except UserError as error:
+        raise ValueError(str(error)) from None
+
+
+# A folder of this machine as a Path, or the address of one in an object store as a string, which a
+# Path would spoil: it makes s3:/x of s3://x.
+Place = typing.Annotated[Path | str, PlainValidator(_path_or_address)]
 RunName = typing.Annotated[Name, AfterValidator(_is_free)]
 
 

@@ -86,8 +86,9 @@ def test_the_library_knows_neither_launchers_nor_pipelines():
         assert not strangers, f"{package} is imported in sbf_dist"
 
 
-def test_pipelines_know_errors_files_and_settings_of_the_library_at_most():
-    allowed = ("sbf_dist.errors", "sbf_dist.files", "sbf_dist.recipe", "sbf_dist.settings")
+def test_pipelines_know_errors_files_stores_and_settings_of_the_library_at_most():
+    modules = ("errors", "files", "object_storage", "recipe", "settings")
+    allowed = tuple(f"sbf_dist.{name}" for name in modules)
     for module, names in IMPORTS.items():
         if not within(module, "pipelines"):
             continue

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sbf_dist.files import flush_below, replacing, sha256, write_json, write_text
+from sbf_dist.files import cache_folder, flush_below, replacing, sha256, write_json, write_text
 
 
 def test_a_file_is_replaced_once_its_new_content_is_whole(tmp_path):
@@ -71,3 +71,24 @@ def test_a_folder_is_flushed_with_all_that_is_in_it(tmp_path, monkeypatch):
     flush_below(tmp_path)
     assert set(flushed) == {str(tmp_path), f"{tmp_path}/inner", f"{tmp_path}/inner/file"}
     assert flushed[-1] == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("ours", "users", "place"),
+    [
+        ("/disk/caches", "/var/cache/me", "/disk/caches"),
+        ("~/caches", None, "/home/me/caches"),
+        (None, "/var/cache/me", "/var/cache/me/sbf-dist"),
+        (None, "relative/cache", "/home/me/.cache/sbf-dist"),
+        ("", "", "/home/me/.cache/sbf-dist"),
+        (None, None, "/home/me/.cache/sbf-dist"),
+    ],
+)
+def test_the_cache_is_where_the_environment_says(monkeypatch, ours, users, place):
+    monkeypatch.setenv("HOME", "/home/me")
+    for name, value in (("SBF_DIST_CACHE", ours), ("XDG_CACHE_HOME", users)):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    assert cache_folder() == Path(place)

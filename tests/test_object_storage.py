@@ -33,6 +33,26 @@ def test_objects_are_listed_by_key_with_size_and_time(folder):
     assert set(folder.child("a").objects()) == {"b"}
 
 
+def test_names_are_those_of_one_level(folder):
+    assert folder.names() == []
+    folder.write("b/c", b"1")
+    folder.write("a", b"1")
+    assert folder.names() == ["a", "b"]
+    with pytest.raises(UserError, match="s3://no-such-bucket/x: the bucket does not exist"):
+        ObjectFolder.at("s3://no-such-bucket/x").names()
+
+
+def test_parts_of_an_object_are_read(folder):
+    folder.write("x", b"0123456789")
+    with folder.opened("x") as file:
+        assert file.size == 10
+        assert file.read(3, 4) == b"3456"
+        assert file.read(8, 4) == b"89"
+        assert file.read(10, 4) == b""
+    with pytest.raises(FileNotFoundError), folder.opened("none"):
+        pass
+
+
 def test_a_folder_does_not_see_its_neighbour(s3, folder):
     ObjectFolder.at(f"{s3.bucket}/runs/digits-2").write("c", b"1")
     assert folder.objects() == {}

@@ -305,7 +305,13 @@ def test_a_key_that_is_wrongly_written_comes_before_the_one_that_is_missing_for_
         ("data.source=mnist", "data.source = 'mnist' must be 'digits', 'photos', 'folder',"),
         ("data.source=imagenet", "data: root must name a folder of images for source: imagenet"),
         ("data.source=folder", "data: root must name a folder of images for source: folder"),
-        ("data.root=[1]", "data.root = [1] must be a path"),
+        ("data.root=[1]", "data.root = [1] must be a path, or an address as s3://BUCKET/FOLDER"),
+        ("data.root=ftp://host/x", "data.root: ftp://host/x: ftp:// is not known; s3://, gs://"),
+        ("data.root=s3:///x", "data.root: s3:///x: names no bucket, as in s3://BUCKET/FOLDER"),
+        ("data.root=s3://me:secret@b/x", "data.root: s3://***@b/x: credentials do not belong"),
+        ("data.unlabelled=x://y", "data.unlabelled: x://y: x:// is not known"),
+        ("data.root=s3://b/x", "data: root = 's3://b/x' must be a folder for source: digits"),
+        ("data.cache_gb=0", "data.cache_gb = 0 must be greater than 0"),
         ("data.validation=-3", "data.validation: -3 must be a number of images or a share"),
         ("data.validation=1.0", "data.validation: 1.0 must be a number of images or a share"),
         ("data.validation=true", "data.validation: True must be a number of images"),
@@ -424,11 +430,24 @@ def test_every_field_says_what_it_is_for():
 
 def test_what_is_cached_is_no_part_of_the_identity_and_how_images_vary_is(path):
     plain = recipe.load(path)
-    assert recipe.load(path, ["data.cache=memory"]).digest() == plain.digest()
+    for cache in ("cache=memory", "cache_dir=/disk", "cache_gb=5"):
+        assert recipe.load(path, [f"data.{cache}"]).digest() == plain.digest()
+    assert "cache_dir" not in plain.model_dump()["data"]  # earlier versions did not have it
     for change in ("crop=padded", "rand_augment=2", "mixup=0.2", "cutmix=1.0"):
         other = recipe.load(path, [f"data.augmentation.{change}"])
         assert other.digest() != plain.digest()
         assert other.data.augmentation.mixes == change.startswith(("mixup", "cutmix"))
+
+
+def test_images_lie_in_a_folder_or_at_an_address(path):
+    folder = recipe.load(path, ["data.source=folder", "data.root=some/where"])
+    stored = recipe.load(path, ["data.source=folder", "data.root=s3://bucket/set/"])
+    assert folder.data.root == Path("some/where")
+    assert stored.data.root == "s3://bucket/set"
+    for one in (folder, stored):
+        assert Recipe.model_validate(one.model_dump(mode="json")) == one
+    assert folder.identity()["data"]["root"] == "some/where"
+    assert stored.identity()["data"]["root"] == "s3://bucket/set"
 
 
 def test_images_are_mixed_in_pairs(path):

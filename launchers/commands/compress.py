@@ -26,9 +26,10 @@ def command(
         Path, typer.Option(help="Its weights: safetensors, or PyTorch's file of a state dict.")
     ],
     data: Annotated[
-        Path,
+        str,
         typer.Option(
-            help="Folder of images: CLASS/*, train/CLASS/* and val/CLASS/*, or without classes."
+            help="Folder of images: CLASS/*, train/CLASS/* and val/CLASS/*, or without classes; or "
+            "the address of a prepared set in shards, s3://BUCKET/FOLDER."
         ),
     ],
     budget: Annotated[
@@ -77,9 +78,7 @@ def command(
     compress_once(settings, out, classes, weights_key=weights_key, weights_prefix=weights_prefix)
 
 
-def settings_of(
-    model: str, weights: Path, data: Path, budget: str, overrides: list[str]
-) -> OneShot:
+def settings_of(model: str, weights: Path, data: str, budget: str, overrides: list[str]) -> OneShot:
     """Check the command line as a recipe is checked."""
     key, equals, _ = budget.partition("=")
     if key not in BUDGETS or not equals:
@@ -89,7 +88,7 @@ def settings_of(
     content: dict[str, Any] = {
         "model": model,
         "weights": str(weights),
-        "data": {"root": str(data), "validation": HELD_OUT_SHARE},
+        "data": {"root": data, "validation": HELD_OUT_SHARE},
         "compress": {},
     }
     return compress_recipe.validate(content, [f"compress.{budget}", *overrides], "command line")

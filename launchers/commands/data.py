@@ -36,14 +36,25 @@ class Layout(StrEnum):
     WEBDATASET = "webdataset"
 
 
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A prepared set, or class folders.")]
+Folder = Annotated[
+    str,
+    typer.Argument(
+        metavar="DIR", help="A prepared set, or class folders; or a set's s3://BUCKET/FOLDER."
+    ),
+]
 
 
 @app.command(short_help="Turn a set's archives into class folders or WebDataset shards.")
 def prepare(
     name: Annotated[SetName, typer.Argument(metavar="SET", help="The set.")],
     archives: Annotated[Path, typer.Option(help="Folder that holds the archives as published.")],
-    out: Annotated[Path, typer.Option(help="Folder for the prepared set.")],
+    out: Annotated[
+        str,
+        typer.Option(
+            help="Folder for the prepared set; or s3://BUCKET/FOLDER (gs://, abfs://), for tar "
+            "files."
+        ),
+    ],
     layout: Annotated[
         Layout, typer.Option("--format", help="Class folders, or tar files for object storage.")
     ] = Layout.FOLDER,
@@ -69,11 +80,15 @@ def prepare(
     For example:
     sbf data prepare cifar10 --archives downloads --out data/cifar10
     """
-    check_writable("--out", out)
+    from pipelines.roots import root_of
+
+    place = root_of(out)
+    if isinstance(place, Path):
+        check_writable("--out", place)
     from pipelines.sources.manifest import is_prepared
     from pipelines.sources.preparation import prepare as prepare_set
 
-    before = is_prepared(out)
+    before = is_prepared(place)
     with Display() as display:
         manifest = prepare_set(
             name.value,
@@ -133,15 +148,16 @@ def split(
     check_writable("--out", out.absolute().parent)
     import numpy as np
 
+    from pipelines.roots import root_of
     from pipelines.sources.listing import list_images
     from pipelines.splits import by_class, pick_labelled, write_split
 
-    folder = folder.expanduser().absolute()
-    listing = list_images(folder)
-    train = by_class(folder, listing.classes, listing.labels, np.array(listing.roles))
+    place = root_of(folder)
+    listing = list_images(place)
+    train = by_class(place, listing.classes, listing.labels, np.array(listing.roles))
     picked = np.sort(
         np.concatenate(
-            pick_labelled(folder, listing.classes, train, _number_or_share(labelled), seed)
+            pick_labelled(place, listing.classes, train, _number_or_share(labelled), seed)
         )
     )
     heading = f"labelled images: {labelled} per class, seed {seed}"

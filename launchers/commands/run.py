@@ -12,7 +12,7 @@ from launchers.run.folder import RunFolder
 from launchers.run.stages import STAGES
 from sbf_dist import recipe as recipes
 from sbf_dist.errors import UserError
-from sbf_dist.recipe import Recipe
+from sbf_dist.recipe import Data, Recipe
 from sbf_dist.tracking import tracking_address
 
 StageName = StrEnum("StageName", [(s.name, s.name) for s in STAGES])  # type: ignore[misc]
@@ -98,13 +98,14 @@ def check_surroundings(recipe: Recipe, *, indexed: bool) -> int | None:
     from pipelines.sources.folder import check_folder
 
     check_ray_address(os.environ.get("RAY_ADDRESS"))
-    if not os.environ.get("RAY_ADDRESS"):
+    here = not os.environ.get("RAY_ADDRESS")
+    if here:
         workers = recipe.workers
         check_machine(workers.least, workers.cpus, workers.gpus)
     images = recipe.data
     if (images.source == "folder" or images.expected) and not indexed:
         assert images.root is not None
-        return check_folder(
+        classes = check_folder(
             images.root,
             labelled_per_class=images.labelled_per_class,
             validation=images.validation,
@@ -113,7 +114,25 @@ def check_surroundings(recipe: Recipe, *, indexed: bool) -> int | None:
             unlabelled=images.unlabelled,
             expected=images.expected,
         )
+        check_shard_cache(images, workers_are_here=here)
+        return classes
     return None
+
+
+def check_shard_cache(images: Data, *, workers_are_here: bool) -> None:
+    """Refuse a cache that cannot hold one shard of an object store, as far as is known here."""
+    from pipelines.remote.shard_cache import ShardCache
+    from pipelines.roots import root_of
+    from pipelines.sources.manifest import read_manifest
+
+    if not isinstance(images.root, str):
+        return
+    cache = ShardCache.at(images.cache_dir, images.cache_gb)
+    largest = max(int(shard["bytes"]) for shard in read_manifest(root_of(images.root)).shards)
+    if workers_are_here:
+        cache.check(largest)
+    else:
+        cache.check_gigabytes(largest)
 
 
 def check_ray_address(address: str | None) -> None:

@@ -72,8 +72,9 @@ def _outcome(folder: Path, trial: Trial) -> str:
 
 def _check_identity(recipe: Comparison, folder: Path) -> None:
     """Refuse a folder that was done with settings on which the results there depend."""
-    growing = {"seeds", "methods", "macs"}  # entries may be added and left out
-    now = recipe.model_dump(mode="json", exclude=growing)
+    growing = dict.fromkeys(("seeds", "methods", "macs"), True)  # entries may be added and left out
+    elsewhere = {"data": {"cache_dir", "cache_gb"}}
+    now = recipe.model_dump(mode="json", exclude={**growing, **elsewhere})
     path = folder / "recipe.json"
     if not path.exists():
         write_json(path, now)

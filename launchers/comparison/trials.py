@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from launchers.comparison.shared_batches import SharedBatches
 from launchers.display import Display
-from launchers.images import calibration_images, evaluation_loader
+from launchers.images import calibration_images, evaluation_loader, shard_cache
 from pipelines.index import DataIndex
 from pipelines.joined import JoinedLoader, shares_of_batch
 from pipelines.loader import TrainLoader
@@ -214,7 +214,12 @@ def _loader(
     loader = partial(
         TrainLoader,
         index,
-        reader=Reader(threads=data.threads, device=device, cache=data.cache),
+        reader=Reader(
+            threads=data.threads,
+            device=device,
+            cache=data.cache,
+            shard_cache=shard_cache(data),
+        ),
         view=data.view,
         augmentation=data.augmentation,
         seed=seed,

@@ -44,7 +44,7 @@ def _execute(recipe: Recipe, folder: RunFolder, until: str, again: str | None) -
         display = Display()
         networks = Networks.of(recipe, folder)
         notes = sequence.open_folder(networks, again)
-        find_again(recipe.data, folder.runs, folder.index)
+        find_again(recipe.data, folder.runs, folder.index, recipe.seed)
         tracker = resources.enter_context(
             tracking.start(
                 folder.root,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from launchers.images import shard_cache
 from launchers.run.building import build_network
 from launchers.run.folder import RunFolder
 from launchers.run.networks import Networks
@@ -76,7 +77,14 @@ def ensemble_of(here: Context) -> TeacherEnsemble:
 
 def reader(here: Context) -> Reader:
     data = here.recipe.data
-    return Reader(here.rank, here.world_size, data.threads, here.device, cache=data.cache)
+    return Reader(
+        here.rank,
+        here.world_size,
+        data.threads,
+        here.device,
+        cache=data.cache,
+        shard_cache=shard_cache(data),
+    )
 
 
 def validation(here: Context, view: View) -> EvalLoader:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from pipelines.index import DataIndex
 from pipelines.inspection import Inspection, inspect_all
+from pipelines.roots import Root, root_of
 from pipelines.sources.listing import Listing, joined, list_images, list_unlabelled
 from pipelines.splits import Selection, parts
 from sbf_dist.errors import UserError
@@ -23,13 +24,13 @@ _MAX_NAMED = 3  # so many files are named in an error
 
 
 def index_folder(
-    root: Path,
+    root: Path | str,
     *,
     labelled_per_class: int | float | None,
     validation: int | float | None,
     seed: int,
     split: Path | None = None,
-    unlabelled: Path | None = None,
+    unlabelled: Path | str | None = None,
     expected: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DataIndex:
@@ -39,7 +40,8 @@ def index_folder(
         root/<class>/**            images in any depth below the class
         root/train/<class>/**      with optional root/val/<class>/** and, without classes,
                                    root/unlabelled/**; also Train, training, valid, validation
-        root/manifest.json         a set that sbf data prepare wrote, as files or in shards
+        root/manifest.json         a set that sbf data prepare wrote, as files or in shards; the
+                                   root may be the address of one in shards in an object store
     Images are known by their suffix (jpg jpeg jpe jfif png bmp webp tif tiff ppm pgm, in any case;
     of others, as gif and heic, the log has the number); names that begin with a dot are passed
     over, links to folders are followed only for classes.
@@ -54,17 +56,17 @@ def index_folder(
     be decoded are skipped, logged and listed in `skipped`; more than 1 % of them is an error.
     UserError for every mistake of layout or number, naming the class and the count.
     """
-    root = Path(root).expanduser().absolute()
+    place = root_of(root)
     selection = Selection(labelled_per_class, split, validation, seed)
-    listing = _listing(root, expected, unlabelled)
+    listing = _listing(place, expected, unlabelled)
 
     def divide(files: list[str], labels: Ids, roles: Sequence[str], skipped: list[str]) -> Parts:
         names = [line.partition(": ")[0] for line in skipped]
         return parts(
-            root, listing.classes, files, labels, np.array(roles), selection, skipped=names
+            place, listing.classes, files, labels, np.array(roles), selection, skipped=names
         )
 
-    return _index(root, listing, divide, progress)
+    return _index(place, listing, divide, progress)
 
 
 def index_plain(root: Path, *, progress: Callable[[int, int], None] | None = None) -> DataIndex:
@@ -82,7 +84,7 @@ def index_plain(root: Path, *, progress: Callable[[int, int], None] | None = Non
 
 
 def _index(
-    root: Path,
+    root: Root,
     listing: Listing,
     divide: Callable[[list[str], Ids, list[str], list[str]], Parts],
     progress: Callable[[int, int], None] | None,
@@ -104,6 +106,7 @@ def _index(
         shards=listing.shards,
         shard=listing.shard[good] if listing.shards else None,
         offset=listing.offset[good] if listing.shards else None,
+        contents=None if listing.contents is None else listing.contents.take(good),
     )
     _log.info(
         "%s: %d classes, %s, %d skipped",
@@ -116,13 +119,13 @@ def _index(
 
 
 def check_folder(
-    root: Path,
+    root: Path | str,
     *,
     labelled_per_class: int | float | None,
     validation: int | float | None,
     seed: int,
     split: Path | None = None,
-    unlabelled: Path | None = None,
+    unlabelled: Path | str | None = None,
     expected: str | None = None,
 ) -> int:
     """Raise what index_folder would raise before it reads an image: mistakes of layout and number.
@@ -130,34 +133,36 @@ def check_folder(
     Returns the number of classes. Files that cannot be decoded are only found by reading them, so
     index_folder may still raise.
     """
-    root = Path(root).expanduser().absolute()
+    place = root_of(root)
     selection = Selection(labelled_per_class, split, validation, seed)
-    listing = _listing(root, expected, unlabelled)
-    parts(root, listing.classes, listing.files, listing.labels, np.array(listing.roles), selection)
+    listing = _listing(place, expected, unlabelled)
+    parts(place, listing.classes, listing.files, listing.labels, np.array(listing.roles), selection)
     if len(listing.classes) < 2:
         raise UserError(
-            f"data {root}: has one class only, {listing.classes[0]!r}; a classifier needs two"
+            f"data {place}: has one class only, {listing.classes[0]!r}; a classifier needs two"
         )
     return len(listing.classes)
 
 
-def _listing(root: Path, expected: str | None, unlabelled: Path | None) -> Listing:
+def _listing(root: Root, expected: str | None, unlabelled: Path | str | None) -> Listing:
     listing = list_images(root, expected)
     if unlabelled is None:
         return listing
-    return joined(listing, list_unlabelled(Path(unlabelled).expanduser().absolute(), root), root)
+    return joined(listing, list_unlabelled(root_of(unlabelled), root), root)
 
 
 def _inspected(
-    root: Path, listing: Listing, progress: Callable[[int, int], None] | None
+    root: Root, listing: Listing, progress: Callable[[int, int], None] | None
 ) -> list[Inspection]:
     """What each image holds; of prepared files it is checked that they have their sizes still."""
     unread = [row for row, it in enumerate(listing.seen) if it is None]
-    read = inspect_all([root / listing.files[row] for row in unread], progress)
-    found = dict(zip(unread, read, strict=True))
+    found: dict[int, Inspection] = {}
+    if isinstance(root, Path):  # in a store, nothing but prepared sets is listed
+        read = inspect_all([root / listing.files[row] for row in unread], progress)
+        found = dict(zip(unread, read, strict=True))
     for row, it in enumerate(listing.seen):
         if it is not None:
-            if listing.shard[row] < 0:
+            if isinstance(root, Path) and listing.shard[row] < 0:
                 _check_unchanged(root, listing.files[row], it)
             found[row] = it
     return [found[row] for row in range(len(listing.files))]
@@ -175,7 +180,7 @@ def _check_unchanged(root: Path, name: str, prepared: Inspection) -> None:
 
 
 def _usable(
-    root: Path, files: Sequence[str], inspected: Sequence[Inspection]
+    root: Root, files: Sequence[str], inspected: Sequence[Inspection]
 ) -> tuple[list[int], list[str]]:
     """The rows that can be decoded, and the rest as "name: reason"."""
     skipped = []

@@ -5,17 +5,29 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipelines.index import UNKNOWN
+from pipelines.index import UNKNOWN, Contents
 from pipelines.inspection import SUFFIXES, Inspection
-from pipelines.sources.manifest import CLASSES, is_prepared, read_manifest, read_samples
+from pipelines.roots import Root, patiently, way
+from pipelines.sources.manifest import (
+    CLASSES,
+    WORK,
+    Manifest,
+    is_prepared,
+    read_manifest,
+    read_samples,
+)
 from sbf_dist.errors import UserError
+from sbf_dist.object_storage import ObjectFolder
 
 _log = logging.getLogger(__name__)
+
+_MAX_NAMED = 3  # of what else lies at an address
 
 # What a folder beside others says, in any case, of the images in it.
 ROLES = {
@@ -43,6 +55,7 @@ class Listing:
     seen     what is known of each image's content; None where it was not read yet
     shards   tar files relative to the root of the index
     shard    int64 (n,): position in `shards`, −1 for a file of its own; offset: as in DataIndex
+    contents digests of shards and images, of a set in an object store; None for one on a disk
     """
 
     classes: list[str]
@@ -53,6 +66,7 @@ class Listing:
     shard: NDArray[np.int64]
     offset: NDArray[np.int64]
     shards: list[str] = field(default_factory=list)
+    contents: Contents | None = None
 
     @classmethod
     def of_files(
@@ -80,18 +94,22 @@ class Listing:
             shard=self.shard[rows],
             offset=self.offset[rows],
             shards=self.shards,
+            contents=None if self.contents is None else self.contents.take(rows),
         )
 
 
-def list_images(root: Path, expected: str | None = None) -> Listing:
+def list_images(root: Root, expected: str | None = None) -> Listing:
     """The images of a prepared set or of class folders (index_folder says which layouts).
 
     `expected` is a set of manifest.CLASSES that it must be: by its manifest, where it has one, and
-    by the number of its classes. No image is read. UserError for mistakes of layout.
+    by the number of its classes. No image is read. UserError for mistakes of layout; in an object
+    store, for anything but the shards of a prepared set.
     """
-    if not root.is_dir():
+    if isinstance(root, ObjectFolder):
+        _check_prepared(root)
+    elif not root.is_dir():
         raise UserError(f"data {root}: is not a folder")
-    if is_prepared(root):
+    if isinstance(root, ObjectFolder) or is_prepared(root):
         name = read_manifest(root).set
         if expected is not None and name != expected:
             raise UserError(f"data {root}: holds {name}, not {expected}")
@@ -106,17 +124,18 @@ def list_images(root: Path, expected: str | None = None) -> Listing:
     return listing
 
 
-def list_unlabelled(folder: Path, root: Path) -> Listing:
+def list_unlabelled(folder: Root, root: Root) -> Listing:
     """All images below `folder`, or the training images of a prepared set, without classes.
 
     Their names are relative to `root`, so "../" stands in front where they lie elsewhere. UserError
-    if there is no image.
+    if there is no image, or if only one of the two is in an object store.
     """
-    if not folder.is_dir():
+    if isinstance(folder, Path) and not folder.is_dir():
         raise UserError(f"data.unlabelled {folder}: is not a folder")
-    # Links are resolved: "../" leads up from where a folder really is.
-    there = Path(os.path.relpath(folder.resolve(), root.resolve()))
-    if is_prepared(folder):
+    there = PurePosixPath(way(root, folder))
+    if isinstance(folder, ObjectFolder):
+        _check_prepared(folder)
+    if isinstance(folder, ObjectFolder) or is_prepared(folder):
         listing = _prepared(folder)
         listing = listing.take([row for row, role in enumerate(listing.roles) if role == "train"])
     else:
@@ -132,7 +151,7 @@ def list_unlabelled(folder: Path, root: Path) -> Listing:
     return listing
 
 
-def joined(listing: Listing, others: Listing, root: Path) -> Listing:
+def joined(listing: Listing, others: Listing, root: Root) -> Listing:
     """Both listings as one, with the classes of the first; UserError if they share an image."""
     files = [*listing.files, *others.files]
     if len(set(files)) < len(files):
@@ -147,20 +166,58 @@ def joined(listing: Listing, others: Listing, root: Path) -> Listing:
         shard=np.concatenate([listing.shard, moved]),
         offset=np.concatenate([listing.offset, others.offset]),
         shards=listing.shards + others.shards,
+        contents=Contents.joined(listing.contents, others.contents),
     )
     return together.take(sorted(range(len(files)), key=files.__getitem__))
 
 
-def _prepared(root: Path) -> Listing:
+def _check_prepared(root: ObjectFolder) -> None:
+    """UserError for what is not the shards of a prepared set: nothing else is read in a store."""
+    remedy = "sbf data prepare --format webdataset --out ADDRESS writes what is read there"
+    if is_prepared(root):
+        if read_manifest(root).layout != "webdataset":
+            raise UserError(f"data {root}: holds its images as single files; {remedy}")
+        return
+    names = patiently(root.names)  # UserError where the bucket does not exist
+    if WORK in names:
+        raise UserError(f"data {root}: has no set in shards; its preparation is not finished")
+    state = f"has {', '.join(names[:_MAX_NAMED])} but no set in shards" if names else "is empty"
+    raise UserError(f"data {root}: {state}; {remedy}")
+
+
+def _check_shards(root: Root, manifest: Manifest) -> None:
+    """UserError for a shard that is missing or, in a store, has another size."""
+    found = patiently(root.objects) if isinstance(root, ObjectFolder) else None
+    for shard in manifest.shards:
+        name = shard["file"]
+        if found is None:
+            missing = not (root / name).is_file()
+        else:
+            missing = name not in found
+            if not missing and found[name].size != shard["bytes"]:
+                raise UserError(
+                    f"data {root}: {name} has {found[name].size:,} bytes, had {shard['bytes']:,} "
+                    "when it was prepared; sbf data check shows what else has changed"
+                )
+        if missing:
+            raise UserError(f"data {root}: {name} is missing; sbf data check shows what else is")
+
+
+def _contents(manifest: Manifest, digests: pa.ChunkedArray) -> Contents:
+    return Contents(
+        shard_bytes=[int(shard["bytes"]) for shard in manifest.shards],
+        shard_digests=[shard["sha256"] for shard in manifest.shards],
+        images=np.frombuffer(bytes.fromhex("".join(digests.to_pylist())), np.uint8).reshape(-1, 32),
+    )
+
+
+def _prepared(root: Root) -> Listing:
     """The images that a manifest lists."""
     manifest = read_manifest(root)
     table = read_samples(root, manifest)
     columns = {name: table[name].to_pylist() for name in ("height", "width", "bytes", "fault")}
     files = table["file"].to_pylist()
-    shards = [shard["file"] for shard in manifest.shards]
-    for name in shards:
-        if not (root / name).is_file():
-            raise UserError(f"data {root}: {name} is missing; sbf data check shows what else is")
+    _check_shards(root, manifest)
     return Listing(
         classes=[entry["folder"] for entry in manifest.classes],
         files=files,
@@ -169,7 +226,8 @@ def _prepared(root: Path) -> Listing:
         seen=[Inspection(*it) for it in zip(*columns.values(), strict=True)],
         shard=table["shard"].to_numpy().astype(np.int64),
         offset=table["offset"].to_numpy().astype(np.int64),
-        shards=shards,
+        shards=[shard["file"] for shard in manifest.shards],
+        contents=_contents(manifest, table["sha256"]) if isinstance(root, ObjectFolder) else None,
     )
 
 

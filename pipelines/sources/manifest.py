@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipelines.roots import Root, holds, read
 from sbf_dist.errors import UserError
 from sbf_dist.files import write_bytes, write_json
+from sbf_dist.object_storage import ObjectFolder
 
 MANIFEST = "manifest.json"
 SAMPLES = "samples.parquet"
@@ -20,6 +23,7 @@ WORK = ".preparing"
 LAYOUTS = ("folder", "webdataset")
 CLASSES = {"cifar10": 10, "cifar100": 100, "tiny-imagenet": 200, "imagenet": 1000}
 _FORMAT = 1
+_DIGEST = r"^[0-9a-f]{64}$"
 _FILE = r"^(train|val)/[^/.][^/]*/[^/.][^/]*$"
 
 SCHEMA = pa.schema(
@@ -67,16 +71,16 @@ class Manifest:
         write_json(root / MANIFEST, {"format": _FORMAT, **asdict(self)})
 
 
-def is_prepared(root: Path) -> bool:
+def is_prepared(root: Root) -> bool:
     """Whether `root` is a prepared set: others may have a manifest.json, but not both files."""
-    return (root / MANIFEST).is_file() and (root / SAMPLES).is_file()
+    return holds(root, MANIFEST) and holds(root, SAMPLES)
 
 
-def read_manifest(root: Path) -> Manifest:
+def read_manifest(root: Root) -> Manifest:
     """UserError if `root` has no manifest, or one that this version cannot read."""
-    path = root / MANIFEST
+    path = f"{root}/{MANIFEST}"
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(read(root, MANIFEST))
         if content.pop("format") != _FORMAT:
             raise UserError(
                 f"data {path}: was written by another version of this program; prepare it again"
@@ -88,23 +92,31 @@ def read_manifest(root: Path) -> Manifest:
         for shard in manifest.shards:
             if Path(shard["file"]).name != shard["file"]:
                 raise ValueError(f"shard {shard['file']!r}")
+            # The digest is the name of the shard in a cache.
+            if not re.fullmatch(_DIGEST, shard["sha256"]) or int(shard["bytes"]) < 0:
+                raise ValueError(f"shard {shard['file']!r}: digest or size")
     except FileNotFoundError:
-        hint = "; its preparation is not finished" if (root / WORK).exists() else ""
+        hint = "; its preparation is not finished" if _is_begun(root) else ""
         raise UserError(f"data {root}: has no {MANIFEST}{hint}; see sbf data prepare") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"data {path}: cannot be read ({error}); prepare the set again") from error
     return manifest
 
 
-def read_samples(root: Path, manifest: Manifest) -> pa.Table:
+def _is_begun(root: Root) -> bool:
+    if isinstance(root, ObjectFolder):
+        return bool(root.child(WORK).names())
+    return (root / WORK).exists()
+
+
+def read_samples(root: Root, manifest: Manifest) -> pa.Table:
     """samples.parquet; UserError if it is missing or is not the manifest's."""
-    path = root / SAMPLES
+    path = f"{root}/{SAMPLES}"
     try:
-        data = path.read_bytes()
+        data = read(root, SAMPLES)
     except OSError as error:
-        raise UserError(
-            f"data {path}: cannot be read ({error.strerror}); prepare it again"
-        ) from None
+        reason = error.strerror or "it is missing"
+        raise UserError(f"data {path}: cannot be read ({reason}); prepare it again") from None
     if hashlib.sha256(data).hexdigest() != manifest.samples:
         raise UserError(f"data {path}: does not belong to {MANIFEST}; prepare the set again")
     try:
@@ -113,13 +125,14 @@ def read_samples(root: Path, manifest: Manifest) -> pa.Table:
         raise UserError(f"data {path}: cannot be read ({error}); prepare the set again") from error
     honest = (
         pc.all(pc.match_substring_regex(table["file"], _FILE), min_count=0),
+        pc.all(pc.match_substring_regex(table["sha256"], _DIGEST), min_count=0),
         pc.all(pc.and_(*_within(table["label"], 0, len(manifest.classes))), min_count=0),
         pc.all(pc.and_(*_within(table["shard"], -1, len(manifest.shards))), min_count=0),
     )
     if not all(it.as_py() for it in honest):
         raise UserError(
-            f"data {path}: has files, classes or shards that {MANIFEST} does not have; prepare the "
-            "set again"
+            f"data {path}: has files, classes or shards that {MANIFEST} does not have; "
+            "prepare the set again"
         )
     return table
 

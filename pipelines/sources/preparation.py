@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from pipelines.roots import Root, patiently, root_of
 from pipelines.sources import cifar, imagenet, tiny_imagenet
 from pipelines.sources.archives import Archive, Progress, locate, md5_of, verify
 from pipelines.sources.catalogue import PARTS, Catalogue
@@ -29,14 +30,16 @@ from pipelines.sources.manifest import (
     write_samples,
 )
 from pipelines.sources.units import Work, units
+from pipelines.sources.uploading import Upload
 from sbf_dist.errors import UserError
-from sbf_dist.files import write_text
+from sbf_dist.files import cache_folder, write_text
+from sbf_dist.object_storage import ObjectFolder
 
 
 def prepare(
     name: str,
     archives: Path,
-    out: Path,
+    out: Path | str,
     *,
     layout: str = "folder",
     seed: int = 0,
@@ -55,21 +58,36 @@ def prepare(
     A set that is there already is left as it is. UserError for archives that are missing, damaged
     or others than the published ones, for a folder that holds anything else, for settings other
     than those of the work that is to go on, and for a full or read-only disk.
+
+    `out` may be the address of a folder in an object store, for shards. They are written in this
+    machine's folder for caches and go there one by one; UserError where another layout is wanted,
+    RunError where the store does not answer for minutes.
     """
     assert name in CLASSES and layout in LAYOUTS, f"{name}, {layout}"
-    out = Path(out).expanduser().absolute()
-    done = _done_before(name, out, layout, seed)
+    root = root_of(out)
+    if isinstance(root, ObjectFolder) and layout != "webdataset":
+        raise UserError(
+            f"data {root}: in an object store images are kept in shards only; give --format "
+            "webdataset"
+        )
+    done = _done_before(name, root, layout, seed)
     if done is not None:
         return done
     found = [locate(archives, alternatives) for alternatives in _ARCHIVES[name]]
-    with _writing(out):
-        (out / WORK).mkdir(parents=True, exist_ok=True)
-        with _locked(out / WORK / "lock"):
-            records = [_checked(out, it, checksum, progress) for it in found]
+    upload = Upload(root) if isinstance(root, ObjectFolder) else None
+    here = _scratch(root) if isinstance(root, ObjectFolder) else root
+    with _writing(here):
+        (here / WORK).mkdir(parents=True, exist_ok=True)
+        with _locked(here / WORK / "lock", root):
+            records = [_checked(here, it, checksum, progress) for it in found]
             settings = {"set": name, "layout": layout, "seed": seed, "archives": records}
-            _check_settings(out, settings)
+            if upload is None:
+                _check_settings(here, settings)
+            else:
+                upload.begin(settings)
             with _catalogue(name, [path for _, path in found], progress) as catalogue:
-                work = Work(out, layout, catalogue, units(layout, catalogue, seed), progress)
+                todo = units(layout, catalogue, seed)
+                work = Work(here, layout, catalogue, todo, progress, upload)
                 work.perform()
                 return _finish(work, settings)
 
@@ -99,9 +117,15 @@ def _catalogue(name: str, paths: list[Path], progress: Progress | None) -> Itera
 # --- before the work -----------------------------------------------------------------------------
 
 
-def _done_before(name: str, out: Path, layout: str, seed: int) -> Manifest | None:
+def _scratch(root: ObjectFolder) -> Path:
+    """The folder of this machine in which shards for an address are written."""
+    digest = hashlib.sha256(root.address.encode()).hexdigest()
+    return cache_folder() / "preparing" / digest[:16]
+
+
+def _done_before(name: str, out: Root, layout: str, seed: int) -> Manifest | None:
     """The manifest of a set that is prepared already; UserError if `out` is of no use."""
-    if out.exists() and not out.is_dir():
+    if isinstance(out, Path) and out.exists() and not out.is_dir():
         raise UserError(f"data {out}: is a file; choose a new folder")
     if is_prepared(out):
         manifest = read_manifest(out)
@@ -114,14 +138,22 @@ def _done_before(name: str, out: Path, layout: str, seed: int) -> Manifest | Non
                     f"data {out}: holds {manifest.set} as {manifest.layout} (seed "
                     f"{manifest.seed}) already; choose a new folder"
                 )
-        shutil.rmtree(out / WORK, ignore_errors=True)  # where the very last step was cut
+        # Where the very last step was cut:
+        if isinstance(out, ObjectFolder):
+            Upload(out).clean()
+        else:
+            shutil.rmtree(out / WORK, ignore_errors=True)
         return manifest
-    if out.is_dir() and not (out / WORK).is_dir() and any(out.iterdir()):
-        raise UserError(
-            f"data {out}: holds other files ({min(p.name for p in out.iterdir())}); choose a new "
-            "folder"
-        )
+    names = _names(out)
+    if names and WORK not in names:
+        raise UserError(f"data {out}: holds other files ({names[0]}); choose a new folder")
     return None
+
+
+def _names(out: Root) -> list[str]:
+    if isinstance(out, ObjectFolder):
+        return patiently(out.names)
+    return sorted(path.name for path in out.iterdir()) if out.is_dir() else []
 
 
 def _checked(
@@ -161,14 +193,14 @@ def _check_settings(out: Path, settings: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path, out: Root) -> Iterator[None]:
     """Hold a set's folder for this process; the lock goes with the process, however it ends."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"data {path.parent.parent}: is being prepared by another process; wait for it"
+                f"data {out}: is being prepared by another process; wait for it"
             ) from None
         yield
 
@@ -212,6 +244,10 @@ def _finish(work: Work, settings: dict[str, Any]) -> Manifest:
         shards=work.shards(),
     )
     manifest.write(work.out)
+    if work.upload is not None:
+        work.upload.finish(work.out)
+        shutil.rmtree(work.out)
+        return manifest
     for left in work.out.glob(".*.partial"):  # by a kill
         left.unlink()
     shutil.rmtree(work.out / WORK)

@@ -18,7 +18,8 @@ from pipelines.inspection import inspect_bytes
 from pipelines.sources.archives import Progress
 from pipelines.sources.catalogue import Catalogue
 from pipelines.sources.manifest import SCHEMA, WORK
-from pipelines.sources.shards import shuffled_runs, write_shard
+from pipelines.sources.shards import MAX_SHARD_BYTES, shuffled_runs, write_shard
+from pipelines.sources.uploading import Upload
 from sbf_dist.errors import UserError
 from sbf_dist.files import replacing, write_text
 
@@ -51,11 +52,19 @@ def units(layout: str, catalogue: Catalogue, seed: int) -> list[Unit]:
     ]
 
 
+def _threads() -> int:
+    """Two a processor: reading, hashing and writing all let go of the interpreter."""
+    return 2 * len(os.sched_getaffinity(0))
+
+
 class Work:
     """The units of a preparation, and which of them are done.
 
     A unit's note in .preparing/notes is written after its files: image by image bytes, digest,
     height, width, fault and offset, and the shard's record where there is one.
+
+    With `upload`, shards go to an object store one by one, and `out` holds no more of them than are
+    worked on; of a note the store has a copy.
     """
 
     def __init__(
@@ -65,8 +74,9 @@ class Work:
         catalogue: Catalogue,
         units: list[Unit],
         progress: Progress | None,
+        upload: Upload | None = None,
     ) -> None:
-        self.out, self.catalogue = out, catalogue
+        self.out, self.catalogue, self.upload = out, catalogue, upload
         self._layout, self._units = layout, units
         self._progress = progress
         self._written = out / WORK / "made"
@@ -77,14 +87,15 @@ class Work:
         """Do the units that are not done."""
         (self.out / WORK / "notes").mkdir(exist_ok=True)
         self._written.mkdir(exist_ok=True)
+        if self.upload is not None:
+            self.upload.bring_notes(self.out / WORK / "notes")
         open_units = [unit for unit in self._units if not self._is_done(unit)]
         self._check_space(open_units)
         for folder in {Path(file).parent for file in self.catalogue.files}:
             if self._layout == "folder" and open_units:
                 (self._written / folder).mkdir(parents=True, exist_ok=True)
         self._done = len(self.catalogue) - sum(len(unit.rows) for unit in open_units)
-        # Two threads a processor: reading, hashing and writing all let go of the interpreter.
-        with ThreadPoolExecutor(2 * len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(_threads()) as pool:
             running: list[Future[None]] = []
             try:
                 running = [pool.submit(self._perform, unit) for unit in open_units]
@@ -109,6 +120,8 @@ class Work:
         return all(self._size(name) == size for name, size in zip(names, sizes, strict=True))
 
     def _size(self, name: str) -> int | None:
+        if self.upload is not None:
+            return self.upload.sizes.get(name)
         # The last step moves files out of the work folder; it too may have been cut.
         for folder in (self._written, self.out):
             try:
@@ -119,11 +132,14 @@ class Work:
 
     def _check_space(self, units: list[Unit]) -> None:
         needed = sum(int(self.catalogue.sizes[unit.rows].sum()) for unit in units)
+        if self.upload is not None:
+            needed = min(needed, _threads() * MAX_SHARD_BYTES)
         free = shutil.disk_usage(self.out).free
         if needed > free:
             raise UserError(
                 f"data {self.out}: needs {needed / 1e9:.1f} GB more, the disk has "
                 f"{free / 1e9:.1f} GB free; choose a folder on another disk"
+                + ("" if self.upload is None else " with SBF_DIST_CACHE")
             )
 
     def _perform(self, unit: Unit) -> None:
@@ -147,8 +163,13 @@ class Work:
                 "index_sha256": hashlib.sha256(shard.index.encode()).hexdigest(),
                 "samples": len(unit.rows),
             }
+            if self.upload is not None:
+                self.upload.take(path)
+                self.upload.take(path.with_suffix(".idx"))
         note = {"images": images, "shard": record}
         write_text(self._note(unit), json.dumps(note))
+        if self.upload is not None:
+            self.upload.note(self._note(unit))
 
     def _samples(self, unit: Unit, images: list[list[Any]]) -> Iterator[tuple[str, int, bytes]]:
         """Name, label and bytes of a unit's images; what is noted of them goes to `images`."""

@@ -1,11 +1,14 @@
 """Whether a prepared set is still what its manifest says."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+from pipelines.roots import Root, patiently, root_of
 from pipelines.sources.archives import Progress
 from pipelines.sources.manifest import (
     MANIFEST,
@@ -17,6 +20,9 @@ from pipelines.sources.manifest import (
 )
 from sbf_dist.errors import UserError
 from sbf_dist.files import sha256
+from sbf_dist.object_storage import ObjectFolder
+
+_CHUNK_BYTES = 8 << 20  # of a request
 
 
 @dataclass
@@ -43,16 +49,18 @@ class Findings:
         return not any(self.kinds().values())
 
 
-def check(root: Path, progress: Progress | None = None) -> Findings:
+def check(root: Path | str, progress: Progress | None = None) -> Findings:
     """Compare every file with its SHA-256, and the folder with the list of files.
+
+    Of a set in an object store, given by its address, all shards are read.
 
     `progress` is called with (title, done, of, unit). UserError if there is no manifest, or if
     manifest.json and samples.parquet contradict each other.
     """
-    root = Path(root).expanduser().absolute()
-    manifest = read_manifest(root)
-    expected = dict(_expected(root, manifest))
-    found = set(_files(root))
+    place = root_of(root)
+    manifest = read_manifest(place)
+    expected = dict(_expected(place, manifest))
+    found = set(_files(place))
     findings = Findings(
         files=len(expected),
         missing=sorted(expected.keys() - found),
@@ -60,10 +68,10 @@ def check(root: Path, progress: Progress | None = None) -> Findings:
     )
     present = sorted(expected.keys() & found)
     with ThreadPoolExecutor(2 * len(os.sched_getaffinity(0))) as pool:
-        digests = pool.map(lambda name: _digest(root / name), present)
+        digests = pool.map(lambda name: _digest(place, name), present)
         for done, (name, digest) in enumerate(zip(present, digests, strict=True), 1):
             if isinstance(digest, OSError):
-                findings.unreadable.append(f"{name}: {digest.strerror}")
+                findings.unreadable.append(f"{name}: {digest.strerror or digest}")
             elif digest != expected[name]:
                 findings.changed.append(name)
             if progress is not None and (done % 100 == 0 or done == len(present)):
@@ -71,7 +79,7 @@ def check(root: Path, progress: Progress | None = None) -> Findings:
     return findings
 
 
-def _expected(root: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
+def _expected(root: Root, manifest: Manifest) -> Iterator[tuple[str, str]]:
     """File and SHA-256 of everything but the manifest itself."""
     table = read_samples(root, manifest)
     files, labels = table["file"].to_pylist(), table["label"].to_pylist()
@@ -93,7 +101,10 @@ def _expected(root: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield Path(shard["file"]).with_suffix(".idx").name, shard["index_sha256"]
 
 
-def _files(root: Path) -> Iterator[str]:
+def _files(root: Root) -> Iterator[str]:
+    if isinstance(root, ObjectFolder):
+        yield from (key for key in patiently(root.objects) if not key.startswith(f"{WORK}/"))
+        return
     for folder, folders, names in os.walk(root):
         if Path(folder) == root and WORK in folders:
             folders.remove(WORK)  # left by a kill after the very last step
@@ -101,8 +112,18 @@ def _files(root: Path) -> Iterator[str]:
             yield (Path(folder) / name).relative_to(root).as_posix()
 
 
-def _digest(path: Path) -> str | OSError:
+def _digest(root: Root, name: str) -> str | OSError:
     try:
-        return sha256(path)
+        if isinstance(root, Path):
+            return sha256(root / name)
+        return _digest_of_object(root, name)
     except OSError as error:
         return error
+
+
+def _digest_of_object(root: ObjectFolder, name: str) -> str:
+    found = hashlib.sha256()
+    with root.opened(name) as file:
+        for offset in range(0, file.size, _CHUNK_BYTES):
+            found.update(patiently(partial(file.read, offset, _CHUNK_BYTES)))
+    return found.hexdigest()

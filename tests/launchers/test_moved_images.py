@@ -34,7 +34,7 @@ def test_a_moved_folder_of_images_is_found_by_the_recipe(tmp_path: Path, photos:
     folder = indexed(Data(root=photos, validation=2), tmp_path / "runs")
     before = DataIndex.load(folder)
     photos.rename(tmp_path / "elsewhere")
-    find_again(Data(root=tmp_path / "elsewhere", validation=2), tmp_path / "runs", folder)
+    find_again(Data(root=tmp_path / "elsewhere", validation=2), tmp_path / "runs", folder, 0)
     after = DataIndex.load(folder)
     assert after.root == tmp_path / "elsewhere"
     assert after.digest == before.digest
@@ -47,9 +47,9 @@ def test_a_relative_root_is_found_from_another_folder_as_well(
     folder = indexed(Data(root=Path("photos"), validation=2), tmp_path / "runs")
     (tmp_path / "below").mkdir()
     monkeypatch.chdir(tmp_path / "below")
-    find_again(Data(root=Path("photos"), validation=2), tmp_path / "runs", folder)
+    find_again(Data(root=Path("photos"), validation=2), tmp_path / "runs", folder, 0)
     assert DataIndex.load(folder).root == photos
-    find_again(Data(root=Path("../photos"), validation=2), tmp_path / "runs", folder)
+    find_again(Data(root=Path("../photos"), validation=2), tmp_path / "runs", folder, 0)
     assert DataIndex.load(folder).root.samefile(photos)
 
 
@@ -64,7 +64,7 @@ def test_other_images_are_not_taken_for_those_that_were_indexed(
     if change == "another file":
         one.write_bytes(b"x")
     with pytest.raises(UserError) as caught:
-        find_again(Data(root=tmp_path / "others", validation=2), tmp_path / "runs", folder)
+        find_again(Data(root=tmp_path / "others", validation=2), tmp_path / "runs", folder, 0)
     assert f"others: cat/3.png is {change}; the images that were indexed were in" in str(
         caught.value
     )
@@ -77,7 +77,7 @@ def test_a_moved_run_writes_its_embedded_images_anew(tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     (tmp_path / "runs" / "mine").rename(tmp_path / "new" / "mine")
     shutil.rmtree(tmp_path / "runs")
-    find_again(data, tmp_path / "new", tmp_path / "new" / "mine" / "data")
+    find_again(data, tmp_path / "new", tmp_path / "new" / "mine" / "data", 0)
     index = DataIndex.load(tmp_path / "new" / "mine" / "data")
     assert index.root == tmp_path / "new" / "data" / "digits"
     assert (index.root / index.files[0]).exists()

@@ -3,7 +3,6 @@
 import fcntl
 import functools
 import json
-import os
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from sbf_dist.compression.inputs import packing_of
 from sbf_dist.compression.planning.latency import Form, layer_latencies
 from sbf_dist.compression.recognition import as_plain
 from sbf_dist.errors import UserError
-from sbf_dist.files import replacing, sha256
+from sbf_dist.files import cache_folder, replacing, sha256
 from sbf_dist.padding import pad_of
 
 GRID = 4  # numbers of kept filters at which more sources are measured
@@ -38,11 +37,8 @@ class _File(BaseModel):
 
 
 def default_path() -> Path:
-    """Return the table's place in the user's cache folder (XDG Base Directory Specification)."""
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    # The specification has relative paths ignored.
-    folder = Path(cache) if Path(cache).is_absolute() else Path.home() / ".cache"
-    return folder / "sbf-dist" / "latency.json"
+    """Return the table's place in the cache folder."""
+    return cache_folder() / "latency.json"
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from launchers.run import scoring
 from launchers.run.building import build_network
 from launchers.student import make_student
 from sbf_dist import recipe as recipes
+from sbf_dist.object_storage import ObjectFolder
 from sbf_dist.weights import save_weights
 
 ROOT = Path(__file__).parents[3]
@@ -76,22 +77,21 @@ SHORT = (
 )
 
 
-def prepare(name: str, folder: Path, *options: str) -> Path:
+def prepare(name: str, folder: Path, out: str | Path, *options: str) -> None:
     """Make the archives of a set, prepare it from them with the command, and check it."""
     SETS[name].make(folder / "archives")
-    out = folder / name
     archives = ["--archives", str(folder / "archives"), "--no-checksum"]
     for order in (["prepare", name, *archives, "--out", str(out), *options], ["check", str(out)]):
         done = CliRunner().invoke(cli.app, ["data", *order])
         assert done.exit_code == 0, done.output
     assert "files are unchanged" in done.output
-    return out
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_a_set_is_prepared_checked_trained_on_and_evaluated(name, tmp_path):
     case = SETS[name]
-    root = prepare(name, tmp_path)
+    root = tmp_path / name
+    prepare(name, tmp_path, root)
     recipe = recipes.load(
         ROOT / "recipes" / f"{case.recipe}.yaml", [f"data.root={root}", *SHORT, *case.more]
     )
@@ -127,21 +127,23 @@ def test_a_set_is_prepared_checked_trained_on_and_evaluated(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_goes_from_shards_and_a_list_of_labels_to_an_exported_student(tmp_path):
-    root = prepare("imagenet", tmp_path, "--format", "webdataset")
-    assert sorted(path.name for path in root.glob("*.tar")) == [
-        "train-000000.tar",
-        "val-000000.tar",
-    ]
+def test_a_run_goes_from_a_bucket_and_a_list_of_labels_to_an_exported_student(
+    s3, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SBF_DIST_CACHE", str(tmp_path / "caches"))
+    root = f"{s3.bucket}/sets/imagenet"
+    prepare("imagenet", tmp_path, root, "--format", "webdataset")
+    shards = [name for name in ObjectFolder.at(root).names() if name.endswith(".tar")]
+    assert shards == ["train-000000.tar", "val-000000.tar"]
     listed = tmp_path / "half.txt"
-    choose = ["data", "split", str(root), "--labelled", "1", "--out", str(listed)]
+    choose = ["data", "split", root, "--labelled", "1", "--out", str(listed)]
     assert CliRunner().invoke(cli.app, choose).exit_code == 0
     done = subprocess.run(
         [
             SBF, "run", ROOT / "recipes" / "ilsvrc-resnet50-10percent.yaml",
             "--runs", tmp_path / "runs", *SHORT, "data.image_size=16", f"data.root={root}",
             "data.labelled_per_class=null", f"data.split={listed}", "pseudo_labels.threshold=0",
-            "data.augmentation.mixup=0.2",
+            "data.augmentation.mixup=0.2", f"data.cache_dir={tmp_path / 'disk'}",
         ],
         cwd=tmp_path,
         # On one CPU: two threads that work on so little wait for each other most of the time.
@@ -152,6 +154,7 @@ def test_a_run_goes_from_shards_and_a_list_of_labels_to_an_exported_student(tmp_
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1000 classes, 1000 labelled, 1000 unlabelled, 20 validation" in done.stdout
+    assert len(list((tmp_path / "disk" / "objects").iterdir())) == len(shards)
     run = tmp_path / "runs" / "ilsvrc-resnet50-10percent"
     results = {path.stem: json.loads(path.read_text()) for path in (run / "stages").iterdir()}
     assert results["pseudo-labels"]["images"] == results["pseudo-labels"]["used"] == 2000
