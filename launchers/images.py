@@ -58,9 +58,18 @@ def find_again(data: Data, runs: Path, folder: Path) -> None:
     wanted = data.root.expanduser() if data.root is not None else None
     if wanted is not None and not wanted.is_dir() and index.root.is_dir():
         return  # a relative path, given in another folder
+    moved = at_its_root(data, runs, index)
+    if moved is not index:
+        moved.save(folder)
+
+
+def at_its_root(data: Data, runs: Path, index: DataIndex) -> DataIndex:
+    """Return the index with the root that a recipe's images have on this machine.
+
+    Embedded sets are written where they are missing. UserError as find_again raises it.
+    """
     root = _root(data, runs)
-    if root != index.root:
-        index.at(root).save(folder)
+    return index if root == index.root else index.at(root)
 
 
 def images_read(display: Display) -> Callable[[int, int], None]:

@@ -7,7 +7,7 @@ when the pipeline is started again.
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -192,13 +192,14 @@ def start(
     uri: str | None = None,
     experiment: str = "sbf-dist",
     tags: Mapping[str, object] | None = None,
+    kept: Callable[[Path], int] | None = None,
 ) -> Run:
     """Begin the parent run of a pipeline, or continue the one of its folder. For the driver.
 
     folder: of the run; its name is the run's. uri: the tracking server or database; without it
     MLFLOW_TRACKING_URI, or else mlflow.db beside the folder. Artifacts of a database go to
     mlflow-artifacts beside it (a server has its own place). tags: what is to be known of the run,
-    such as seed and recipe digest; git commit, versions and user are added.
+    such as seed and recipe digest; git commit, versions and user are added. kept: see Courier.
 
     A store that does not answer is a warning: everything waits in the folder until it does.
     UserError, which names the URI, for a store that cannot be used.
@@ -208,7 +209,7 @@ def start(
     state.uri = address.shown
     state.save()
     store = MlflowStore(address, experiment, folder, state.id)
-    courier = Courier(folder / state.path.stem, state, store, address.shown)
+    courier = Courier(folder / state.path.stem, state, store, address.shown, kept)
     run = Run(folder, WHOLE_RUN, state, courier)
     run.begin({**_user_tags(), **origin(), **(tags or {})})
     courier.start()
