@@ -137,10 +137,10 @@ class StoreLock:
         with self._renewing:
             if self._lost is not None:
                 return
-            if self._folder.find(self._key) is None:
+            before = self._folder.find(self._key)
+            if before is None:
                 self._lose()
                 return
-            before = self._modified
             self._write()
             objects = self._folder.objects()
             if self._key not in objects:
@@ -148,7 +148,7 @@ class StoreLock:
                 return
             self._modified = objects[self._key].modified
             # Taken for dead: whoever did not see this renewal is seen here.
-            late = self._modified - before > STALE_AFTER_SECONDS
+            late = self._modified - before.modified > STALE_AFTER_SECONDS
             others = [key for key in objects if key != self._key]
             if late and any(self._is_alive(key, objects[key], refuse=False) for key in others):
                 self._folder.remove(self._key)
