@@ -199,12 +199,12 @@ def test_connections_that_are_lost_in_the_middle_stop_nothing(
 
 
 def test_a_store_that_stays_away_names_the_cause_and_the_one_before(faulty_s3, store) -> None:
-    with pytest.raises(UserError, match="Empty reply.*tried for 0.1 s.*00000010"):  # noqa: SIM117
-        with opened(store) as saving:
-            save(saving, 10)
-            saving.wait()
-            faulty_s3.add("PUT|POST", "drop")
-            save(saving, 20)
+    away = pytest.raises(UserError, match=r"Empty reply.*tried for 0.1 s.*00000010")
+    with away, opened(store) as saving:
+        save(saving, 10)
+        saving.wait()
+        faulty_s3.add("PUT|POST", "drop")
+        save(saving, 20)
 
 
 @pytest.mark.parametrize(

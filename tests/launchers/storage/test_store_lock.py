@@ -117,7 +117,7 @@ def test_a_killed_driver_locks_for_a_while_by_the_clock_of_the_store(
         other.take()
         assert len(folder.objects()) == 1  # that of the dead one is gone
     else:
-        with pytest.raises(UserError, match="gave a sign of life 80 s ago.* end in 10 s"):
+        with pytest.raises(UserError, match=r"gave a sign of life 80 s ago.* end in 10 s"):
             other.take()
 
 
@@ -137,7 +137,7 @@ def test_the_thread_renews_it(folder, monkeypatch) -> None:
     first = lock_of(folder, "one")
     first.take()
     writes = []
-    monkeypatch.setattr(StoreLock, "_write", lambda self: writes.append(self))
+    monkeypatch.setattr(StoreLock, "_write", writes.append)
     with first:
         time.sleep(1)
     assert len(writes) > 2
@@ -195,11 +195,11 @@ def test_a_driver_that_lost_its_lock_is_ended_by_a_line(folder, s3, tmp_path, mo
     copy = WorkingCopy(tmp_path, ObjectFolder.at(f"{s3.bucket}/runs/x"))
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as interruption.py does
     try:
-        with pytest.raises(UserError, match="another driver has taken it over"):
-            with driver.taken_over(copy):
-                (key,) = folder.objects()
-                folder.remove(key)
-                threading.Event().wait(30)
+        refused = pytest.raises(UserError, match="another driver has taken it over")
+        with refused, driver.taken_over(copy):
+            (key,) = folder.objects()
+            folder.remove(key)
+            threading.Event().wait(30)
     finally:
         signal.signal(signal.SIGTERM, before)
     assert folder.objects() == {}

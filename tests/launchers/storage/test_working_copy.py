@@ -117,7 +117,7 @@ def test_a_copy_that_is_damaged_or_has_lost_its_record_is_made_equal(machines) -
     one.publish()
     for harm in (
         lambda: (one.root / ".stored.json").write_text('{"files": 3}'),
-        lambda: (one.root / ".stored.json").unlink(),
+        (one.root / ".stored.json").unlink,
     ):
         (one.root / "a").write_text("rubbish")
         put(one, more="rubbish")
@@ -275,5 +275,5 @@ def test_who_may_not_write_writes_nothing(machines) -> None:
 def test_a_cache_that_cannot_be_written_is_one_line(s3, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     copy = WorkingCopy(tmp_path / "file" / "x", ObjectFolder.at(f"{s3.bucket}/runs/x"))
-    with pytest.raises(UserError, match="cannot be written .*set SBF_DIST_CACHE"):
+    with pytest.raises(UserError, match=r"cannot be written .*set SBF_DIST_CACHE"):
         copy.take_over()
