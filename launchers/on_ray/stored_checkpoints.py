@@ -166,8 +166,9 @@ class StoredShelf:
         found = next((one for one in faults if one is not None), None)
         if found is not None:
             before = f"the one before, {self._last}, is whole" if self._last else "there is none"
+            cause = found.replace(f"{self.store.address}/", "")
             raise UserError(
-                f"checkpoint of step {step} in {self.store.address}: {found} ({before})"
+                f"checkpoint of step {step} in {self.store.address}: {cause} ({before})"
             )
 
     def _upload(self, name: str, paths: Mapping[str, Path]) -> None:
