@@ -58,17 +58,20 @@ def find_again(data: Data, runs: Path, folder: Path) -> None:
     wanted = data.root.expanduser() if data.root is not None else None
     if wanted is not None and not wanted.is_dir() and index.root.is_dir():
         return  # a relative path, given in another folder
-    moved = at_its_root(data, runs, index)
-    if moved is not index:
-        moved.save(folder)
-
-
-def at_its_root(data: Data, runs: Path, index: DataIndex) -> DataIndex:
-    """Return the index with the root that a recipe's images have on this machine.
-
-    Embedded sets are written where they are missing. UserError as find_again raises it.
-    """
     root = _root(data, runs)
+    if root != index.root:
+        index.at(root).save(folder)
+
+
+def with_embedded_images(data: Data, runs: Path, index: DataIndex) -> DataIndex:
+    """Return the index of an embedded set as this machine has it, where it is written now.
+
+    Images of other sources are where they are; the index is as it was.
+    """
+    if data.source not in _EMBEDDED or data.root is not None:
+        return index
+    root = runs.absolute() / "data" / data.source
+    _EMBEDDED[data.source](root)
     return index if root == index.root else index.at(root)
 
 

@@ -10,6 +10,20 @@ from pathlib import Path
 from typing import Any
 
 
+def cache_folder() -> Path:
+    """Return the folder for what can be had again: $SBF_DIST_CACHE, or sbf-dist in the user's own.
+
+    The user's own is as the XDG Base Directory Specification says; nothing is created.
+    """
+    ours = os.environ.get("SBF_DIST_CACHE", "")
+    if ours:
+        return Path(ours).expanduser().absolute()
+    users = os.environ.get("XDG_CACHE_HOME", "")
+    # The specification has relative paths ignored.
+    folder = Path(users) if Path(users).is_absolute() else Path.home() / ".cache"
+    return folder / "sbf-dist"
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a place to write a file to that takes the place of `path` once it is whole.

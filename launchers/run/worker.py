@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launchers.images import at_its_root
+from launchers.images import with_embedded_images
 from launchers.run.building import build_network
 from launchers.run.folder import RunFolder
 from launchers.run.networks import Networks
@@ -65,7 +65,7 @@ class Context:
         folder.fetch(*_READ, config["journals"], driver=config["driver"])
         index = DataIndex.load(folder.index)
         if folder.copy is not None:
-            index = at_its_root(recipe.data, folder.runs, index)
+            index = with_embedded_images(recipe.data, folder.runs, index)
         place = ray_train.place()
         return cls(
             networks=Networks.of(recipe, folder),

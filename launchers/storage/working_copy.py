@@ -22,7 +22,7 @@ from pathlib import Path
 
 from launchers.storage.patience import patiently
 from sbf_dist.errors import UserError
-from sbf_dist.files import write_json
+from sbf_dist.files import cache_folder, write_json
 from sbf_dist.object_storage import ObjectFolder, StoredObject, StoreUnreachableError
 
 CHECKPOINTS = "checkpoints"
@@ -47,15 +47,6 @@ _ORDER = (
 _OLD_INDEX = "data/samples-*"  # removed once the new one is there
 
 _log = logging.getLogger(__name__)
-
-
-def cache_folder() -> Path:
-    """Return this machine's folder for what can be fetched again: SBF_DIST_CACHE, or ~/.cache."""
-    own = os.environ.get("SBF_DIST_CACHE")
-    if own:
-        return Path(own).absolute()
-    user = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(user) if Path(user).is_absolute() else Path.home() / ".cache") / "sbf-dist"
 
 
 def cached(kind: str, address: str) -> Path:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from launchers.display import Display
-from launchers.images import at_its_root, index_images
+from launchers.images import index_images, with_embedded_images
 from launchers.run import sequence
 from launchers.run.folder import RunFolder
 from launchers.run.networks import Networks
@@ -93,7 +93,7 @@ def test_embedded_images_are_made_on_each_machine_where_its_cache_is(at) -> None
     index.save(one.index)
     one.publish()
     two.fetch("data", driver="")
-    moved = at_its_root(RECIPE.data, two.runs, DataIndex.load(two.index))
+    moved = with_embedded_images(RECIPE.data, two.runs, DataIndex.load(two.index))
     assert moved.root == two.runs / "data" / "digits"
     assert moved.digest == index.digest
     assert (moved.root / moved.files[0]).is_file()

@@ -18,7 +18,8 @@ from moto.s3.models import s3_backends
 from safetensors.torch import load
 
 from launchers.storage.lock import STALE_AFTER_SECONDS
-from launchers.storage.working_copy import WorkingCopy, cache_folder
+from launchers.storage.working_copy import WorkingCopy
+from sbf_dist.files import cache_folder
 from sbf_dist.object_storage import ObjectFolder
 from sbf_dist.tracking import journal
 
