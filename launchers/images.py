@@ -1,6 +1,7 @@
 """Images in this process, without workers: for indexing, calibration and checking exports."""
 
 import dataclasses
+import fcntl
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -71,7 +72,9 @@ def with_embedded_images(data: Data, runs: Path, index: DataIndex) -> DataIndex:
     if data.source not in _EMBEDDED or data.root is not None:
         return index
     root = runs.absolute() / "data" / data.source
-    _EMBEDDED[data.source](root)
+    with (runs / ".data.lock").open("w") as lock:  # of all workers on this machine
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _EMBEDDED[data.source](root)
     return index if root == index.root else index.at(root)
 
 

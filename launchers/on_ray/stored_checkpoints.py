@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from launchers.on_ray.checkpoints import Shelf
 from launchers.storage.patience import patiently
-from launchers.storage.working_copy import CHECKPOINTS, cached
+from launchers.storage.working_copy import CHECKPOINTS, cached, is_plain
 from sbf_dist.errors import UserError
 from sbf_dist.object_storage import ObjectFolder, is_address
 from sbf_dist.train import checkpoint
@@ -200,6 +200,10 @@ class StoredShelf:
             manifest = checkpoint.parsed_manifest(content, where)
         except UserError as error:
             raise _DamagedError(str(error).removeprefix(f"checkpoint {where}: ")) from error
+
+        strange = next((key for key in manifest.files if not is_plain(key)), None)
+        if strange is not None:
+            raise _DamagedError(f"{MANIFEST} lists {strange!r}")
 
         def get(key: str) -> None:
             path = folder / key

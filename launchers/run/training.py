@@ -34,6 +34,7 @@ from sbf_dist.weights import save_weights
 if TYPE_CHECKING:  # of Ray, which the driver imports later than this module
     from launchers.on_ray.saving import Saving
 
+_MADE = ("weights", "trainings")  # parts of a run's folder
 _LENGTHS = tuple(f".{name}" for name in locks.LENGTHS)  # ends of keys
 
 
@@ -56,9 +57,7 @@ def train_networks(config: dict[str, Any]) -> dict[str, Any]:
     journals = here.folder.root / config["journals"]
     with _measured(here, journals):
         for number, network in enumerate(wanted, 1):
-            done = outcome.is_trained(network)
-            dist.barrier()  # all have looked before rank 0 writes
-            if done:
+            if _is_trained(here, network):
                 continue
             title = f"{network.name} ({number} of {len(wanted)})"
             shelf = shelf_at(
@@ -73,9 +72,18 @@ def train_networks(config: dict[str, Any]) -> dict[str, Any]:
                 results[network.name] = _train(here, network, saving, title, journals)
             if here.rank == 0:
                 outcome.keep(network, results[network.name])
-                here.folder.publish(config["journals"], "weights", "trainings")
+                here.folder.publish(config["journals"], *_MADE)
             dist.barrier()
     return results
+
+
+def _is_trained(here: Context, network: Network) -> bool:
+    """Whether a training is done, as rank 0 sees it: other machines may not know of it yet."""
+    done = torch.tensor([int(outcome.is_trained(network))], device=here.device)
+    dist.broadcast(done, 0)
+    if done.item() and here.rank == 0:
+        here.folder.publish(*_MADE)  # it may have been killed before it did
+    return bool(done.item())
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from launchers.storage.journals import JournalMirror
 from launchers.storage.lock import StoreLock
@@ -31,7 +31,8 @@ def taken_over(copy: WorkingCopy) -> Iterator[tuple[WorkingCopy, JournalMirror]]
             with JournalMirror(own, fetches=True) as mirror:
                 yield own, mirror
         except KeyboardInterrupt:
-            lock.check()  # which may be the reason
+            with suppress(StoreUnreachableError):
+                lock.check()  # which may be the reason
             raise
         finally:
             try:

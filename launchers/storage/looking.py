@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launchers.storage.patience import patiently
+from launchers.storage.working_copy import is_plain
 from sbf_dist.errors import UserError
 from sbf_dist.object_storage import ObjectFolder, is_address
 
@@ -40,7 +41,7 @@ def looked_at(place: str, wanted: Callable[[str], bool] = lambda key: True) -> I
         looked = Looked(Path(here) / "x", folder.address)
         if not keys:
             _fetch_one(folder, looked.path)
-        for key in keys:
+        for key in filter(is_plain, keys):
             path = looked.path / key
             path.parent.mkdir(parents=True, exist_ok=True)
             if wanted(key):

@@ -330,8 +330,13 @@ class WorkingCopy:
                     record.save(path)
 
 
+def is_plain(name: str) -> bool:
+    """Whether the name of an object is safe as that of a file: neither hidden nor leading out."""
+    return all(part and not part.startswith(".") for part in name.split("/"))
+
+
 def _is_copied(name: str) -> bool:
-    return not _is_within(name, (CHECKPOINTS,)) and not any(p[0] == "." for p in name.split("/"))
+    return is_plain(name) and not _is_within(name, (CHECKPOINTS,))
 
 
 def _is_within(name: str, parts: tuple[str, ...]) -> bool:

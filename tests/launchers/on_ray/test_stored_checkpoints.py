@@ -207,6 +207,12 @@ def test_a_store_that_stays_away_names_the_cause_and_the_one_before(faulty_s3, s
         save(saving, 20)
 
 
+def lead_out(store: ObjectFolder, key: str) -> None:
+    """Let a manifest name a file outside of the checkpoint."""
+    manifest = key.replace("shard.pt", "manifest.json")
+    store.write(manifest, store.read(manifest).replace(b'"shard.pt"', b'"../../../shard.pt"'))
+
+
 @pytest.mark.parametrize(
     ("harm", "fault"),
     [
@@ -214,8 +220,9 @@ def test_a_store_that_stays_away_names_the_cause_and_the_one_before(faulty_s3, s
         (lambda s, key: s.write(key, b"1" * 100), "shard.pt is damaged: its SHA-256 is not the"),
         (lambda s, key: s.remove(key), "shard.pt is missing"),
         (lambda s, key: s.write(key.replace("shard.pt", "manifest.json"), b"{"), "is damaged: "),
+        (lead_out, "manifest.json lists '../../../shard.pt'"),
     ],
-    ids=["truncated", "changed", "missing", "manifest"],
+    ids=["truncated", "changed", "missing", "manifest", "leading out"],
 )
 def test_a_damaged_one_does_not_count_and_a_warning_names_it_and_the_one_before(
     store, caplog, harm, fault: str

@@ -259,6 +259,15 @@ def test_files_in_the_making_stay_here(machines) -> None:
     assert stored(one) == {"weights/a": "1"}
 
 
+def test_objects_whose_names_lead_elsewhere_are_not_fetched(machines, s3, tmp_path: Path) -> None:
+    one, _ = machines
+    for key in ("../outside", "a/../../outside", "/outside", ".hidden", "weights/right"):
+        s3.client().put_object(Bucket="test-bucket", Key=f"runs/x/{key}", Body=b"1")
+    one.take_over()
+    assert files(one) == {"weights/right": "1"}
+    assert not list(tmp_path.rglob("outside"))
+
+
 def test_who_may_not_write_writes_nothing(machines) -> None:
     def guard() -> None:
         raise UserError("another has it")
