@@ -41,7 +41,7 @@ def command(
         str,
         typer.Option(
             help="Folder that holds all runs; on a cluster, storage that all machines share, or an "
-            "object store: s3://BUCKET/runs, gs://… or abfs://…"
+            "object store: s3://BUCKET/runs (or gs://, abfs://)."
         ),
     ] = "runs",
     until: Annotated[StageName, typer.Option(help="Stop after this stage.")] = LAST_STAGE,
