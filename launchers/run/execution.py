@@ -58,6 +58,7 @@ def _execute(recipe: Recipe, folder: RunFolder, until: str, again: str | None) -
                 experiment=recipe.tracking.experiment,
                 tags={"seed": recipe.seed, "recipe.digest": recipe.digest()},
                 kept=kept,
+                address=folder.place if folder.copy is not None else "",
             )
         )
         if folder.copy is not None:

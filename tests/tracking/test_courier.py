@@ -486,3 +486,16 @@ def test_a_state_that_is_behind_by_many_requests_doubles_nothing(
     with tracking.start(folder, uri=double.uri) as parent:
         assert parent.flush()
     assert double.history("loss") == POINTS
+
+
+def test_copies_of_a_run_in_an_object_store_are_one_run(
+    folder: Path, double: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    with tracking.start(folder, uri=double.uri, address="s3://bucket/runs/mine") as first:
+        assert first.flush()
+    other = folder.parents[1] / "other machine" / "mine"
+    shutil.copytree(folder, other)
+    with tracking.start(other, uri=double.uri, address="s3://bucket/runs/mine") as second:
+        assert second.flush()
+        assert second.run_id == first.run_id
+    assert not caplog.messages
