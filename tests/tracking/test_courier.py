@@ -100,6 +100,7 @@ def test_a_server_that_goes_in_the_middle_is_warned_of_once_and_gets_the_rest_la
         time.sleep(0.5)
         assert len(caplog.messages) == 1
         double.start()
+        eventually(lambda: len(caplog.messages) == 2)  # of a closed courier nothing is heard
     assert double.history("loss") == POINTS
     assert caplog.messages[1].endswith("answers again")
 
