@@ -1,6 +1,7 @@
 """Images in this process, without workers: for indexing, calibration and checking exports."""
 
 import dataclasses
+import fcntl
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -93,6 +94,20 @@ def shard_cache(data: Data) -> ShardCache | None:
     if not isinstance(data.root, str):
         return None
     return ShardCache.at(data.cache_dir, data.cache_gb)
+
+
+def with_embedded_images(data: Data, runs: Path, index: DataIndex) -> DataIndex:
+    """Return the index of an embedded set as this machine has it, where it is written now.
+
+    Images of other sources are where they are; the index is as it was.
+    """
+    if data.source not in _EMBEDDED or data.root is not None:
+        return index
+    root = runs.absolute() / "data" / data.source
+    with (runs / ".data.lock").open("w") as lock:  # of all workers on this machine
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _EMBEDDED[data.source](root)
+    return index if root == index.root else index.at(root)
 
 
 def images_read(display: Display) -> Callable[[int, int], None]:

@@ -2,17 +2,24 @@
 
 import fcntl
 import os
+import re
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from sbf_dist.errors import UserError
+from sbf_dist.object_storage import ObjectFolder, StoreUnreachableError
+
+_ADDRESS_AS_PATH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 def check_writable(option: str, folder: Path) -> None:
     """UserError if `folder`, given as `option`, cannot be made or written; nothing is left."""
     place = folder.absolute()
+    if _ADDRESS_AS_PATH.match(str(folder)):
+        raise UserError(f"{option} {folder}: takes a folder of this machine, not an address")
     try:
         while not place.exists():
             place = place.parent
@@ -28,6 +35,17 @@ def check_writable(option: str, folder: Path) -> None:
         raise UserError(
             f"{option} {folder}: cannot be written ({reason}); name another folder"
         ) from error
+
+
+def check_store(option: str, address: str) -> None:
+    """UserError if nothing can be written at `address`, given as `option`; nothing is left."""
+    folder = ObjectFolder.at(address)
+    probe = f".probe-{uuid.uuid4().hex}"
+    try:
+        folder.write(probe, b"")
+        folder.remove(probe)
+    except (UserError, StoreUnreachableError) as error:
+        raise UserError(f"{option} {str(error).replace(f'/{probe}', '')}") from error
 
 
 @contextmanager

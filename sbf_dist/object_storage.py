@@ -178,6 +178,15 @@ class ObjectFolder:
             except FileNotFoundError:
                 return
 
+    def remove_all(self, below: str) -> None:
+        """Remove all objects below a folder; nothing happens where there is none."""
+        with self._explained(below):
+            system, place = self._place(below)
+            try:
+                system.delete_dir(place)
+            except FileNotFoundError:
+                return
+
     def _place(self, key: str) -> tuple[Any, str]:
         scheme, _, rest = self.address.partition("://")
         system, root = _system(scheme, rest.partition("/")[0])

@@ -55,3 +55,13 @@ def s3(s3_of_all_tests, monkeypatch):
     for name, value in s3_of_all_tests.environment.items():
         monkeypatch.setenv(name, value)
     return s3_of_all_tests
+
+
+@pytest.fixture
+def faulty_s3(s3, monkeypatch):
+    """As s3, by a server that refuses and drops requests when it is told to; gives its faults."""
+    from faulty_store import faulty_server
+
+    with faulty_server() as (address, faults):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        yield faults

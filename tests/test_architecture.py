@@ -135,6 +135,7 @@ def test_a_dependency_is_known_in_its_home_alone(package, home):
         ("launchers.images", [*STARTED, "launchers.on_ray"]),
         ("launchers.student", [*STARTED, "launchers.on_ray"]),
         ("launchers.on_ray", [*STARTED, "launchers.images", "launchers.display"]),
+        ("launchers.storage", [*STARTED, "launchers.on_ray", "launchers.display", "torch", "ray"]),
         ("launchers.run", ["launchers.comparison", "launchers.one_shot", *COMMAND_LINE]),
         ("launchers.comparison", ["launchers.run", "launchers.on_ray", *COMMAND_LINE]),
         ("launchers.one_shot", ["launchers.run", "launchers.on_ray", *COMMAND_LINE]),

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launchers.storage.looking import Looked, looked_at
 from sbf_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,12 +18,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _MANIFEST = "manifest.json"
-_BESIDE = ("ranks", "deepspeed")  # pseudo-labels and prepared sets have a manifest.json, too
+_SHARDS = "deepspeed"
+_BESIDE = ("ranks", _SHARDS)  # pseudo-labels and prepared sets have a manifest.json, too
 _NAMED = 4  # checkpoints in an error
 _NETWORK = "student."  # what the task of a training calls its network
 
 Place = Annotated[
-    Path, typer.Argument(metavar="PATH", help="A checkpoint's folder, or one with several below.")
+    str,
+    typer.Argument(
+        metavar="PATH", help="A checkpoint's folder, or one with several below; or an address."
+    ),
 ]
 
 
@@ -38,14 +43,15 @@ def show(place: Place) -> None:
     """Print step, workers, ZeRO stage and size of each checkpoint, and what it belongs to."""
     from sbf_dist.train import checkpoint
 
-    for folder in _found(place):
-        manifest = checkpoint.read_manifest(folder)
-        rows = _rows(manifest, checkpoint.written(folder)) | {
-            "position": ", ".join(_position(checkpoint.loader_state(folder))) or "none",
-        }
-        print(folder)
-        for name, value in rows.items():
-            print(f"  {name:<10} {value}")
+    with looked_at(place, lambda key: f"/{_SHARDS}/" not in f"/{key}") as looked:
+        for folder in _found(looked.path):
+            manifest = checkpoint.read_manifest(folder)
+            rows = _rows(manifest, checkpoint.written(folder)) | {
+                "position": ", ".join(_position(checkpoint.loader_state(folder))) or "none",
+            }
+            print(looked.named(folder))
+            for name, value in rows.items():
+                print(f"  {name:<10} {value}")
 
 
 @app.command(short_help="Compare all files of checkpoints with their manifests.")
@@ -57,21 +63,24 @@ def verify(place: Place) -> None:
     from sbf_dist.train import checkpoint
 
     damaged = []
-    for folder in _found(place):
-        try:
-            manifest = checkpoint.verify(folder)
-        except UserError as error:
-            damaged.append(folder)
-            print(error)
-        else:
-            print(f"checkpoint {folder}: whole, step {manifest.step}")
+    with looked_at(place) as looked:
+        for folder in _found(looked.path):
+            try:
+                manifest = checkpoint.verify(folder)
+            except UserError as error:
+                damaged.append(folder)
+                print(looked.named(error))
+            else:
+                print(f"checkpoint {looked.named(folder)}: whole, step {manifest.step}")
     if damaged:
         raise UserError(f"{len(damaged)} of the checkpoints in {place} cannot be gone on from")
 
 
 @app.command(short_help="Write the weights of a checkpoint as one safetensors file.")
 def consolidate(
-    place: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint's folder.")],
+    place: Annotated[
+        str, typer.Argument(metavar="PATH", help="A checkpoint's folder, or its address.")
+    ],
     out: Annotated[Path, typer.Option(help="The safetensors file to write; it must not exist.")],
     weights: Annotated[
         Weights | None,
@@ -86,11 +95,16 @@ def consolidate(
     The file has the network's own names: it can be the `weights` of a teacher, or be loaded by
     `sbf compress`.
     """
-    folders = _found(place)
+    with looked_at(place) as looked:
+        _consolidate(looked, out, weights)
+
+
+def _consolidate(looked: Looked, out: Path, weights: Weights | None) -> None:
+    folders = _found(looked.path)
     if len(folders) > 1:
         raise UserError(
-            f"folder {place} has {len(folders)} checkpoints, give one of them: "
-            + ", ".join(str(folder.relative_to(place)) for folder in folders[-_NAMED:])
+            f"folder {looked.given} has {len(folders)} checkpoints, give one of them: "
+            + ", ".join(str(folder.relative_to(looked.path)) for folder in folders[-_NAMED:])
             + (", …" if len(folders) > _NAMED else "")
         )
     if out.exists():

@@ -51,7 +51,9 @@ def submit(
     address: Address = None,
     runs: Annotated[
         str,
-        typer.Option(help="Folder that holds all runs: storage that all machines share."),
+        typer.Option(
+            help="Folder that holds all runs, which all machines share, or s3://BUCKET/runs."
+        ),
     ] = "runs",
     until: Annotated[StageName, typer.Option(help="Stop after this stage.")] = LAST_STAGE,
     again: Annotated[

@@ -1,11 +1,11 @@
 """`sbf plan`: plans as tables."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from launchers.storage.looking import looked_at
 from sbf_dist.errors import UserError
 
 app = typer.Typer(
@@ -24,14 +24,18 @@ def _group() -> None:
 @app.command(short_help="Print a plan as a table, a row for each convolution.")
 def show(
     place: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A student's or a run's folder, or a plan's file.")
+        str,
+        typer.Argument(
+            metavar="DIR", help="A student's or a run's folder, or a plan's file; or its address."
+        ),
     ],
 ) -> None:
     """Print what is kept, rebuilt and removed of each convolution, what it costs, and why."""
-    path = place / _FILE if place.is_dir() else place
-    if place.is_dir() and not path.exists():
-        raise UserError(f"folder {place} has no {_FILE}: give a student's or a run's folder")
-    from sbf_dist.compression.plan import Plan
-    from sbf_dist.report.plan_table import show_plan
+    with looked_at(place, lambda key: key == _FILE) as looked:
+        path = looked.path / _FILE if looked.path.is_dir() else looked.path
+        if looked.path.is_dir() and not path.exists():
+            raise UserError(f"folder {place} has no {_FILE}: give a student's or a run's folder")
+        from sbf_dist.compression.plan import Plan
+        from sbf_dist.report.plan_table import show_plan
 
-    show_plan(Plan.load(path), Console(highlight=False))
+        show_plan(Plan.load(path), Console(highlight=False))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from launchers.places import check_writable
+from launchers.places import check_store, check_writable
 from launchers.run.folder import RunFolder
 from launchers.run.stages import STAGES
 from sbf_dist import recipe as recipes
@@ -38,8 +38,12 @@ def command(
         ),
     ] = None,
     runs: Annotated[
-        Path, typer.Option(help="Folder that holds all runs; on a cluster, shared storage.")
-    ] = Path("runs"),
+        str,
+        typer.Option(
+            help="Folder that holds all runs; on a cluster, storage that all machines share, or an "
+            "object store: s3://BUCKET/runs (or gs://, abfs://)."
+        ),
+    ] = "runs",
     until: Annotated[StageName, typer.Option(help="Stop after this stage.")] = LAST_STAGE,
     again: Annotated[
         StageName | None,
@@ -66,7 +70,7 @@ def command(
 ) -> None:
     """Run a recipe, as HELP says."""
     recipe = recipes.load(recipe_file, overrides or ())
-    folder = RunFolder(runs.absolute(), recipe.name)
+    folder = RunFolder.at(runs, recipe.name)
     tracking_address(folder.runs, recipe.tracking.uri)
     if dry_run:
         check_models(recipe)
@@ -75,11 +79,11 @@ def command(
 
         describe(recipe, folder, machine, price, Display())
         return
+    if folder.copy is not None:
+        check_store("--runs", folder.place_of_runs)
     check_writable("--runs", folder.runs)
     prepare = STAGES[0].name
-    classes = check_surroundings(
-        recipe, indexed=folder.result(prepare).exists() and again != prepare
-    )
+    classes = check_surroundings(recipe, indexed=again != prepare and folder.is_done(prepare))
     check_models(recipe)
     check_weights(recipe, classes)
     # These take seconds to import: not before the command line is known to be right.

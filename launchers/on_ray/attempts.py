@@ -14,12 +14,12 @@ from pathlib import Path
 from launchers.interruption import Notice, noted
 from launchers.machine import available_cpus, available_gpus, places
 from launchers.on_ray import held_places, local_ray, ray_train
-from launchers.on_ray.checkpoints import Shelf
 from launchers.on_ray.draining import staying_resources
 from launchers.on_ray.failures import AttemptError, Budget, NoPlaceError, StoppedError
 from launchers.on_ray.kept_logs import keep_logs
 from launchers.on_ray.local_ray import runs_locally
 from launchers.on_ray.ray_train import Config, Record, ServerDiedError
+from launchers.on_ray.stored_checkpoints import shelf_at
 from sbf_dist.errors import RunError, UserError
 from sbf_dist.recipe import Workers
 
@@ -33,7 +33,7 @@ def run_workers(
     config: Config,
     *,
     name: str,
-    storage: Path,
+    storage: Path | str,
     logs: Path,
     workers: Workers,
     counts: Sequence[int] | None = None,
@@ -43,7 +43,8 @@ def run_workers(
 
     `config` and the answer are JSON-like. Ray must be initialised. `counts` are the numbers of
     workers that suit the training, of which the largest is taken that has a place; without them all
-    in the range of workers.count do. The worker keeps its checkpoints in storage/name. When workers
+    in the range of workers.count do. The worker keeps its checkpoints in storage/name, a folder or
+    an address in an object store, which it finds as config["checkpoints"]. When workers
     die or raise an error, all are started again, as often as workers.max_lost and max_failures say;
     what is known of that is kept in `logs`. `on_progress` is called from another thread with the
     newest record that rank 0 gave to progress(). Warnings that our own packages log on rank 0 are
@@ -53,8 +54,9 @@ def run_workers(
     place, or others use them.
     RunError: the budget is used up. Interrupted: a signal came, see launchers.interruption.
     """
-    folder = storage / name
-    budget = Budget(workers, Shelf(folder, "").names)
+    place = f"{storage}/{name}"
+    budget = Budget(workers, shelf_at(place, "").names)
+    files_of_ray = storage if isinstance(storage, Path) else logs.parent
     with noted() as notice:
         while True:
             numbers = counts or range(workers.least, workers.most + 1)
@@ -63,8 +65,8 @@ def run_workers(
             try:
                 return ray_train.attempt(
                     worker,
-                    config | {"checkpoints": str(folder)},
-                    storage=storage,
+                    config | {"checkpoints": place},
+                    storage=files_of_ray,
                     workers=workers,
                     count=count,
                     notice=notice,

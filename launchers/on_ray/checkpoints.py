@@ -8,8 +8,12 @@ agree with the folder. This module knows neither Ray nor workers.
 import logging
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
 
 from sbf_dist.errors import UserError
 from sbf_dist.files import flush
@@ -80,6 +84,23 @@ class Shelf:
                 shutil.rmtree(path)
             elif path.name in _OF_RAY:
                 path.unlink()
+
+    def here(self, found: Path) -> Path:
+        """Return where this rank reads the checkpoint that rank 0 has found."""
+        return found
+
+    def write(
+        self, own: Path, *, step: int, token: str, digests: Mapping[str, str], group: Any
+    ) -> None:
+        """Put on the shelf what write_rank wrote into `own`; every rank calls it."""
+        partial = self.place_to_write(step, token)
+        try:
+            checkpoint.publish(own, partial, step=step, digests=digests, group=group)
+            if dist.get_rank() == 0:
+                self.accept(partial, step)
+        except OSError:
+            shutil.rmtree(partial, ignore_errors=True)  # it may have filled the disk
+            raise
 
     def place_to_write(self, step: int, token: str) -> Path:
         """Return where a checkpoint is written; a `token` keeps two attempts apart."""

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from launchers.on_ray.checkpoints import Shelf
 from launchers.on_ray.failures import StoppedError
 from launchers.on_ray.stopping import Stopping
+from launchers.on_ray.stored_checkpoints import StoredShelf
 from sbf_dist.errors import UserError
 from sbf_dist.train import checkpoint
 from sbf_dist.train.loop import Every
@@ -48,13 +49,14 @@ class Saving:
     All ranks make it, use it and leave its context together. `stopping` ends the training early.
     """
 
-    def __init__(self, shelf: Shelf, stopping: Stopping) -> None:
+    def __init__(self, shelf: Shelf | StoredShelf, stopping: Stopping) -> None:
         self._shelf = shelf
         self._stopping = stopping
         self._group = dist.new_group(backend="gloo")  # the thread's own, beside the training's
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._in_flight: Future[None] | None = None
-        self.resume, self._token = decided_by_rank_0(lambda: _opened(shelf), self._group)
+        found, self._token = decided_by_rank_0(lambda: _opened(shelf), self._group)
+        self.resume = None if found is None else shelf.here(found)
 
     def every(self, steps: int, save: Callable[[int], None]) -> Every[int]:
         """Return when save(steps done), which calls `save` of this object, is called by the loop.
@@ -99,13 +101,9 @@ class Saving:
             in_flight.result()
 
     def _publish(self, own: Path, step: int, digests: dict[str, str]) -> None:
-        partial = self._shelf.place_to_write(step, self._token)
         try:
-            checkpoint.publish(own, partial, step=step, digests=digests, group=self._group)
-            if dist.get_rank() == 0:
-                self._shelf.accept(partial, step)
+            self._shelf.write(own, step=step, token=self._token, digests=digests, group=self._group)
         except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)  # it may have filled the disk
             _explain(error, self._shelf.folder, step)
             raise
         finally:
@@ -154,7 +152,7 @@ def decided_by_rank_0(decide: Callable[[], Answer], group: Any) -> Answer:
     return outcome[0]
 
 
-def _opened(shelf: Shelf) -> tuple[Path | None, str]:
+def _opened(shelf: Shelf | StoredShelf) -> tuple[Any, str]:
     try:
         shelf.tidy()
         return shelf.newest_whole(), secrets.token_hex(4)

@@ -1,5 +1,6 @@
 """A run around its stages: lock, tracking, Ray, and the table of results."""
 
+import dataclasses
 import json
 import sys
 from contextlib import ExitStack
@@ -10,6 +11,7 @@ from launchers.interruption import Interrupted, signals_raise
 from launchers.machine import available_cpus
 from launchers.places import locked
 from launchers.run.folder import RunFolder
+from launchers.storage.driver import taken_over
 from sbf_dist.recipe import Recipe
 
 
@@ -31,6 +33,10 @@ def _execute(recipe: Recipe, folder: RunFolder, until: str, again: str | None) -
     folder.root.mkdir(parents=True, exist_ok=True)
     with ExitStack() as resources:
         resources.enter_context(locked(folder.root, "run"))
+        kept = None
+        if folder.copy is not None:
+            copy, mirror = resources.enter_context(taken_over(folder.copy))
+            folder, kept = dataclasses.replace(folder, copy=copy), mirror.kept
         # These take seconds: not before it is known that the folder is free.
         import torch
 
@@ -51,17 +57,32 @@ def _execute(recipe: Recipe, folder: RunFolder, until: str, again: str | None) -
                 uri=recipe.tracking.uri,
                 experiment=recipe.tracking.experiment,
                 tags={"seed": recipe.seed, "recipe.digest": recipe.digest()},
+                kept=kept,
+                address=folder.place if folder.copy is not None else "",
             )
         )
+        if folder.copy is not None:
+            resources.callback(mirror.hurry)
         tracker.log_params(recipe.model_dump(mode="json"))
         if folder.recipe.exists():
             tracker.log_artifact(folder.recipe)
         resources.enter_context(display)
+        if folder.copy is not None:
+            say_where(display, folder, tracker.uri)
         for note in notes:
             display.say(note)
         sequence.perform(Session(networks, display, tracker, resources), until)
     if folder.summary.exists():
         show_results(display, folder, tracker.uri)
+
+
+def say_where(display: Display, folder: RunFolder, uri: str) -> None:
+    """Say where on this machine a run in an object store is worked on."""
+    display.say(f"run       {folder.place}, on this machine in {folder.root}")
+    if uri.startswith("sqlite:///"):
+        display.say(
+            f"MLflow    {uri}, which this machine alone has; tracking.uri names a server for all"
+        )
 
 
 def show_results(display: Display, folder: RunFolder, uri: str) -> None:
@@ -77,6 +98,8 @@ def show_results(display: Display, folder: RunFolder, uri: str) -> None:
     here = Path.cwd()
 
     def shortened(path: Path) -> str:
+        if folder.copy is not None and path.is_relative_to(folder.root):
+            return f"{folder.place}/{path.relative_to(folder.root)}".removesuffix("/.")
         return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
     shown = uri.replace(f"{here}/", "") if uri.startswith("sqlite:///") else uri

@@ -1,15 +1,79 @@
 """The files of a run."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
+
+from launchers.storage.working_copy import WorkingCopy, cached
+from sbf_dist.object_storage import is_address
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder RUNS/NAME of one run; `runs` is shared by all runs."""
+    """The folder RUNS/NAME of one run; `runs` is shared by all runs.
+
+    copy  where the run is kept in an object store: then the folder is this machine's copy of it
+    """
 
     runs: Path
     name: str
+    copy: WorkingCopy | None = None
+
+    @classmethod
+    def at(cls, runs: str, name: str) -> "RunFolder":
+        """Return the folder of a run below a folder, or an address. UserError for a wrong one."""
+        if is_address(runs):
+            return cls(cached("runs", runs), name, WorkingCopy.of(runs, name))
+        return cls(Path(runs).absolute(), name)
+
+    @property
+    def place(self) -> str:
+        """Where the run is kept: a path, or an address."""
+        return str(self.root) if self.copy is None else self.copy.store.address
+
+    @property
+    def place_of_runs(self) -> str:
+        """Where all runs are kept, as `at` takes it."""
+        return str(self.runs) if self.copy is None else self.place.rpartition("/")[0]
+
+    @property
+    def session(self) -> str:
+        """Which driver is at work on this machine's copy; "" where there is no copy."""
+        return "" if self.copy is None else self.copy.session
+
+    def publish(self, *parts: str) -> None:
+        """Let what has been made on this machine, or parts of it, be kept where the run is."""
+        if self.copy is not None:
+            self.copy.publish(*parts)
+
+    def fetch(self, *parts: str, driver: str | None = None) -> None:
+        """Let this machine have what others have published, of all or of parts of it.
+
+        driver  of a worker's. On any machine but the driver's, the copy has nothing of its own.
+        """
+        if self.copy is not None:
+            self.copy.fetch(*parts, discard=driver not in (None, self.session))
+
+    def remove(self, path: Path) -> None:
+        """Remove a file or folder of the run, wherever it is kept; it may be missing."""
+        if self.copy is not None:
+            self.copy.remove(path)
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+    def is_done(self, stage: str) -> bool:
+        """Whether a stage is done; asked before this machine has a copy of the run."""
+        if self.copy is not None:
+            return self.copy.has(self.result(stage))
+        return self.result(stage).exists()
+
+    def has_checkpoints(self, group: str) -> bool:
+        """Whether there is a checkpoint of a stage or round, whole or not."""
+        if self.copy is not None:
+            return self.copy.has(self.checkpoints / group)
+        return any((self.checkpoints / group).glob("*/manifest.json"))
 
     @property
     def root(self) -> Path:
@@ -44,6 +108,11 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
+
+    @property
+    def place_of_checkpoints(self) -> Path | str:
+        """Where checkpoints are kept, an address in an object store."""
+        return self.checkpoints if self.copy is None else f"{self.place}/checkpoints"
 
     @property
     def logs(self) -> Path:

@@ -24,17 +24,22 @@ def write_pseudo_labels(config: dict[str, Any]) -> dict[str, Any]:
     ids = np.sort(np.concatenate([here.index.parts[p] for p in ("labelled", "unlabelled")]))
     if here.rank == 0:
         pseudo_labels.begin(folder, pseudo_labels.origin(here.recipe, here.index.digest))
+        here.folder.publish(folder.name)
     dist.barrier()
+    here.fetch(folder.name)
     ensemble = ensemble_of(here)
     parts = pseudo_labels.chunks(ids)
     for number in range(here.rank, len(parts), here.world_size):
         if pseudo_labels.chunk_path(folder, number).exists():
             continue
         write_chunk(here, ensemble, number, parts[number])
+        here.folder.publish(folder.name)
         ray_train.progress({"title": "pseudo-labels", "step": number + 1, "steps": len(parts)})
     dist.barrier()
     if here.rank == 0:
+        here.fetch(folder.name)
         pseudo_labels.finish(folder, ids)
+        here.folder.publish(folder.name)
     return {"images": len(ids)}
 
 

@@ -1,9 +1,7 @@
 """The stages of a run in order: which are finished, and which must be repeated."""
 
 import json
-import shutil
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launchers.run import locks
@@ -54,6 +52,7 @@ def perform(session: "Session", until: str) -> None:
         write_json(result_file, {**result, "read": read, "seconds": seconds, **origin()})
         if bind(session.networks):
             session.tracker.log_artifact(session.folder.recipe)
+        session.folder.publish()
 
 
 def bind(networks: "Networks") -> bool:
@@ -111,11 +110,13 @@ def open_folder(networks: "Networks", again: str | None) -> list[str]:
             longer, going_on = longer - stale, []
         anew = {s.name: [p for t, p in products if t is s and p.name in stale] for s in STAGES}
         begin_anew(folder.tracking, [name for name, own in anew.items() if own])
+        folder.publish()
         # From the last stage back: what is cut in the middle has no stage whose basis is gone.
         for stage in reversed(STAGES):
             if anew[stage.name]:
                 _remove_results(folder, stage, anew[stage.name], longer)
     bind(networks)
+    folder.publish()
     return [_going_on(changes[name][0]) for name in going_on]
 
 
@@ -175,23 +176,16 @@ def _is_begun(folder: RunFolder, stage: Stage, product: locks.Product) -> bool:
     """Whether there is something of a product that another recipe must not go on with."""
     if folder.result(stage.name).exists() or any(path.exists() for path in product.files):
         return True
-    return any((folder.checkpoints / stage.name).glob("*/manifest.json"))
+    return folder.has_checkpoints(stage.name)
 
 
 def _remove_results(
     folder: RunFolder, stage: Stage, products: list[locks.Product], longer: set[str]
 ) -> None:
     # The result first: without it the stage is not done, whatever else is left of it.
-    _remove(folder.result(stage.name))
+    folder.remove(folder.result(stage.name))
     if not all(product.name in longer for product in products):
-        _remove(folder.checkpoints / stage.name)
+        folder.remove(folder.checkpoints / stage.name)
     for product in products:
         for path in product.files:
-            _remove(path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+            folder.remove(path)

@@ -57,17 +57,21 @@ class Session:
         config = {
             # Workers do not talk to the tracking store, whose URI may hold a password.
             "recipe": self.recipe.model_dump(mode="json", exclude={"tracking"}),
-            "runs": str(self.folder.runs),
+            "runs": self.folder.place_of_runs,
+            "driver": self.folder.session,
             "group": name,
-            "journals": str(log_to.journals),
+            "journals": str(log_to.journals.relative_to(self.folder.root)),
         }
-        return attempts.run_workers(
+        self.folder.publish()
+        answer = attempts.run_workers(
             worker,
             config,
             name=name,
-            storage=self.folder.checkpoints,
+            storage=self.folder.place_of_checkpoints,
             logs=self.folder.logs,
             workers=workers,
             counts=self.recipe.numbers_of_workers(),
             on_progress=self.display.show,
         )
+        self.folder.fetch()
+        return answer

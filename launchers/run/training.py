@@ -1,8 +1,9 @@
 """Trainings of a run, on every rank: composed, gone on with from a checkpoint, and done."""
 
 import dataclasses
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ from sbf_dist.weights import save_weights
 if TYPE_CHECKING:  # of Ray, which the driver imports later than this module
     from launchers.on_ray.saving import Saving
 
+_MADE = ("weights", "trainings")  # parts of a run's folder
 _LENGTHS = tuple(f".{name}" for name in locks.LENGTHS)  # ends of keys
 
 
@@ -43,46 +45,62 @@ def train_networks(config: dict[str, Any]) -> dict[str, Any]:
     was resumed from.
     """
     from launchers.on_ray import ray_train
-    from launchers.on_ray.checkpoints import Shelf
     from launchers.on_ray.kept_logs import STACKS
     from launchers.on_ray.saving import Saving
     from launchers.on_ray.stopping import Stopping
+    from launchers.on_ray.stored_checkpoints import shelf_at
 
     here = Context.of(config)
     wanted = here.networks.trained_in(config["group"])
     check_workers_agree(here.index, here.device)
     results: dict[str, Any] = {}
-    with _measured(config["journals"]):
+    journals = here.folder.root / config["journals"]
+    with _measured(here, journals):
         for number, network in enumerate(wanted, 1):
-            done = outcome.is_trained(network)
-            dist.barrier()  # all have looked before rank 0 writes
-            if done:
+            if _is_trained(here, network):
                 continue
             title = f"{network.name} ({number} of {len(wanted)})"
-            folder = Path(config["checkpoints"])
-            shelf = Shelf(folder, network.name, here.recipe.checkpoints.keep_last)
+            shelf = shelf_at(
+                config["checkpoints"],
+                network.name,
+                here.recipe.checkpoints.keep_last,
+                before=partial(here.folder.publish, config["journals"]),
+            )
             stacks = here.folder.logs / f"{network.name}-rank-{here.rank}{STACKS}"
             stopping = Stopping(ray_train.listening(), here.recipe.workers.hang_timeout, stacks)
             with Saving(shelf, stopping) as saving:
-                results[network.name] = _train(here, network, saving, title, config["journals"])
+                results[network.name] = _train(here, network, saving, title, journals)
             if here.rank == 0:
                 outcome.keep(network, results[network.name])
+                here.folder.publish(config["journals"], *_MADE)
             dist.barrier()
     return results
 
 
-def _measured(journals: str) -> AbstractContextManager[None]:
+def _is_trained(here: Context, network: Network) -> bool:
+    """Whether a training is done, as rank 0 sees it: other machines may not know of it yet."""
+    done = torch.tensor([int(outcome.is_trained(network))], device=here.device)
+    dist.broadcast(done, 0)
+    if done.item() and here.rank == 0:
+        here.folder.publish(*_MADE)  # it may have been killed before it did
+    return bool(done.item())
+
+
+@contextmanager
+def _measured(here: Context, journals: Path) -> Iterator[None]:
     """One worker of every node logs how busy the node is."""
     from launchers.on_ray import ray_train
 
     where = ray_train.place()
     if where.local_rank != 0:
-        return nullcontext()
-    return tracking.measured_node(Path(journals), where.node_rank)
+        yield
+        return
+    with here.mirrored(journals), tracking.measured_node(journals, where.node_rank):
+        yield
 
 
 def _train(
-    here: Context, network: Network, saving: "Saving", title: str, journals: str
+    here: Context, network: Network, saving: "Saving", title: str, journals: Path
 ) -> dict[str, Any]:
     """Compose and run one training: student, task, engine, loaders, loop."""
     from launchers.on_ray import ray_train
@@ -103,7 +121,7 @@ def _train(
         restored = checkpoint.load(engine, saving.resume, digests=expected)
         batches.load_state_dict(restored.loader_state)
         start = restored.step
-    tracker = tracking.attach(journals) if here.rank == 0 else None
+    tracker = tracking.attach(str(journals)) if here.rank == 0 else None
     used = _share_of_peak(here, network, job) if here.rank == 0 else 0.0
     if settings.epochs is not None:
         title = f"{title}, {settings.length}"  # beside the steps that they are

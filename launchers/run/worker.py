@@ -4,6 +4,8 @@ Ray is imported where it is used: the driver imports this module before it has s
 that Ray reads.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launchers.images import shard_cache
+from launchers.images import shard_cache, with_embedded_images
 from launchers.run.building import build_network
 from launchers.run.folder import RunFolder
 from launchers.run.networks import Networks
+from launchers.storage.journals import JournalMirror
 from pipelines.index import DataIndex
 from pipelines.loader import EvalLoader
 from pipelines.reader import Reader
@@ -23,6 +26,9 @@ from sbf_dist.recipe import Recipe
 from sbf_dist.settings import View
 
 EVALUATION_BATCH = 128
+LOGS = "logs"
+# What workers read of a run, or look at.
+_READ = ("data", "weights", "trainings", "plan.json", "plans", "pseudo-labels")
 Batch = dict[str, Tensor]
 
 
@@ -35,6 +41,7 @@ class Context:
     rank: int
     world_size: int
     device: torch.device
+    driver: str = ""  # the session of the run's folder on the driver's machine
 
     @property
     def recipe(self) -> Recipe:
@@ -53,15 +60,35 @@ class Context:
     def of(cls, config: dict[str, Any]) -> "Context":
         from launchers.on_ray import ray_train
 
-        folder = RunFolder(Path(config["runs"]), config["recipe"]["name"])
+        folder = RunFolder.at(config["runs"], config["recipe"]["name"])
+        recipe = Recipe.model_validate(config["recipe"])
+        folder.fetch(*_READ, config["journals"], driver=config["driver"])
+        index = DataIndex.load(folder.index)
+        if folder.copy is not None:
+            index = with_embedded_images(recipe.data, folder.runs, index)
         place = ray_train.place()
         return cls(
-            networks=Networks.of(Recipe.model_validate(config["recipe"]), folder),
-            index=DataIndex.load(folder.index),
+            networks=Networks.of(recipe, folder),
+            index=index,
             rank=place.rank,
             world_size=place.world_size,
             device=place.device,
+            driver=config["driver"],
         )
+
+    def fetch(self, *parts: str) -> None:
+        """Let this node have what workers on others have published."""
+        self.folder.fetch(*parts, driver=self.driver)
+
+    @contextmanager
+    def mirrored(self, journals: Path) -> Iterator[None]:
+        """On a machine that is not the driver's, bring what is logged there to the store."""
+        copy = self.folder.copy
+        if copy is None or copy.session == self.driver:
+            yield
+            return
+        with JournalMirror(copy, (f"tracking/{journals.name}", LOGS), fetches=False):
+            yield
 
 
 def ensemble_of(here: Context) -> TeacherEnsemble:

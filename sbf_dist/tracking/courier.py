@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sbf_dist.errors import UserError
@@ -30,12 +30,21 @@ class Courier:
 
     folder  with a folder of journals for each key of `state`
     shown   name of the store, for messages
+    kept    how many bytes of a journal are safe where the run is kept, and may be delivered;
+            without it all are
 
     Where the store stops answering, everything stays in the journals and is tried again. What may
     have arrived before a failure or a kill is compared with what the store has.
     """
 
-    def __init__(self, folder: Path, state: State, store: Store, shown: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        state: State,
+        store: Store,
+        shown: str,
+        kept: Callable[[Path], int] | None = None,
+    ) -> None:
         self.first_try = threading.Event()
         self.error: UserError | None = None  # of the first try
         self.reached = False  # at any time
@@ -46,8 +55,11 @@ class Courier:
         self._connected = False
         self._away = False
         self._found: set[str] = set()  # keys whose run is known to be in the store
-        # Journals whose next entries the store may have already.
-        self._unsure = {self._place(file) for key in self._keys() for file in self._all(key)}
+        self._kept = kept or _size
+        # Up to where the store may have entries of journals already, beyond what the state says.
+        self._unsure = {
+            self._place(file): _size(file) for key in self._keys() for file in self._all(key)
+        }
         self._progress = time.monotonic()
         self._pause = _RETRY_SECONDS
         self._wake = threading.Event()
@@ -141,18 +153,18 @@ class Courier:
             self.reached = True
 
     def _has_more(self, file: Path) -> bool:
-        return file.stat().st_size > self._state.sent.get(self._place(file), 0)
+        return self._kept(file) > self._state.sent.get(self._place(file), 0)
 
     def _deliver(self, run_id: str, file: Path) -> None:
         place = self._place(file)
-        for entries, end in _batches(file, self._state.sent.get(place, 0)):
+        start = self._state.sent.get(place, 0)
+        for entries, end in _batches(file, start, self._kept(file)):
             if self._closed.is_set():
                 return
-            again = place in self._unsure
-            self._unsure.add(place)
+            again = start < self._unsure.get(place, 0)
+            self._unsure[place] = max(end, self._unsure.get(place, 0))
             self._give(run_id, entries, again=again)
-            self._unsure.discard(place)
-            self._state.sent[place] = end
+            start = self._state.sent[place] = end
             self._state.save()
             self._progress = time.monotonic()
 
@@ -220,12 +232,18 @@ class Courier:
         return file.relative_to(self._folder).as_posix()
 
 
-def _batches(file: Path, offset: int) -> Iterator[tuple[list[Entry], int]]:
-    """Yield entries that go in one request, and the offset of their end."""
+def _size(file: Path) -> int:
+    return file.stat().st_size
+
+
+def _batches(file: Path, offset: int, limit: int) -> Iterator[tuple[list[Entry], int]]:
+    """Yield entries that go in one request, and the offset of their end, `limit` at most."""
     batch: list[Entry] = []
     size = 0
     end = offset
     for entry, after in journal.read(file, offset):
+        if after > limit:
+            break
         own = len(entry["metrics"]) if entry["kind"] == "metrics" else 0
         if batch and (not own or size + own > MAX_REQUEST_METRICS):
             yield batch, end

@@ -7,7 +7,7 @@ when the pipeline is started again.
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -192,23 +192,27 @@ def start(
     uri: str | None = None,
     experiment: str = "sbf-dist",
     tags: Mapping[str, object] | None = None,
+    kept: Callable[[Path], int] | None = None,
+    address: str = "",
 ) -> Run:
     """Begin the parent run of a pipeline, or continue the one of its folder. For the driver.
 
     folder: of the run; its name is the run's. uri: the tracking server or database; without it
     MLFLOW_TRACKING_URI, or else mlflow.db beside the folder. Artifacts of a database go to
     mlflow-artifacts beside it (a server has its own place). tags: what is to be known of the run,
-    such as seed and recipe digest; git commit, versions and user are added.
+    such as seed and recipe digest; git commit, versions and user are added. kept: see Courier.
+    address: of the object store in which the folder is kept.
 
     A store that does not answer is a warning: everything waits in the folder until it does.
     UserError, which names the URI, for a store that cannot be used.
     """
-    address = tracking_address(folder.parent, uri)
+    store_address = tracking_address(folder.parent, uri)
     state = State.load(folder / "tracking.json")
-    state.uri = address.shown
+    state.uri = store_address.shown
+    state.address = address
     state.save()
-    store = MlflowStore(address, experiment, folder, state.id)
-    courier = Courier(folder / state.path.stem, state, store, address.shown)
+    store = MlflowStore(store_address, experiment, folder, state.id)
+    courier = Courier(folder / state.path.stem, state, store, store_address.shown, kept)
     run = Run(folder, WHOLE_RUN, state, courier)
     run.begin({**_user_tags(), **origin(), **(tags or {})})
     courier.start()
@@ -216,7 +220,7 @@ def start(
         courier.first_try.set()
         logger.warning(
             "tracking store %s has not answered for %.0f s; metrics wait in %s",
-            address.shown,
+            store_address.shown,
             START_SECONDS,
             run.journals.parent,
         )

@@ -24,6 +24,8 @@ class State:
     run_ids   of MLflow, by key
     attempts  how often a stage was begun anew, by its name
     sent      bytes of a journal that MLflow has, by KEY/FILE
+    address   where the folder is kept, if that is an object store: of it, any number of machines
+              have a copy
     """
 
     path: Path
@@ -32,6 +34,7 @@ class State:
     run_ids: dict[str, str] = field(default_factory=dict)
     attempts: dict[str, int] = field(default_factory=dict)
     sent: dict[str, int] = field(default_factory=dict)
+    address: str = ""
 
     @classmethod
     def load(cls, path: Path) -> "State":
@@ -49,7 +52,7 @@ class State:
             logger.warning("%s is damaged (%s): a new MLflow run is begun", path, error)
             return cls(path)
         original = Path(str(known.get("folder", path.parent)))
-        if original != path.parent and _is_of(original / path.name, state.id):
+        if not state.address and original != path.parent and _is_of(original / path.name, state.id):
             logger.warning(
                 "run folder %s is a copy of %s: it gets an MLflow run of its own",
                 path.parent,
@@ -71,6 +74,7 @@ class State:
             {str(k): str(v) for k, v in known["run_ids"].items()},
             {str(k): int(v) for k, v in known["attempts"].items()},
             {str(k): int(v) for k, v in known["sent"].items()},
+            str(known.get("address", "")),
         )
 
     def save(self) -> None:
@@ -83,6 +87,7 @@ class State:
             "run_ids": self.run_ids,
             "attempts": self.attempts,
             "sent": self.sent,
+            "address": self.address,
         }
         write_json(self.path, content)
 

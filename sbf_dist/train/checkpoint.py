@@ -37,7 +37,7 @@ from sbf_dist.train.resharding import base_optimizer
 from sbf_dist.train.shards import Whole, file_names, read
 
 FORMAT = 1
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 _SHARDS = "deepspeed"
 _TAG = "state"
 
@@ -170,45 +170,69 @@ def publish(
     """
     folder.mkdir(parents=True, exist_ok=True)
     files: dict[str, FileEntry] = {}
-    for path in sorted(path for path in own.rglob("*") if path.is_file()):
-        name = path.relative_to(own).as_posix()
-        files[name] = _entry(path)
+    for name, path in files_of(own).items():
+        files[name] = entry_of(path)
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         move_durably(path, folder / name)
     for place in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
         flush(place)
-    per_rank: list[dict[str, FileEntry]] = [files]
-    if dist.is_initialized():
-        per_rank *= _world_size()
-        dist.all_gather_object(per_rank, files, group=group)
+    manifest = manifest_of(files, step=step, digests=digests, group=group)
     if _rank() == 0:
-        manifest = Manifest(
-            format=FORMAT,
-            step=step,
-            world_size=_world_size(),
-            digests=dict(digests),
-            files={name: entry for rank_files in per_rank for name, entry in rank_files.items()},
-        )
-        write_text(folder / _MANIFEST, manifest.model_dump_json(indent=1))
+        write_text(folder / MANIFEST, manifest.model_dump_json(indent=1))
     if dist.is_initialized():
         dist.barrier(group=group)
 
 
+def files_of(own: Path) -> dict[str, Path]:
+    """What write_rank wrote into `own`, by the names that the files have in a checkpoint."""
+    found = sorted(path for path in own.rglob("*") if path.is_file())
+    return {path.relative_to(own).as_posix(): path for path in found}
+
+
+def entry_of(path: Path) -> FileEntry:
+    """What a manifest says of a file."""
+    return FileEntry(size=path.stat().st_size, sha256=sha256(path))
+
+
+def manifest_of(
+    files: Mapping[str, FileEntry], *, step: int, digests: Mapping[str, str], group: Any = None
+) -> Manifest:
+    """The manifest of a checkpoint of which `files` are this rank's; every rank calls it."""
+    per_rank: list[dict[str, FileEntry]] = [dict(files)]
+    if dist.is_initialized():
+        per_rank *= _world_size()
+        dist.all_gather_object(per_rank, dict(files), group=group)
+    return Manifest(
+        format=FORMAT,
+        step=step,
+        world_size=_world_size(),
+        digests=dict(digests),
+        files={name: entry for rank_files in per_rank for name, entry in rank_files.items()},
+    )
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of the checkpoint in `folder`. UserError if it is missing or damaged."""
-    path = folder / _MANIFEST
+    path = folder / MANIFEST
     if not path.is_file():
         raise UserError(
-            f"checkpoint {folder}: has no {_MANIFEST}: not a checkpoint, or an incomplete one"
+            f"checkpoint {folder}: has no {MANIFEST}: not a checkpoint, or an incomplete one"
         )
+    return parsed_manifest(path.read_bytes(), str(path))
+
+
+def parsed_manifest(content: bytes, where: str) -> Manifest:
+    """What a manifest's file, which is at `where`, says. UserError if it is damaged."""
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
+        manifest = Manifest.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "JSON"
-        raise UserError(f"checkpoint {path}: is damaged: {where}: {first['msg']}") from error
+        key = ".".join(str(part) for part in first["loc"]) or "JSON"
+        raise UserError(f"checkpoint {where}: is damaged: {key}: {first['msg']}") from error
     if manifest.format != FORMAT:
-        raise UserError(f"checkpoint {path}: format {manifest.format}, this version reads {FORMAT}")
+        raise UserError(
+            f"checkpoint {where}: format {manifest.format}, this version reads {FORMAT}"
+        )
     return manifest
 
 
@@ -267,13 +291,13 @@ def _check_names(folder: Path, manifest: Manifest) -> None:
     for name in _expected(folder, manifest):
         if name not in manifest.files:
             raise UserError(
-                f"checkpoint {folder}: {_MANIFEST} does not list {name}, which a checkpoint of "
+                f"checkpoint {folder}: {MANIFEST} does not list {name}, which a checkpoint of "
                 f"{manifest.world_size} workers has; use an earlier checkpoint"
             )
     for name in _files(folder):
         if name not in manifest.files:
             raise UserError(
-                f"checkpoint {folder}: {name} is not listed in {_MANIFEST}; remove it, or use an "
+                f"checkpoint {folder}: {name} is not listed in {MANIFEST}; remove it, or use an "
                 "earlier checkpoint"
             )
 
@@ -293,7 +317,7 @@ def _expected(folder: Path, manifest: Manifest) -> list[str]:
 def _files(folder: Path) -> list[str]:
     names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
     visible = [name for name in names if not any(part.startswith(".") for part in name.parts)]
-    return [name.as_posix() for name in visible if name.as_posix() != _MANIFEST]
+    return [name.as_posix() for name in visible if name.as_posix() != MANIFEST]
 
 
 def load(engine: Any, folder: Path, *, digests: Mapping[str, str]) -> Restored:
@@ -350,10 +374,6 @@ def written(folder: Path) -> Written | None:
 def loader_state(folder: Path) -> dict[str, Any]:
     """Where the images of rank 0 were when the checkpoint in `folder` was saved."""
     return read_loader_state(folder / "ranks", 0)
-
-
-def _entry(path: Path) -> FileEntry:
-    return FileEntry(size=path.stat().st_size, sha256=sha256(path))
 
 
 def _rank() -> int:

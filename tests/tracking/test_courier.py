@@ -100,6 +100,7 @@ def test_a_server_that_goes_in_the_middle_is_warned_of_once_and_gets_the_rest_la
         time.sleep(0.5)
         assert len(caplog.messages) == 1
         double.start()
+        eventually(lambda: len(caplog.messages) == 2)  # of a closed courier nothing is heard
     assert double.history("loss") == POINTS
     assert caplog.messages[1].endswith("answers again")
 
@@ -447,3 +448,55 @@ def test_mlflows_own_server_is_killed_in_the_middle_and_misses_nothing(
         assert len(list((tmp_path / "artifacts").rglob("note.txt"))) == 1
     finally:
         kill(process)
+
+
+def test_only_what_is_kept_elsewhere_too_is_delivered(folder: Path, double: Server) -> None:
+    """As a run in an object store asks for: a driver elsewhere must know what was delivered."""
+    sizes: dict[Path, int] = {}
+
+    def keep() -> None:
+        sizes.update({path: path.stat().st_size for path in folder.rglob("*.jsonl")})
+
+    with tracking.start(folder, uri=double.uri, kept=lambda path: sizes.get(path, 0)) as parent:
+        with parent.stage("distill") as stage:
+            worker = tracking.attach(str(stage.journals))
+            train(stage, range(25), worker)
+            assert not parent.flush(0.3)
+            assert double.metrics == []
+            keep()
+            train(stage, range(25, 50), worker)
+            eventually(lambda: double.history("loss") == POINTS[:5])
+            assert not parent.flush(0.3)
+            keep()
+            assert parent.flush()
+            assert double.history("loss") == POINTS
+        keep()
+
+
+def test_a_state_that_is_behind_by_many_requests_doubles_nothing(
+    folder: Path, double: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of a driver that is gone, with its machine, may not have been stored in time."""
+    monkeypatch.setattr(courier, "MAX_REQUEST_METRICS", 2)
+    with tracking.start(folder, uri=double.uri) as parent, parent.stage("distill") as stage:
+        train(stage, range(0))
+        assert parent.flush()
+        before = (folder / "tracking.json").read_text()
+        train(stage, range(50))
+    (folder / "tracking.json").write_text(before)
+    with tracking.start(folder, uri=double.uri) as parent:
+        assert parent.flush()
+    assert double.history("loss") == POINTS
+
+
+def test_copies_of_a_run_in_an_object_store_are_one_run(
+    folder: Path, double: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    with tracking.start(folder, uri=double.uri, address="s3://bucket/runs/mine") as first:
+        assert first.flush()
+    other = folder.parents[1] / "other machine" / "mine"
+    shutil.copytree(folder, other)
+    with tracking.start(other, uri=double.uri, address="s3://bucket/runs/mine") as second:
+        assert second.flush()
+        assert second.run_id == first.run_id
+    assert not caplog.messages

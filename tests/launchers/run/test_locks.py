@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.run import locks, sequence
+from launchers.run import locks
 from launchers.run.folder import RunFolder
 from launchers.run.networks import Networks
 from launchers.run.read_files import file_digests
@@ -297,17 +297,17 @@ def test_weights_of_a_run_of_an_earlier_version_are_taken_to_be_the_same(tmp_pat
 def test_a_removal_that_is_cut_leaves_no_stage_without_its_basis(
     run: Networks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    remove = sequence._remove
+    remove = RunFolder.remove
     for allowed in range(40):
         left = [allowed]
 
-        def cut(path: Path, left: list[int] = left) -> None:
+        def cut(folder: RunFolder, path: Path, left: list[int] = left) -> None:
             if not left[0]:
                 raise KeyboardInterrupt
             left[0] -= 1
-            remove(path)
+            remove(folder, path)
 
-        monkeypatch.setattr(sequence, "_remove", cut)
+        monkeypatch.setattr(RunFolder, "remove", cut)
         try:
             open_folder(run, "teachers")
         except KeyboardInterrupt:
