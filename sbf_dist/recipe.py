@@ -198,6 +198,11 @@ class Checkpoints(Section):
     """Which checkpoints of a training are kept. Not part of a run's identity."""
 
     keep_last: Positive = Field(2, description="newest checkpoints of each training that are kept")
+    keep_best: bool = Field(
+        False,
+        description="evaluate the network at each checkpoint, on all validation images, and keep "
+        "the one with the best top-1 as well",
+    )
 
 
 class Teacher(Section):

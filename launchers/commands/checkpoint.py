@@ -155,6 +155,7 @@ def _rows(manifest: "Manifest", written: "Written | None") -> dict[str, str]:
         "step": str(manifest.step),
         "workers": f"{manifest.world_size}{engine}",
         **manifest.digests,
+        **({} if manifest.top1 is None else {"top-1": f"{100 * manifest.top1:.2f} %"}),
         "files": f"{len(manifest.files)}, {size / 1e6:,.1f} MB",
     }
 

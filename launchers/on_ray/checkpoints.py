@@ -8,7 +8,7 @@ agree with the folder. This module knows neither Ray nor workers.
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ _log = logging.getLogger(__name__)
 class Shelf:
     """The checkpoints of `training` below `folder`; the newest `keep_last` are kept.
 
+    keep_best  whether the one with the best top-1 is kept as well
+
     `folder` may hold those of other trainings as well. One process at a time may change it, of all
     that share it: rank 0.
     """
@@ -39,6 +41,7 @@ class Shelf:
     folder: Path
     training: str
     keep_last: int = 2
+    keep_best: bool = False
 
     def newest_whole(self) -> Path | None:
         """Return the newest checkpoint that is whole; None where there never was one.
@@ -90,12 +93,19 @@ class Shelf:
         return found
 
     def write(
-        self, own: Path, *, step: int, token: str, digests: Mapping[str, str], group: Any
+        self,
+        own: Path,
+        *,
+        step: int,
+        token: str,
+        digests: Mapping[str, str],
+        group: Any,
+        top1: float | None = None,
     ) -> None:
         """Put on the shelf what write_rank wrote into `own`; every rank calls it."""
         partial = self.place_to_write(step, token)
         try:
-            checkpoint.publish(own, partial, step=step, digests=digests, group=group)
+            checkpoint.publish(own, partial, step=step, digests=digests, group=group, top1=top1)
             if dist.get_rank() == 0:
                 self.accept(partial, step)
         except OSError:
@@ -113,7 +123,7 @@ class Shelf:
             self._remove(final)
         partial.rename(final)
         flush(self.folder)
-        for old in self._newest_first()[self.keep_last :]:
+        for old in self._superseded():
             self._remove(old)
         return final
 
@@ -123,6 +133,15 @@ class Shelf:
             return set()
         found = (path for path in self.folder.iterdir() if _counts(path))
         return {path.name for path in found if (path / _MANIFEST).exists()}
+
+    def _superseded(self) -> list[Path]:
+        """Return the checkpoints that need not be kept."""
+        newest_first = self._newest_first()
+        old = newest_first[self.keep_last :]
+        if not self.keep_best:
+            return old
+        best = best_of([_top1(path) for path in newest_first])
+        return [path for path in old if best is None or path != newest_first[best]]
 
     def _name(self, step: int) -> str:
         return f"{self.training}-{step:08d}"
@@ -154,6 +173,19 @@ class Shelf:
         going = _free(path.with_name(f".{path.name}{_PARTIAL}"))
         path.rename(going)
         shutil.rmtree(going)
+
+
+def best_of(top1s: Sequence[float | None]) -> int | None:
+    """Return the position of the largest, the first of equal ones; None where all are None."""
+    known = [(top1, -position) for position, top1 in enumerate(top1s) if top1 is not None]
+    return -max(known)[1] if known else None
+
+
+def _top1(path: Path) -> float | None:
+    try:
+        return checkpoint.read_manifest(path).top1
+    except (UserError, OSError):
+        return None
 
 
 def _counts(path: Path) -> bool:

@@ -74,8 +74,19 @@ class Saving:
 
         return _Times(steps, call, self._stopping)
 
+    @property
+    def ending(self) -> bool:
+        """Whether the training is asked to end: it has little time for a last checkpoint."""
+        return self._stopping.ending
+
     def save(
-        self, engine: Any, *, step: int, loader_state: Mapping[str, Any], digests: Mapping[str, str]
+        self,
+        engine: Any,
+        *,
+        step: int,
+        loader_state: Mapping[str, Any],
+        digests: Mapping[str, str],
+        top1: float | None = None,
     ) -> None:
         """Make a checkpoint; when it returns, the training may go on while it is written.
 
@@ -92,7 +103,7 @@ class Saving:
             finally:
                 shutil.rmtree(own, ignore_errors=True)
             raise
-        self._in_flight = self._thread.submit(self._publish, own, step, dict(digests))
+        self._in_flight = self._thread.submit(self._publish, own, step, dict(digests), top1)
 
     def wait(self) -> None:
         """Wait until no checkpoint is in flight; raises what went wrong with it."""
@@ -100,9 +111,16 @@ class Saving:
         if in_flight is not None:
             in_flight.result()
 
-    def _publish(self, own: Path, step: int, digests: dict[str, str]) -> None:
+    def _publish(self, own: Path, step: int, digests: dict[str, str], top1: float | None) -> None:
         try:
-            self._shelf.write(own, step=step, token=self._token, digests=digests, group=self._group)
+            self._shelf.write(
+                own,
+                step=step,
+                token=self._token,
+                digests=digests,
+                group=self._group,
+                top1=top1,
+            )
         except OSError as error:
             _explain(error, self._shelf.folder, step)
             raise

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from launchers.on_ray.checkpoints import Shelf
+from launchers.on_ray.checkpoints import Shelf, best_of
 from launchers.storage.patience import patiently
 from launchers.storage.working_copy import CHECKPOINTS, cached, is_plain
 from sbf_dist.errors import UserError
@@ -39,15 +39,20 @@ def _nothing() -> None:
 
 
 def shelf_at(
-    place: str, training: str, keep_last: int = 2, before: Callable[[], None] = _nothing
+    place: str,
+    training: str,
+    keep_last: int = 2,
+    before: Callable[[], None] = _nothing,
+    *,
+    keep_best: bool = False,
 ) -> "Shelf | StoredShelf":
     """Return the checkpoints of a training below a folder, or an address.
 
     before  see StoredShelf
     """
     if is_address(place):
-        return StoredShelf(ObjectFolder.at(place), training, keep_last, before)
-    return Shelf(Path(place), training, keep_last)
+        return StoredShelf(ObjectFolder.at(place), training, keep_last, before, keep_best)
+    return Shelf(Path(place), training, keep_last, keep_best)
 
 
 @dataclass
@@ -63,6 +68,8 @@ class StoredShelf:
     training: str
     keep_last: int = 2
     before: Callable[[], None] = _nothing
+    keep_best: bool = False
+    _top1s: dict[str, float | None] = field(default_factory=dict, init=False)  # by name
     _last: str | None = field(default=None, init=False)  # the newest that this process knows
 
     @property
@@ -136,7 +143,14 @@ class StoredShelf:
         return folder
 
     def write(
-        self, own: Path, *, step: int, token: str, digests: Mapping[str, str], group: Any
+        self,
+        own: Path,
+        *,
+        step: int,
+        token: str,
+        digests: Mapping[str, str],
+        group: Any,
+        top1: float | None = None,
     ) -> None:
         """Put on the shelf what write_rank wrote into `own`; every rank calls it.
 
@@ -146,7 +160,9 @@ class StoredShelf:
         paths = checkpoint.files_of(own)
         entries = {key: checkpoint.entry_of(path) for key, path in paths.items()}
         self._together(lambda: self._upload(name, paths), step, group)
-        manifest = checkpoint.manifest_of(entries, step=step, digests=digests, group=group)
+        manifest = checkpoint.manifest_of(
+            entries, step=step, digests=digests, group=group, top1=top1
+        )
         self._together(lambda: self._accept(name, manifest), step, group)
         self._last = name
 
@@ -252,15 +268,30 @@ class StoredShelf:
         return sorted(found, reverse=True)
 
     def _superseded(self) -> list[str]:
-        """Return the checkpoints of all steps but the newest, and older ones of the same step."""
-        kept: set[int] = set()
-        old = []
+        """Return the checkpoints that need not be kept, and older ones of the same step."""
+        kept: dict[int, str] = {}
+        twice, old = [], []
         for step, _, name in self._by_step():
-            if step in kept or len(kept) == self.keep_last:
-                old.append(name)
+            if step in kept:
+                twice.append(name)
             else:
-                kept.add(step)
-        return old
+                kept[step] = name
+        newest_first = list(kept.values())
+        old = newest_first[self.keep_last :]
+        if self.keep_best:
+            best = best_of([self._top1(name) for name in newest_first])
+            old = [name for name in old if best is None or name != newest_first[best]]
+        return old + twice
+
+    def _top1(self, name: str) -> float | None:
+        if name not in self._top1s:
+            content = self._read(f"{name}/{MANIFEST}")
+            try:
+                parsed = content and checkpoint.parsed_manifest(content, name)
+            except UserError:  # a damaged one; newest_whole() says so
+                parsed = None
+            self._top1s[name] = parsed.top1 if parsed else None
+        return self._top1s[name]
 
     def _remove(self, name: str) -> None:
         """Remove a checkpoint, the manifest first: a kill in the middle leaves none."""

@@ -65,6 +65,7 @@ def train_networks(config: dict[str, Any]) -> dict[str, Any]:
                 network.name,
                 here.recipe.checkpoints.keep_last,
                 before=partial(here.folder.publish, config["journals"]),
+                keep_best=here.recipe.checkpoints.keep_best,
             )
             stacks = here.folder.logs / f"{network.name}-rank-{here.rank}{STACKS}"
             stopping = Stopping(ray_train.listening(), here.recipe.workers.hang_timeout, stacks)
@@ -133,16 +134,18 @@ def _train(
             tracker.log_metrics(named, record.step)
 
     def on_checkpoint(step: int) -> None:
-        saving.save(engine, step=step, loader_state=batches.state_dict(), digests=depends_on)
+        top1 = None
+        if here.recipe.checkpoints.keep_best and not saving.ending:
+            so_far = _scores_so_far(here, network, engine)
+            top1 = so_far.top1
+            if tracker is not None and step != steps:
+                tracker.log_metrics(_scores(network.name, so_far), step)
+        state = batches.state_dict()
+        saving.save(engine, step=step, loader_state=state, digests=depends_on, top1=top1)
 
-    stream: Iterable[Batch] = batches
-    if settings.profile_steps is not None:
-        trace = here.folder.logs / f"{network.name}-rank-{here.rank}.trace.json"
-        passes = engine.gradient_accumulation_steps()
-        stream = profiled(batches, settings.profile_steps, trace, start_step=start, passes=passes)
     fit(
         engine,
-        stream,
+        _watched(here, network, engine, batches, start),
         steps=steps,
         start_step=start,
         lr_at=schedule(
@@ -221,6 +224,28 @@ def _engine(here: Context, network: Network, job: Job) -> Any:
         skip_bad_steps=settings.skip_bad_steps,
         ema=settings.ema,
     )
+
+
+def _watched(
+    here: Context, network: Network, engine: Any, batches: Iterable[Batch], start: int
+) -> Iterable[Batch]:
+    """Return `batches`, with a profiler's trace of the steps that the recipe names, if any."""
+    assert network.job is not None
+    steps = network.job.training.profile_steps
+    if steps is None:
+        return batches
+    trace = here.folder.logs / f"{network.name}-rank-{here.rank}.trace.json"
+    passes = engine.gradient_accumulation_steps()
+    return profiled(batches, steps, trace, start_step=start, passes=passes)
+
+
+def _scores_so_far(here: Context, network: Network, engine: Any) -> Accuracy:
+    """Evaluate a network in the middle of its training, of which nothing is changed."""
+    devices = [here.device] if here.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):  # building a network draws weights
+        copy = _trained(here, network, engine, averaged=engine.average is not None)
+    synchronise_batchnorm(copy)
+    return accuracy(copy, validation(here, network.view), here.device)
 
 
 def _trained(here: Context, network: Network, engine: Any, *, averaged: bool) -> nn.Module:

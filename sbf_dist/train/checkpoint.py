@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sbf_dist.errors import UserError
 from sbf_dist.files import flush, move_durably, sha256, write_text
@@ -52,7 +52,11 @@ class FileEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What manifest.json says. `digests`: of what the run depends on, plan, recipe, data."""
+    """What manifest.json says.
+
+    digests  of what the run depends on: plan, recipe, data
+    top1     the network's on the validation images, if it was evaluated: a share
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -61,6 +65,7 @@ class Manifest(BaseModel):
     world_size: int
     digests: dict[str, str]
     files: dict[str, FileEntry]
+    top1: float | None = Field(None, exclude_if=lambda value: value is None)
 
 
 class Written(BaseModel):
@@ -161,7 +166,13 @@ def write_rank(engine: Any, own: Path, *, loader_state: Mapping[str, Any]) -> No
 
 
 def publish(
-    own: Path, folder: Path, *, step: int, digests: Mapping[str, str], group: Any = None
+    own: Path,
+    folder: Path,
+    *,
+    step: int,
+    digests: Mapping[str, str],
+    group: Any = None,
+    top1: float | None = None,
 ) -> None:
     """Move what write_rank wrote into `folder`, and write the manifest last; every rank calls it.
 
@@ -176,7 +187,7 @@ def publish(
         move_durably(path, folder / name)
     for place in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
         flush(place)
-    manifest = manifest_of(files, step=step, digests=digests, group=group)
+    manifest = manifest_of(files, step=step, digests=digests, group=group, top1=top1)
     if _rank() == 0:
         write_text(folder / MANIFEST, manifest.model_dump_json(indent=1))
     if dist.is_initialized():
@@ -195,7 +206,12 @@ def entry_of(path: Path) -> FileEntry:
 
 
 def manifest_of(
-    files: Mapping[str, FileEntry], *, step: int, digests: Mapping[str, str], group: Any = None
+    files: Mapping[str, FileEntry],
+    *,
+    step: int,
+    digests: Mapping[str, str],
+    group: Any = None,
+    top1: float | None = None,
 ) -> Manifest:
     """The manifest of a checkpoint of which `files` are this rank's; every rank calls it."""
     per_rank: list[dict[str, FileEntry]] = [dict(files)]
@@ -208,6 +224,7 @@ def manifest_of(
         world_size=_world_size(),
         digests=dict(digests),
         files={name: entry for rank_files in per_rank for name, entry in rank_files.items()},
+        top1=top1,
     )
 
 

@@ -18,7 +18,7 @@ def shelf(folder: Path, training: str = "student", keep_last: int = 3) -> Shelf:
     return Shelf(folder, training, keep_last)
 
 
-def put(shelf: Shelf, step: int) -> Path:
+def put(shelf: Shelf, step: int, top1: float | None = None) -> Path:
     """Put a checkpoint with one shard on the shelf, as a training does."""
     partial = shelf.place_to_write(step, "token")
     entries = {}
@@ -33,7 +33,7 @@ def put(shelf: Shelf, step: int) -> Path:
         "world_size": 1,
         "digests": {"training": shelf.training},
         "files": entries,
-    }
+    } | ({} if top1 is None else {"top1": top1})
     (partial / "manifest.json").write_text(json.dumps(manifest))
     return shelf.accept(partial, step)
 
@@ -141,3 +141,19 @@ def test_a_checkpoint_of_the_same_step_takes_the_place_of_an_older_attempts(tmp_
     again = put(shelf(tmp_path), 10)
     checkpoint.verify(again)
     assert list(tmp_path.iterdir()) == [again]
+
+
+def test_the_best_is_kept_beside_the_newest_until_there_is_a_better_one(tmp_path: Path) -> None:
+    kept = Shelf(tmp_path, "student", keep_last=2, keep_best=True)
+    names = []
+    for step, top1 in enumerate([0.5, 0.7, 0.6, 0.6, 0.7, None, 0.8, 0.1], 1):
+        put(kept, step, top1)
+        names.append(sorted(int(name.rpartition("-")[2]) for name in kept.names()))
+    assert names == [[1], [1, 2], [2, 3], [2, 3, 4], [4, 5], [5, 6], [6, 7], [7, 8]]
+
+
+def test_without_scores_the_newest_are_kept(tmp_path: Path) -> None:
+    kept = Shelf(tmp_path, "student", keep_last=2, keep_best=True)
+    for step in (1, 2, 3):
+        put(kept, step)
+    assert len(kept.names()) == 2

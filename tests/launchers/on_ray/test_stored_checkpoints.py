@@ -310,3 +310,12 @@ def test_a_node_fetches_a_checkpoint_once_and_keeps_no_other(store, monkeypatch)
     assert resumed(store) == (30, {"step": 30})
     folders = [path.name for path in shelf.folder.iterdir() if path.is_dir()]
     assert [name.partition(".")[0] for name in folders] == ["student-00000030"]
+
+
+def test_the_best_is_kept_beside_the_newest_also_by_the_next_attempt(store) -> None:
+    for top1s in ({10: 0.5, 20: 0.9, 30: 0.7}, {40: 0.8, 50: None}):
+        stopping = Stopping(nullcontext(lambda: False), 60, Path("/nowhere"))
+        with Saving(StoredShelf(store, "student", keep_best=True), stopping) as saving:
+            for step, top1 in top1s.items():
+                saving.save(9, step=step, loader_state={}, digests=DIGESTS, top1=top1)
+    assert steps(store) == [20, 40, 50]

@@ -25,6 +25,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
     | {"epochs": 0.2, "warmup_epochs": 0.05, "zero_stage": 3, "ema": 0.6, "images_at_once": 16},
     "compiled": TRAINING | {"steps": 3, "compile": True},
     "plain": TRAINING | {"steps": 3},
+    "evaluated": TRAINING | {"steps": 3, "checkpoint_every": 1},
 }
 CONTENT = {
     "name": "tiny",
@@ -35,6 +36,7 @@ CONTENT = {
     ],
     "compress": {"teacher": "plain", "macs": 0.5},
     "distill": {"training": {"steps": 1}},
+    "checkpoints": {"keep_last": 3, "keep_best": True},
 }
 
 
@@ -79,7 +81,8 @@ def _train_all(runs: str) -> None:
         # As if each were the first and only one: the same random weights.
         object.__setattr__(teacher.job, "seed", 0)
         stopping = Stopping(contextlib.nullcontext(lambda: False), 600, Path(runs, "stacks"))
-        with Saving(Shelf(Path(runs, "checkpoints"), teacher.name), stopping) as saving:
+        shelf = Shelf(Path(runs, "checkpoints"), teacher.name, 3, keep_best=True)
+        with Saving(shelf, stopping) as saving:
             answer[teacher.name] = training._train(here, teacher, saving, teacher.name, "")
         answer[teacher.name]["logged"] = dict(logged)
     Path(runs, "answer.json").write_text(json.dumps(answer))
@@ -150,3 +153,16 @@ def test_the_share_of_the_devices_arithmetic_that_is_used_is_logged(answer: dict
     shares = [values["plain/mfu"] for values in answer["plain"]["logged"].values()]
     assert len(shares) == 3
     assert all(0 < share < 1 for share in shares)
+
+
+def test_evaluating_each_checkpoint_scores_it_and_changes_nothing_in_the_training(
+    runs: Path, answer: dict[str, Any]
+) -> None:
+    names = [f"evaluated-{step:08d}" for step in (1, 2, 3)]
+    top1s = [checkpoint.read_manifest(runs / "checkpoints" / name).top1 for name in names]
+    assert all(top1 is not None and 0 <= top1 <= 1 for top1 in top1s)
+    assert top1s[-1] == answer["evaluated"]["top1"]
+    logged = answer["evaluated"]["logged"]
+    assert [logged[str(step)]["evaluated/top1"] for step in (1, 2, 3)] == top1s
+    plain, evaluated = (_weights(runs, name) for name in ("plain", "evaluated"))
+    assert all(torch.equal(plain[name], evaluated[name]) for name in plain)
