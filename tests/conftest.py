@@ -59,7 +59,7 @@ def s3(s3_of_all_tests, monkeypatch):
 
 @pytest.fixture
 def faulty_s3(s3, monkeypatch):
-    """As s3, by a server that refuses and drops requests when it is told to; gives its faults."""
+    """As s3, by a server that refuses and drops requests on demand; gives its faults."""
     from faulty_store import faulty_server
 
     with faulty_server() as (address, faults):

@@ -1,4 +1,4 @@
-"""A local S3 server that refuses requests, or drops connections in their middle, when told to."""
+"""A local S3 server that refuses requests, or drops connections in their middle, on demand."""
 
 import re
 import socket

@@ -18,7 +18,7 @@ Answer = dict[str, Any]
 
 
 class Server:
-    """Its address, what it was told, and how it behaves.
+    """Its address, what it was sent, and how it behaves.
 
     credentials  user:password that it asks for
     cut_after    requests of log-batch after which one is taken, but not answered

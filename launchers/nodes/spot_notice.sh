@@ -17,8 +17,8 @@ notice() {  # fails while there is none
         curl -sf -m 5 -H "X-aws-ec2-metadata-token: $token" "$service/meta-data/spot/instance-action"
 }
 
-until told=$(notice); do sleep 5; done
-echo "spot instance: $told"
+until found=$(notice); do sleep 5; done
+echo "spot instance: $found"
 # Without --node-id it is this machine, which RAY_ADDRESS lets Ray find.
 RAY_ADDRESS=$address ray drain-node --address="$address" --reason=DRAIN_NODE_REASON_PREEMPTION \
-    --reason-message="spot instance: $told" --deadline-remaining-seconds=110
+    --reason-message="spot instance: $found" --deadline-remaining-seconds=110
