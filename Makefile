@@ -53,6 +53,13 @@ bench: setup
 	$(BIN)/python benchmarks/quality.py --json benchmarks/results/quality.json
 	$(BIN)/python benchmarks/quality_latency.py --json benchmarks/results/quality-latency.json
 	$(BIN)/python benchmarks/mixtures.py --json benchmarks/results/mixtures.json
+	$(BIN)/python benchmarks/student_step.py --json benchmarks/results/student-step.json
+	$(BIN)/python benchmarks/startup.py --json benchmarks/results/startup.json
+	$(BIN)/python benchmarks/faults.py --json benchmarks/results/faults.json
+	$(BIN)/python benchmarks/zero_memory.py --json benchmarks/results/zero-memory.json
+	$(BIN)/python benchmarks/object_data.py --json benchmarks/results/object-data.json
+	$(BIN)/python benchmarks/scaling.py --json benchmarks/results/scaling.json \
+	    --plot docs/scaling.png
 	@if nvidia-smi > /dev/null 2>&1; then \
 	    $(BIN)/python benchmarks/gpu.py --json benchmarks/results/gpu.json; \
 	else echo 'benchmarks/gpu.py: left out, no GPU here'; fi
