@@ -57,8 +57,8 @@ def activation_bytes(
     """Trace what a training's forward pass keeps for the backward pass, for so many images.
 
     Nothing is computed. Tensors that share memory count once, parameters not at all; what is there
-    once for any number of images, such as weights in lower precision, is found by tracing two numbers
-    of images.
+    once for any number of images, such as weights in lower precision, is found by tracing two
+    numbers of images.
     """
     few, more = (_kept_bytes(model, input_shape, n, precision) for n in _TRACED_IMAGES)
     per_image = (more - few) / (_TRACED_IMAGES[1] - _TRACED_IMAGES[0])
