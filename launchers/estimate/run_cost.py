@@ -11,9 +11,9 @@ from launchers.estimate.trainings import Planned
 # Bytes a second of a rank's shard of a checkpoint by which a step is longer: it is copied, and
 # written while the next steps run (benchmarks/results/overhead.json, 2026-11-27: ResNet-18, 94 MB).
 CHECKPOINT_BYTES_PER_S = 1e8
-# From the end of a stage to the first step of the next, on two workers of one machine; measured by
-# benchmarks/scaling.py.
-START_S = 15.0
+# From the command to the first step, on two workers of one machine with two cores: 19.4 s
+# (benchmarks/results/startup.json, 2026-11-27). A later stage finds Ray running.
+START_S = 20.0
 # Processor seconds of fitting a student, for each image and multiply-add of the dense network:
 # ResNet-50, 512 images (benchmarks/results/fitting-cost.json).
 FITTING_S = 1251 / 512 / 4.089e9

@@ -80,10 +80,14 @@ def step_time(
         compute=compute,
         images=images * on_machine / (DECODED_PER_S * machine.cpus),
         communication=max(0.0, exchanged - hidden),
-        # Expectation of the largest of n normal deviations, for large n.
-        stragglers=compute * JITTER * math.sqrt(2 * math.log(gpus)),
+        stragglers=straggling_time(compute, gpus),
         starts_layers=starts > arithmetic,
     )
+
+
+def straggling_time(compute: float, ranks: int) -> float:
+    """Estimate the seconds that ranks wait for the slowest: the largest of n normal deviations."""
+    return compute * JITTER * math.sqrt(2 * math.log(ranks))
 
 
 def arithmetic_time(work: Work, machine: Machine, images: float) -> float:
