@@ -61,14 +61,22 @@ def command(
         ),
     ] = False,
     machine: Annotated[
-        str, typer.Option(help="With --dry-run: the kind of machine that the hours are for.")
-    ] = DEFAULT_MACHINE,
+        str | None,
+        typer.Option(
+            help=f"With --dry-run: the kind of machine that the hours are for, {DEFAULT_MACHINE} "
+            "if none is given."
+        ),
+    ] = None,
     price: Annotated[
         float | None,
         typer.Option(min=0, help="With --dry-run: USD that such a machine costs in an hour."),
     ] = None,
 ) -> None:
     """Run a recipe, as HELP says."""
+    if not dry_run:
+        for option, value in (("--machine", machine), ("--price", price)):
+            if value is not None:
+                raise UserError(f"{option} {value}: is for an estimate; give --dry-run with it")
     recipe = recipes.load(recipe_file, overrides or ())
     folder = RunFolder.at(runs, recipe.name)
     tracking_address(folder.runs, recipe.tracking.uri)
@@ -77,7 +85,7 @@ def command(
         from launchers.display import Display
         from launchers.estimate.report import describe
 
-        describe(recipe, folder, machine, price, Display())
+        describe(recipe, folder, machine or DEFAULT_MACHINE, price, Display())
         return
     if folder.copy is not None:
         check_store("--runs", folder.place_of_runs)

@@ -10,7 +10,7 @@ from launchers.estimate.machines import MACHINES, Machine
 from launchers.estimate.memory import Memory
 from launchers.estimate.run_cost import RunCost, run_cost, training_hours
 from launchers.estimate.timing import step_time
-from launchers.estimate.trainings import Planned, planned_trainings
+from launchers.estimate.trainings import Planned, PlannedRun, planned_run
 from launchers.run.batches import sizes
 from launchers.run.folder import RunFolder
 from launchers.run.networks import Networks
@@ -44,8 +44,9 @@ def describe(
     if classes is None:
         display.say(f"the number of classes is not known yet: {_ASSUMED_CLASSES} are assumed")
     networks = Networks.of(recipe, folder)
-    trainings = planned_trainings(networks, classes or _ASSUMED_CLASSES, images)
-    workers, kind = recipe.workers.most, MACHINES[machine]
+    run = planned_run(networks, classes or _ASSUMED_CLASSES, images)
+    trainings = run.trainings
+    workers, kind = max(recipe.numbers_of_workers()), MACHINES[machine]
     pairs = recipe.data.augmentation.mixes
     memories = {planned.name: planned.memory(workers, pairs=pairs) for planned in trainings}
     countable = images is not None and all(planned.steps is not None for planned in trainings)
@@ -78,7 +79,7 @@ def describe(
         )
         return
     console.print()
-    console.print(_hours_table(recipe, trainings, kind, images, price))
+    console.print(_hours_table(recipe, run, kind, images, price))
     display.say(
         "Estimated from compute, images, gradients and stragglers; docs/scaling.md says how well."
         + ("" if price is not None else "\n--price USD adds the price, of a machine for an hour.")
@@ -168,6 +169,7 @@ def _memory_table(
         planned.batch // workers // planned.job.training.passes(workers, pairs=pairs)
         for planned in trainings
     ]
+    table.add_row("images a step", *(str(planned.batch // workers) for planned in trainings))
     table.add_row("images at once", *map(str, at_once))
     kinds = ("weights", "gradients", "optimizer", "activations", "teachers", "total")
     for kind in kinds:
@@ -178,14 +180,14 @@ def _memory_table(
 
 def _hours_table(
     recipe: Recipe,
-    trainings: Sequence[Planned],
+    run: PlannedRun,
     machine: Machine,
     images: Mapping[str, int],
     price: float | None,
 ) -> Table:
     """Return a row for each number of GPUs; the last columns are with batches that grow."""
-    longest = max(trainings, key=lambda planned: planned.steps or 0)
-    per_gpu = max(1, longest.batch // recipe.workers.most)
+    longest = max(run.trainings, key=lambda planned: planned.steps or 0)
+    per_gpu = max(1, longest.batch // max(recipe.numbers_of_workers()))
     labelling = float(images["labelled"] + images["unlabelled"])
     paid = ["USD"] if price is not None else []
     table = _table(
@@ -203,7 +205,7 @@ def _hours_table(
     for gpus in GPUS:
         as_written, grown = (
             run_cost(
-                trainings,
+                run,
                 machine,
                 gpus,
                 labelling=labelling,

@@ -1,12 +1,11 @@
 """Hours of a whole run on so many GPUs."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launchers.estimate.machines import Machine
 from launchers.estimate.timing import DECODED_PER_S, step_time
-from launchers.estimate.trainings import Planned
+from launchers.estimate.trainings import Planned, PlannedRun
 
 # Bytes a second of a rank's shard of a checkpoint by which a step is longer: it is copied, and
 # written while the next steps run (benchmarks/results/overhead.json, 2026-11-27: ResNet-18, 94 MB).
@@ -43,7 +42,7 @@ class RunCost:
 
 
 def run_cost(
-    trainings: Sequence[Planned],
+    run: PlannedRun,
     machine: Machine,
     gpus: int,
     *,
@@ -57,17 +56,14 @@ def run_cost(
     calibration. With `batch_per_gpu` the batches grow with the number of GPUs instead, and there
     are fewer steps, so that as many images are seen.
     """
-    teachers = {t.name: t.trained for t in trainings if t.job.targets == "labels" and not t.is_sbf}
-    macs = sum(teacher.cost.macs for teacher in teachers.values())
+    trainings = run.trainings
+    macs = sum(teacher.cost.macs for teacher in run.teachers)
     threads = machine.cpus * math.ceil(gpus / machine.gpus)
     predicted = max(
         labelling * macs / (machine.training_macs_per_s * gpus),
         labelling / (DECODED_PER_S * threads),
     )
-    dense = max(
-        (planned.trained.cost.macs for planned in trainings if not planned.is_sbf), default=0
-    )
-    fitting = FITTING_S * dense * fitting_images / FITTING_THREADS
+    fitting = FITTING_S * run.compressed.cost.macs * fitting_images / FITTING_THREADS
     stages = 2 + len({planned.job.group for planned in trainings})  # labels and evaluation beside
     return RunCost(
         gpus=gpus,

@@ -61,10 +61,8 @@ class Planned:
 
     def work(self) -> Work:
         """What a step of it has to do."""
-        slower = SBF_STEP if self.is_sbf else 1.0
-        dense_macs = self.trained.cost.macs
         return Work(
-            trained_macs=dense_macs * slower,
+            trained_macs=self.trained.cost.macs * (SBF_STEP if self.is_sbf else 1.0),
             frozen_macs=sum(teacher.cost.macs for teacher in self.teachers),
             trained_layers=self.trained.layers,
             frozen_layers=sum(teacher.layers for teacher in self.teachers),
@@ -96,9 +94,16 @@ class Planned:
         )
 
 
-def planned_trainings(
-    networks: Networks, classes: int, images: Mapping[str, int] | None
-) -> list[Planned]:
+@dataclass(frozen=True)
+class PlannedRun:
+    """The trainings of a run; its teachers, given ones among them; the one that is compressed."""
+
+    trainings: tuple[Planned, ...]
+    teachers: tuple[Traced, ...]
+    compressed: Traced
+
+
+def planned_run(networks: Networks, classes: int, images: Mapping[str, int] | None) -> PlannedRun:
     """Build and trace the networks that a run trains; the student by an even plan.
 
     `images` are the numbers of each part, where they are known.
@@ -134,7 +139,7 @@ def planned_trainings(
                 steps=_steps(job, images, pairs=recipe.data.augmentation.mixes),
             )
         )
-    return found
+    return PlannedRun(tuple(found), tuple(traced.values()), dense)
 
 
 def _dense(network: Network, traced: Mapping[str, Traced], classes: int) -> Traced:

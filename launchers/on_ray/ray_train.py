@@ -212,12 +212,15 @@ def _pass_draining_on(key: str) -> None:
     """Let workers that train write a checkpoint and end where a machine of theirs is drained."""
     if runs_locally():  # no machine of which will be taken away
         return
+    draining = draining_nodes()
+    if not draining:
+        return
     prefix = key + _NODES
     own = {
         found.decode().removeprefix(prefix)
         for found in _internal_kv_list(prefix, namespace=_NAMESPACE)
     }
-    leaving = own & draining_nodes().keys()
+    leaving = own & draining.keys()
     if not leaving or not _internal_kv_exists(key + _STEPPING, namespace=_NAMESPACE):
         return
     if not _internal_kv_exists(key + _STOP, namespace=_NAMESPACE):

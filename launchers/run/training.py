@@ -133,12 +133,16 @@ def _train(
             named = {f"{network.name}/{k}": v for k, v in _logged(record, here, used).items()}
             tracker.log_metrics(named, record.step)
 
+    at_the_end: list[Accuracy] = []
+
     def on_checkpoint(step: int) -> None:
         top1 = None
         if here.recipe.checkpoints.keep_best and not saving.ending:
             so_far = _scores_so_far(here, network, engine)
             top1 = so_far.top1
-            if tracker is not None and step != steps:
+            if step == steps:
+                at_the_end.append(so_far)
+            elif tracker is not None:
                 tracker.log_metrics(_scores(network.name, so_far), step)
         state = batches.state_dict()
         saving.save(engine, step=step, loader_state=state, digests=depends_on, top1=top1)
@@ -161,18 +165,24 @@ def _train(
         annotate=annotate,
     )
     batches.close()
-    synchronise_batchnorm(engine.module)
-    if engine.average is not None:
-        engine.average.synchronise()
-    trained = _trained(here, network, engine, averaged=engine.average is not None)
-    scores = accuracy(trained, validation(here, network.view), here.device)
-    if here.rank == 0:
-        save_weights(trained, network.weights)
+    scores = _finished(here, network, engine, at_the_end[0] if at_the_end else None)
     if tracker is not None:
         tracker.log_metrics(_scores(network.name, scores), steps)
         tracker.flush()
     dist.barrier()
     return {"top1": scores.top1, "loss": scores.loss, "steps": steps, "from_step": start}
+
+
+def _finished(here: Context, network: Network, engine: Any, known: Accuracy | None) -> Accuracy:
+    """Save the weights of a training that is done; its scores, unless they are `known`."""
+    synchronise_batchnorm(engine.module)
+    if engine.average is not None:
+        engine.average.synchronise()
+    trained = _trained(here, network, engine, averaged=engine.average is not None)
+    scores = known or accuracy(trained, validation(here, network.view), here.device)
+    if here.rank == 0:
+        save_weights(trained, network.weights)
+    return scores
 
 
 def _share_of_peak(here: Context, network: Network, job: Job) -> float:

@@ -55,3 +55,16 @@ def test_images_of_known_sets_are_counted_without_them():
     assert images("data.labelled_per_class=0.1") == {"labelled": 128_117, "unlabelled": 1_153_050}
     assert images("data.labelled_per_class=10") == {"labelled": 10_000, "unlabelled": 1_271_167}
     assert images("data.split=list.txt") is None
+
+
+def test_of_a_range_of_workers_the_largest_that_divides_the_batches_is_described(tmp_path):
+    text = printed("digits.yaml", "workers.count=[1, 7]", runs=tmp_path)
+    assert "Memory of one of 4 workers" in text
+
+
+def test_teachers_that_are_given_are_predicted_with_and_compressed(tmp_path):
+    given = "teachers=[{name: resnet50, model: 'timm:resnet50', weights: w.safetensors}]"
+    text = printed("ilsvrc-resnet50.yaml", given, runs=tmp_path)
+    assert "\nresnet50 " not in text
+    row = next(line for line in text.splitlines() if line.startswith("8 "))
+    assert float(row.split()[2]) > 0.5
