@@ -20,6 +20,7 @@ from sbf_dist.files import replacing
 
 SCHEMES = ("s3", "gs", "abfs", "abfss")
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+CONNECTIONS = 64  # at once, of a process: reading many small parts is a matter of latency
 _CONNECT_SECONDS = 10
 _REQUEST_SECONDS = 60
 _ATTEMPTS = 5  # of each request, with growing pauses, by the store's own client
@@ -261,8 +262,11 @@ def _other_system(scheme: str, bucket: str) -> tuple[Any, str]:
 
 @cache
 def _s3(bucket: str, endpoint: str | None, region: str | None) -> Any:
+    import pyarrow as pa
     from pyarrow import fs
 
+    # A client has as many connections as pyarrow has threads for input, 25 at least.
+    pa.set_io_thread_count(max(pa.io_thread_count(), CONNECTIONS))
     return fs.S3FileSystem(
         region=region or (None if endpoint else fs.resolve_s3_region(bucket)),
         endpoint_override=endpoint,

@@ -15,6 +15,7 @@ class Link:
     """Passes connections on to a port of this machine.
 
     rate      bytes per second of all answers together; None: as fast as it goes
+    latency   seconds that each answer takes to begin
     is_cut    connections end, and new ones are closed at once
     requests  method and path of each request
     sent      bytes of all answers
@@ -22,6 +23,7 @@ class Link:
 
     def __init__(self, port: int) -> None:
         self.rate: float | None = None
+        self.latency = 0.0
         self.requests: list[tuple[str, str]] = []
         self.sent = 0
         self._target = port
@@ -66,15 +68,26 @@ class Link:
             far = socket.create_connection(("127.0.0.1", self._target))
             with self._lock:
                 self._ends |= {near, far}
+            asked = threading.Event()
             for ends in ((near, far, False), (far, near, True)):
-                threading.Thread(target=self._pass_on, args=ends, daemon=True).start()
+                threading.Thread(target=self._pass_on, args=(*ends, asked), daemon=True).start()
 
-    def _pass_on(self, source: socket.socket, target: socket.socket, is_answer: bool) -> None:
+    def _pass_on(
+        self,
+        source: socket.socket,
+        target: socket.socket,
+        is_answer: bool,
+        asked: threading.Event,
+    ) -> None:
         with suppress(OSError):
             while data := source.recv(_BLOCK_BYTES):
                 if is_answer:
+                    if asked.is_set():
+                        asked.clear()
+                        time.sleep(self.latency)
                     self._wait_for(len(data))
                 else:
+                    asked.set()
                     self.requests += [
                         (method.decode(), path.decode()) for method, path in _REQUEST.findall(data)
                     ]

@@ -1,18 +1,20 @@
-"""Shards on their way from an object store to this machine's cache, fetched in the background."""
+"""Shards, and their images, on their way from an object store to this machine's cache."""
 
 import logging
 import threading
 import time
 import weakref
 from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import Future
 from contextlib import ExitStack
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.index import Contents, DataIndex
+from pipelines.index import NO_SHARD, Contents, DataIndex
 from pipelines.remote.shard_cache import OtherContentError, Outcome, ShardCache
 from pipelines.remote.store_reads import StoreReads, start_thread
+from pipelines.remote.unfinished import BLOCK_BYTES
 
 _log = logging.getLogger(__name__)
 
@@ -20,10 +22,13 @@ THREADS = 4  # of a process; each fetches a shard
 _ELSEWHERE_SECONDS = 0.2  # between looks at a shard that another process fetches
 _FULL_SECONDS = 60.0  # between looks whether another run has ended and left room
 _GB = 10**9
+_AFTER_BYTES = 4 << 10  # between two images at most, so that the first brings what is between them
 
 
 class ShardFetcher:
     """Fetches the shards of one set that were asked for, the most urgent first.
+
+    Single images go before whole shards, and stay as parts of theirs.
 
     While it lives, none of the set's shards is removed from the cache. Its methods raise what
     fetching has raised in the background: UserError for a shard that is missing or changed and for
@@ -39,6 +44,7 @@ class ShardFetcher:
         self.here: NDArray[np.bool_] = np.zeros(len(index.shards), dtype=bool)
         self.fetched_bytes = self.read_bytes = 0
         self._contents: Contents = self.reads.contents
+        self._index, self._after = index, _bytes_after(index)
         cache.check(max(self._contents.shard_bytes))
         self._resources = ExitStack()
         self._resources.enter_context(cache.using(self._contents.shard_digests))
@@ -75,6 +81,10 @@ class ShardFetcher:
         self.here[shard] = handle is not None
         return handle
 
+    def image_soon(self, sample: int) -> "Future[bytes]":
+        """Read one image in the background, and keep it in the cache if that has room."""
+        return self.reads.soon(lambda: self._image(sample))
+
     def wait(
         self, shards: Iterable[int], seconds: float, enough: Callable[[], bool] = lambda: False
     ) -> None:
@@ -93,6 +103,27 @@ class ShardFetcher:
         """Whether the cache had no room for a shard when it was last asked for."""
         with self._change:
             return shard in self._without_room
+
+    def _image(self, sample: int) -> bytes:
+        index = self._index
+        assert index.shard is not None and index.offset is not None
+        shard, offset = int(index.shard[sample]), int(index.offset[sample])
+        count = int(index.file_bytes[sample])
+        whole = (self._contents.shard_digests[shard], self._contents.shard_bytes[shard])
+        kept = self.cache.read(*whole, offset, count)
+        if kept is not None and self.reads.is_image(kept, sample):
+            return kept
+        after = int(self._after[sample])
+        data = self.reads.image(shard, offset, count, sample, after=after)
+        if not self.has_no_room(shard):
+            outcome = self.cache.begin(*whole)
+            if outcome is Outcome.BEGUN:
+                self.cache.keep(*whole, offset, data)
+            elif outcome is Outcome.NO_ROOM:
+                with self._change:
+                    self._wanted.pop(shard, None)
+                    self._note_no_room(shard)
+        return data[:count]
 
     def _raise(self) -> None:
         if self._error is not None:
@@ -148,17 +179,20 @@ class ShardFetcher:
         if outcome is Outcome.HERE:
             self.here[shard] = True
         if outcome is Outcome.NO_ROOM:
-            if not self._full_until:  # said once
-                total = sum(self._contents.shard_bytes) / _GB
-                _log.warning(
-                    "data.cache_dir %s: has no room for all shards of %s (%.3g GB; data.cache_gb); "
-                    "images of the others are read from the store one by one, in every epoch",
-                    self.cache.folder,
-                    self.reads.root,
-                    total,
-                )
-            self._without_room.add(shard)
-            self._full_until = time.monotonic() + _FULL_SECONDS
+            self._note_no_room(shard)
+
+    def _note_no_room(self, shard: int) -> None:
+        if not self._full_until:  # said once
+            total = sum(self._contents.shard_bytes) / _GB
+            _log.warning(
+                "data.cache_dir %s: has no room for all shards of %s (%.3g GB; data.cache_gb); "
+                "images of the others are read from the store one by one, in every epoch",
+                self.cache.folder,
+                self.reads.root,
+                total,
+            )
+        self._without_room.add(shard)
+        self._full_until = time.monotonic() + _FULL_SECONDS
 
     def _fetch(self, shard: int) -> Outcome:
         digest, size = self._contents.shard_digests[shard], self._contents.shard_bytes[shard]
@@ -172,7 +206,8 @@ class ShardFetcher:
 
         for final in (False, True):
             try:
-                return self.cache.fetch(digest, size, read)
+                # Batches wait for single images.
+                return self.cache.fetch(digest, size, read, wait=self.reads.wait_until_idle)
             except OtherContentError as error:
                 if not final:
                     _log.warning(
@@ -182,6 +217,19 @@ class ShardFetcher:
                         digest,
                     )
         raise self.reads.changed(shard)
+
+
+def _bytes_after(index: DataIndex) -> NDArray[np.int64]:
+    """How many bytes to read after each image: to the next, or to the end of its last block."""
+    assert index.shard is not None and index.offset is not None and index.contents is not None
+    after = -index.file_bytes % BLOCK_BYTES
+    order = np.lexsort((index.offset, index.shard))
+    order = order[index.shard[order] != NO_SHARD]
+    first, second = order[:-1], order[1:]
+    between = index.offset[second] - index.offset[first] - index.file_bytes[first]
+    near = (index.shard[first] == index.shard[second]) & (between <= _AFTER_BYTES)
+    after[first[near]] = between[near]
+    return after
 
 
 _fetchers: "weakref.WeakValueDictionary[Hashable, ShardFetcher]" = weakref.WeakValueDictionary()

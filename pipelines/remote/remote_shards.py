@@ -16,6 +16,7 @@ from pipelines.remote.shard_cache import ShardCache
 from pipelines.remote.store_reads import StoreReads
 from pipelines.samples import Shards
 
+REQUEST_BYTES = 32 << 10  # that come in about the time that a request takes to be answered
 AHEAD_BATCHES = 8  # that are known, and whose images are read, before they are asked for
 SINGLE_SHARE = 0.1  # of the bytes that come, for images that cannot wait for their shards
 PATIENCE = 10.0  # seconds that a batch waits for shards at most
@@ -53,10 +54,15 @@ class RemoteShards(Shards):
     cache      fetches whole shards, the first needed first, and keeps them; None, for few images:
                every one is read by itself, and the first KEPT_BYTES stay in memory
 
-    While shards are on their way, images are read one by one with a tenth of what comes
-    (SINGLE_SHARE): what they take is fetched twice, and batches that follow need whole shards. A
-    batch waits until it may, or its shards are here, PATIENCE seconds at most. Images of shards for
-    which the cache has no room are read one by one ahead of their batch.
+    Images of REQUEST_BYTES or more, on average, are read one by one ahead of their batch, and kept
+    as parts of their shards: nothing is fetched twice, and the link to the store is the only limit
+    of the first epoch. Shards are completed while no batch waits.
+
+    Of smaller images requests would be the limit. Whole shards are fetched then, and meanwhile
+    single images with a tenth of what comes (SINGLE_SHARE), which is fetched twice. A batch waits
+    until it may, or its shards are here, PATIENCE seconds at most.
+
+    Images of shards for which the cache has no room are always read one by one.
 
     `take` raises what ShardFetcher and StoreReads do.
     """
@@ -72,6 +78,7 @@ class RemoteShards(Shards):
         self._planned: deque[tuple[Ids, dict[int, Future[bytes]]]] = deque()
         self._wanted = np.unique(index.shard[ids])
         self._kept: _KeptImages | None = None
+        self._one_by_one = int(index.file_bytes[ids].sum()) >= REQUEST_BYTES * len(ids)
         if cache is None:
             self._kept = _kept_of.setdefault(self._reads.contents, _KeptImages())
         else:
@@ -92,7 +99,9 @@ class RemoteShards(Shards):
         promised = self._promised(ids)
         missing = self._missing(ids)
         if self._fetcher is not None and missing:
-            self._wait(self._fetcher, ids, missing)
+            self._fetcher.ask(missing, urgent=True)
+            if not self._one_by_one:
+                self._wait(self._fetcher, ids, missing)
         data: dict[int, bytes | Future[bytes]] = {}
         for sample in ids.tolist():
             data[sample] = promised.get(sample) or self._read_soon(sample)
@@ -111,7 +120,6 @@ class RemoteShards(Shards):
         within = index.shard[ids]
         # What has no room waits for nothing, and was read ahead.
         coming = [shard for shard in missing if not fetcher.has_no_room(shard)]
-        fetcher.ask(missing, urgent=True)
 
         def needed() -> int:
             return int(index.file_bytes[ids[np.isin(within, coming) & ~fetcher.here[within]]].sum())
@@ -146,13 +154,15 @@ class RemoteShards(Shards):
         """An image, out of memory, the cache, or the store."""
         if self._kept is not None and sample in self._kept.images:
             return self._kept.images[sample]
-        shard, offset, size = self._place(sample)
+        shard, _, _ = self._place(sample)
         if self._fetcher is not None and self._fetcher.here[shard]:
             try:
                 return self._read(sample)
             except _NotHereError:
                 pass
-        return self._reads.image_soon(shard, offset, size, sample)
+        if self._fetcher is not None and self._one_by_one:
+            return self._fetcher.image_soon(sample)
+        return self._alone(sample)
 
     def _promised(self, ids: Ids) -> "dict[int, Future[bytes]]":
         """What is being read already of the batch that was planned for now."""
@@ -164,22 +174,29 @@ class RemoteShards(Shards):
         return promised
 
     def _plan(self) -> None:
-        """Look AHEAD_BATCHES ahead, and begin to read what no cache will hold."""
+        """Look AHEAD_BATCHES ahead, and begin to read images that do not come with their shard."""
         assert self._upcoming is not None
         while len(self._planned) < AHEAD_BATCHES:
             ids = next(self._upcoming, None)
             if ids is None:
                 return
-            self._planned.append((ids, dict(self._alone(ids))))
+            self._planned.append((ids, dict(self._begun(ids))))
 
-    def _alone(self, ids: Ids) -> "Iterator[tuple[int, Future[bytes]]]":
-        """Begin to read those of these samples that no cache holds, or will hold."""
+    def _begun(self, ids: Ids) -> "Iterator[tuple[int, Future[bytes]]]":
+        """Begin to read those of these samples that do not come with their shard."""
         for sample in ids.tolist():
-            shard, offset, size = self._place(sample)
+            shard, _, _ = self._place(sample)
             if self._kept is not None and sample in self._kept.images:
                 continue
-            if self._fetcher is None or self._fetcher.has_no_room(shard):
-                yield sample, self._reads.image_soon(shard, offset, size, sample)
+            fetcher = self._fetcher
+            if fetcher is None or fetcher.has_no_room(shard):
+                yield sample, self._alone(sample)
+            elif self._one_by_one and not fetcher.here[shard]:
+                yield sample, fetcher.image_soon(sample)
+
+    def _alone(self, sample: int) -> "Future[bytes]":
+        """Begin to read an image that no cache holds."""
+        return self._reads.image_soon(*self._place(sample), sample)
 
 
 def _result(image: "bytes | Future[bytes]") -> bytes:

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import fcntl
-import hashlib
 import itertools
 import os
 import shutil
@@ -14,12 +13,12 @@ from enum import Enum, auto
 from io import TextIOWrapper
 from pathlib import Path
 
+from pipelines.remote.unfinished import BLOCKS, DATA, Unfinished
 from sbf_dist.errors import UserError
 from sbf_dist.files import cache_folder
 
-CHUNK_BYTES = 8 << 20  # of a request
+CHUNK_BYTES = 2 << 20  # of a request
 FREE_SHARE = 1 / 20  # of the disk that stays free where no size is given
-_PARTIAL = ".partial"
 _GB = 10**9
 _number = itertools.count()
 
@@ -29,9 +28,13 @@ class OtherContentError(Exception):
 
 
 class Outcome(Enum):
-    """What came of fetching a shard: it is here; another process is at it; there is no room."""
+    """What came of fetching a shard.
+
+    HERE: it is whole. BEGUN: parts of it are kept. ELSEWHERE: another process or thread fetches it.
+    """
 
     HERE = auto()
+    BEGUN = auto()
     ELSEWHERE = auto()
     NO_ROOM = auto()
 
@@ -43,10 +46,11 @@ class ShardCache:
     folder     on a disk of this machine: locks are flock's, which go with their process
     gigabytes  of 10^9 bytes, that all shards may take; None: all but a twentieth of the disk
 
-    Processes share it. One of them fetches a shard, the others wait or do something else. Where
-    there is no room, those that were used least recently are removed, but none that a process at
-    work has announced (`using`). A file that is removed while it is read stays readable to its
-    end: the system keeps it until the last that has it open closes it.
+    Processes share it, also the parts of shards that are not whole yet. One of them fetches what is
+    missing, the others wait or do something else. Where there is no room, those that were used
+    least recently are removed, but none that a process at work has announced (`using`). A file that
+    is removed while it is read stays readable to its end: the system keeps it until the last that
+    has it open closes it.
 
     UserError for a folder that cannot be written, and for a full disk.
     """
@@ -113,54 +117,85 @@ class ShardCache:
                 os.utime(handle)  # the time of its last use
             return handle
 
+    def read(self, digest: str, size: int, offset: int, count: int) -> bytes | None:
+        """Return a part of a shard, None if it is not here. It may be damaged: see Unfinished."""
+        handle = self.open(digest, size)
+        if handle is None:
+            with self._explained():
+                return self._unfinished(digest, size).read(offset, count)
+        try:
+            return os.pread(handle, count, offset)
+        finally:
+            os.close(handle)
+
+    def begin(self, digest: str, size: int) -> Outcome:
+        """Make room for a shard, of which parts are kept from now on (`keep`).
+
+        HERE if it is whole, BEGUN if not. What a process that has ended left of it still counts.
+        """
+        unfinished = self._unfinished(digest, size)
+        with self._explained(), self._locked():
+            if self._is_whole(digest, size):
+                return Outcome.HERE
+            if unfinished.exists():
+                return Outcome.BEGUN
+            unfinished.remove()
+            if not self._make_room(size):
+                return Outcome.NO_ROOM
+            unfinished.create()
+            return Outcome.BEGUN
+
+    def keep(self, digest: str, size: int, offset: int, data: bytes) -> None:
+        """Keep a part of a shard that was begun; nothing is written once it is whole."""
+        with self._explained():
+            self._unfinished(digest, size).write(offset, data)
+
     def fetch(
         self,
         digest: str,
         size: int,
         read: Callable[[int, int], bytes],
+        *,
+        wait: Callable[[], object] = lambda: None,
     ) -> Outcome:
-        """Bring a shard here if it is not; `read` gives (offset, count) of it.
+        """Bring here what is missing of a shard; `read` gives (offset, count) of it.
 
-        OtherContentError if what it gives is not what the digest says; nothing is kept then, nor
-        when `read` raises.
+        Before each look at what is missing it calls `wait`, during which others may keep parts.
+        OtherContentError if the whole is not what the digest says; nothing is kept then. When
+        `read` raises, what has come stays and need not come again.
         """
+        begun = self.begin(digest, size)
+        if begun is not Outcome.BEGUN:
+            return begun
+        unfinished = self._unfinished(digest, size)
         with self._explained(), self._locked():
-            place = self._place(digest)
-            if place.exists() and place.stat().st_size == size:
-                return Outcome.HERE
-            handle = self._claimed(digest)
-            if handle is None:
+            if not unfinished.exists():  # finished or removed meanwhile
                 return Outcome.ELSEWHERE
-            room = False
-            try:
-                if self._make_room(size):
-                    _reserve(handle, size)
-                    room = True
-            finally:
-                if not room:
-                    self._partial(digest).unlink()
-                    os.close(handle)
-            if not room:
-                return Outcome.NO_ROOM
+            claim = unfinished.claim()
+        if claim is None:
+            return Outcome.ELSEWHERE
         try:
-            found = hashlib.sha256()
-            for offset in range(0, size, CHUNK_BYTES):
-                data = read(offset, min(CHUNK_BYTES, size - offset))
-                found.update(data)
+            while True:
+                wait()
+                gap = unfinished.gap(CHUNK_BYTES)
+                if gap is None:
+                    break
+                data = read(*gap)
                 with self._explained():
-                    _write(handle, data, offset)
-            if found.hexdigest() != digest:
-                raise OtherContentError(found.hexdigest())
+                    unfinished.write(gap[0], data)
             with self._explained():
-                os.fsync(handle)
-                with self._locked():
-                    self._partial(digest).replace(self._place(digest))
-        except BaseException:
+                found = unfinished.digest()
+            if found != digest:
+                raise OtherContentError(found)
+            with self._explained(), self._locked():
+                unfinished.data.replace(self._place(digest))
+                unfinished.remove()
+        except (OtherContentError, UserError):  # it is of no use, or the disk is full
             with self._locked():
-                self._partial(digest).unlink(missing_ok=True)
+                unfinished.remove()
             raise
         finally:
-            os.close(handle)
+            os.close(claim)
         return Outcome.HERE
 
     # --- files and locks -------------------------------------------------------------------------
@@ -168,8 +203,12 @@ class ShardCache:
     def _place(self, digest: str) -> Path:
         return self.folder / "objects" / digest
 
-    def _partial(self, digest: str) -> Path:
-        return self.folder / "objects" / f"{digest}{_PARTIAL}"
+    def _unfinished(self, digest: str, size: int) -> Unfinished:
+        return Unfinished(self._place(digest), size)
+
+    def _is_whole(self, digest: str, size: int) -> bool:
+        place = self._place(digest)
+        return place.exists() and place.stat().st_size == size
 
     def _make_folders(self) -> None:
         for name in ("objects", "users"):
@@ -181,15 +220,6 @@ class ShardCache:
         with (self.folder / "lock").open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
-
-    def _claimed(self, digest: str) -> int | None:
-        """Return a shard's file to be written, locked; None if a process that lives is at it."""
-        handle = os.open(self._partial(digest), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        if _lock(handle):
-            os.ftruncate(handle, 0)  # what a process that died has left
-            return handle
-        os.close(handle)
-        return None
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -209,12 +239,11 @@ class ShardCache:
     # --- room ------------------------------------------------------------------------------------
 
     def _entries(self) -> list[tuple[Path, int, float]]:
-        """Path, size and time of last use of every file; what dead processes began is removed."""
+        """Path, size and time of last use of every shard, whole or not."""
         found = []
         for path in (self.folder / "objects").iterdir():
-            if path.suffix == _PARTIAL and _is_left(path):
-                path.unlink()
-                continue
+            if path.suffix == BLOCKS:
+                continue  # goes with the other file of its shard
             facts = path.stat()
             found.append((path, facts.st_size, facts.st_mtime))
         return found
@@ -239,7 +268,7 @@ class ShardCache:
         removable = [
             (last_use, path, bytes_)
             for path, bytes_, last_use in entries
-            if path.suffix != _PARTIAL and path.name not in kept
+            if path.stem not in kept and not _is_being_fetched(path)
         ]
         if sum(bytes_ for _, _, bytes_ in removable) < excess:
             return False
@@ -247,6 +276,7 @@ class ShardCache:
             if excess <= 0:
                 break
             path.unlink()
+            path.with_suffix(BLOCKS).unlink(missing_ok=True)
             excess -= bytes_
         return True
 
@@ -275,20 +305,11 @@ def _is_left(path: Path) -> bool:
         return _lock(file)
 
 
-def _reserve(handle: int, size: int) -> None:
-    """Take a file's space on the disk, so that others see that it is taken."""
-    if not size:
-        return
+def _is_being_fetched(path: Path) -> bool:
+    """Whether somebody finishes this shard."""
+    if path.suffix != DATA:
+        return False
     try:
-        os.posix_fallocate(handle, 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-            raise
-        os.ftruncate(handle, size)  # of some file systems it cannot be taken
-
-
-def _write(handle: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        count = os.pwrite(handle, view, offset)
-        view, offset = view[count:], offset + count
+        return not _is_left(path.with_suffix(BLOCKS))
+    except FileNotFoundError:
+        return False

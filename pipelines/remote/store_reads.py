@@ -17,7 +17,7 @@ from sbf_dist.object_storage import ObjectFolder, OpenObject
 
 _log = logging.getLogger(__name__)
 
-THREADS = 16  # for single images
+THREADS = 56  # for single images: of all connections, so many; others are for shards
 _EXIT_SECONDS = 60.0  # that the end of a program waits for requests under way
 
 
@@ -36,13 +36,16 @@ class StoreReads:
         self._lock = threading.Lock()
         self._open: dict[int, OpenObject] = {}
         self._files = ExitStack()
-        self._asked: deque[tuple[tuple[int, int, int, int], Future[bytes]]] = deque()
+        self._asked: deque[tuple[Callable[[], bytes], Future[bytes]]] = deque()
         self._threads = 0
+        self._idle = threading.Condition(self._lock)
         _at_exit(self)
 
     def stop(self) -> None:
         """Refuse further reads, and end those that wait for the store."""
         self.stopped.set()
+        with self._idle:
+            self._idle.notify_all()
 
     def named(self, shard: int) -> str:
         """A shard's address, for messages."""
@@ -71,36 +74,53 @@ class StoreReads:
             raise self.changed(shard)
         return data
 
-    def image(self, shard: int, offset: int, count: int, sample: int) -> bytes:
-        """Return one image, asked for once more where its digest is not the one of the index."""
-        wanted = self.contents.images[sample].tobytes()
+    def image(self, shard: int, offset: int, count: int, sample: int, *, after: int = 0) -> bytes:
+        """Return one image, asked for once more where its digest is not the one of the index.
+
+        With it come the `after` bytes that follow it.
+        """
         for final in (False, True):
-            data = self.read(shard, offset, count)
-            if hashlib.sha256(data).digest() == wanted:
+            data = self.read(shard, offset, count + after)
+            if self.is_image(data[:count], sample):
                 return data
             if not final:
                 _log.warning("shard %s: an image came damaged; asking again", self.named(shard))
         raise self.changed(shard)
 
+    def is_image(self, data: bytes, sample: int) -> bool:
+        """Whether these are the bytes of an image as it was indexed."""
+        return hashlib.sha256(data).digest() == self.contents.images[sample].tobytes()
+
     def image_soon(self, shard: int, offset: int, count: int, sample: int) -> "Future[bytes]":
         """Read one image in the background, in the order in which they are asked for."""
+        return self.soon(lambda: self.image(shard, offset, count, sample))
+
+    def soon(self, read: Callable[[], bytes]) -> "Future[bytes]":
+        """Read something in the background, in the order in which it is asked for."""
         future: Future[bytes] = Future()
         with self._lock:
-            self._asked.append(((shard, offset, count, sample), future))
+            self._asked.append((read, future))
             if self._threads < THREADS:
                 self._threads += 1
                 start_thread(self._work)
         return future
 
+    def wait_until_idle(self) -> None:
+        """Wait until nothing is read in the background any more, or until `stop`."""
+        with self._idle:
+            self._idle.wait_for(lambda: not self._threads or self.stopped.is_set())
+
     def _work(self) -> None:
         while True:
-            with self._lock:
+            with self._idle:
                 if not self._asked:
                     self._threads -= 1
+                    if not self._threads:
+                        self._idle.notify_all()
                     return
-                place, future = self._asked.popleft()
+                read, future = self._asked.popleft()
             try:
-                future.set_result(self.image(*place))
+                future.set_result(read())
             except BaseException as error:
                 future.set_exception(error)
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from pipelines.loader import EvalLoader, TrainLoader
 from pipelines.reader import Reader
 from pipelines.remote import fetching, remote_shards
 from pipelines.remote.shard_cache import Outcome, ShardCache
+from pipelines.remote.store_reads import StoreReads
 from pipelines.sources.folder import index_folder
 from sbf_dist.errors import RunError, UserError
 from sbf_dist.object_storage import ObjectFolder
@@ -95,6 +97,14 @@ def test_the_index_is_the_one_of_the_folder(index, shards, tmp_path):
     assert loaded.place(0).startswith("s3://test-bucket/sets/cifar10/train-00000")
 
 
+@pytest.fixture(params=["shards first", "images first"])
+def mode(request, monkeypatch):
+    """Images that are too small to be read one by one, or not."""
+    if request.param == "images first":
+        monkeypatch.setattr(remote_shards, "REQUEST_BYTES", 0)
+
+
+@pytest.mark.usefixtures("mode")
 @pytest.mark.parametrize("kind", ["cache", "small", None])
 def test_batches_are_those_of_the_folder_bit_for_bit(index, shards, request, kind):
     local = index_folder(shards, **SELECTION)
@@ -170,6 +180,52 @@ def test_every_shard_is_asked_for_once_and_the_second_epoch_asks_for_nothing(
     assert len(link.requests) == before
 
 
+def ranks_of(index, cache):
+    """Two loaders that share a machine; each has a fetcher of its own, as in two processes."""
+    for rank in range(2):
+        fetching._fetchers.clear()
+        yield TrainLoader(
+            index, ["labelled", "unlabelled"], Reader(rank, 2, shard_cache=cache), batch_size=5,
+            view=VIEW, augmentation=Augmentation(), seed=3,
+        )  # fmt: skip
+
+
+def test_large_images_come_once_and_become_the_shards_of_all_processes(index, cache, monkeypatch):
+    monkeypatch.setattr(remote_shards, "REQUEST_BYTES", 0)
+    monkeypatch.setattr(remote_shards, "AHEAD_BATCHES", 2)  # all in one epoch
+    asked: list[tuple[int, int]] = []  # shard and bytes
+    begin_shards = threading.Event()
+    read, wait = StoreReads.read, StoreReads.wait_until_idle
+
+    def counted(self, shard, offset, count):
+        asked.append((shard, count))
+        return read(self, shard, offset, count)
+
+    monkeypatch.setattr(StoreReads, "read", counted)
+    monkeypatch.setattr(
+        StoreReads, "wait_until_idle", lambda self: begin_shards.wait(60) and wait(self)
+    )
+    ranks = list(ranks_of(index, cache))
+    for _ in range(5):  # an epoch
+        for loader in ranks:
+            next(loader)
+    kept = index.contents.shard_digests[: NUM_SHARDS - 1]
+    objects = cache.folder / "objects"
+    assert {path.stem for path in objects.iterdir()} == set(kept)
+    assert not any((objects / digest).exists() for digest in kept)
+    begin_shards.set()
+    end = time.monotonic() + 60
+    while {path.name for path in objects.iterdir()} != set(kept):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    whole = sum(index.contents.shard_bytes[: NUM_SHARDS - 1])
+    assert sum(count for _, count in asked) <= 1.02 * whole
+    asked.clear()
+    for loader in ranks:
+        taken(loader, 5)
+    assert not asked
+
+
 PROGRAM = """
 import sys
 from pathlib import Path
@@ -216,7 +272,6 @@ def test_a_program_that_ends_does_not_wait_for_all_that_it_asked_for(address, li
     assert process.communicate("\n", timeout=60) == ("0\n", "")
     assert process.returncode == 0
     assert sum(link.asked("GET", f"train-{number:06}.tar") for number in range(5)) <= 4
-    assert not list((tmp_path / "cache" / "objects").glob("*.partial"))
 
 
 def test_shards_without_room_are_read_image_by_image_and_nothing_is_thrown_out(

@@ -9,8 +9,9 @@ from contextlib import ExitStack
 
 import pytest
 
-from pipelines.remote import shard_cache
+from pipelines.remote import shard_cache, unfinished
 from pipelines.remote.shard_cache import OtherContentError, Outcome, ShardCache
+from pipelines.remote.unfinished import BLOCK_BYTES
 from sbf_dist.errors import UserError
 
 KB = 10**3
@@ -61,13 +62,55 @@ def test_what_has_another_digest_is_not_kept(cache):
     assert not list((cache.folder / "objects").iterdir())
 
 
-def test_a_fetch_that_is_broken_off_leaves_nothing(cache):
+def test_a_fetch_that_is_broken_off_goes_on_with_what_is_missing(cache, monkeypatch):
+    monkeypatch.setattr(shard_cache, "CHUNK_BYTES", 20 * BLOCK_BYTES)
+    asked = []
+
     def breaks(at, count):
-        raise ConnectionError("gone")
+        asked.append((at, count))
+        if len(asked) == 3:
+            raise ConnectionError("gone")
+        return SHARDS[0][at : at + count]
 
     with pytest.raises(ConnectionError):
         cache.fetch(DIGESTS[0], 40 * KB, breaks)
+    assert read(cache, 0) is None
+    assert cache.fetch(DIGESTS[0], 40 * KB, breaks) is Outcome.HERE
+    assert [at // BLOCK_BYTES for at, _ in asked] == [0, 20, 40, 40, 60]
+    assert read(cache, 0) == SHARDS[0]
+    assert {path.name for path in (cache.folder / "objects").iterdir()} == {DIGESTS[0]}
+
+
+def test_parts_that_were_kept_are_not_fetched_again(cache):
+    whole = bytes(range(200)) * 200
+    digest = hashlib.sha256(whole).hexdigest()
+    assert cache.read(digest, len(whole), 700, 100) is None
+    assert cache.begin(digest, len(whole)) is Outcome.BEGUN
+    cache.keep(digest, len(whole), 0, whole[:1024])
+    cache.keep(digest, len(whole), 20 * KB, whole[20 * KB :])  # begins within a block
+    assert cache.read(digest, len(whole), 700, 100) == whole[700:800]
+    assert cache.read(digest, len(whole), 1000, 100) is None
+    asked = []
+
+    def rest(at, count):
+        asked.append((at, count))
+        return whole[at : at + count]
+
+    assert cache.fetch(digest, len(whole), rest) is Outcome.HERE
+    assert asked == [(1024, 40 * BLOCK_BYTES - 1024)]
+    assert cache.read(digest, len(whole), 1000, 100) == whole[1000:1100]
+    cache.keep(digest, len(whole), 0, b"late" * 128)  # of a process that was slower
+    assert cache.read(digest, len(whole), 0, 512) == whole[:512]
+
+
+def test_parts_that_a_loss_of_power_has_taken_are_found_by_the_digest_of_the_whole(cache):
+    assert cache.begin(DIGESTS[1], 40 * KB) is Outcome.BEGUN
+    cache.keep(DIGESTS[1], 40 * KB, 0, bytes(1024))  # marked, but not what was written
+    with pytest.raises(OtherContentError):
+        fetch(cache, 1)
     assert not list((cache.folder / "objects").iterdir())
+    assert fetch(cache, 1) is Outcome.HERE
+    assert read(cache, 1) == SHARDS[1]
 
 
 def test_a_file_that_a_loss_of_power_has_cut_is_fetched_again(cache):
@@ -181,7 +224,7 @@ def test_a_full_disk_is_one_line(cache, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shard_cache, "_write", full)
+    monkeypatch.setattr(unfinished, "_write", full)
     with pytest.raises(UserError, match=r"data.cache_dir .*: the disk is full; free some space"):
         fetch(cache, 0)
     assert not list((cache.folder / "objects").iterdir())
