@@ -174,16 +174,18 @@ def run(case: dict[str, Any], rounds: int, folder: Path) -> dict[str, Any]:
     workers = Workers(count=1)
     with tracking.start(folder / "run") as tracker, local_ray(1, workers.cpus):
         from launchers.on_ray.attempts import run_workers
+        from launchers.on_ray.worker_group import KeptWorkers
 
         (folder / "journals").symlink_to(tracker.journals.absolute())
-        return run_workers(
-            measure,
-            {"case": case, "folder": str(folder), "rounds": rounds},
-            name="overhead",
-            storage=folder / "storage",
-            logs=folder / "logs",
-            workers=workers,
-        )
+        with KeptWorkers(workers) as kept:
+            return run_workers(
+                measure,
+                {"case": case, "folder": str(folder), "rounds": rounds},
+                name="overhead",
+                storage=folder / "storage",
+                logs=folder / "logs",
+                kept=kept,
+            )
 
 
 def main() -> None:

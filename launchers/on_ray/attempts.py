@@ -2,8 +2,8 @@
 
 Ray Train can make attempts of its own, and change the number of workers between them. It counts
 failures over the whole training, however far it gets in between; it ends workers without a
-checkpoint when it has more of them; and its controller dies with the raylet. So each attempt is one
-fit of Ray Train, and this module decides on the next one.
+checkpoint when it has more of them; and its controller dies with the raylet. So an attempt ends
+with its workers, and this module decides on the next one.
 """
 
 import logging
@@ -13,13 +13,14 @@ from pathlib import Path
 
 from launchers.interruption import Notice, noted
 from launchers.machine import available_cpus, available_gpus, places
-from launchers.on_ray import held_places, local_ray, ray_train
+from launchers.on_ray import held_places, local_ray
 from launchers.on_ray.draining import staying_resources
 from launchers.on_ray.failures import AttemptError, Budget, NoPlaceError, StoppedError
 from launchers.on_ray.kept_logs import keep_logs
 from launchers.on_ray.local_ray import runs_locally
-from launchers.on_ray.ray_train import Config, Record, ServerDiedError
+from launchers.on_ray.ray_train import Config, Record
 from launchers.on_ray.stored_checkpoints import shelf_at
+from launchers.on_ray.worker_group import KeptWorkers, ServerDiedError, resources
 from sbf_dist.errors import RunError, UserError
 from sbf_dist.recipe import Workers
 
@@ -35,7 +36,7 @@ def run_workers(
     name: str,
     storage: Path | str,
     logs: Path,
-    workers: Workers,
+    kept: KeptWorkers,
     counts: Sequence[int] | None = None,
     on_progress: Callable[[Record], None] | None = None,
 ) -> Record:
@@ -48,13 +49,14 @@ def run_workers(
     die or raise an error, all are started again, as often as workers.max_lost and max_failures say;
     what is known of that is kept in `logs`. `on_progress` is called from another thread with the
     newest record that rank 0 gave to progress(). Warnings that our own packages log on rank 0 are
-    logged here.
+    logged here. The workers are those of `kept`, and stay there.
 
     UserError: raised by a worker, as it was and without another try; too few workers have a
     place, or others use them.
     RunError: the budget is used up. Interrupted: a signal came, see launchers.interruption.
     """
     place = f"{storage}/{name}"
+    workers = kept.settings
     budget = Budget(workers, shelf_at(place, "").names)
     files_of_ray = storage if isinstance(storage, Path) else logs.parent
     with noted() as notice:
@@ -63,12 +65,9 @@ def run_workers(
             count = _number_of_workers(workers, numbers, notice)
             began = time.time()
             try:
-                return ray_train.attempt(
+                return kept.group(count, files_of_ray).run(
                     worker,
                     config | {"checkpoints": place},
-                    storage=files_of_ray,
-                    workers=workers,
-                    count=count,
                     notice=notice,
                     on_progress=on_progress,
                 )
@@ -128,7 +127,7 @@ def _number_of_workers(workers: Workers, counts: Sequence[int], notice: Notice) 
             workers.start_timeout,
         )
         deadline = time.monotonic() + workers.start_timeout
-        with held_places.asked_for(ray_train.resources(workers), min(counts)):
+        with held_places.asked_for(resources(workers), min(counts)):
             while count is None and time.monotonic() < deadline:
                 time.sleep(_POLL_SECONDS)
                 notice.raise_it()

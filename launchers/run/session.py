@@ -5,13 +5,16 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launchers.display import Display
 from launchers.run.folder import RunFolder
 from launchers.run.networks import Networks
 from sbf_dist import tracking
 from sbf_dist.recipe import Recipe
+
+if TYPE_CHECKING:
+    from launchers.on_ray.worker_group import KeptWorkers
 
 Result = dict[str, Any]
 
@@ -20,14 +23,15 @@ Result = dict[str, Any]
 class Session:
     """A run at work: its networks (with recipe and folder), its display, its MLflow run.
 
-    `resources` are given back when the run ends; Ray is among them once a stage has needed it.
+    `resources` are given back when the run ends; Ray and its workers are among them once a stage
+    has needed them.
     """
 
     networks: Networks
     display: Display
     tracker: tracking.Run
     resources: ExitStack
-    _ray_runs: bool = field(default=False, init=False)
+    _kept: "KeptWorkers | None" = field(default=None, init=False)
 
     @property
     def recipe(self) -> Recipe:
@@ -47,12 +51,15 @@ class Session:
         from launchers.on_ray.local_ray import local_ray
 
         workers = self.recipe.workers
-        if not self._ray_runs:
+        if self._kept is None:
             ray = local_ray(workers.least, workers.cpus, workers.gpus, most=workers.most)
             self.resources.enter_context(ray)
-            self._ray_runs = True
-        # It imports Ray, which reads the environment that local_ray has set.
+        # They import Ray, which reads the environment that local_ray has set.
         from launchers.on_ray import attempts
+        from launchers.on_ray.worker_group import KeptWorkers
+
+        if self._kept is None:
+            self._kept = self.resources.enter_context(KeptWorkers(workers))
 
         config = {
             # Workers do not talk to the tracking store, whose URI may hold a password.
@@ -69,9 +76,9 @@ class Session:
             name=name,
             storage=self.folder.place_of_checkpoints,
             logs=self.folder.logs,
-            workers=workers,
             counts=self.recipe.numbers_of_workers(),
             on_progress=self.display.show,
+            kept=self._kept,
         )
         self.folder.fetch()
         return answer

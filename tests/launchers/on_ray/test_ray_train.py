@@ -20,6 +20,7 @@ from launchers.machine import available_cpus
 from launchers.on_ray import held_places
 from launchers.on_ray.attempts import run_workers
 from launchers.on_ray.local_ray import local_ray
+from launchers.on_ray.worker_group import KeptWorkers
 from sbf_dist.errors import RunError, UserError
 from sbf_dist.recipe import Workers
 from sbf_dist.train import checkpoint
@@ -54,15 +55,16 @@ def killed(ray: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
     warnings = Messages()
     logging.getLogger("launchers.on_ray").addHandler(warnings)
     config = {"diary": str(folder), "at": {str(DIE_AT): signal.SIGKILL}, "pause": 0.3}
-    result = run_workers(
-        tiny_worker.train,
-        config,
-        name="tiny",
-        storage=folder / "runs",
-        logs=folder / "logs",
-        workers=Workers(count=2, max_lost=1),
-        on_progress=on_progress,
-    )
+    with KeptWorkers(Workers(count=2, max_lost=1)) as kept:
+        result = run_workers(
+            tiny_worker.train,
+            config,
+            name="tiny",
+            storage=folder / "runs",
+            logs=folder / "logs",
+            kept=kept,
+            on_progress=on_progress,
+        )
     logging.getLogger("launchers.on_ray").removeHandler(warnings)
     return {
         "result": result,
@@ -183,14 +185,14 @@ def test_workers_use_their_cpus_and_leave_no_files_behind(killed: dict[str, Any]
 def test_a_users_mistake_on_one_rank_arrives_as_its_line_at_the_first_try(
     ray: None, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError) as caught:
+    with KeptWorkers(Workers(count=2, max_failures=3)) as kept, pytest.raises(UserError) as caught:
         run_workers(
             tiny_worker.refuse_on_rank_1,
             {"diary": str(tmp_path)},
             name="mistake",
             storage=tmp_path / "runs",
             logs=tmp_path / "logs",
-            workers=Workers(count=2, max_failures=3),
+            kept=kept,
         )
     assert str(caught.value) == "batch size 7: must be a multiple of 2"
     # Rank 0 may be ended before it has begun.
@@ -199,14 +201,14 @@ def test_a_users_mistake_on_one_rank_arrives_as_its_line_at_the_first_try(
 
 
 def test_any_other_error_arrives_with_the_workers_traceback(ray: None, tmp_path: Path) -> None:
-    with pytest.raises(RunError) as caught:
+    with KeptWorkers(Workers(count=1, max_failures=0)) as kept, pytest.raises(RunError) as caught:
         run_workers(
             tiny_worker.break_down,
             {"layer": "conv1"},
             name="bug",
             storage=tmp_path / "runs",
             logs=tmp_path / "logs",
-            workers=Workers(count=1, max_failures=0),
+            kept=kept,
         )
     log = tmp_path / "logs" / "bug-1.log"
     assert str(caught.value) == (
@@ -225,15 +227,39 @@ def test_workers_find_the_users_network_where_the_driver_works(
         "from torch import nn\ndef make(num_classes):\n    return nn.Linear(4, num_classes)\n"
     )
     monkeypatch.chdir(tmp_path)
-    found = run_workers(
-        tiny_worker.build_from_relative_path,
-        {"model": "nets/mine.py:make"},
-        name="own",
-        storage=tmp_path / "runs",
-        logs=tmp_path / "logs",
-        workers=Workers(count=1, max_failures=0),
-    )
+    with KeptWorkers(Workers(count=1, max_failures=0)) as kept:
+        found = run_workers(
+            tiny_worker.build_from_relative_path,
+            {"model": "nets/mine.py:make"},
+            name="own",
+            storage=tmp_path / "runs",
+            logs=tmp_path / "logs",
+            kept=kept,
+        )
     assert found == {"directory": str(tmp_path), "outputs": 3}
+
+
+def test_workers_stay_for_the_next_stage_and_others_come_where_one_has_died(
+    ray: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folders = {"storage": tmp_path / "runs", "logs": tmp_path / "logs"}
+    with KeptWorkers(Workers(count=2, max_failures=0, max_lost=0)) as kept:
+
+        def pids(stage: str) -> list[int]:
+            return run_workers(tiny_worker.pids, {}, name=stage, kept=kept, **folders)["pids"]
+
+        first = pids("one")
+        assert pids("two") == first
+        with pytest.raises(RunError, match="broken: worker 0 raised KeyError"):
+            run_workers(tiny_worker.break_down, {"layer": "x"}, name="broken", kept=kept, **folders)
+        third = pids("three")
+        assert not set(third) & set(first)
+        os.kill(third[1], signal.SIGKILL)
+        gone = psutil.wait_procs([psutil.Process(third[0])], timeout=60)[0]
+        assert gone, "Ray Train ends the others"
+        assert not set(pids("four")) & set(third)
+    assert caplog.messages == []
+    assert not (tmp_path / "runs" / ".ray-train").exists()
 
 
 def test_what_rays_controller_imports_does_not_import_torch() -> None:

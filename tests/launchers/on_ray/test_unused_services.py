@@ -21,13 +21,15 @@ def work(config):
 
 with local_ray(workers=1):
     from launchers.on_ray import attempts
+    from launchers.on_ray.worker_group import KeptWorkers
     from sbf_dist.recipe import Workers
     import ray
     with tempfile.TemporaryDirectory() as folder:
         storage, logs = Path(folder), Path(folder, "logs")
-        result = attempts.run_workers(
-            work, {"a": 2, "b": 3}, name="work", storage=storage, logs=logs, workers=Workers()
-        )
+        with KeptWorkers(Workers()) as kept:
+            result = attempts.run_workers(
+                work, {"a": 2, "b": 3}, name="work", storage=storage, logs=logs, kept=kept
+            )
     children = psutil.Process().children(recursive=True)
     # process_iter leaves None where a process has ended in the meantime
     found = psutil.process_iter(["pid", "cmdline"])

@@ -112,3 +112,10 @@ def build_from_relative_path(config: dict[str, Any]) -> dict[str, Any]:
 def break_down(config: dict[str, Any]) -> None:
     """A bug of ours."""
     raise KeyError(f"no such layer: {config['layer']}")
+
+
+def pids(config: dict[str, Any]) -> dict[str, Any]:
+    """The process of each rank."""
+    found: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(found, os.getpid())
+    return {"pids": found}

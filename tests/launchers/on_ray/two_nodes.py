@@ -16,6 +16,7 @@ from ray.cluster_utils import Cluster
 
 from launchers.on_ray.attempts import run_workers
 from launchers.on_ray.local_ray import local_ray
+from launchers.on_ray.worker_group import KeptWorkers
 from sbf_dist.recipe import Workers
 
 
@@ -54,15 +55,16 @@ def main(folder: Path) -> None:
     with local_ray(workers=1, most=2):
         arguments = (other.node_id, storage / "tiny")
         threading.Thread(target=drain, args=arguments, daemon=True).start()
-        result = run_workers(
-            tiny_worker.train,
-            {"diary": str(folder), "pause": 1.5},
-            name="tiny",
-            storage=storage,
-            logs=folder / "logs",
-            workers=Workers(count=(1, 2), cpus=1),
-            counts=[1, 2],
-        )
+        with KeptWorkers(Workers(count=(1, 2), cpus=1)) as kept:
+            result = run_workers(
+                tiny_worker.train,
+                {"diary": str(folder), "pause": 1.5},
+                name="tiny",
+                storage=storage,
+                logs=folder / "logs",
+                kept=kept,
+                counts=[1, 2],
+            )
     cluster.shutdown()
     print(json.dumps({"start": result["start"], "warnings": warnings}))
 
