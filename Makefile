@@ -53,6 +53,8 @@ bench: setup
 	$(BIN)/python benchmarks/quality.py --json benchmarks/results/quality.json
 	$(BIN)/python benchmarks/quality_latency.py --json benchmarks/results/quality-latency.json
 	$(BIN)/python benchmarks/mixtures.py --json benchmarks/results/mixtures.json
+	$(BIN)/python benchmarks/label_store.py --json benchmarks/results/label-store.json
+	$(BIN)/python benchmarks/labelling.py --json benchmarks/results/labelling.json
 	$(BIN)/python benchmarks/student_step.py --json benchmarks/results/student-step.json
 	$(BIN)/python benchmarks/startup.py --json benchmarks/results/startup.json
 	$(BIN)/python benchmarks/faults.py --json benchmarks/results/faults.json

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from launchers.commands import checkpoint, compare, compress, data, jobs, plan, run
+from launchers.commands import checkpoint, compare, compress, data, jobs, label, plan, run
 from sbf_dist.errors import RunError, UserError, without_credentials
 
 app = typer.Typer(
@@ -40,6 +40,7 @@ app.command("compare", short_help="Compare SBF with its peers at equal cost.")(c
 app.command("run", help=run.HELP, short_help="Run a recipe: from images to an exported student.")(
     run.command
 )
+app.add_typer(label.app, name="label", short_help="Write and judge the teachers' predictions.")
 app.command("submit", short_help="Run a recipe on a cluster.")(jobs.submit)
 app.command("jobs", short_help="List the jobs of a cluster.")(jobs.jobs)
 app.command("logs", short_help="Print what a job prints.")(jobs.logs)

@@ -97,6 +97,19 @@ def _detail(record: Mapping[str, Any]) -> str:
     return f"loss {record['parts']['loss']:.3f}  {record['images_per_s']:.0f} images/s"
 
 
+def labels_table(report: Mapping[str, Any]) -> Table:
+    """Return what sbf_dist.report.labels.describe says of each part, in percent (- if unknown)."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("images", no_wrap=True)
+    for heading in ("number", "confidence", "teachers agree", "right", "ECE"):
+        table.add_column(heading, justify="right")
+    for row in report["parts"]:
+        shares = (row[key] for key in ("confidence", "agreement", "accuracy", "ece"))
+        percent = ["-" if share is None else f"{100 * share:.1f} %" for share in shares]
+        table.add_row(row["part"], str(row["images"]), *percent)
+    return table
+
+
 def results_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return the table of results: accuracy in percent (- if unknown), millions of MACs, …
 

@@ -290,14 +290,44 @@ class View(Settings):
 
 
 class PseudoLabels(Settings):
-    """The ensemble's stored predictions, and which images are used."""
+    """The ensemble's stored predictions, and which images without labels are used.
+
+    An image is used if enough teachers agree, if its confidence reaches the threshold of its class,
+    and if it is among the most confident of its class: see sbf_dist.distill.selection.
+    """
 
     temperature: float = Field(1.0, gt=0, description="temperature of each teacher's softmax")
     top_k: Positive = Field(10, description="number of classes stored per image")
     threshold: float = Field(
         0.0, ge=0, lt=1, description="smallest confidence of an image that is used"
     )
+    adaptive: bool = Field(
+        False,
+        exclude_if=equals(False),
+        description="lower the threshold of each class, the more the fewer of its images reach it "
+        "(FlexMatch)",
+    )
     per_class: Positive | None = Field(
         None,
         description="largest number of images of each predicted class, the most confident first",
     )
+    min_agreement: float = Field(
+        0.0,
+        exclude_if=equals(0.0),
+        ge=0,
+        le=1,
+        description="smallest share of the teachers whose first class is the ensemble's",
+    )
+    sharpening: float = Field(
+        1.0,
+        exclude_if=equals(1.0),
+        gt=0,
+        description="temperature of the ensemble's probabilities when they are targets; below 1 "
+        "they are sharper",
+    )
+
+    @model_validator(mode="after")
+    def _adapts_a_threshold(self) -> Self:
+        if self.adaptive and self.threshold == 0:
+            raise ValueError("adaptive = True needs a threshold above 0")
+        return self

@@ -9,6 +9,7 @@ with its workers, and this module decides on the next one.
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from launchers.interruption import Notice, noted
@@ -29,6 +30,21 @@ _POLL_SECONDS = 2.0
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How the driver follows what workers do.
+
+    on_record  called from another thread with the newest record that rank 0 gave to progress()
+    reached    says how far work without checkpoints is: failures are counted anew when that changes
+    """
+
+    on_record: Callable[[Record], None] | None = None
+    reached: Callable[[], object] | None = None
+
+
+_UNSEEN = Progress()
+
+
 def run_workers(
     worker: Callable[[Config], Record | None],
     config: Config,
@@ -38,7 +54,7 @@ def run_workers(
     logs: Path,
     kept: KeptWorkers,
     counts: Sequence[int] | None = None,
-    on_progress: Callable[[Record], None] | None = None,
+    progress: Progress = _UNSEEN,
 ) -> Record:
     """Run worker(config) on every rank of a torch process group; what it returned on rank 0.
 
@@ -47,9 +63,8 @@ def run_workers(
     in the range of workers.count do. The worker keeps its checkpoints in storage/name, a folder or
     an address in an object store, which it finds as config["checkpoints"]. When workers
     die or raise an error, all are started again, as often as workers.max_lost and max_failures say;
-    what is known of that is kept in `logs`. `on_progress` is called from another thread with the
-    newest record that rank 0 gave to progress(). Warnings that our own packages log on rank 0 are
-    logged here. The workers are those of `kept`, and stay there.
+    what is known of that is kept in `logs`. Warnings that our own packages log on rank 0 are logged
+    here. The workers are those of `kept`, and stay there.
 
     UserError: raised by a worker, as it was and without another try; too few workers have a
     place, or others use them.
@@ -57,7 +72,7 @@ def run_workers(
     """
     place = f"{storage}/{name}"
     workers = kept.settings
-    budget = Budget(workers, shelf_at(place, "").names)
+    budget = Budget(workers, progress.reached or shelf_at(place, "").names)
     files_of_ray = storage if isinstance(storage, Path) else logs.parent
     with noted() as notice:
         while True:
@@ -69,7 +84,7 @@ def run_workers(
                     worker,
                     config | {"checkpoints": place},
                     notice=notice,
-                    on_progress=on_progress,
+                    on_progress=progress.on_record,
                 )
             except ServerDiedError as died:
                 failure = AttemptError(

@@ -37,7 +37,10 @@ _DISTILLATION = (
     "distill.label_weight",
     "distill.labelled_share",
     "pseudo_labels.threshold",
+    "pseudo_labels.adaptive",
     "pseudo_labels.per_class",
+    "pseudo_labels.min_agreement",
+    "pseudo_labels.sharpening",
 )
 
 

@@ -1,13 +1,17 @@
 """Files that a run reads, weights and lists of images: part of what it is, by their digests."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launchers.run.locks import DIGEST, Values
 from sbf_dist.errors import UserError
 from sbf_dist.files import sha256
 from sbf_dist.recipe import Recipe
+
+if TYPE_CHECKING:
+    from launchers.run.networks import Network
 
 
 def file_digests(recipe: Recipe) -> Values:
@@ -16,6 +20,14 @@ def file_digests(recipe: Recipe) -> Values:
     UserError for a file that cannot be read.
     """
     return {f"{key}{DIGEST}": _digest(key, path) for key, path in _files(recipe)}
+
+
+def weights_digests(networks: "Iterable[Network]") -> dict[str, str]:
+    """Return the SHA-256 of the file of each network's weights, by its name.
+
+    UserError for a file that cannot be read.
+    """
+    return {one.name: _digest(f"weights of {one.name}", one.weights) for one in networks}
 
 
 def _files(recipe: Recipe) -> Iterator[tuple[str, Path]]:

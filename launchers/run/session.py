@@ -46,8 +46,18 @@ class Session:
         """The outputs of all networks, one for each class of the images."""
         return int(json.loads(self.folder.result("prepare").read_text())["classes"])
 
-    def launch(self, worker: Callable[[Result], Result], name: str, log_to: tracking.Run) -> Result:
-        """Run `worker` on all ranks, for the stage or the round `name`."""
+    def launch(
+        self,
+        worker: Callable[[Result], Result],
+        name: str,
+        log_to: tracking.Run,
+        *,
+        reached: Callable[[], object] | None = None,
+    ) -> Result:
+        """Run `worker` on all ranks, for the stage or the round `name`.
+
+        reached  says how far it is, if it writes no checkpoints (see attempts.run_workers)
+        """
         from launchers.on_ray.local_ray import local_ray
 
         workers = self.recipe.workers
@@ -77,7 +87,7 @@ class Session:
             storage=self.folder.place_of_checkpoints,
             logs=self.folder.logs,
             counts=self.recipe.numbers_of_workers(),
-            on_progress=self.display.show,
+            progress=attempts.Progress(self.display.show, reached),
             kept=self._kept,
         )
         self.folder.fetch()

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 
+from launchers.display import labels_table
 from launchers.images import calibration_images, evaluation_images, index_images
-from launchers.run import labelling, outcome, rounds, scoring, training
+from launchers.run import label_report, labelling, outcome, rounds, scoring, training
 from launchers.run.building import build_network
 from launchers.run.networks import Network
+from launchers.run.read_files import weights_digests
 from launchers.run.session import Result, Session
 from launchers.student import NUM_VERIFIED_IMAGES, export_student, make_student
 from pipelines.index import DataIndex
@@ -19,8 +21,8 @@ from sbf_dist.compression.cost import count
 from sbf_dist.compression.plan import DenseLayer, MeasuredFidelity, Plan
 from sbf_dist.compression.planning.latency import latencies_if_quiet
 from sbf_dist.compression.removal.zeroed import zero_channels
-from sbf_dist.distill import pseudo_labels
-from sbf_dist.distill.selection import select
+from sbf_dist.distill import pseudo_labels, stored_labels
+from sbf_dist.distill.selection import choose, unused_classes
 from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import ONNX
 from sbf_dist.files import write_json
@@ -56,16 +58,47 @@ def train_teachers(session: Session, log: tracking.Run) -> Result:
 
 
 def write_pseudo_labels(session: Session, log: tracking.Run) -> Result:
-    """Write what the ensemble predicts on every training image."""
-    recipe, folder = session.recipe, session.folder
-    result = session.launch(labelling.write_pseudo_labels, "pseudo-labels", log)
+    """Write what the ensemble predicts on every image, and say what comes of it."""
+    recipe, folder, display = session.recipe, session.folder, session.display
+    top_k = recipe.pseudo_labels.top_k
+    if top_k > session.num_classes:
+        display.say(
+            f"  pseudo_labels.top_k = {top_k} is above the number of classes: all "
+            f"{session.num_classes} are stored"
+        )
+    reached = partial(labelling.written_chunks, folder)
+    session.launch(labelling.write_pseudo_labels, "pseudo-labels", log, reached=reached)
     index = DataIndex.load(folder.index)
-    stored = pseudo_labels.load(folder.pseudo_labels, pseudo_labels.origin(recipe, index.digest))
-    confidence = stored.probabilities[:, 0]
-    used = select(stored.classes[:, 0], confidence, recipe.pseudo_labels)
-    result |= {"used": int(used.sum()), "mean_confidence": round(float(confidence.mean()), 4)}
-    session.display.say(
-        f"  {result['images']} images, {result['used']} used, "
+    weights = weights_digests(session.networks.teachers)
+    origin = pseudo_labels.origin(recipe, index.digest, weights)
+    stored = stored_labels.load(folder.pseudo_labels, origin)
+    unlabelled = index.parts["unlabelled"]
+    chosen = choose(stored, unlabelled, recipe.pseudo_labels)
+    unused = unused_classes(stored, unlabelled, chosen, recipe.pseudo_labels, index.classes)
+    if unused is not None:
+        display.say(f"  warning: {unused}")
+    report = label_report.write(folder, stored, index, chosen)
+    display.console.print(labels_table(report))
+    for path in label_report.files(folder):
+        log.log_artifact(path)
+    rows = {row["part"]: row for row in report["parts"]}
+    log.log_metrics(
+        {
+            f"{part}/{key}": row[key]
+            for part, row in rows.items()
+            for key in ("images", "confidence", "agreement", "accuracy", "ece")
+            if row[key] is not None
+        },
+        0,
+    )
+    trained_on = rows.get("unlabelled", rows["labelled"])
+    result = {
+        "images": len(index.parts["labelled"]) + len(unlabelled),
+        "used": len(chosen),
+        "mean_confidence": round(trained_on["confidence"], 4),
+    }
+    display.say(
+        f"  {len(stored)} images, {len(chosen)} of {len(unlabelled)} without labels used, "
         f"mean confidence {result['mean_confidence']:.3f}"
     )
     log.log_metrics(result, 0)

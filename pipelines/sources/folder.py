@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from pipelines.index import DataIndex
 from pipelines.inspection import Inspection, inspect_all
+from pipelines.overlap import in_validation
 from pipelines.roots import Root, root_of
 from pipelines.sources.listing import Listing, joined, list_images, list_unlabelled
 from pipelines.splits import Selection, parts
@@ -108,6 +109,8 @@ def _index(
         offset=listing.offset[good] if listing.shards else None,
         contents=None if listing.contents is None else listing.contents.take(good),
     )
+    digests = None if listing.digests is None else listing.digests[good]
+    _check_overlap(index, np.array([listing.roles[row] for row in good]), digests)
     _log.info(
         "%s: %d classes, %s, %d skipped",
         root,
@@ -116,6 +119,32 @@ def _index(
         len(skipped),
     )
     return index
+
+
+def _check_overlap(
+    index: DataIndex, roles: NDArray[np.str_], digests: NDArray[np.uint8] | None
+) -> None:
+    """UserError for images of an unlabelled set that are validation images as well.
+
+    Where images that hide their class are, they came with the set, which may be a published one:
+    that is logged.
+    """
+    hidden = index.parts["unlabelled"]
+    shared = in_validation(index, hidden, digests)
+    added = [pair for pair in shared if roles[pair[0]] == "unlabelled"]
+    for pairs in (added, shared):
+        if not pairs:
+            continue
+        named = ", ".join(
+            f"{index.files[one]} is {index.files[other]}" for one, other in pairs[:_MAX_NAMED]
+        )
+        line = (
+            f"data {index.root}: {len(pairs)} of {len(hidden)} unlabelled images are validation "
+            f"images, too, by their content: {named}"
+        )
+        if pairs is added:
+            raise UserError(f"{line}; remove them from the unlabelled ones")
+        _log.warning("%s", line)
 
 
 def check_folder(

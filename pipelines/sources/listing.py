@@ -56,6 +56,7 @@ class Listing:
     shards   tar files relative to the root of the index
     shard    int64 (n,): position in `shards`, −1 for a file of its own; offset: as in DataIndex
     contents digests of shards and images, of a set in an object store; None for one on a disk
+    digests  uint8 (n, 32): SHA-256 of each image of a prepared set, zeros where it was not read yet
     """
 
     classes: list[str]
@@ -67,6 +68,7 @@ class Listing:
     offset: NDArray[np.int64]
     shards: list[str] = field(default_factory=list)
     contents: Contents | None = None
+    digests: NDArray[np.uint8] | None = None
 
     @classmethod
     def of_files(
@@ -95,7 +97,12 @@ class Listing:
             offset=self.offset[rows],
             shards=self.shards,
             contents=None if self.contents is None else self.contents.take(rows),
+            digests=None if self.digests is None else self.digests[rows],
         )
+
+    def known_digests(self) -> NDArray[np.uint8]:
+        """The digests, zeros where there are none."""
+        return np.zeros((len(self.files), 32), np.uint8) if self.digests is None else self.digests
 
 
 def list_images(root: Root, expected: str | None = None) -> Listing:
@@ -167,6 +174,7 @@ def joined(listing: Listing, others: Listing, root: Root) -> Listing:
         offset=np.concatenate([listing.offset, others.offset]),
         shards=listing.shards + others.shards,
         contents=Contents.joined(listing.contents, others.contents),
+        digests=np.concatenate([listing.known_digests(), others.known_digests()]),
     )
     return together.take(sorted(range(len(files)), key=files.__getitem__))
 
@@ -203,12 +211,18 @@ def _check_shards(root: Root, manifest: Manifest) -> None:
             raise UserError(f"data {root}: {name} is missing; sbf data check shows what else is")
 
 
-def _contents(manifest: Manifest, digests: pa.ChunkedArray) -> Contents:
+def _contents(manifest: Manifest, digests: NDArray[np.uint8]) -> Contents:
     return Contents(
         shard_bytes=[int(shard["bytes"]) for shard in manifest.shards],
         shard_digests=[shard["sha256"] for shard in manifest.shards],
-        images=np.frombuffer(bytes.fromhex("".join(digests.to_pylist())), np.uint8).reshape(-1, 32),
+        images=digests,
     )
+
+
+def _as_bytes(digests: pa.ChunkedArray) -> NDArray[np.uint8]:
+    """Hexadecimal digests as an array, uint8 (n, 32); zeros where there is none."""
+    text = "".join(digest or "0" * 64 for digest in digests.to_pylist())
+    return np.frombuffer(bytes.fromhex(text), np.uint8).reshape(-1, 32)
 
 
 def _prepared(root: Root) -> Listing:
@@ -218,6 +232,7 @@ def _prepared(root: Root) -> Listing:
     columns = {name: table[name].to_pylist() for name in ("height", "width", "bytes", "fault")}
     files = table["file"].to_pylist()
     _check_shards(root, manifest)
+    digests = _as_bytes(table["sha256"])
     return Listing(
         classes=[entry["folder"] for entry in manifest.classes],
         files=files,
@@ -227,7 +242,8 @@ def _prepared(root: Root) -> Listing:
         shard=table["shard"].to_numpy().astype(np.int64),
         offset=table["offset"].to_numpy().astype(np.int64),
         shards=[shard["file"] for shard in manifest.shards],
-        contents=_contents(manifest, table["sha256"]) if isinstance(root, ObjectFolder) else None,
+        contents=_contents(manifest, digests) if isinstance(root, ObjectFolder) else None,
+        digests=digests,
     )
 
 
@@ -261,7 +277,13 @@ def _class_folders(root: Path) -> Listing:
         if not any(role == "val" for _, role, _ in found):
             raise UserError(f"data {val}: has no image; expected {val.name}/<class>/<image>")
     if split and "unlabelled" in folders:
-        found += [(name, "unlabelled", UNKNOWN) for name in _images(root, folders["unlabelled"])]
+        hidden = list(_images(root, folders["unlabelled"]))
+        if not hidden:
+            raise UserError(
+                f"data {folders['unlabelled']}: has no image ({' '.join(SUFFIXES)}); add some, or "
+                "remove the folder"
+            )
+        found += [(name, "unlabelled", UNKNOWN) for name in hidden]
     found.sort()
     return Listing.of_files(
         classes,

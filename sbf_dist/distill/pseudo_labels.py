@@ -1,53 +1,50 @@
-"""Pseudo-labels on disk: the teachers' probabilities, written once, read by every worker.
+"""Pseudo-labels on disk: what the teachers predict on every image, written once, read by workers.
 
-A store is a folder of Parquet files, one per chunk of sample ids, and a manifest that says what
-they come from. Chunks do not depend on the number of writers: a job that was stopped goes on
+A store is a folder of Parquet files, one for each chunk of sample ids, and a manifest that says
+what they come from. Chunks do not depend on the number of writers: a job that was stopped goes on
 with the chunks that are missing, on any number of workers.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from sbf_dist.errors import UserError
-from sbf_dist.files import replacing, write_json
+from sbf_dist.distill.summaries import Summary
+from sbf_dist.files import replacing, sha256, write_json
 from sbf_dist.recipe import Recipe
-from sbf_dist.settings import PseudoLabels
 
-FORMAT = 1
+FORMAT = 2
 CHUNK_IMAGES = 1024  # images per file
 MANIFEST = "manifest.json"
-REPEAT = "write them again (--again pseudo-labels)"
+ORIGIN = "origin.json"
+MAPPED = ".mapped-*.safetensors"  # what stored_labels makes of the chunks
+_CHUNKS = "chunk-*.parquet"
+# Beside zstd. Bytes of floats and of classes lie by significance: smaller by a quarter.
+_ENCODINGS = {
+    "id": "DELTA_BINARY_PACKED",
+    "classes.list.element": "BYTE_STREAM_SPLIT",
+    "probabilities.list.element": "BYTE_STREAM_SPLIT",
+    "entropy": "BYTE_STREAM_SPLIT",
+    "margin": "BYTE_STREAM_SPLIT",
+}
 
 
-@dataclass(frozen=True)
-class StoredLabels:
-    """The content of a store, by ascending sample id.
+def origin(recipe: Recipe, data_digest: str, weights: Mapping[str, str]) -> dict[str, Any]:
+    """Return what the pseudo-labels of a run depend on.
 
-    ids: (n,) int64; classes: (n, k) int64 and probabilities: (n, k) float32, the k most probable
-    classes, descending; entropy: (n,) float32, nats, of the whole distribution.
+    weights  the SHA-256 of each teacher's file of weights, by its name
     """
-
-    ids: NDArray[np.int64]
-    classes: NDArray[np.int64]
-    probabilities: NDArray[np.float32]
-    entropy: NDArray[np.float32]
-
-
-def origin(recipe: Recipe, data_digest: str) -> dict[str, Any]:
-    """Return what the pseudo-labels of a run depend on."""
     fields = recipe.model_dump(mode="json", include={"seed", "teachers"})
     return {
         "teachers": hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest(),
+        "weights": dict(weights),
         "data": data_digest,
         "temperature": recipe.pseudo_labels.temperature,
         "top_k": recipe.pseudo_labels.top_k,
@@ -64,111 +61,82 @@ def chunk_path(folder: Path, number: int) -> Path:
     return folder / f"chunk-{number:05d}.parquet"
 
 
-def write_chunk(
-    folder: Path,
-    number: int,
-    ids: NDArray[np.int64],
-    probabilities: NDArray[np.float32],
-    settings: PseudoLabels,
-) -> None:
-    """Write the distributions (n, classes) of one chunk, in one step."""
-    k = min(settings.top_k, probabilities.shape[1])
-    order = np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
-    top = np.take_along_axis(probabilities, order, axis=1)
-    safe = np.clip(probabilities, 1e-12, None)
-    by_id = np.argsort(ids)
+def missing(folder: Path, count: int) -> list[int]:
+    """Return the numbers, of so many chunks, that are not there yet."""
+    return [number for number in range(count) if not chunk_path(folder, number).exists()]
+
+
+def write_chunk(folder: Path, number: int, ids: NDArray[np.int64], summary: Summary) -> None:
+    """Write the predictions on the images `ids`, ascending, in one step.
+
+    Probabilities, entropy and margin are float16, classes int16 where they fit; the agreement,
+    which has few values, is a dictionary.
+    """
+    classes = summary.classes.cpu().numpy()
+    narrow = np.int16 if classes.max(initial=0) <= np.iinfo(np.int16).max else np.int32
+    half = {
+        name: getattr(summary, name).cpu().numpy().astype(np.float16)
+        for name in ("probabilities", "entropy", "margin")
+    }
     table = pa.table(
         {
-            "id": ids[by_id],
-            "classes": list(order[by_id].astype(np.int32)),
-            "probabilities": list(top[by_id].astype(np.float32)),
-            "entropy": (-(probabilities * np.log(safe)).sum(1))[by_id].astype(np.float32),
+            "id": ids,
+            "classes": _rows(classes.astype(narrow)),
+            "probabilities": _rows(half["probabilities"]),
+            "entropy": half["entropy"],
+            "margin": half["margin"],
+            "agreement": summary.agreement.cpu().numpy(),
         }
     )
     with replacing(chunk_path(folder, number)) as partial:
-        pq.write_table(table, partial)
+        pq.write_table(
+            table,
+            partial,
+            compression="zstd",
+            use_dictionary=["agreement"],
+            column_encoding=_ENCODINGS,
+            write_statistics=False,
+        )
 
 
 def begin(folder: Path, origin: Mapping[str, object]) -> None:
     """Open a store of `origin` (digests, temperature); chunks of another are removed."""
     folder.mkdir(parents=True, exist_ok=True)
-    origin_file = folder / "origin.json"
-    if _read_json(origin_file) != dict(origin):
-        for path in (*folder.glob("chunk-*.parquet"), folder / MANIFEST):
+    if read_json(folder / ORIGIN) != dict(origin):
+        for path in (*folder.glob(_CHUNKS), *folder.glob(MAPPED), folder / MANIFEST):
             path.unlink(missing_ok=True)
-        write_json(origin_file, origin)
+        write_json(folder / ORIGIN, origin)
 
 
-def finish(folder: Path, ids: NDArray[np.int64]) -> None:
-    """Write the manifest once every chunk of `ids` is there."""
-    parts = chunks(ids)
-    missing = [n for n in range(len(parts)) if not chunk_path(folder, n).exists()]
-    assert not missing, f"chunks {missing} of {folder} were not written"
+def finish(
+    folder: Path, ids: NDArray[np.int64], *, classes: Sequence[str], teachers: Sequence[str]
+) -> None:
+    """Write the manifest once every chunk of `ids` is there.
+
+    classes, teachers  their names, for whoever looks at the store alone
+    """
+    count = len(chunks(ids))
+    left = missing(folder, count)
+    assert not left, f"chunks {left} of {folder} were not written"
     manifest = {
         "format": FORMAT,
-        "origin": json.loads((folder / "origin.json").read_text()),
+        "origin": json.loads((folder / ORIGIN).read_text()),
         "images": len(ids),
-        "chunks": len(parts),
+        "classes": list(classes),
+        "teachers": list(teachers),
+        "chunks": [sha256(chunk_path(folder, number)) for number in range(count)],
     }
     write_json(folder / MANIFEST, manifest)
 
 
-def load(folder: Path, origin: Mapping[str, object]) -> StoredLabels:
-    """Read a complete store that was written from `origin`.
-
-    Raises UserError if it is partial, damaged, or stale, naming what differs.
-    """
-    if not (folder / MANIFEST).exists():
-        raise UserError(
-            f"pseudo-labels {folder} are not complete (no {MANIFEST}); run the stage pseudo-labels"
-        )
-    manifest = _read_json(folder / MANIFEST)
-    if manifest is None or not {"format", "origin", "images", "chunks"} <= manifest.keys():
-        raise UserError(f"pseudo-labels {folder}: {MANIFEST} is damaged; {REPEAT}")
-    if manifest["format"] != FORMAT:
-        raise UserError(
-            f"pseudo-labels {folder}: format {manifest['format']}, this version reads {FORMAT}; "
-            f"{REPEAT}"
-        )
-    for key, value in origin.items():
-        if manifest["origin"].get(key) != value:
-            raise UserError(
-                f"pseudo-labels {folder} are stale: they were written with {key} = "
-                f"{manifest['origin'].get(key)!r}, this run has {value!r}; "
-                f"{REPEAT}"
-            )
-    tables = [_read_chunk(chunk_path(folder, n)) for n in range(manifest["chunks"])]
-    table = pa.concat_tables(tables)
-    if len(table) != manifest["images"]:
-        raise UserError(
-            f"pseudo-labels {folder}: {len(table)} images instead of {manifest['images']}; {REPEAT}"
-        )
-    return StoredLabels(
-        ids=table["id"].to_numpy(),
-        classes=_matrix(table["classes"]).astype(np.int64),
-        probabilities=_matrix(table["probabilities"]),
-        entropy=table["entropy"].to_numpy(),
-    )
-
-
-def _matrix(lists: pa.ChunkedArray) -> NDArray[Any]:
-    return pc.list_flatten(lists).to_numpy().reshape(len(lists), -1)
-
-
-def _read_chunk(path: Path) -> pa.Table:
-    try:
-        return pq.read_table(pa.BufferReader(path.read_bytes()))
-    except FileNotFoundError:
-        raise UserError(f"pseudo-labels: {path} is missing; {REPEAT}") from None
-    except pa.ArrowException as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"pseudo-labels: {path} is damaged ({reason}); {REPEAT}") from None
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
     """Return the mapping in a file, or None without a readable one."""
     try:
         content = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def _rows(matrix: NDArray[Any]) -> pa.FixedSizeListArray:
+    return pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), matrix.shape[1])

@@ -69,7 +69,7 @@ def stored_targets(
 ) -> Callable[[Batch], Batch]:
     """Return a function that adds "teacher" (N, num_classes) to a batch by sample id.
 
-    ids: (n,) ascending; classes, probabilities: (n, k), as pseudo_labels.StoredLabels has them. A
+    ids: (n,) ascending; classes, probabilities: (n, k), as stored_labels.StoredLabels has them. A
     batch with a sample that has no pseudo-label is our own bug.
     """
 
@@ -77,7 +77,7 @@ def stored_targets(
         place = torch.searchsorted(ids, batch["id"]).clamp(max=len(ids) - 1)
         assert bool((ids[place] == batch["id"]).all()), "an image has no pseudo-label"
         # Batch by batch: the full distributions of all of ImageNet would take 5 GB.
-        full = full_distributions(classes[place], probabilities[place], num_classes)
+        full = full_distributions(classes[place].long(), probabilities[place].float(), num_classes)
         return batch | {"teacher": full}
 
     return annotate
@@ -86,8 +86,22 @@ def stored_targets(
 def full_distributions(classes: Tensor, probabilities: Tensor, num_classes: int) -> Tensor:
     """Return distributions over all classes, (N, num_classes), of the k most probable, (N, k) each.
 
-    What is not stored is shared out evenly.
+    What is not stored is shared out evenly; where the stored ones, rounded, are more than 1
+    together, all are scaled.
     """
     images, stored = probabilities.shape
-    rest = (1 - probabilities.sum(1, keepdim=True)).clamp(min=0) / max(1, num_classes - stored)
-    return rest.expand(images, num_classes).scatter(1, classes, probabilities)
+    total = probabilities.sum(1, keepdim=True)
+    rest = (1 - total).clamp(min=0) / max(1, num_classes - stored)
+    full = rest.expand(images, num_classes).scatter(1, classes, probabilities)
+    return full / total.clamp(min=1)
+
+
+def sharpened(probabilities: Tensor, temperature: float) -> Tensor:
+    """Return distributions (N, classes) to the power of 1 / temperature, scaled to sums of 1.
+
+    Source: Berthelot et al., MixMatch, arXiv 1905.02249, equation 7.
+    """
+    if temperature == 1:
+        return probabilities
+    powers = probabilities ** (1 / temperature)
+    return powers / powers.sum(1, keepdim=True)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sbf_dist.distill.task import DistillationTask, stored_targets
+from sbf_dist.distill.task import DistillationTask, sharpened, stored_targets
 
 
 class Logits(nn.Module):
@@ -124,3 +124,11 @@ def test_labels_are_smoothed_as_pytorch_does_it_over_the_labelled_images() -> No
         scores, label, ignore_index=-1, label_smoothing=0.1
     )
     torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("temperature", [0.25, 0.5, 1, 2])
+def test_sharpening_raises_distributions_to_a_power(temperature: float) -> None:
+    said = torch.tensor([[0.7, 0.2, 0.1], [1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]])
+    powers = said.double() ** (1 / temperature)
+    wanted = (powers / powers.sum(1, keepdim=True)).float()
+    torch.testing.assert_close(sharpened(said, temperature), wanted)

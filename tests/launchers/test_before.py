@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -21,7 +22,7 @@ from pipelines.index import DataIndex
 from sbf_dist import compare_recipe, recipe
 from sbf_dist.compression.cost import count
 from sbf_dist.compression.plan import Plan
-from sbf_dist.distill import pseudo_labels
+from sbf_dist.distill import pseudo_labels, stored_labels
 from sbf_dist.export.saved import load_card, load_student
 from sbf_dist.export.sbf_student import Student
 
@@ -65,8 +66,15 @@ def test_index_and_pseudo_labels_are_read(networks: Networks) -> None:
         "unlabelled": 1247,
         "validation": 500,
     }
-    origin = pseudo_labels.origin(networks.recipe, index.digest)
-    assert len(pseudo_labels.load(networks.folder.pseudo_labels, origin).ids) == 1297
+    origin = pseudo_labels.origin(networks.recipe, index.digest, {"teacher-1": "not noted then"})
+    stored = stored_labels.load(networks.folder.pseudo_labels, origin)
+    assert len(stored) == 1297
+    assert stored.classes.shape == stored.probabilities.shape == (1297, 3)
+    assert stored.probabilities.dtype == np.float32
+    assert stored.agreement is None
+    np.testing.assert_allclose(
+        stored.margin, stored.probabilities[:, 0] - stored.probabilities[:, 1]
+    )
 
 
 def test_networks_are_built_with_their_plans_and_weights(networks: Networks) -> None:

@@ -18,7 +18,7 @@ from tiny_worker import CHECKPOINT_EVERY, STEPS
 
 from launchers.machine import available_cpus
 from launchers.on_ray import held_places
-from launchers.on_ray.attempts import run_workers
+from launchers.on_ray.attempts import Progress, run_workers
 from launchers.on_ray.local_ray import local_ray
 from launchers.on_ray.worker_group import KeptWorkers
 from sbf_dist.errors import RunError, UserError
@@ -63,7 +63,7 @@ def killed(ray: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
             storage=folder / "runs",
             logs=folder / "logs",
             kept=kept,
-            on_progress=on_progress,
+            progress=Progress(on_progress),
         )
     logging.getLogger("launchers.on_ray").removeHandler(warnings)
     return {

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from launchers.display import Display
@@ -12,6 +11,7 @@ from launchers.run.batches import targets, training_batches
 from launchers.run.building import build_network
 from launchers.run.folder import RunFolder
 from launchers.run.networks import Network, Networks
+from launchers.run.read_files import weights_digests
 from sbf_dist.distill import pseudo_labels
 from sbf_dist.distill.task import DistillationTask
 from sbf_dist.recipe import Recipe
@@ -61,11 +61,10 @@ def train(here: worker.Context, network: Network) -> list[LogRecord]:
 
 
 def write_pseudo_labels(here: worker.Context) -> None:
-    """Write what the teachers, whose weights are there, predict on all training images."""
-    folder = here.folder.pseudo_labels
-    ids = np.sort(np.concatenate([here.index.parts[p] for p in ("labelled", "unlabelled")]))
-    pseudo_labels.begin(folder, pseudo_labels.origin(here.recipe, here.index.digest))
-    ensemble = worker.ensemble_of(here)
-    for number, part in enumerate(pseudo_labels.chunks(ids)):
-        labelling.write_chunk(here, ensemble, number, part)
-    pseudo_labels.finish(folder, ids)
+    """Write what the teachers, whose weights are there, predict on all images."""
+    weights = weights_digests(here.networks.teachers)
+    origin = pseudo_labels.origin(here.recipe, here.index.digest, weights)
+    pseudo_labels.begin(here.folder.pseudo_labels, origin)
+    chunks = dict(enumerate(pseudo_labels.chunks(labelling.labelled_ids(here.index))))
+    labelling.write_chunks(here, worker.ensemble_of(here), chunks)
+    labelling.finish(here)

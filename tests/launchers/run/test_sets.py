@@ -157,7 +157,11 @@ def test_a_run_goes_from_a_bucket_and_a_list_of_labels_to_an_exported_student(
     assert len(list((tmp_path / "disk" / "objects").iterdir())) == len(shards)
     run = tmp_path / "runs" / "ilsvrc-resnet50-10percent"
     results = {path.stem: json.loads(path.read_text()) for path in (run / "stages").iterdir()}
-    assert results["pseudo-labels"]["images"] == results["pseudo-labels"]["used"] == 2000
+    assert results["pseudo-labels"]["images"] == 2000
+    assert results["pseudo-labels"]["used"] == 1000  # of those without a label
+    labels = json.loads((run / "pseudo-labels" / "report.json").read_text())
+    counts = {row["part"]: row["images"] for row in labels["parts"]}
+    assert counts == {"labelled": 1000, "unlabelled": 1000, "validation": 20, "used": 1000}
     assert results["distill"]["trainings"]["sbf-distilled"]["steps"] == 3
     assert [row["count"] for row in results["evaluate"]["rows"]] == 6 * [HELD_OUT]
     assert (run / "student" / "student.onnx").is_file()

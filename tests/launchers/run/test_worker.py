@@ -14,11 +14,11 @@ from archive_makers import cifar10_python
 from launchers.run import training, worker
 from launchers.run.batches import targets, training_batches
 from launchers.run.networks import Network, Networks
+from launchers.run.predictions import stored_predictions
 from pipelines.loader import TrainLoader
 from pipelines.reader import Reader
 from pipelines.sources.preparation import prepare
 from sbf_dist import models
-from sbf_dist.distill import pseudo_labels
 from sbf_dist.distill.task import full_distributions
 from sbf_dist.errors import UserError
 from sbf_dist.recipe import Recipe
@@ -99,10 +99,8 @@ def blended(values: torch.Tensor, batch: worker.Batch) -> torch.Tensor:
 def test_stored_targets_are_mixed_as_the_images_are(begin, mixture):
     plain = batches(begin(), student(begin()))
     here = begin(augmentation=mixture)
-    stored = pseudo_labels.load(
-        here.folder.pseudo_labels, pseudo_labels.origin(here.recipe, here.index.digest)
-    )
-    predicted = torch.tensor(stored.classes), torch.tensor(stored.probabilities)
+    stored = stored_predictions(here)
+    predicted = torch.tensor(stored.classes).long(), torch.tensor(stored.probabilities).float()
     distributions = full_distributions(*predicted, 10)
     _, annotate = targets(here, student(here))
     for unmixed, batch in zip(plain, batches(here, student(here)), strict=True):
@@ -242,6 +240,34 @@ def test_images_of_which_the_teachers_are_unsure_are_left_out(begin):
     index, _ = targets(chooser, student(here))
     assert 0 < len(index.parts["unlabelled"]) < len(here.index.parts["unlabelled"])
     assert np.array_equal(index.parts["labelled"], here.index.parts["labelled"])
+
+
+def test_classes_without_an_image_are_named_and_an_empty_choice_is_an_error(begin, caplog):
+    here = begin("live")
+    highest = stored_predictions(here).take(here.index.parts["unlabelled"]).confidence.max()
+
+    def chooser(threshold: float) -> worker.Context:
+        settings = here.recipe.pseudo_labels.model_copy(update={"threshold": threshold})
+        recipe = here.recipe.model_copy(update={"pseudo_labels": settings})
+        return dataclasses.replace(here, networks=Networks.of(recipe, here.folder))
+
+    targets(chooser(float(highest) - 1e-4), student(here))
+    assert "sbf-distilled: the teachers predict 'airplane', " in caplog.text  # random weights
+    with pytest.raises(
+        UserError, match=f"leaves none of 30 .* highest confidence is {highest:.3g}"
+    ):
+        targets(chooser(float(highest) + 1e-4), student(here))
+
+
+@pytest.mark.parametrize("kind", ["stored", "live"])
+def test_targets_are_sharpened(begin, kind):
+    here = begin(kind)
+    plain = targets(here, student(here))[1](batches(here, student(here), 1)[0])["teacher"]
+    settings = here.recipe.pseudo_labels.model_copy(update={"sharpening": 0.5})
+    recipe = here.recipe.model_copy(update={"pseudo_labels": settings})
+    sharp = dataclasses.replace(here, networks=Networks.of(recipe, here.folder))
+    found = targets(sharp, student(here))[1](batches(here, student(here), 1)[0])["teacher"]
+    torch.testing.assert_close(found, plain**2 / (plain**2).sum(1, keepdim=True))
 
 
 # --- checkpoints ---------------------------------------------------------------------------------

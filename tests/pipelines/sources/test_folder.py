@@ -10,9 +10,9 @@ from pipelines.sources.folder import check_folder, index_folder
 from sbf_dist.errors import UserError
 
 
-def fill(folder: Path, count: int, suffix: str = ".png") -> None:
+def fill(folder: Path, count: int, suffix: str = ".png", first: int = 0) -> None:
     for k in range(count):
-        write_plain(folder / f"{k}{suffix}", k % 25)
+        write_plain(folder / f"{k}{suffix}", (first + k) % 25)
 
 
 def indexed(root: Path, **arguments):
@@ -68,8 +68,8 @@ def test_train_val_and_unlabelled_folders_are_used_as_they_are(tmp_path):
     fill(tmp_path / "train" / "a", 5)
     fill(tmp_path / "train" / "b" / "deep" / "down", 4)
     fill(tmp_path / "val" / "b", 3)
-    fill(tmp_path / "unlabelled", 2)
-    fill(tmp_path / "unlabelled" / "x" / "y", 2)
+    fill(tmp_path / "unlabelled", 2, first=10)
+    fill(tmp_path / "unlabelled" / "x" / "y", 2, first=10)
     index = indexed(tmp_path, labelled_per_class=3, validation=None)
     assert classes_of(index, "validation") == {"b": 3}
     assert classes_of(index, "labelled") == {"a": 3, "b": 3}
@@ -87,6 +87,38 @@ def test_folders_that_say_train_and_val_otherwise_are_understood(tmp_path, train
     assert index.classes == ["a", "b"]
     assert classes_of(index, "validation") == {"b": 3}
     assert classes_of(index, "labelled") == {"a": 5, "b": 4}
+
+
+def test_unlabelled_images_that_are_validation_images_are_counted_and_named(tmp_path):
+    for folder, first in (("train/a", 0), ("train/b", 5), ("val/b", 10), ("unlabelled/x", 12)):
+        fill(tmp_path / folder, 5, first=first)
+    with pytest.raises(UserError) as raised:
+        indexed(tmp_path, validation=None)
+    assert str(raised.value) == (
+        f"data {tmp_path}: 3 of 5 unlabelled images are validation images, too, by their content: "
+        "unlabelled/x/0.png is val/b/2.png, unlabelled/x/1.png is val/b/3.png, "
+        "unlabelled/x/2.png is val/b/4.png; remove them from the unlabelled ones"
+    )
+
+
+def test_images_that_hide_their_class_and_are_in_validation_are_counted_in_the_log(
+    tmp_path, caplog
+):
+    for folder, first in (("train/a", 0), ("train/b", 5), ("val/b", 8)):
+        fill(tmp_path / folder, 5, first=first)
+    with caplog.at_level(logging.WARNING):
+        index = indexed(tmp_path, validation=None, labelled_per_class=1)
+    shared = {f"train/b/{number}.png" for number in (3, 4)} & set(
+        index.take_files(index.parts["unlabelled"])
+    )
+    assert f"{len(shared)} of 8 unlabelled images are validation images" in caplog.text
+
+
+def test_an_unlabelled_folder_without_an_image_is_refused(tmp_path):
+    fill(tmp_path / "train" / "a", 5)
+    (tmp_path / "unlabelled").mkdir()
+    with pytest.raises(UserError, match=r"data .*/unlabelled: has no image .*remove the folder"):
+        check_folder(tmp_path, labelled_per_class=None, validation=2, seed=0)
 
 
 def test_what_stands_beside_train_and_is_not_used_is_named(tmp_path, caplog):

@@ -187,6 +187,20 @@ def test_unlabelled_images_must_be_there_and_be_others(sets, tmp_path):
         indexed(root, unlabelled=root)
 
 
+def test_unlabelled_images_that_are_validation_images_are_found_in_files_and_shards(sets, tmp_path):
+    held_out = next((sets / "cifar10-folder" / "val").rglob("*.png"))
+    shutil.copy(held_out, tmp_path / "copy.png")
+    for layout in ("folder", "webdataset"):
+        with pytest.raises(UserError, match=r"1 of 1 unlabelled images are validation images, too"):
+            index_folder(
+                sets / f"cifar10-{layout}",
+                unlabelled=tmp_path,
+                labelled_per_class=None,
+                validation=None,
+                seed=0,
+            )
+
+
 def test_files_and_shards_may_be_mixed(sets, tmp_path):
     write_plain(tmp_path / "0.png", 3)
     for unlabelled in (tmp_path, sets / "cifar100-folder"):

@@ -1,0 +1,96 @@
+"""`sbf label`: the teachers' predictions on all images, and a report on them."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from launchers.commands import run
+from launchers.commands.run import StageName
+from launchers.storage.looking import looked_at
+from sbf_dist.errors import UserError
+
+_STAGE = StageName("pseudo-labels")
+_RECIPE = "RECIPE"
+
+
+class _WithRecipe(TyperGroup):
+    """A group whose first argument is a recipe unless it is the name of a command."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or args[0] not in (*self.commands, "--help"):
+            args = [_RECIPE, *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_WithRecipe,
+    help="Write what the teachers of a recipe predict on all images: sbf label RECIPE "
+    "[KEY=VALUE …]. Stages before it that are not done are done first.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command(_RECIPE, short_help="Write the pseudo-labels of a recipe (sbf label RECIPE).")
+def write(
+    recipe_file: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Changes to the recipe, e.g. pseudo_labels.threshold=0.7 workers.count=4.",
+        ),
+    ] = None,
+    runs: Annotated[
+        str, typer.Option(help="Folder that holds all runs, or an object store, as for sbf run.")
+    ] = "runs",
+    again: Annotated[
+        StageName | None, typer.Option(help="Repeat this stage and those after it.")
+    ] = None,
+) -> None:
+    """Prepare the images, train the teachers that have to be, and write their predictions.
+
+    As sbf run RECIPE --until pseudo-labels, which goes on with the other stages later.
+    """
+    run.command(recipe_file, overrides, runs, until=_STAGE, again=again)
+
+
+@app.command(short_help="Say how good pseudo-labels are: table, picture, JSON.")
+def report(
+    place: Annotated[
+        str,
+        typer.Argument(metavar="DIR", help="A run's folder, or a store's; or its address."),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="File to write the picture to: labels.png, if none.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the figures as JSON, and draw nothing.")
+    ] = False,
+) -> None:
+    """Print number, confidence, agreement, accuracy and calibration error; draw a picture.
+
+    Images that have a known class, labelled or not, say how often the teachers are right. The
+    teachers were trained on the labelled ones: judge by the validation part.
+    """
+    picture = out or Path("labels.png")
+    if as_json and out is not None:
+        raise UserError(f"--out {out}: is for the picture, which --json does not draw")
+    if picture.is_dir() or not picture.absolute().parent.is_dir():
+        raise UserError(f"--out {picture}: must be a file in a folder that exists")
+    with looked_at(place, lambda key: "checkpoints/" not in f"{key}/") as looked:
+        from launchers.run import label_report
+
+        found = label_report.of_place(looked.path)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    from launchers.display import Display, labels_table
+
+    display = Display()
+    display.console.print(labels_table(found))
+    label_report.draw(found, picture)
+    display.say(f"picture {picture}")
