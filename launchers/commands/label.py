@@ -14,6 +14,8 @@ from sbf_dist.errors import UserError
 
 _STAGE = StageName("pseudo-labels")
 _RECIPE = "RECIPE"
+# Of a run in an object store: what is large, and not needed.
+_NOT_READ = ("checkpoints/", "weights/", "student/", "tracking/", "logs/")
 
 
 class _WithRecipe(TyperGroup):
@@ -81,7 +83,7 @@ def report(
         raise UserError(f"--out {out}: is for the picture, which --json does not draw")
     if picture.is_dir() or not picture.absolute().parent.is_dir():
         raise UserError(f"--out {picture}: must be a file in a folder that exists")
-    with looked_at(place, lambda key: "checkpoints/" not in f"{key}/") as looked:
+    with looked_at(place, lambda key: not key.startswith(_NOT_READ)) as looked:
         from launchers.run import label_report
 
         found = label_report.of_place(looked.path)

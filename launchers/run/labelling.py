@@ -122,7 +122,7 @@ def write_chunks(
             waiting = [together[len(ids) :]]
             number, ids = next(rest, (-1, ids))
             if number == -1:
-                return
+                break
 
 
 def _summaries(here: Context, ensemble: TeacherEnsemble, ids: Ids) -> Iterator[Summary]:

@@ -10,7 +10,7 @@ from launchers.run.read_files import weights_digests
 from launchers.run.worker import Batch, Context
 from pipelines.index import DataIndex
 from sbf_dist.distill import pseudo_labels
-from sbf_dist.distill.selection import choose, unused_classes
+from sbf_dist.distill.selection import check_choice, choose, unused_classes
 from sbf_dist.distill.stored_labels import StoredLabels, load
 from sbf_dist.distill.task import sharpened, stored_targets
 
@@ -33,6 +33,7 @@ def selected_images(here: Context, name: str) -> DataIndex:
     stored = stored_predictions(here)
     unlabelled = here.index.parts["unlabelled"]
     chosen = choose(stored, unlabelled, settings)
+    check_choice(stored, unlabelled, chosen, settings)
     unused = unused_classes(stored, unlabelled, chosen, settings, here.index.classes)
     if unused is not None:
         _log.warning("%s: %s", name, unused)

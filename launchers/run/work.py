@@ -22,7 +22,7 @@ from sbf_dist.compression.plan import DenseLayer, MeasuredFidelity, Plan
 from sbf_dist.compression.planning.latency import latencies_if_quiet
 from sbf_dist.compression.removal.zeroed import zero_channels
 from sbf_dist.distill import pseudo_labels, stored_labels
-from sbf_dist.distill.selection import choose, unused_classes
+from sbf_dist.distill.selection import check_choice, choose, unused_classes
 from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import ONNX
 from sbf_dist.files import write_json
@@ -74,13 +74,14 @@ def write_pseudo_labels(session: Session, log: tracking.Run) -> Result:
     stored = stored_labels.load(folder.pseudo_labels, origin)
     unlabelled = index.parts["unlabelled"]
     chosen = choose(stored, unlabelled, recipe.pseudo_labels)
-    unused = unused_classes(stored, unlabelled, chosen, recipe.pseudo_labels, index.classes)
-    if unused is not None:
-        display.say(f"  warning: {unused}")
     report = label_report.write(folder, stored, index, chosen)
     display.console.print(labels_table(report))
     for path in label_report.files(folder):
         log.log_artifact(path)
+    check_choice(stored, unlabelled, chosen, recipe.pseudo_labels)
+    unused = unused_classes(stored, unlabelled, chosen, recipe.pseudo_labels, index.classes)
+    if unused is not None:
+        display.say(f"  warning: {unused}")
     rows = {row["part"]: row for row in report["parts"]}
     log.log_metrics(
         {

@@ -77,20 +77,26 @@ def thresholds(
 def choose(
     stored: StoredLabels, ids: NDArray[np.int64], settings: PseudoLabels
 ) -> NDArray[np.int64]:
-    """Return those of the images `ids` that are used, as `select` says.
-
-    UserError if there are some, and none is used.
-    """
+    """Return those of the images `ids` that are used, as `select` says."""
     rows = stored.rows(ids)  # few columns of them: ids may be a million
     confidence = stored.probabilities[rows, 0].astype(np.float32)
     agreement = None if stored.agreement is None else stored.agreement[rows]
-    used = select(stored.classes[rows, 0].astype(np.int64), confidence, settings, agreement)
-    if len(ids) and not used.any():
+    return ids[select(stored.classes[rows, 0].astype(np.int64), confidence, settings, agreement)]
+
+
+def check_choice(
+    stored: StoredLabels,
+    ids: NDArray[np.int64],
+    chosen: NDArray[np.int64],
+    settings: PseudoLabels,
+) -> None:
+    """UserError if there are images, and none of them is chosen."""
+    if len(ids) and not len(chosen):
+        highest = stored.probabilities[stored.rows(ids), 0].max()
         raise UserError(
             f"{_described(settings)} leaves none of {len(ids)} images without labels: the highest "
-            f"confidence is {confidence.max():.3g}; lower it"
+            f"confidence is {highest:.3g}; lower it"
         )
-    return ids[used]
 
 
 def unused_classes(

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stores import write
 
-from sbf_dist.distill.selection import choose, select, thresholds, unused_classes
+from sbf_dist.distill.selection import check_choice, choose, select, thresholds, unused_classes
 from sbf_dist.distill.stored_labels import StoredLabels, read
 from sbf_dist.errors import UserError
 from sbf_dist.settings import PseudoLabels
@@ -148,8 +148,14 @@ def test_images_are_chosen_among_those_that_are_asked_for(stored):
 
 
 def test_a_threshold_that_leaves_no_image_is_an_error_with_the_highest_confidence(stored):
+    settings = PseudoLabels(threshold=0.75, min_agreement=1)
+    ids = np.array([10, 20, 30])
+    used = choose(stored, ids, settings)
+    assert len(used) == 0
     with pytest.raises(UserError) as raised:
-        chosen(stored, [10, 20, 30], threshold=0.75, min_agreement=1)
+        check_choice(stored, ids, used, settings)
+    check_choice(stored, ids[:0], used, settings)
+    check_choice(stored, ids, ids[:1], settings)
     assert str(raised.value) == (
         "pseudo_labels.threshold = 0.75 with pseudo_labels.min_agreement = 1 leaves none of 3 "
         "images without labels: the highest confidence is 0.7; lower it"
