@@ -182,7 +182,7 @@ def killed(here: worker.Context, tmp_path_factory: pytest.TempPathFactory) -> Si
                     os.kill(victims[0], signal.SIGKILL)
             time.sleep(0.02)
 
-    killer = threading.Thread(target=kill)
+    killer = threading.Thread(target=kill, daemon=True)
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[3])]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(paths))
