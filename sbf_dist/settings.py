@@ -203,6 +203,12 @@ class Optimizer(Settings):
         "sgd", description="SGD with Nesterov momentum, AdamW, or LAMB (timm's)"
     )
     lr: float = Field(0.1, gt=0, description="peak learning rate")
+    body_lr_share: Share = Field(
+        1.0,
+        exclude_if=equals(1.0),
+        description="learning rate of all layers but the head, share of lr; below 1 for networks "
+        "that start from published weights",
+    )
     weight_decay: float = Field(
         1e-4, ge=0, description="weight decay, not applied to biases and normalisations"
     )

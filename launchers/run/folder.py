@@ -1,11 +1,17 @@
 """The files of a run."""
 
+import hashlib
+import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launchers.storage.working_copy import WorkingCopy, cached
 from sbf_dist.object_storage import is_address
+
+PRETRAINED = "pretrained"  # the folder of published weights
 
 
 @dataclass(frozen=True)
@@ -131,6 +137,14 @@ class RunFolder:
     def weights(self, network: str) -> Path:
         """Return the file of a network's weights."""
         return self.root / "weights" / f"{network}.safetensors"
+
+    def pretrained(self, model: str, arguments: Mapping[str, Any]) -> Path:
+        """Return the file of the weights that a library has published for a model."""
+        name = model.replace(":", "-")
+        if arguments:
+            text = json.dumps(dict(arguments), sort_keys=True)
+            name = f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        return self.root / PRETRAINED / f"{name}.safetensors"
 
     def training(self, network: str) -> Path:
         """Return the file that says what the training of a network came to."""

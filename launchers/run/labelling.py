@@ -28,6 +28,7 @@ def write_pseudo_labels(config: dict[str, Any]) -> dict[str, Any]:
     dist.barrier()
     here.fetch(folder.name)
     ensemble = ensemble_of(here)
+    ensemble.measure()
     parts = pseudo_labels.chunks(ids)
     for number in range(here.rank, len(parts), here.world_size):
         if pseudo_labels.chunk_path(folder, number).exists():
@@ -40,13 +41,15 @@ def write_pseudo_labels(config: dict[str, Any]) -> dict[str, Any]:
         here.fetch(folder.name)
         pseudo_labels.finish(folder, ids)
         here.folder.publish(folder.name)
-    return {"images": len(ids)}
+    costs = {name: dataclasses.asdict(cost) for name, cost in ensemble.costs().items()}
+    return {"images": len(ids), "teachers": costs}
 
 
 def write_chunk(here: Context, ensemble: TeacherEnsemble, number: int, ids: np.ndarray) -> None:
     probabilities = ensemble.average(
-        [_predictions(here, ensemble, teacher, ids) for teacher in range(len(ensemble.views))]
+        [_predictions(here, ensemble, teacher, ids) for teacher in range(len(ensemble.members))]
     )
+    ensemble.check()
     pseudo_labels.write_chunk(
         here.folder.pseudo_labels,
         number,
@@ -63,7 +66,7 @@ def _predictions(here: Context, ensemble: TeacherEnsemble, teacher: int, ids: np
         here.index, parts={"labelled": none, "unlabelled": ids, "validation": none}
     )
     alone = dataclasses.replace(here, index=index, rank=0, world_size=1)
-    batches = evaluation_loader(alone, ensemble.views[teacher], "unlabelled")
+    batches = evaluation_loader(alone, ensemble.members[teacher].view, "unlabelled")
     answers = [
         (batch["id"].cpu(), ensemble.probabilities(teacher, batch["image"]).cpu())
         for batch in batches

@@ -1,14 +1,15 @@
 """The networks of a run: one record each, built once from the recipe and the run's folder."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from launchers.run.folder import RunFolder
 from sbf_dist.models import Architecture
-from sbf_dist.recipe import Recipe, Teacher
+from sbf_dist.recipe import Recipe
 from sbf_dist.settings import View
+from sbf_dist.teacher_recipe import Teacher
 from sbf_dist.training_recipe import Training
 
 ENSEMBLE = "ensemble"
@@ -40,6 +41,18 @@ _DISTILLATION = (
     "pseudo_labels.per_class",
 )
 
+# Keys of a teacher that nothing reads but the ensemble.
+_ENSEMBLE_ALONE = frozenset(("weight", "views", "classes"))
+# Keys of a teacher that say what its training starts with.
+_BUILT = (
+    "model",
+    "arguments",
+    "start_from",
+    "pretrained",
+    "weights_key",
+    "weights_prefix",
+)
+
 
 @dataclass(frozen=True)
 class Job:
@@ -61,6 +74,25 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """How a teacher is asked.
+
+    weight   in the mean of the ensemble
+    views    of an image that its answers are averaged over
+    classes  file of its classes; None: they are those of the images
+    """
+
+    weight: float = 1.0
+    views: int = 1
+    classes: Path | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its answer is that of its network to one view."""
+        return self.views == 1 and self.classes is None
+
+
+@dataclass(frozen=True)
 class Network:
     """One network of a run.
 
@@ -72,7 +104,9 @@ class Network:
     plan             file of the plan that turns the model into an SBF network; None: it is dense
     job              how it is trained; None: its weights are given, or fitted without training
     reads            keys of the recipe that its training depends on, sections by their prefix
-    ensemble_weight  of a teacher, in the mean of the ensemble
+    published        file of weights from elsewhere, which it has or, with a job, starts from
+    weights_choice   where several things in that file fit: the key and the prefix to take
+    asked            of a teacher: how it is asked
     """
 
     name: str
@@ -84,8 +118,10 @@ class Network:
     plan: Path | None = None
     job: Job | None = None
     reads: tuple[str, ...] = ()
-    ensemble_weight: float = 1.0
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    published: Path | None = None
+    weights_choice: tuple[str | None, str | None] = (None, None)
+    asked: Asked = Asked()
 
     def architecture(self, num_classes: int) -> Architecture:
         """Return what the network is built of, with so many classes."""
@@ -191,19 +227,25 @@ def is_name_of_round(name: str) -> bool:
 def _teacher(recipe: Recipe, folder: RunFolder, index: int) -> Network:
     teacher = recipe.teachers[index]
     job = None
+    published = teacher.weights or teacher.start_from
+    if teacher.pretrained:
+        published = folder.pretrained(teacher.model, teacher.arguments)
     if teacher.training is not None:
-        job = Job("teachers", teacher.training, "labels", recipe.seed + index)
+        job = Job("teachers", teacher.training, "labels", recipe.seed + index, published)
+    own = folder.weights(teacher.name)
     return Network(
         name=teacher.name,
         title=teacher.name,
         model=teacher.model,
         view=_teacher_view(recipe, teacher),
-        weights=teacher.weights or folder.weights(teacher.name),
+        weights=own if job is not None or published is None else published,
         result=folder.training(teacher.name),
         job=job,
         reads=_teacher_reads(teacher, index),
-        ensemble_weight=teacher.weight,
         arguments=teacher.arguments,
+        published=published,
+        weights_choice=(teacher.weights_key, teacher.weights_prefix),
+        asked=Asked(teacher.weight, teacher.views, teacher.classes),
     )
 
 
@@ -216,10 +258,10 @@ def _teacher_view(recipe: Recipe, teacher: Teacher) -> View:
 
 
 def _teacher_reads(teacher: Teacher, index: int) -> tuple[str, ...]:
-    fields = type(teacher).model_fields.keys() - {"weight"}  # which the ensemble alone reads
-    own = tuple(f"teachers.{index}.{field}" for field in sorted(fields))
+    fields = type(teacher).model_fields.keys() - _ENSEMBLE_ALONE
+    own = tuple(f"teachers.{index}.{name}" for name in sorted(fields))
     view = ("image_size", "mean", "std")
-    students = tuple(f"data.{field}" for field in view if getattr(teacher, field) is None)
+    students = tuple(f"data.{name}" for name in view if getattr(teacher, name) is None)
     return own + students + (_TRAINING_IMAGES if teacher.training is not None else ())
 
 
@@ -255,12 +297,17 @@ class _Students:
         if self.recipe.baselines is None:
             return None
         teachers = len(self.recipe.teachers)
-        job = Job("teachers", self.recipe.baselines, "labels", self.recipe.seed + teachers)
+        # It starts where the teacher that it is compared with does.
+        start = self.teacher.job.start if self.teacher.job is not None else None
+        job = Job("teachers", self.recipe.baselines, "labels", self.recipe.seed + teachers, start)
         index = [teacher.name for teacher in self.recipe.teachers].index(self.teacher.name)
         # Its seed is the number of teachers.
-        built = (f"teachers.{index}.model", f"teachers.{index}.arguments")
+        built = tuple(f"teachers.{index}.{name}" for name in _BUILT)
         reads = ("baselines", "teachers.*.name", *built, "compress.teacher")
-        return self.network(DENSE, None, job, reads)
+        dense = self.network(DENSE, None, job, reads)
+        if start is None:
+            return dense
+        return replace(dense, published=start, weights_choice=self.teacher.weights_choice)
 
     def sbf_labels(self) -> Network | None:
         if self.recipe.baselines is None:

@@ -8,7 +8,7 @@ import torch
 
 from launchers.images import calibration_images, evaluation_images, index_images
 from launchers.run import labelling, outcome, rounds, scoring, training
-from launchers.run.building import build_network
+from launchers.run.building import build_member, build_network
 from launchers.run.networks import Network
 from launchers.run.session import Result, Session
 from launchers.student import NUM_VERIFIED_IMAGES, export_student, make_student
@@ -21,10 +21,14 @@ from sbf_dist.compression.planning.latency import latencies_if_quiet
 from sbf_dist.compression.removal.zeroed import zero_channels
 from sbf_dist.distill import pseudo_labels
 from sbf_dist.distill.selection import select
+from sbf_dist.distill.teacher_costs import TeacherCost
+from sbf_dist.distill.teachers import TeacherEnsemble
 from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import ONNX
 from sbf_dist.files import write_json
+from sbf_dist.heads import head_of
 from sbf_dist.report.chart import accuracy_and_cost
+from sbf_dist.train.freezing import frozen_names
 from sbf_dist.weights import save_weights
 
 
@@ -46,12 +50,9 @@ def prepare(session: Session, log: tracking.Run) -> Result:
 
 
 def train_teachers(session: Session, log: tracking.Run) -> Result:
-    """Train the teachers on the labels, and check the weights of those that are given."""
+    """Train the teachers on the labels, and check what was given for them."""
     for teacher in session.networks.teachers:
-        if teacher.job is None:
-            say = partial(_say_of, session, teacher)
-            model = build_network(teacher, session.num_classes, teacher.weights, say)
-            outcome.check_finite(teacher.name, model, teacher.weights)
+        _check_teacher(session, teacher)
     return _train(session, "teachers", log) if session.networks.trained_in("teachers") else {}
 
 
@@ -68,7 +69,18 @@ def write_pseudo_labels(session: Session, log: tracking.Run) -> Result:
         f"  {result['images']} images, {result['used']} used, "
         f"mean confidence {result['mean_confidence']:.3f}"
     )
-    log.log_metrics(result, 0)
+    for name, cost in result["teachers"].items():
+        session.display.say(f"  {name}: {TeacherCost(**cost)}")
+    log.log_metrics({k: v for k, v in result.items() if k != "teachers"}, 0)
+    log.log_metrics(
+        {
+            f"{name}/{key}": value
+            for name, cost in result["teachers"].items()
+            for key, value in cost.items()
+            if value is not None
+        },
+        0,
+    )
     return result
 
 
@@ -200,6 +212,38 @@ def export(session: Session, log: tracking.Run) -> Result:
     session.tracker.log_artifact(folder.root / "summary.png")
     session.tracker.log_artifact(folder.summary)
     return {"onnx_difference": difference}
+
+
+def _check_teacher(session: Session, teacher: Network) -> None:
+    """Say what a teacher begins with. UserError for weights or classes that do not fit."""
+    say = partial(_say_of, session, teacher)
+    settings = None if teacher.job is None else teacher.job.training
+    if teacher.published is not None:
+        model = build_network(teacher, session.num_classes, teacher.published, say)
+        outcome.check_finite(teacher.name, model, teacher.published)
+    elif settings is not None and (settings.freeze or settings.optimizer.body_lr_share < 1):
+        model = build_network(teacher, session.num_classes, None)
+    else:
+        return
+    if settings is None:
+        _check_answers(session, teacher)
+        return
+    if settings.optimizer.body_lr_share < 1:
+        rate = settings.optimizer.lr
+        say(
+            f"learning rate {rate:g} for the head, {', '.join(head_of(model))}, and "
+            f"{rate * settings.optimizer.body_lr_share:g} for all else"
+        )
+    if settings.freeze:
+        frozen = frozen_names(model, settings.freeze)
+        say(f"{len(frozen)} of {len(list(model.parameters()))} parameters are frozen")
+
+
+def _check_answers(session: Session, teacher: Network) -> None:
+    """Ask a teacher that is taken as it is about an image. UserError for other classes, or NaN."""
+    classes = DataIndex.load(session.folder.index).classes
+    ensemble = TeacherEnsemble([build_member(teacher, classes)], num_classes=len(classes))
+    ensemble(torch.zeros(1, *teacher.input_shape), teacher.view)
 
 
 def _say_of(session: Session, network: Network, line: str) -> None:

@@ -95,7 +95,7 @@ def test_a_teacher_sees_images_as_it_says_or_as_the_student_does():
     assert one.view == networks.recipe.data.view
     assert two.view == View(image_size=32, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
     assert two.input_shape == (3, 32, 32)
-    assert [teacher.ensemble_weight for teacher in networks.teachers] == [1.0, 2.0, 1.0]
+    assert [teacher.asked.weight for teacher in networks.teachers] == [1.0, 2.0, 1.0]
 
 
 def test_every_network_of_the_table_comes_from_some_stage_and_has_a_file():
