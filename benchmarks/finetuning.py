@@ -1,6 +1,6 @@
 """A teacher that starts from published weights, beside one that starts from random ones.
 
-    python benchmarks/finetuning.py FOLDER --work WORK [--json FILE] [--seeds 0 1]
+    python benchmarks/finetuning.py FOLDER --work WORK [--json FILE] [--seeds 0]
 
 FOLDER is that of `fidelity.py --help`: EfficientNet-lite1 with ImageNet weights, in the package's
 own module, and photographs. A class is a photograph: its labelled crops are from the left part of
@@ -26,8 +26,8 @@ PROGRAM = "from launchers.cli import main; main()"  # of this checkout, which ne
 CLASSES = 30
 LABELLED, VALIDATION = 20, 15  # crops of each class
 LEFT = 0.6  # share of a photograph's width that labelled crops come from
-SIDE = 112  # pixels of the network's input
-STEPS = 150
+SIDE = 96  # pixels of the network's input
+STEPS = 100
 MODULE = """
 from efficientnet_lite_pytorch import EfficientNet
 
@@ -73,7 +73,7 @@ def recipe(start: str, seed: int, work: Path, weights: Path) -> dict[str, Any]:
     content = yaml.safe_load((ROOT / "recipes" / "folder.yaml").read_text())
     teacher = content["teachers"][0]
     changes = dict(STARTS[start])
-    training = teacher["training"] | {"steps": STEPS, "warmup": 15, "checkpoint_every": 1000}
+    training = teacher["training"] | {"steps": STEPS, "warmup": 10, "checkpoint_every": 1000}
     training |= {"freeze": changes.pop("freeze", [])}
     training["optimizer"] = training["optimizer"] | changes
     teacher |= {
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--work", type=Path, required=True, help="folder for images and runs")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--starts", nargs="+", default=list(STARTS))
     arguments = parser.parse_args()
     work = arguments.work.absolute()

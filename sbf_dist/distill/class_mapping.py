@@ -92,7 +92,7 @@ def class_mapping(path: Path, classes: Sequence[str]) -> ClassMapping:
         more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
         hint = _nearest(missing[0], [own for own, _ in lines])
         raise UserError(
-            f"classes {path}: no line is for {shown}{more}, classes of the images{hint}; write the "
+            f"classes {path}: no line is for {shown}{more} of the images' classes{hint}; write the "
             "images' name behind the teacher's, after a tab"
         )
     return ClassMapping(len(lines), torch.tensor(kept), torch.tensor(targets), len(classes))

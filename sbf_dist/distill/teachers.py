@@ -148,6 +148,8 @@ class TeacherEnsemble:
 
     def costs(self) -> dict[str, TeacherCost]:
         """Return what has been measured, by the names of the teachers that were asked."""
+        if not self._meters:
+            return {}
         named = zip(self.members, self._meters, strict=True)
         return {m.name: meter.cost(m.network) for m, meter in named if meter.images}
 
