@@ -188,4 +188,5 @@ def check_models(recipe: Recipe) -> None:
             )
         model = models.build(teacher.model, 2, teacher.arguments)
         if teacher.training is not None:
-            frozen_names(model, teacher.training.freeze)
+            key = f"teachers.{index}.training.freeze"
+            frozen_names(model, teacher.training.freeze, key=key)

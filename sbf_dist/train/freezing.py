@@ -12,18 +12,19 @@ from sbf_dist.errors import UserError
 NAMED = 4  # names in a message
 
 
-def frozen_names(network: nn.Module, patterns: Sequence[str]) -> list[str]:
+def frozen_names(network: nn.Module, patterns: Sequence[str], *, key: str = "freeze") -> list[str]:
     """Return the names of the parameters that match one of `patterns`, as of shells.
 
-    UserError for a pattern that matches none, and where they leave nothing to train.
+    UserError, which begins with `key`, for a pattern that matches none, and where they leave
+    nothing to train.
     """
     names = [name for name, _ in network.named_parameters()]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise UserError(f"freeze: no parameter matches {pattern!r}; {_similar(pattern, names)}")
+            raise UserError(f"{key}: no parameter matches {pattern!r}; {_similar(pattern, names)}")
     found = [name for name in names if any(fnmatchcase(name, p) for p in patterns)]
     if names and len(found) == len(names):
-        raise UserError(f"freeze: {list(patterns)} matches all parameters, so none is trained")
+        raise UserError(f"{key}: {list(patterns)} matches all parameters, so none is trained")
     return found
 
 
