@@ -298,7 +298,11 @@ class View(Settings):
 class PseudoLabels(Settings):
     """The ensemble's stored predictions, and which images are used."""
 
-    temperature: float = Field(1.0, gt=0, description="temperature of each teacher's softmax")
+    temperature: Above0 | Literal["fit"] = Field(
+        1.0,
+        description="temperature of each teacher's softmax; 'fit': for each teacher the one with "
+        "which the labels of the validation images are most probable",
+    )
     top_k: Positive = Field(10, description="number of classes stored per image")
     threshold: float = Field(
         0.0, ge=0, lt=1, description="smallest confidence of an image that is used"

@@ -12,6 +12,7 @@ from launchers.storage.working_copy import WorkingCopy, cached
 from sbf_dist.object_storage import is_address
 
 PRETRAINED = "pretrained"  # the folder of published weights
+TEMPERATURES = "temperatures.json"
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,11 @@ class RunFolder:
     def weights(self, network: str) -> Path:
         """Return the file of a network's weights."""
         return self.root / "weights" / f"{network}.safetensors"
+
+    @property
+    def temperatures(self) -> Path:
+        """The temperatures of teachers that were fitted."""
+        return self.root / TEMPERATURES
 
     def pretrained(self, model: str, arguments: Mapping[str, Any]) -> Path:
         """Return the file of the weights that a library has published for a model."""

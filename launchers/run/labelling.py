@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from launchers.run.temperatures import fit_temperatures
 from launchers.run.worker import Context, ensemble_of, evaluation_loader
 from pipelines.agreement import check_workers_agree
 from sbf_dist.distill import pseudo_labels
@@ -27,6 +28,7 @@ def write_pseudo_labels(config: dict[str, Any]) -> dict[str, Any]:
         here.folder.publish(folder.name)
     dist.barrier()
     here.fetch(folder.name)
+    fit_temperatures(here, here.networks.teachers)
     ensemble = ensemble_of(here)
     ensemble.measure()
     parts = pseudo_labels.chunks(ids)

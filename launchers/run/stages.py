@@ -77,7 +77,7 @@ def _pseudo_labels(networks: "Networks") -> list[Product]:
             _PSEUDO_LABELS,
             ("seed", "teachers", "data.crop", "pseudo_labels.temperature", "pseudo_labels.top_k"),
             needs=(_IMAGES, *(teacher.name for teacher in networks.teachers)),
-            files=(networks.folder.pseudo_labels,),
+            files=(networks.folder.pseudo_labels, networks.folder.temperatures),
         )
     ]
 

@@ -23,6 +23,7 @@ from sbf_dist.distill import pseudo_labels
 from sbf_dist.distill.selection import select
 from sbf_dist.distill.teacher_costs import TeacherCost
 from sbf_dist.distill.teachers import TeacherEnsemble
+from sbf_dist.distill.temperature import read_temperatures
 from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import ONNX
 from sbf_dist.files import write_json
@@ -69,9 +70,14 @@ def write_pseudo_labels(session: Session, log: tracking.Run) -> Result:
         f"  {result['images']} images, {result['used']} used, "
         f"mean confidence {result['mean_confidence']:.3f}"
     )
+    fitted = read_temperatures(folder.temperatures)
+    for name, one in fitted.items():
+        session.display.say(f"  {name}: {one}")
+    if fitted:
+        result["temperatures"] = {name: one.temperature for name, one in fitted.items()}
     for name, cost in result["teachers"].items():
         session.display.say(f"  {name}: {TeacherCost(**cost)}")
-    log.log_metrics({k: v for k, v in result.items() if k != "teachers"}, 0)
+    log.log_metrics({k: v for k, v in result.items() if k not in ("teachers", "temperatures")}, 0)
     log.log_metrics(
         {
             f"{name}/{key}": value

@@ -15,20 +15,30 @@ from torch import Tensor
 
 from launchers.images import shard_cache, with_embedded_images
 from launchers.run.building import build_member
-from launchers.run.folder import PRETRAINED, RunFolder
+from launchers.run.folder import PRETRAINED, TEMPERATURES, RunFolder
 from launchers.run.networks import Network, Networks
 from launchers.storage.journals import JournalMirror
 from pipelines.index import DataIndex
 from pipelines.loader import EvalLoader
 from pipelines.reader import Reader
 from sbf_dist.distill.teachers import TeacherEnsemble
+from sbf_dist.distill.temperature import read_temperatures
 from sbf_dist.recipe import Recipe
 from sbf_dist.settings import View
 
 EVALUATION_BATCH = 128
 LOGS = "logs"
 # What workers read of a run, or look at.
-_READ = ("data", "weights", PRETRAINED, "trainings", "plan.json", "plans", "pseudo-labels")
+_READ = (
+    "data",
+    "weights",
+    PRETRAINED,
+    "trainings",
+    "plan.json",
+    "plans",
+    TEMPERATURES,
+    "pseudo-labels",
+)
 Batch = dict[str, Tensor]
 
 
@@ -91,13 +101,23 @@ class Context:
             yield
 
 
-def ensemble_of(here: Context, teachers: Sequence[Network] | None = None) -> TeacherEnsemble:
-    """Build the teachers of the run, or some of them, on this worker's device."""
+def ensemble_of(
+    here: Context, teachers: Sequence[Network] | None = None, *, fitted: bool = True
+) -> TeacherEnsemble:
+    """Build the teachers of the run, or some of them, on this worker's device.
+
+    `fitted`: with their temperatures, where the recipe has them fitted; False: before that.
+    """
+    temperature = here.recipe.pseudo_labels.temperature
+    temperatures = read_temperatures(here.folder.temperatures)
     members = []
     for teacher in here.networks.teachers if teachers is None else teachers:
         member = build_member(teacher, here.index.classes)
         member.network.to(here.device)
-        member.temperature = here.recipe.pseudo_labels.temperature
+        if temperature != "fit":
+            member.temperature = temperature
+        elif fitted:
+            member.temperature = temperatures[member.name].temperature
         members.append(member)
     return TeacherEnsemble(
         members,

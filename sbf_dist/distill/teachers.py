@@ -142,6 +142,11 @@ class TeacherEnsemble:
                 "check its weights, mean and std, or leave it out"
             )
 
+    @property
+    def views(self) -> list[View]:
+        """How each teacher sees an image."""
+        return [member.view for member in self.members]
+
     def measure(self) -> None:
         """Measure from now on what each teacher's answers cost."""
         self._meters = [Meter() for _ in self.members]
