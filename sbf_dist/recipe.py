@@ -22,7 +22,7 @@ from sbf_dist.schema import (
     validate_as,
 )
 from sbf_dist.settings import Augmentation, Compression, PseudoLabels, View
-from sbf_dist.teacher_recipe import Teacher
+from sbf_dist.teacher_recipe import SelfTraining, Teacher
 from sbf_dist.training_recipe import Training
 
 MAX_BATCH = 2**20  # images per step
@@ -281,6 +281,11 @@ class Recipe(Section):
     pseudo_labels: PseudoLabels = PseudoLabels()
     compress: Compress
     distill: Distill
+    self_training: SelfTraining | None = Field(
+        None,
+        exclude_if=equals(None),
+        description="further rounds with the student as a teacher; null: none",
+    )
     baselines: Training | None = Field(
         None,
         description="training of a dense and an SBF student on the labels alone, to compare",

@@ -1,11 +1,11 @@
-"""The section of a recipe that describes one teacher: where it comes from, and how it is asked."""
+"""The sections of a recipe that say who teaches: teachers, and students that become teachers."""
 
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from sbf_dist.schema import Above0, Name, Section, Side, equals
+from sbf_dist.schema import Above0, Name, Positive, Section, Side, equals
 from sbf_dist.training_recipe import Training
 
 HUBS = ("timm:", "torchvision:")  # how models begin that have published weights
@@ -116,3 +116,18 @@ class Teacher(Section):
                 "training gives it the classes of the images"
             )
         return self
+
+
+class SelfTraining(Section):
+    """Rounds in which the student becomes a teacher and is trained again.
+
+    Xie et al. 2020, "Self-training with Noisy Student improves ImageNet classification".
+    """
+
+    rounds: Positive = Field(1, description="trainings after the first distillation")
+    with_teachers: bool = Field(
+        True,
+        description="the student of the round before joins the other teachers; false: it teaches "
+        "alone",
+    )
+    weight: Above0 = Field(1.0, description="weight of that student in the ensemble's mean")

@@ -184,7 +184,7 @@ def check_models(recipe: Recipe) -> None:
         if teacher.name in TITLES or is_name_of_round(teacher.name):
             raise UserError(
                 f"teachers.{index}.name = {teacher.name!r} must not be one of "
-                f"{', '.join(TITLES)}, nor sbf-round-N"
+                f"{', '.join(TITLES)}, nor sbf-round-N or sbf-self-trained-N"
             )
         model = models.build(teacher.model, 2, teacher.arguments)
         if teacher.training is not None:

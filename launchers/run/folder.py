@@ -12,19 +12,20 @@ from launchers.storage.working_copy import WorkingCopy, cached
 from sbf_dist.object_storage import is_address
 
 PRETRAINED = "pretrained"  # the folder of published weights
-TEMPERATURES = "temperatures.json"
 
 
 @dataclass(frozen=True)
 class RunFolder:
     """The folder RUNS/NAME of one run; `runs` is shared by all runs.
 
-    copy  where the run is kept in an object store: then the folder is this machine's copy of it
+    copy    where the run is kept in an object store: then the folder is this machine's copy of it
+    labels  name of the folder of pseudo-labels
     """
 
     runs: Path
     name: str
     copy: WorkingCopy | None = None
+    labels: str = "pseudo-labels"
 
     @classmethod
     def at(cls, runs: str, name: str) -> "RunFolder":
@@ -102,7 +103,7 @@ class RunFolder:
 
     @property
     def pseudo_labels(self) -> Path:
-        return self.root / "pseudo-labels"
+        return self.root / self.labels
 
     @property
     def plan(self) -> Path:
@@ -141,8 +142,8 @@ class RunFolder:
 
     @property
     def temperatures(self) -> Path:
-        """The temperatures of teachers that were fitted."""
-        return self.root / TEMPERATURES
+        """The fitted temperatures of the teachers that the pseudo-labels are of."""
+        return self.pseudo_labels / "temperatures.json"
 
     def pretrained(self, model: str, arguments: Mapping[str, Any]) -> Path:
         """Return the file of the weights that a library has published for a model."""

@@ -29,6 +29,7 @@ TITLES = {
 }
 
 _ROUND = "sbf-round-"
+_SELF_TRAINED = "sbf-self-trained-"
 
 # Keys of a recipe on which the training images of a network depend, but for its view of them.
 _TRAINING_IMAGES = ("seed", "data.augmentation")
@@ -159,6 +160,7 @@ class Networks:
     dense_labels  the dense student of the baselines, trained on labels alone
     sbf_labels    the SBF student of the baselines, trained on labels alone
     rounds        empty where the student is compressed in one step
+    self_trained  students after the first, each with the one before for a teacher
     """
 
     recipe: Recipe
@@ -171,6 +173,7 @@ class Networks:
     rounds: tuple[Round, ...]
     sbf_labels: Network | None
     student: Network
+    self_trained: tuple[Network, ...] = ()
 
     @classmethod
     def of(cls, recipe: Recipe, folder: RunFolder) -> "Networks":
@@ -190,6 +193,7 @@ class Networks:
             rounds=rounds,
             sbf_labels=family.sbf_labels(),
             student=family.student(rounds),
+            self_trained=family.self_trained(rounds),
         )
 
     def __iter__(self) -> Iterator[Network]:
@@ -197,7 +201,32 @@ class Networks:
         yield from (n for n in (self.dense_labels, self.zeroed, self.one_shot) if n is not None)
         for one in self.rounds:
             yield from (n for n in (one.fitted, one.trained) if n is not None)
-        yield from (n for n in (self.student, self.sbf_labels) if n is not None)
+        yield self.student
+        yield from self.self_trained
+        if self.sbf_labels is not None:
+            yield self.sbf_labels
+
+    @property
+    def exported(self) -> Network:
+        """The student that leaves the run: the last one."""
+        return self.self_trained[-1] if self.self_trained else self.student
+
+    def in_group(self, group: str) -> "Networks":
+        """Return the run as those see it who work on a stage, or on a round, of that name.
+
+        A round of self-training has teachers and a folder of pseudo-labels of its own.
+        """
+        settings = self.recipe.self_training
+        for number, network in enumerate(self.self_trained, 1):
+            assert network.job is not None and settings is not None
+            if group not in (network.job.group, labels_of(network)):
+                continue
+            before = self.self_trained[number - 2] if number > 1 else self.student
+            teacher = replace(before, asked=Asked(weight=settings.weight))
+            others = self.teachers if settings.with_teachers else ()
+            folder = replace(self.folder, labels=labels_of(network))
+            return replace(self, teachers=(*others, teacher), folder=folder)
+        return self
 
     def trained_in(self, group: str) -> list[Network]:
         """Return the networks that are trained in a stage or a round, in their order."""
@@ -215,13 +244,19 @@ class Networks:
             self.one_shot,
             self.sbf_labels,
             self.student,
+            *self.self_trained,
         )
         return rows + [Row(n.name, n.title, (n,)) for n in students if n is not None]
 
 
 def is_name_of_round(name: str) -> bool:
     """Whether a network of a round could have this name."""
-    return name.startswith(_ROUND)
+    return name.startswith((_ROUND, _SELF_TRAINED))
+
+
+def labels_of(network: Network) -> str:
+    """Return the name of the pseudo-labels of a round of self-training, and of their making."""
+    return f"pseudo-labels-{network.name}"
 
 
 def _teacher(recipe: Recipe, folder: RunFolder, index: int) -> Network:
@@ -327,6 +362,21 @@ class _Students:
         job = self._distillation("distill", self.recipe.distill.training, start)
         reads = (*_DISTILLATION, "distill.training", "compress.rounds")
         return self.network(STUDENT, plan, job, reads)
+
+    def self_trained(self, rounds: tuple[Round, ...]) -> tuple[Network, ...]:
+        if self.recipe.self_training is None:
+            return ()
+        first = self.student(rounds)
+        assert first.job is not None
+        reads = (*first.reads, "self_training.with_teachers", "self_training.weight")
+        found = []
+        for number in range(1, self.recipe.self_training.rounds + 1):
+            name = f"{_SELF_TRAINED}{number}"
+            job = replace(first.job, group=f"distill-{name}", seed=self.recipe.seed + number)
+            network = self.network(name, first.plan, job)
+            title = f"SBF student, self-trained, round {number}"
+            found.append(replace(network, title=title, reads=reads))
+        return tuple(found)
 
     def rounds(self) -> tuple[Round, ...]:
         number_of_rounds = self.recipe.compress.rounds

@@ -33,10 +33,10 @@ def fit_temperatures(here: Context, teachers: Sequence[Network]) -> None:
             write_temperatures(file, known)
     if missing:
         if here.rank == 0:
-            here.folder.publish(file.name)
+            here.folder.publish(file.parent.name)
         if here.world_size > 1:
             dist.barrier()
-        here.fetch(file.name)
+        here.fetch(file.parent.name)
 
 
 def _fit(here: Context, teacher: Network) -> FittedTemperature | None:

@@ -9,7 +9,7 @@ import torch
 from launchers.images import calibration_images, evaluation_images, index_images
 from launchers.run import labelling, outcome, rounds, scoring, training
 from launchers.run.building import build_member, build_network
-from launchers.run.networks import Network
+from launchers.run.networks import Network, labels_of
 from launchers.run.session import Result, Session
 from launchers.student import NUM_VERIFIED_IMAGES, export_student, make_student
 from pipelines.index import DataIndex
@@ -135,7 +135,10 @@ def compress_teacher(session: Session, log: tracking.Run) -> Result:
 
 
 def distill(session: Session, log: tracking.Run) -> Result:
-    """Train the student on labels and the ensemble's predictions; before, shrink it in rounds."""
+    """Train the student on labels and the ensemble's predictions.
+
+    Before, it is shrunk in rounds; after, it becomes a teacher in rounds. If the recipe says so.
+    """
     networks = session.networks
     if networks.rounds:
         rounds.shrink_in_rounds(
@@ -146,7 +149,14 @@ def distill(session: Session, log: tracking.Run) -> Result:
             train=lambda network: _train_round(session, network, log),
         )
         log.log_artifact(networks.rounds[-1].plan)
-    return _train(session, "distill", log)
+    result = _train(session, "distill", log)
+    for number, network in enumerate(networks.self_trained, 1):
+        if not outcome.is_trained(network):
+            session.display.say(f"  self-training, round {number} of {len(networks.self_trained)}")
+            session.launch(labelling.write_pseudo_labels, labels_of(network), log)
+            _train_round(session, network, log)
+        result["trainings"][network.name] = outcome.read(network)
+    return result
 
 
 def evaluate(session: Session, log: tracking.Run) -> Result:
@@ -190,7 +200,7 @@ def evaluate(session: Session, log: tracking.Run) -> Result:
 
 def export(session: Session, log: tracking.Run) -> Result:
     """Write the student as ONNX and as safetensors + plan, and store it in MLflow."""
-    folder, student = session.folder, session.networks.student
+    folder, student = session.folder, session.networks.exported
     index = DataIndex.load(folder.index)
     assert student.plan is not None
     rows: list[dict[str, Any]] = json.loads(folder.result("evaluate").read_text())["rows"]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from launchers.images import shard_cache, with_embedded_images
 from launchers.run.building import build_member
-from launchers.run.folder import PRETRAINED, TEMPERATURES, RunFolder
+from launchers.run.folder import PRETRAINED, RunFolder
 from launchers.run.networks import Network, Networks
 from launchers.storage.journals import JournalMirror
 from pipelines.index import DataIndex
@@ -29,16 +29,7 @@ from sbf_dist.settings import View
 EVALUATION_BATCH = 128
 LOGS = "logs"
 # What workers read of a run, or look at.
-_READ = (
-    "data",
-    "weights",
-    PRETRAINED,
-    "trainings",
-    "plan.json",
-    "plans",
-    TEMPERATURES,
-    "pseudo-labels",
-)
+_READ = ("data", "weights", PRETRAINED, "trainings", "plan.json", "plans")
 Batch = dict[str, Tensor]
 
 
@@ -72,13 +63,15 @@ class Context:
 
         folder = RunFolder.at(config["runs"], config["recipe"]["name"])
         recipe = Recipe.model_validate(config["recipe"])
-        folder.fetch(*_READ, config["journals"], driver=config["driver"])
+        networks = Networks.of(recipe, folder).in_group(config["group"])
+        labels = {folder.labels, networks.folder.labels}
+        folder.fetch(*_READ, *sorted(labels), config["journals"], driver=config["driver"])
         index = DataIndex.load(folder.index)
         if folder.copy is not None:
             index = with_embedded_images(recipe.data, folder.runs, index)
         place = ray_train.place()
         return cls(
-            networks=Networks.of(recipe, folder),
+            networks=networks,
             index=index,
             rank=place.rank,
             world_size=place.world_size,

@@ -26,7 +26,7 @@ class TeacherCost:
     def __str__(self) -> str:
         peak = "" if self.peak_mb is None else f", {self.peak_mb:.0f} MB for a batch"
         return (
-            f"{self.ms_per_image:.2f} ms per image, {self.parameters_mb:.1f} MB of parameters{peak}"
+            f"{self.ms_per_image:.2f} ms per image, {self.parameters_mb:.3g} MB of parameters{peak}"
         )
 
 

@@ -69,4 +69,5 @@ def read_temperatures(file: Path) -> dict[str, FittedTemperature]:
 
 def write_temperatures(file: Path, fitted: Mapping[str, FittedTemperature]) -> None:
     """Keep what was fitted, in one step."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, {name: dataclasses.asdict(one) for name, one in fitted.items()})
