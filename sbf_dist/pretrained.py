@@ -63,7 +63,7 @@ def _asked(name: str, build: Callable[[], nn.Module]) -> nn.Module:
     try:
         return build()
     except Exception as error:  # of huggingface_hub, httpx, urllib, and of damaged files
-        what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        what = f"{type(error).__name__}: {' '.join(str(error).split()).partition('. ')[0][:200]}"
         raise UserError(
             f"model {name!r}: its published weights cannot be fetched ({what}){_remedy()}"
         ) from error

@@ -245,7 +245,7 @@ def test_a_range_of_workers_leaves_those_that_divide_the_batches(path):
         ("teachers.1.wieght=2", "teachers.1.wieght is not a known key; did you mean 'weight'?"),
         ("teachers.0.training.optimiser={}", "did you mean 'optimizer'?"),
         ("distill.training.optimizer.learning_rate=1", "distill.training.optimizer.learning_rate"
-         " is not a known key; known are name, lr, weight_decay, momentum, betas, clip"),
+         " is not a known key; known are name, lr, body_lr_share, weight_decay, momentum, betas"),
         ("workers.qqq=1", "workers.qqq is not a known key; known are count, cpus, gpus, max_fail"),
     ],
 )  # fmt: skip
