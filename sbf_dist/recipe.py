@@ -10,7 +10,6 @@ from pydantic import Field, field_validator, model_validator
 
 from sbf_dist.schema import (
     Above0,
-    Name,
     Place,
     Positive,
     RunName,
@@ -23,6 +22,7 @@ from sbf_dist.schema import (
     validate_as,
 )
 from sbf_dist.settings import Augmentation, Compression, PseudoLabels, View
+from sbf_dist.teacher_recipe import SelfTraining, Teacher
 from sbf_dist.training_recipe import Training
 
 MAX_BATCH = 2**20  # images per step
@@ -205,41 +205,6 @@ class Checkpoints(Section):
     )
 
 
-class Teacher(Section):
-    """One member of the ensemble: trained on the labels, or loaded from a file."""
-
-    name: Name = Field(description="name of the teacher, its files and its row in the table")
-    model: str = Field(
-        description="network, e.g. timm:resnet50, cifar_resnet20 or nets/mine.py:function "
-        "(sbf_dist.models.build)"
-    )
-    arguments: dict[str, Any] = Field(
-        {},
-        exclude_if=equals({}),
-        description="further arguments that the network is built with, e.g. in_chans",
-    )
-    training: Training | None = Field(None, description="training on the labels")
-    weights: Path | None = Field(
-        None, description="safetensors file or state dict of torch.save, instead of a training"
-    )
-    image_size: Side | None = Field(
-        None, description="side of its input, pixels; null: the student's"
-    )
-    mean: tuple[float, float, float] | None = Field(
-        None, description="of its input; null: the student's"
-    )
-    std: tuple[Above0, Above0, Above0] | None = Field(
-        None, description="of its input; null: the student's"
-    )
-    weight: float = Field(1.0, gt=0, description="weight in the ensemble's mean")
-
-    @model_validator(mode="after")
-    def _comes_from_somewhere(self) -> "Teacher":
-        if (self.training is None) == (self.weights is None):
-            raise ValueError("give either training or weights")
-        return self
-
-
 class OneShotCompression(Compression):
     """How a network is compressed in one step: the library's settings, images and timing."""
 
@@ -316,6 +281,11 @@ class Recipe(Section):
     pseudo_labels: PseudoLabels = PseudoLabels()
     compress: Compress
     distill: Distill
+    self_training: SelfTraining | None = Field(
+        None,
+        exclude_if=equals(None),
+        description="further rounds with the student as a teacher; null: none",
+    )
     baselines: Training | None = Field(
         None,
         description="training of a dense and an SBF student on the labels alone, to compare",
@@ -330,6 +300,11 @@ class Recipe(Section):
         if self.compress.teacher not in names:
             raise ValueError(
                 f"compress.teacher = {self.compress.teacher!r} must be one of {', '.join(names)}"
+            )
+        if self.teachers[names.index(self.compress.teacher)].classes is not None:
+            raise ValueError(
+                f"compress.teacher = {self.compress.teacher!r} must have the student's classes; "
+                "this teacher has others (classes)"
             )
         for where, training in self.trainings().items():
             self._check_batch(where, training, self.workers.least)

@@ -203,6 +203,12 @@ class Optimizer(Settings):
         "sgd", description="SGD with Nesterov momentum, AdamW, or LAMB (timm's)"
     )
     lr: float = Field(0.1, gt=0, description="peak learning rate")
+    body_lr_share: Share = Field(
+        1.0,
+        exclude_if=equals(1.0),
+        description="learning rate of all layers but the head, share of lr; below 1 for networks "
+        "that start from published weights",
+    )
     weight_decay: float = Field(
         1e-4, ge=0, description="weight decay, not applied to biases and normalisations"
     )
@@ -296,7 +302,11 @@ class PseudoLabels(Settings):
     and if it is among the most confident of its class: see sbf_dist.distill.selection.
     """
 
-    temperature: float = Field(1.0, gt=0, description="temperature of each teacher's softmax")
+    temperature: Above0 | Literal["fit"] = Field(
+        1.0,
+        description="temperature of each teacher's softmax; 'fit': for each teacher the one with "
+        "which the labels of the validation images are most probable",
+    )
     top_k: Positive = Field(10, description="number of classes stored per image")
     threshold: float = Field(
         0.0, ge=0, lt=1, description="smallest confidence of an image that is used"

@@ -29,6 +29,12 @@ class Training(Section):
         "fewer workers take more passes per step; null: accumulation says how many",
     )
     optimizer: Optimizer = Optimizer()
+    freeze: list[str] = Field(
+        [],
+        exclude_if=equals([]),
+        description="patterns of the names of parameters that are not trained, e.g. 'layer1.*'; "
+        "nor do the statistics of their batch norms move",
+    )
     schedule: Literal["constant", "cosine", "step", "one_cycle"] = Field(
         "cosine", description="learning rate after warm-up"
     )

@@ -5,9 +5,7 @@ import json
 import logging
 import re
 import zipfile
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +16,21 @@ from torch import Tensor, nn
 
 from sbf_dist.errors import UserError
 from sbf_dist.files import replacing
+from sbf_dist.heads import head_of, is_known
+from sbf_dist.state_views import (
+    BATCH_COUNT,
+    EXTRA_STATE,
+    State,
+    StateView,
+    some,
+    views_of,
+)
 from sbf_dist.surgery import deep_copy, unwrapped
 
 logger = logging.getLogger(__name__)
 
-EXTRA_STATE = "_extra_state"  # ends the names of what a module's get_extra_state returns
-BATCH_COUNT = "num_batches_tracked"  # which batch norms of PyTorch before 0.4.1 do not have
-COMPILED = "_orig_mod."  # what torch.compile puts into names, wherever the compiled module stands
 AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # heads in torchvision's published weights
 DEPTH = 3  # of dicts in dicts in which a state dict is looked for
-NAMED = 4  # entries in a message
-
-State = dict[str, Any]  # tensors by name, and extra states
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
@@ -73,7 +74,12 @@ def _metadata(extra: State) -> dict[str, str] | None:
 
 
 def load_weights(
-    model: nn.Module, path: Path, *, key: str | None = None, prefix: str | None = None
+    model: nn.Module,
+    path: Path,
+    *,
+    key: str | None = None,
+    prefix: str | None = None,
+    new_head: bool = False,
 ) -> str | None:
     """Load a file of weights into `model`; return a line on what was found, None if nothing is odd.
 
@@ -82,20 +88,24 @@ def load_weights(
     ("state_dict", "model_ema") and its names may have something before them ("module.", "net.",
     "backbone."): both are found by what fits `model`. Where several fit, `key` ("a.b" is b in a)
     and `prefix` choose. As load_state_dict does, floating-point types are converted and the batch
-    counts of old files are filled in. Raises UserError, in one line that names the file, where
-    nothing or more than one thing fits; `model` is then as it was.
+    counts of old files are filled in. `new_head`: where the head alone differs, in the number of
+    classes, `model` keeps its own. Raises UserError, in one line that names the file, where nothing
+    or more than one thing fits; `model` is then as it was.
     """
     model = unwrapped(model)
     states = _states(path, _read(path), key)
     own = model.state_dict()
-    found = [view for name, state in states.items() for view in _views(name, state, own, prefix)]
+    found = [view for name, state in states.items() for view in views_of(name, state, own, prefix)]
     if getattr(model, "aux_logits", None) is False:  # torchvision's, built without these heads
         for view in found:
             view.drop(AUXILIARY)
     if not found:
         raise UserError(
-            f"weights {path} have no name that begins with {prefix!r}; there are {_some(states)}"
+            f"weights {path} have no name that begins with {prefix!r}; there are {some(states)}"
         )
+    if new_head:
+        for view in found:
+            view.fit_head(own, head_of(model), known=is_known(model))
     fitting = [view for view in found if view.misfit(own) is None]
     if not fitting:
         nearest = max(found, key=lambda view: len(view.state.keys() & own.keys()))
@@ -128,106 +138,7 @@ def load_state(model: nn.Module, state: Mapping[str, Any], versions: Any = None)
     model.load_state_dict(versioned)
 
 
-@dataclass
-class _View:
-    """A state dict in a file, seen from behind a prefix of its names."""
-
-    key: str
-    prefix: str
-    state: State
-    left_out: list[str]
-    versions: Any
-
-    def drop(self, prefixes: tuple[str, ...]) -> None:
-        self.state = {n: x for n, x in self.state.items() if not n.startswith(prefixes)}
-
-    def misfit(self, own: Mapping[str, Any]) -> str | None:
-        """Say how the state differs from `own`, that of the network, or None if it fits."""
-        for name in own:
-            if name not in self.state and not name.endswith(BATCH_COUNT):
-                return f"lack {name}, which the model has"
-        shared = [name for name in own if name in self.state and not name.endswith(EXTRA_STATE)]
-        unlike = [name for name in shared if not _same_shape(self.state[name], own[name])]
-        if unlike:
-            return self._other_shape(unlike, own)
-        for name in self.state:
-            if name not in own:
-                return f"have {name}, which the model does not know"
-        for name in shared:
-            value, wanted = self.state[name], own[name]
-            if value.is_meta:
-                return f"hold no values: {name} is on the meta device"
-            if wanted.is_floating_point() and not value.is_floating_point():
-                return (
-                    f"are no floating-point numbers: {name} is {_type(value)}, the model wants "
-                    f"{_type(wanted)} (quantized weights are not read)"
-                )
-        return None
-
-    def _other_shape(self, unlike: list[str], own: Mapping[str, Any]) -> str:
-        name = unlike[0]
-        message = (
-            f"do not fit: {name} is {_shape(self.state[name])}, the model wants {_shape(own[name])}"
-        )
-        pairs = {(_shape(self.state[n])[:1], _shape(own[n])[:1]) for n in unlike}
-        rest = all(_shape(self.state[n])[1:] == _shape(own[n])[1:] for n in unlike)
-        if len(pairs) == 1 and rest and len({n.rpartition(".")[0] for n in unlike}) == 1:
-            ((theirs, ours),) = pairs
-            if theirs and ours and theirs != ours:
-                message += f"; only this layer differs: a head of {theirs[0]} outputs for {ours[0]}"
-        return message
-
-    def place(self) -> str:
-        """Say where in the file the state is."""
-        where = f", in {self.key!r}" if self.key else ""
-        return f"{where}, behind {self.prefix!r}," if self.prefix else where
-
-    def describe(self, path: Path) -> str | None:
-        """Return a line on where the state was found."""
-        parts = []
-        if self.key:
-            parts.append(f"taken from {self.key!r}")
-        if self.prefix:
-            parts.append(f"names without {self.prefix!r}")
-        if self.left_out:
-            parts.append(f"left out: {_some(self.left_out)}")
-        return f"weights {path}: {', '.join(parts)}" if parts else None
-
-
-def _views(key: str, state: State, own: Mapping[str, Any], prefix: str | None) -> Iterator[_View]:
-    """Look at a state dict from behind `prefix`, or from behind each that could be one."""
-    versions = getattr(state, "_metadata", None)
-    state = {name: _dense(value) for name, value in state.items()}
-    if not any(COMPILED in name for name in own):
-        versions = None if any(COMPILED in name for name in state) else versions
-        state = {name.replace(COMPILED, ""): value for name, value in state.items()}
-    if prefix is not None:
-        if not prefix.endswith("."):
-            prefix = f"{prefix}." if prefix else ""
-        prefixes = [prefix] if any(name.startswith(prefix) for name in state) else []
-    else:
-        prefixes = _prefixes(state, own)
-    for before in prefixes:
-        inside = {n.removeprefix(before): x for n, x in state.items() if n.startswith(before)}
-        left_out = [name for name in state if not name.startswith(before)]
-        yield _View(key, before, inside, left_out, None if before else versions)
-
-
-def _prefixes(state: State, own: Mapping[str, Any]) -> list[str]:
-    """Return what stands before as many of the network's own names as before any."""
-    counts = Counter({"": len(own.keys() & state.keys())})
-    by_end: dict[str, list[str]] = {}
-    for name in own:
-        by_end.setdefault(name.rpartition(".")[2], []).append(name)
-    for name in state:
-        for candidate in by_end.get(name.rpartition(".")[2], ()):
-            if name.endswith(f".{candidate}"):
-                counts[name.removesuffix(candidate)] += 1
-    most = max(counts.values())
-    return [before for before, number in counts.items() if number == most]
-
-
-def _is_converted(model: nn.Module, view: _View) -> bool:
+def _is_converted(model: nn.Module, view: StateView) -> bool:
     """Tell whether the network's own code takes the names of older versions and converts them."""
     if view.state.keys() == model.state_dict().keys():
         return False
@@ -239,7 +150,7 @@ def _is_converted(model: nn.Module, view: _View) -> bool:
     return True
 
 
-def _ambiguous(path: Path, fitting: list[_View]) -> str:
+def _ambiguous(path: Path, fitting: list[StateView]) -> str:
     keys = list(dict.fromkeys(view.key for view in fitting))
     if len(keys) > 1:
         named = ", ".join(key or "the file itself" for key in keys)
@@ -315,7 +226,7 @@ def _states(path: Path, content: Any, key: str | None) -> dict[str, State]:
         return found
     if key not in found:
         keys = [name for name in found if name]
-        message = f"there are {_some(keys)}" if keys else "the state dict is the file itself"
+        message = f"there are {some(keys)}" if keys else "the state dict is the file itself"
         raise UserError(f"weights {path} have no state dict in {key!r}; {message}")
     return {key: found[key]}
 
@@ -335,30 +246,3 @@ def _is_state(content: Mapping) -> bool:
         isinstance(name, str) and (isinstance(value, Tensor) or name.endswith(EXTRA_STATE))
         for name, value in content.items()
     )
-
-
-# ---------------------------------------------------------------- entries
-
-
-def _dense(value: Any) -> Any:
-    return value.to_dense() if isinstance(value, Tensor) and value.is_sparse else value
-
-
-def _shape(value: Any) -> tuple[int, ...]:
-    return tuple(value.shape) if isinstance(value, Tensor) else ()
-
-
-def _same_shape(value: Any, wanted: Any) -> bool:
-    # PyTorch before 0.4 had no tensors without dimensions: load_state_dict takes (1,) for them.
-    return _shape(value) == _shape(wanted) or (_shape(wanted) == () and _shape(value) == (1,))
-
-
-def _type(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _some(names: Any) -> str:
-    """List the first names, and how many others there are."""
-    first = [str(name) or "the file itself" for name in names]
-    more = f" and {len(first) - NAMED} more" if len(first) > NAMED else ""
-    return ", ".join(first[:NAMED]) + more

@@ -106,7 +106,7 @@ def test_pipelines_know_errors_files_stores_and_settings_of_the_library_at_most(
         ("mlflow", "sbf_dist.tracking"),
         ("typer", ("launchers.cli", "launchers.commands")),
         ("rich", ("launchers", "sbf_dist.report.plan_table")),
-        ("torchvision", "sbf_dist.models"),
+        ("torchvision", ("sbf_dist.models", "sbf_dist.pretrained")),
         ("torch_pruning", ("sbf_dist.compression.removal.coupled", "sbf_dist.peers.pruned")),
     ],
 )

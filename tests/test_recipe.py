@@ -245,7 +245,7 @@ def test_a_range_of_workers_leaves_those_that_divide_the_batches(path):
         ("teachers.1.wieght=2", "teachers.1.wieght is not a known key; did you mean 'weight'?"),
         ("teachers.0.training.optimiser={}", "did you mean 'optimizer'?"),
         ("distill.training.optimizer.learning_rate=1", "distill.training.optimizer.learning_rate"
-         " is not a known key; known are name, lr, weight_decay, momentum, betas, clip"),
+         " is not a known key; known are name, lr, body_lr_share, weight_decay, momentum, betas"),
         ("workers.qqq=1", "workers.qqq is not a known key; known are count, cpus, gpus, max_fail"),
     ],
 )  # fmt: skip
@@ -296,7 +296,12 @@ def test_a_key_that_is_wrongly_written_comes_before_the_one_that_is_missing_for_
         ("name=3", "name = 3 must be a valid string"),
         ("teachers.0.name=../x", "teachers.0.name = '../x' must be letters"),
         ("teachers.1.name=one", "teachers: names must differ, they are one, one"),
-        ("teachers.0.training=null", "teachers.0: give either training or weights"),
+        ("teachers.0.training=null", "teachers.0: give either training or weights, or pretrained"),
+        ("teachers.0.pretrained=true", "teachers.0: pretrained = True needs a model of timm or"),
+        ("teachers.0.weights_key=ema", "teachers.0: weights_key or weights_prefix = 'ema'"),
+        ("teachers.0.classes=x.txt", "teachers.0: classes = 'x.txt' is for a teacher that is not"),
+        ("teachers.0.views=3", "teachers.0.views = 3 must be 1 or 2"),
+        ("distill.training.optimizer.body_lr_share=0", "distill.training.optimizer.body_lr_share"),
         ("teachers.0.weights=x", "teachers.0: give either training or weights"),
         ("teachers=[]", "teachers = [] must have at least 1 item"),
         ("teachers=one", "teachers = 'one' must be a valid list"),

@@ -93,7 +93,7 @@ def command(
     prepare = STAGES[0].name
     classes = check_surroundings(recipe, indexed=again != prepare and folder.is_done(prepare))
     check_models(recipe)
-    check_weights(recipe, classes)
+    check_weights(recipe, folder, classes)
     # These take seconds to import: not before the command line is known to be right.
     from launchers.run.execution import execute
 
@@ -159,30 +159,34 @@ def check_ray_address(address: str | None) -> None:
         )
 
 
-def check_weights(recipe: Recipe, classes: int | None) -> None:
+def check_weights(recipe: Recipe, folder: RunFolder, classes: int | None) -> None:
     """Refuse weights that are not there, and those that do not fit, where `classes` are known."""
+    from launchers.run.building import build_network
+    from launchers.run.networks import Networks
     from launchers.run.outcome import check_finite
     from launchers.run.read_files import file_digests
-    from sbf_dist import models
-    from sbf_dist.weights import load_weights
 
     file_digests(recipe)
-    for teacher in recipe.teachers:
-        if teacher.weights is not None and classes is not None:
-            model = models.build(teacher.model, classes, teacher.arguments)
-            load_weights(model, teacher.weights)
-            check_finite(teacher.name, model, teacher.weights)
+    for teacher, network in zip(recipe.teachers, Networks.of(recipe, folder).teachers, strict=True):
+        if network.published is None or teacher.pretrained or classes is None:
+            continue
+        model = build_network(network, classes, network.published)
+        check_finite(network.name, model, network.published)
 
 
 def check_models(recipe: Recipe) -> None:
-    """Refuse unknown models, and names of teachers that the run uses itself."""
+    """Refuse unknown models, patterns of no parameter, and names that the run uses itself."""
     from launchers.run.networks import TITLES, is_name_of_round
     from sbf_dist import models
+    from sbf_dist.train.freezing import frozen_names
 
     for index, teacher in enumerate(recipe.teachers):
         if teacher.name in TITLES or is_name_of_round(teacher.name):
             raise UserError(
                 f"teachers.{index}.name = {teacher.name!r} must not be one of "
-                f"{', '.join(TITLES)}, nor sbf-round-N"
+                f"{', '.join(TITLES)}, nor sbf-round-N or sbf-self-trained-N"
             )
-        models.build(teacher.model, 2, teacher.arguments)
+        model = models.build(teacher.model, 2, teacher.arguments)
+        if teacher.training is not None:
+            key = f"teachers.{index}.training.freeze"
+            frozen_names(model, teacher.training.freeze, key=key)

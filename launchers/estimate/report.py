@@ -188,7 +188,8 @@ def _hours_table(
     """Return a row for each number of GPUs; the last columns are with batches that grow."""
     longest = max(run.trainings, key=lambda planned: planned.steps or 0)
     per_gpu = max(1, longest.batch // max(recipe.numbers_of_workers()))
-    labelling = float(images["labelled"] + images["unlabelled"])
+    times = 1 + (recipe.self_training.rounds if recipe.self_training is not None else 0)
+    labelling = float(times * (images["labelled"] + images["unlabelled"]))
     paid = ["USD"] if price is not None else []
     table = _table(
         "GPUs",

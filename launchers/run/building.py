@@ -1,15 +1,19 @@
 """A network of a run as a module: its architecture, its plan applied, weights loaded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import nn
 
-from launchers.run.networks import Network
+from launchers.display import Display
+from launchers.run.networks import Network, Networks
 from sbf_dist import models
 from sbf_dist.compression.convert import convert
 from sbf_dist.compression.plan import Plan
-from sbf_dist.weights import load_weights
+from sbf_dist.distill.class_mapping import class_mapping, read_classes
+from sbf_dist.distill.teachers import Member
+from sbf_dist.pretrained import build_pretrained, normalisation
+from sbf_dist.weights import load_weights, save_weights
 
 
 def build_network(
@@ -24,11 +28,55 @@ def build_network(
     training starts from for the network before. `say` is called with the line on what was found
     in a file that holds more than the network's weights, or other names.
     """
+    if network.asked.classes is not None:
+        num_classes = len(read_classes(network.asked.classes))
     model = models.build(network.model, num_classes, network.arguments)
     if network.plan is not None:
         model = convert(model, Plan.load(network.plan))
     if weights is not None:
-        found = load_weights(model, weights)
+        found = _load(network, model, weights)
         if found is not None and say is not None:
             say(found)
     return model
+
+
+def _load(network: Network, model: nn.Module, weights: Path) -> str | None:
+    if weights != network.published:
+        return load_weights(model, weights)
+    key, prefix = network.weights_choice
+    return load_weights(model, weights, key=key, prefix=prefix, new_head=network.job is not None)
+
+
+def build_member(network: Network, classes: Sequence[str]) -> Member:
+    """Build a teacher with its weights, as a member of an ensemble for images of `classes`."""
+    asked = network.asked
+    return Member(
+        name=network.name,
+        network=build_network(network, len(classes), network.weights),
+        view=network.view,
+        weight=asked.weight,
+        views=asked.views,
+        mapping=class_mapping(asked.classes, classes) if asked.classes is not None else None,
+    )
+
+
+def fetch_published(networks: Networks, display: Display) -> None:
+    """Ask timm and torchvision for the published weights that a run begins with, once.
+
+    They are kept in the run's folder. UserError where they cannot be had.
+    """
+    for index, (teacher, network) in enumerate(
+        zip(networks.recipe.teachers, networks.teachers, strict=True)
+    ):
+        file = network.published
+        if not teacher.pretrained or file is None or file.exists():
+            continue
+        display.say(f"{teacher.name}: fetching the published weights of {teacher.model}")
+        save_weights(build_pretrained(teacher.model, teacher.arguments), file)
+        expected = normalisation(teacher.model)
+        if expected is not None and expected != (network.view.mean, network.view.std):
+            display.say(
+                f"warning: {teacher.name}: its published weights expect mean {list(expected[0])} "
+                f"and std {list(expected[1])}, the recipe gives others; see teachers.{index}.mean"
+            )
+    networks.folder.publish()

@@ -42,6 +42,7 @@ def _execute(recipe: Recipe, folder: RunFolder, until: str, again: str | None) -
 
         from launchers.images import find_again
         from launchers.run import sequence
+        from launchers.run.building import fetch_published
         from launchers.run.networks import Networks
         from launchers.run.session import Session
         from sbf_dist import tracking
@@ -67,6 +68,7 @@ def _execute(recipe: Recipe, folder: RunFolder, until: str, again: str | None) -
         if folder.recipe.exists():
             tracker.log_artifact(folder.recipe)
         resources.enter_context(display)
+        fetch_published(networks, display)
         if folder.copy is not None:
             say_where(display, folder, tracker.uri)
         for note in notes:

@@ -1,23 +1,31 @@
 """The files of a run."""
 
+import hashlib
+import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launchers.storage.working_copy import WorkingCopy, cached
 from sbf_dist.object_storage import is_address
+
+PRETRAINED = "pretrained"  # the folder of published weights
 
 
 @dataclass(frozen=True)
 class RunFolder:
     """The folder RUNS/NAME of one run; `runs` is shared by all runs.
 
-    copy  where the run is kept in an object store: then the folder is this machine's copy of it
+    copy    where the run is kept in an object store: then the folder is this machine's copy of it
+    labels  name of the folder of pseudo-labels
     """
 
     runs: Path
     name: str
     copy: WorkingCopy | None = None
+    labels: str = "pseudo-labels"
 
     @classmethod
     def at(cls, runs: str, name: str) -> "RunFolder":
@@ -95,7 +103,7 @@ class RunFolder:
 
     @property
     def pseudo_labels(self) -> Path:
-        return self.root / "pseudo-labels"
+        return self.root / self.labels
 
     @property
     def plan(self) -> Path:
@@ -131,6 +139,19 @@ class RunFolder:
     def weights(self, network: str) -> Path:
         """Return the file of a network's weights."""
         return self.root / "weights" / f"{network}.safetensors"
+
+    @property
+    def temperatures(self) -> Path:
+        """The fitted temperatures of the teachers that the pseudo-labels are of."""
+        return self.pseudo_labels / "temperatures.json"
+
+    def pretrained(self, model: str, arguments: Mapping[str, Any]) -> Path:
+        """Return the file of the weights that a library has published for a model."""
+        name = model.replace(":", "-")
+        if arguments:
+            text = json.dumps(dict(arguments), sort_keys=True)
+            name = f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        return self.root / PRETRAINED / f"{name}.safetensors"
 
     def training(self, network: str) -> Path:
         """Return the file that says what the training of a network came to."""

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from launchers.run.folder import RunFolder
 from launchers.run.read_files import weights_digests
+from launchers.run.temperatures import fit_temperatures
 from launchers.run.worker import Batch, Context, ensemble_of, evaluation_loader
 from pipelines.agreement import check_workers_agree
 from pipelines.index import DataIndex
@@ -45,6 +46,9 @@ def write_pseudo_labels(config: dict[str, Any]) -> dict[str, Any]:
         here.folder.publish(folder.name)
     dist.broadcast_object_list(left, 0, device=here.device)
     here.fetch(folder.name)
+    fit_temperatures(here, here.networks.teachers)
+    ensemble = ensemble_of(here)
+    ensemble.measure()
     # Neighbours to one worker: they lie in the same shards.
     own = np.array_split(np.array(left[0], dtype=np.int64), here.world_size)[here.rank].tolist()
     start, done = time.monotonic(), 0
@@ -65,13 +69,14 @@ def write_pseudo_labels(config: dict[str, Any]) -> dict[str, Any]:
             }
         )
 
-    write_chunks(here, ensemble_of(here), {number: chunks[number] for number in own}, on_chunk)
+    write_chunks(here, ensemble, {number: chunks[number] for number in own}, on_chunk)
     dist.barrier()
     if here.rank == 0:
         here.fetch(folder.name)
         finish(here)
         here.folder.publish(folder.name)
-    return {part: len(here.index.parts[part]) for part in here.index.parts}
+    costs = {name: dataclasses.asdict(cost) for name, cost in ensemble.costs().items()}
+    return {"teachers": costs}
 
 
 def written_chunks(folder: RunFolder) -> set[str]:
@@ -83,7 +88,7 @@ def written_chunks(folder: RunFolder) -> set[str]:
 def labelled_ids(index: DataIndex) -> Ids:
     """Return the images of all parts, ascending.
 
-    Those with labels are among them: on the validation part the teachers' word can be judged.
+    Those with labels are among them: on the validation part the predictions can be judged.
     """
     return np.sort(np.concatenate(list(index.parts.values())))
 
@@ -117,6 +122,7 @@ def write_chunks(
         waiting.append(summary)
         while sum(map(len, waiting)) >= len(ids):
             together = Summary.joined(waiting)
+            ensemble.check()
             pseudo_labels.write_chunk(here.folder.pseudo_labels, number, ids, together[: len(ids)])
             on_chunk(number)
             waiting = [together[len(ids) :]]

@@ -1,14 +1,15 @@
 """The networks of a run: one record each, built once from the recipe and the run's folder."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from launchers.run.folder import RunFolder
 from sbf_dist.models import Architecture
-from sbf_dist.recipe import Recipe, Teacher
+from sbf_dist.recipe import Recipe
 from sbf_dist.settings import View
+from sbf_dist.teacher_recipe import Teacher
 from sbf_dist.training_recipe import Training
 
 ENSEMBLE = "ensemble"
@@ -28,6 +29,7 @@ TITLES = {
 }
 
 _ROUND = "sbf-round-"
+_SELF_TRAINED = "sbf-self-trained-"
 
 # Keys of a recipe on which the training images of a network depend, but for its view of them.
 _TRAINING_IMAGES = ("seed", "data.augmentation")
@@ -41,6 +43,18 @@ _DISTILLATION = (
     "pseudo_labels.per_class",
     "pseudo_labels.min_agreement",
     "pseudo_labels.sharpening",
+)
+
+# Keys of a teacher that nothing reads but the ensemble.
+_ENSEMBLE_ALONE = frozenset(("weight", "views", "classes"))
+# Keys of a teacher that say what its training starts with.
+_BUILT = (
+    "model",
+    "arguments",
+    "start_from",
+    "pretrained",
+    "weights_key",
+    "weights_prefix",
 )
 
 
@@ -64,6 +78,25 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """How a teacher is asked.
+
+    weight   in the mean of the ensemble
+    views    of an image that its answers are averaged over
+    classes  file of its classes; None: they are those of the images
+    """
+
+    weight: float = 1.0
+    views: int = 1
+    classes: Path | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its answer is that of its network to one view."""
+        return self.views == 1 and self.classes is None
+
+
+@dataclass(frozen=True)
 class Network:
     """One network of a run.
 
@@ -75,7 +108,9 @@ class Network:
     plan             file of the plan that turns the model into an SBF network; None: it is dense
     job              how it is trained; None: its weights are given, or fitted without training
     reads            keys of the recipe that its training depends on, sections by their prefix
-    ensemble_weight  of a teacher, in the mean of the ensemble
+    published        file of weights from elsewhere, which it has or, with a job, starts from
+    weights_choice   where several things in that file fit: the key and the prefix to take
+    asked            of a teacher: how it is asked
     """
 
     name: str
@@ -87,8 +122,10 @@ class Network:
     plan: Path | None = None
     job: Job | None = None
     reads: tuple[str, ...] = ()
-    ensemble_weight: float = 1.0
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    published: Path | None = None
+    weights_choice: tuple[str | None, str | None] = (None, None)
+    asked: Asked = Asked()
 
     def architecture(self, num_classes: int) -> Architecture:
         """Return what the network is built of, with so many classes."""
@@ -126,6 +163,7 @@ class Networks:
     dense_labels  the dense student of the baselines, trained on labels alone
     sbf_labels    the SBF student of the baselines, trained on labels alone
     rounds        empty where the student is compressed in one step
+    self_trained  students after the first, each with the one before for a teacher
     """
 
     recipe: Recipe
@@ -138,6 +176,7 @@ class Networks:
     rounds: tuple[Round, ...]
     sbf_labels: Network | None
     student: Network
+    self_trained: tuple[Network, ...] = ()
 
     @classmethod
     def of(cls, recipe: Recipe, folder: RunFolder) -> "Networks":
@@ -157,6 +196,7 @@ class Networks:
             rounds=rounds,
             sbf_labels=family.sbf_labels(),
             student=family.student(rounds),
+            self_trained=family.self_trained(rounds),
         )
 
     def __iter__(self) -> Iterator[Network]:
@@ -164,7 +204,32 @@ class Networks:
         yield from (n for n in (self.dense_labels, self.zeroed, self.one_shot) if n is not None)
         for one in self.rounds:
             yield from (n for n in (one.fitted, one.trained) if n is not None)
-        yield from (n for n in (self.student, self.sbf_labels) if n is not None)
+        yield self.student
+        yield from self.self_trained
+        if self.sbf_labels is not None:
+            yield self.sbf_labels
+
+    @property
+    def exported(self) -> Network:
+        """The student that leaves the run: the last one."""
+        return self.self_trained[-1] if self.self_trained else self.student
+
+    def in_group(self, group: str) -> "Networks":
+        """Return the run as those see it who work on a stage, or on a round, of that name.
+
+        A round of self-training has teachers and a folder of pseudo-labels of its own.
+        """
+        settings = self.recipe.self_training
+        for number, network in enumerate(self.self_trained, 1):
+            assert network.job is not None and settings is not None
+            if group not in (network.job.group, labels_of(network)):
+                continue
+            before = self.self_trained[number - 2] if number > 1 else self.student
+            teacher = replace(before, asked=Asked(weight=settings.weight))
+            others = self.teachers if settings.with_teachers else ()
+            folder = replace(self.folder, labels=labels_of(network))
+            return replace(self, teachers=(*others, teacher), folder=folder)
+        return self
 
     def trained_in(self, group: str) -> list[Network]:
         """Return the networks that are trained in a stage or a round, in their order."""
@@ -182,31 +247,43 @@ class Networks:
             self.one_shot,
             self.sbf_labels,
             self.student,
+            *self.self_trained,
         )
         return rows + [Row(n.name, n.title, (n,)) for n in students if n is not None]
 
 
 def is_name_of_round(name: str) -> bool:
     """Whether a network of a round could have this name."""
-    return name.startswith(_ROUND)
+    return name.startswith((_ROUND, _SELF_TRAINED))
+
+
+def labels_of(network: Network) -> str:
+    """Return the name of the pseudo-labels of a round of self-training, and of their making."""
+    return f"pseudo-labels-{network.name}"
 
 
 def _teacher(recipe: Recipe, folder: RunFolder, index: int) -> Network:
     teacher = recipe.teachers[index]
     job = None
+    published = teacher.weights or teacher.start_from
+    if teacher.pretrained:
+        published = folder.pretrained(teacher.model, teacher.arguments)
     if teacher.training is not None:
-        job = Job("teachers", teacher.training, "labels", recipe.seed + index)
+        job = Job("teachers", teacher.training, "labels", recipe.seed + index, published)
+    own = folder.weights(teacher.name)
     return Network(
         name=teacher.name,
         title=teacher.name,
         model=teacher.model,
         view=_teacher_view(recipe, teacher),
-        weights=teacher.weights or folder.weights(teacher.name),
+        weights=own if job is not None or published is None else published,
         result=folder.training(teacher.name),
         job=job,
         reads=_teacher_reads(teacher, index),
-        ensemble_weight=teacher.weight,
         arguments=teacher.arguments,
+        published=published,
+        weights_choice=(teacher.weights_key, teacher.weights_prefix),
+        asked=Asked(teacher.weight, teacher.views, teacher.classes),
     )
 
 
@@ -219,10 +296,10 @@ def _teacher_view(recipe: Recipe, teacher: Teacher) -> View:
 
 
 def _teacher_reads(teacher: Teacher, index: int) -> tuple[str, ...]:
-    fields = type(teacher).model_fields.keys() - {"weight"}  # which the ensemble alone reads
-    own = tuple(f"teachers.{index}.{field}" for field in sorted(fields))
+    fields = type(teacher).model_fields.keys() - _ENSEMBLE_ALONE
+    own = tuple(f"teachers.{index}.{name}" for name in sorted(fields))
     view = ("image_size", "mean", "std")
-    students = tuple(f"data.{field}" for field in view if getattr(teacher, field) is None)
+    students = tuple(f"data.{name}" for name in view if getattr(teacher, name) is None)
     return own + students + (_TRAINING_IMAGES if teacher.training is not None else ())
 
 
@@ -258,12 +335,17 @@ class _Students:
         if self.recipe.baselines is None:
             return None
         teachers = len(self.recipe.teachers)
-        job = Job("teachers", self.recipe.baselines, "labels", self.recipe.seed + teachers)
+        # It starts where the teacher that it is compared with does.
+        start = self.teacher.job.start if self.teacher.job is not None else None
+        job = Job("teachers", self.recipe.baselines, "labels", self.recipe.seed + teachers, start)
         index = [teacher.name for teacher in self.recipe.teachers].index(self.teacher.name)
         # Its seed is the number of teachers.
-        built = (f"teachers.{index}.model", f"teachers.{index}.arguments")
+        built = tuple(f"teachers.{index}.{name}" for name in _BUILT)
         reads = ("baselines", "teachers.*.name", *built, "compress.teacher")
-        return self.network(DENSE, None, job, reads)
+        dense = self.network(DENSE, None, job, reads)
+        if start is None:
+            return dense
+        return replace(dense, published=start, weights_choice=self.teacher.weights_choice)
 
     def sbf_labels(self) -> Network | None:
         if self.recipe.baselines is None:
@@ -283,6 +365,21 @@ class _Students:
         job = self._distillation("distill", self.recipe.distill.training, start)
         reads = (*_DISTILLATION, "distill.training", "compress.rounds")
         return self.network(STUDENT, plan, job, reads)
+
+    def self_trained(self, rounds: tuple[Round, ...]) -> tuple[Network, ...]:
+        if self.recipe.self_training is None:
+            return ()
+        first = self.student(rounds)
+        assert first.job is not None
+        reads = (*first.reads, "self_training.with_teachers", "self_training.weight")
+        found = []
+        for number in range(1, self.recipe.self_training.rounds + 1):
+            name = f"{_SELF_TRAINED}{number}"
+            job = replace(first.job, group=f"distill-{name}", seed=self.recipe.seed + number)
+            network = self.network(name, first.plan, job)
+            title = f"SBF student, self-trained, round {number}"
+            found.append(replace(network, title=title, reads=reads))
+        return tuple(found)
 
     def rounds(self) -> tuple[Round, ...]:
         number_of_rounds = self.recipe.compress.rounds

@@ -32,8 +32,10 @@ def weights_digests(networks: "Iterable[Network]") -> dict[str, str]:
 
 def _files(recipe: Recipe) -> Iterator[tuple[str, Path]]:
     for index, teacher in enumerate(recipe.teachers):
-        if teacher.weights is not None:
-            yield f"teachers.{index}.weights", teacher.weights
+        for key in ("weights", "start_from", "classes"):
+            path = getattr(teacher, key)
+            if path is not None:
+                yield f"teachers.{index}.{key}", path
     if recipe.data.split is not None:
         yield "data.split", recipe.data.split
 

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from launchers.run.building import build_network
@@ -11,6 +12,8 @@ from launchers.run.worker import Context, ensemble_of, validation
 from sbf_dist.distill.teachers import TeacherEnsemble
 from sbf_dist.settings import View
 from sbf_dist.train.evaluate import Accuracy, accuracy
+
+SMALLEST = torch.finfo(torch.float32).tiny  # probability whose logarithm is a number
 
 
 def evaluate_networks(config: dict[str, Any]) -> dict[str, Any]:
@@ -30,9 +33,9 @@ def evaluate_networks(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def score(here: Context, row: Row) -> Accuracy:
-    if len(row.members) > 1:
-        view = here.recipe.data.view
-        ensemble = _EnsembleAsNetwork(ensemble_of(here), view)
+    if len(row.members) > 1 or not row.members[0].asked.is_plain:
+        view = here.recipe.data.view if len(row.members) > 1 else row.members[0].view
+        ensemble = _EnsembleAsNetwork(ensemble_of(here, row.members), view)
         return accuracy(ensemble, validation(here, view), here.device)
     (network,) = row.members
     model = build_network(network, here.num_classes, network.weights).to(here.device)
@@ -52,4 +55,4 @@ class _EnsembleAsNetwork(nn.Module):
         self.view = view
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.ensemble(images, self.view).log()
+        return self.ensemble(images, self.view).clamp_min(SMALLEST).log()

@@ -19,6 +19,7 @@ _STUDENT_VIEW = ("data.image_size", "data.crop", "data.mean", "data.std")
 _IMAGES = "the images"
 _PSEUDO_LABELS = "the pseudo-labels"
 _ROUNDS = "the rounds"
+_SELF_TRAINING = "the self-training"
 _TABLE = "the table of results"
 _EXPORTED = "the exported student"
 
@@ -114,6 +115,7 @@ def _students(networks: "Networks") -> list[Product]:
     products = [_trained(networks.student, _IMAGES, _PSEUDO_LABELS, before)]
     if networks.sbf_labels is not None:
         products.append(_trained(networks.sbf_labels, _IMAGES, networks.one_shot.name))
+    products += _self_trained(networks)
     if not networks.rounds:
         return products
     trained = [one.trained for one in networks.rounds if one.trained is not None]
@@ -135,6 +137,24 @@ def _students(networks: "Networks") -> list[Product]:
     return [rounds, *products]
 
 
+def _self_trained(networks: "Networks") -> list[Product]:
+    """Return how many students had a student for a teacher, and these students."""
+    products = [Product(_SELF_TRAINING, ("self_training.rounds",))]
+    before = networks.student
+    for network in networks.self_trained:
+        assert network.job is not None
+        files = (
+            network.weights,
+            network.result,
+            networks.in_group(network.job.group).folder.pseudo_labels,
+            networks.folder.checkpoints / network.job.group,
+        )
+        needs = (_IMAGES, _PSEUDO_LABELS, before.name)
+        products.append(Product(network.name, network.reads, needs, files))
+        before = network
+    return products
+
+
 def _evaluate(session: "Session", log: "TrackedRun") -> "Result":
     from launchers.run import work
 
@@ -144,9 +164,9 @@ def _evaluate(session: "Session", log: "TrackedRun") -> "Result":
 def _table_of_results(networks: "Networks") -> list[Product]:
     reads = ("teachers", "baselines", "data.crop", "pseudo_labels.temperature")
     dense = (*networks.teachers, networks.dense_labels)
-    students = (networks.one_shot, networks.sbf_labels, networks.student)
+    students = (networks.one_shot, networks.sbf_labels, networks.student, *networks.self_trained)
     names = [n.name for n in (*dense, *students) if n is not None]
-    return [Product(_TABLE, reads, needs=(_IMAGES, *names))]
+    return [Product(_TABLE, reads, needs=(_IMAGES, *names, _SELF_TRAINING))]
 
 
 def _export(session: "Session", log: "TrackedRun") -> "Result":
@@ -158,7 +178,7 @@ def _export(session: "Session", log: "TrackedRun") -> "Result":
 def _exported(networks: "Networks") -> list[Product]:
     folder = networks.folder
     files = (folder.student, folder.summary)
-    return [Product(_EXPORTED, _STUDENT_VIEW, (_IMAGES, networks.student.name, _TABLE), files)]
+    return [Product(_EXPORTED, _STUDENT_VIEW, (_IMAGES, networks.exported.name, _TABLE), files)]
 
 
 STAGES = (

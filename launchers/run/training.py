@@ -24,6 +24,7 @@ from sbf_dist.distill.task import DistillationTask
 from sbf_dist.train import checkpoint
 from sbf_dist.train.engine import build_engine
 from sbf_dist.train.evaluate import Accuracy, accuracy, synchronise_batchnorm
+from sbf_dist.train.freezing import freeze
 from sbf_dist.train.loop import Every, LogRecord, fit
 from sbf_dist.train.profiling import profiled
 from sbf_dist.train.resharding import whole_state
@@ -219,6 +220,7 @@ def _engine(here: Context, network: Network, job: Job) -> Any:
     student = build_network(network, here.num_classes, job.start).to(here.device)
     if settings.sync_batchnorm:
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+    freeze(student, settings.freeze)
     if settings.compile:
         student.compile()
     task = DistillationTask(

@@ -9,8 +9,8 @@ import torch
 from launchers.display import labels_table
 from launchers.images import calibration_images, evaluation_images, index_images
 from launchers.run import label_report, labelling, outcome, rounds, scoring, training
-from launchers.run.building import build_network
-from launchers.run.networks import Network
+from launchers.run.building import build_member, build_network
+from launchers.run.networks import Network, labels_of
 from launchers.run.read_files import weights_digests
 from launchers.run.session import Result, Session
 from launchers.student import NUM_VERIFIED_IMAGES, export_student, make_student
@@ -23,10 +23,15 @@ from sbf_dist.compression.planning.latency import latencies_if_quiet
 from sbf_dist.compression.removal.zeroed import zero_channels
 from sbf_dist.distill import pseudo_labels, stored_labels
 from sbf_dist.distill.selection import check_choice, choose, unused_classes
+from sbf_dist.distill.teacher_costs import TeacherCost
+from sbf_dist.distill.teachers import TeacherEnsemble
+from sbf_dist.distill.temperature import read_temperatures
 from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import ONNX
 from sbf_dist.files import write_json
+from sbf_dist.heads import head_of
 from sbf_dist.report.chart import accuracy_and_cost
+from sbf_dist.train.freezing import frozen_names
 from sbf_dist.weights import save_weights
 
 
@@ -48,12 +53,9 @@ def prepare(session: Session, log: tracking.Run) -> Result:
 
 
 def train_teachers(session: Session, log: tracking.Run) -> Result:
-    """Train the teachers on the labels, and check the weights of those that are given."""
+    """Train the teachers on the labels, and check what was given for them."""
     for teacher in session.networks.teachers:
-        if teacher.job is None:
-            say = partial(_say_of, session, teacher)
-            model = build_network(teacher, session.num_classes, teacher.weights, say)
-            outcome.check_finite(teacher.name, model, teacher.weights)
+        _check_teacher(session, teacher)
     return _train(session, "teachers", log) if session.networks.trained_in("teachers") else {}
 
 
@@ -67,7 +69,7 @@ def write_pseudo_labels(session: Session, log: tracking.Run) -> Result:
             f"{session.num_classes} are stored"
         )
     reached = partial(labelling.written_chunks, folder)
-    session.launch(labelling.write_pseudo_labels, "pseudo-labels", log, reached=reached)
+    answer = session.launch(labelling.write_pseudo_labels, "pseudo-labels", log, reached=reached)
     index = DataIndex.load(folder.index)
     weights = weights_digests(session.networks.teachers)
     origin = pseudo_labels.origin(recipe, index.digest, weights)
@@ -97,12 +99,29 @@ def write_pseudo_labels(session: Session, log: tracking.Run) -> Result:
         "images": len(index.parts["labelled"]) + len(unlabelled),
         "used": len(chosen),
         "mean_confidence": round(trained_on["confidence"], 4),
+        "teachers": answer["teachers"],
     }
     display.say(
         f"  {len(stored)} images, {len(chosen)} of {len(unlabelled)} without labels used, "
         f"mean confidence {result['mean_confidence']:.3f}"
     )
-    log.log_metrics(result, 0)
+    fitted = read_temperatures(folder.temperatures)
+    for name, one in fitted.items():
+        session.display.say(f"  {name}: {one}")
+    if fitted:
+        result["temperatures"] = {name: one.temperature for name, one in fitted.items()}
+    for name, cost in result["teachers"].items():
+        session.display.say(f"  {name}: {TeacherCost(**cost)}")
+    log.log_metrics({k: v for k, v in result.items() if k not in ("teachers", "temperatures")}, 0)
+    log.log_metrics(
+        {
+            f"{name}/{key}": value
+            for name, cost in result["teachers"].items()
+            for key, value in cost.items()
+            if value is not None
+        },
+        0,
+    )
     return result
 
 
@@ -151,7 +170,10 @@ def compress_teacher(session: Session, log: tracking.Run) -> Result:
 
 
 def distill(session: Session, log: tracking.Run) -> Result:
-    """Train the student on labels and the ensemble's predictions; before, shrink it in rounds."""
+    """Train the student on labels and the ensemble's predictions.
+
+    Before, it is shrunk in rounds; after, it becomes a teacher in rounds. If the recipe says so.
+    """
     networks = session.networks
     if networks.rounds:
         rounds.shrink_in_rounds(
@@ -162,7 +184,16 @@ def distill(session: Session, log: tracking.Run) -> Result:
             train=lambda network: _train_round(session, network, log),
         )
         log.log_artifact(networks.rounds[-1].plan)
-    return _train(session, "distill", log)
+    result = _train(session, "distill", log)
+    for number, network in enumerate(networks.self_trained, 1):
+        if not outcome.is_trained(network):
+            session.display.say(f"  self-training, round {number} of {len(networks.self_trained)}")
+            name = labels_of(network)
+            reached = partial(labelling.written_chunks, networks.in_group(name).folder)
+            session.launch(labelling.write_pseudo_labels, name, log, reached=reached)
+            _train_round(session, network, log)
+        result["trainings"][network.name] = outcome.read(network)
+    return result
 
 
 def evaluate(session: Session, log: tracking.Run) -> Result:
@@ -206,7 +237,7 @@ def evaluate(session: Session, log: tracking.Run) -> Result:
 
 def export(session: Session, log: tracking.Run) -> Result:
     """Write the student as ONNX and as safetensors + plan, and store it in MLflow."""
-    folder, student = session.folder, session.networks.student
+    folder, student = session.folder, session.networks.exported
     index = DataIndex.load(folder.index)
     assert student.plan is not None
     rows: list[dict[str, Any]] = json.loads(folder.result("evaluate").read_text())["rows"]
@@ -234,6 +265,38 @@ def export(session: Session, log: tracking.Run) -> Result:
     session.tracker.log_artifact(folder.root / "summary.png")
     session.tracker.log_artifact(folder.summary)
     return {"onnx_difference": difference}
+
+
+def _check_teacher(session: Session, teacher: Network) -> None:
+    """Say what a teacher begins with. UserError for weights or classes that do not fit."""
+    say = partial(_say_of, session, teacher)
+    settings = None if teacher.job is None else teacher.job.training
+    if teacher.published is not None:
+        model = build_network(teacher, session.num_classes, teacher.published, say)
+        outcome.check_finite(teacher.name, model, teacher.published)
+    elif settings is not None and (settings.freeze or settings.optimizer.body_lr_share < 1):
+        model = build_network(teacher, session.num_classes, None)
+    else:
+        return
+    if settings is None:
+        _check_answers(session, teacher)
+        return
+    if settings.optimizer.body_lr_share < 1:
+        rate = settings.optimizer.lr
+        say(
+            f"learning rate {rate:g} for the head, {', '.join(head_of(model))}, and "
+            f"{rate * settings.optimizer.body_lr_share:g} for all else"
+        )
+    if settings.freeze:
+        frozen = frozen_names(model, settings.freeze)
+        say(f"{len(frozen)} of {len(list(model.parameters()))} parameters are frozen")
+
+
+def _check_answers(session: Session, teacher: Network) -> None:
+    """Ask a teacher that is taken as it is about an image. UserError for other classes, or NaN."""
+    classes = DataIndex.load(session.folder.index).classes
+    ensemble = TeacherEnsemble([build_member(teacher, classes)], num_classes=len(classes))
+    ensemble(torch.zeros(1, *teacher.input_shape), teacher.view)
 
 
 def _say_of(session: Session, network: Network, line: str) -> None:

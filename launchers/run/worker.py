@@ -4,7 +4,7 @@ Ray is imported where it is used: the driver imports this module before it has s
 that Ray reads.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,21 +14,22 @@ import torch
 from torch import Tensor
 
 from launchers.images import shard_cache, with_embedded_images
-from launchers.run.building import build_network
-from launchers.run.folder import RunFolder
-from launchers.run.networks import Networks
+from launchers.run.building import build_member
+from launchers.run.folder import PRETRAINED, RunFolder
+from launchers.run.networks import Network, Networks
 from launchers.storage.journals import JournalMirror
 from pipelines.index import DataIndex
 from pipelines.loader import EvalLoader
 from pipelines.reader import Reader
 from sbf_dist.distill.teachers import TeacherEnsemble
+from sbf_dist.distill.temperature import read_temperatures
 from sbf_dist.recipe import Recipe
 from sbf_dist.settings import View
 
 EVALUATION_BATCH = 128
 LOGS = "logs"
 # What workers read of a run, or look at.
-_READ = ("data", "weights", "trainings", "plan.json", "plans", "pseudo-labels")
+_READ = ("data", "weights", PRETRAINED, "trainings", "plan.json", "plans")
 Batch = dict[str, Tensor]
 
 
@@ -62,13 +63,15 @@ class Context:
 
         folder = RunFolder.at(config["runs"], config["recipe"]["name"])
         recipe = Recipe.model_validate(config["recipe"])
-        folder.fetch(*_READ, config["journals"], driver=config["driver"])
+        networks = Networks.of(recipe, folder).in_group(config["group"])
+        labels = {folder.labels, networks.folder.labels}
+        folder.fetch(*_READ, *sorted(labels), config["journals"], driver=config["driver"])
         index = DataIndex.load(folder.index)
         if folder.copy is not None:
             index = with_embedded_images(recipe.data, folder.runs, index)
         place = ray_train.place()
         return cls(
-            networks=Networks.of(recipe, folder),
+            networks=networks,
             index=index,
             rank=place.rank,
             world_size=place.world_size,
@@ -91,13 +94,27 @@ class Context:
             yield
 
 
-def ensemble_of(here: Context) -> TeacherEnsemble:
-    teachers = here.networks.teachers
+def ensemble_of(
+    here: Context, teachers: Sequence[Network] | None = None, *, fitted: bool = True
+) -> TeacherEnsemble:
+    """Build the teachers of the run, or some of them, on this worker's device.
+
+    `fitted`: with their temperatures, where the recipe has them fitted; False: before that.
+    """
+    temperature = here.recipe.pseudo_labels.temperature
+    temperatures = read_temperatures(here.folder.temperatures)
+    members = []
+    for teacher in here.networks.teachers if teachers is None else teachers:
+        member = build_member(teacher, here.index.classes)
+        member.network.to(here.device)
+        if temperature != "fit":
+            member.temperature = temperature
+        elif fitted:
+            member.temperature = temperatures[member.name].temperature
+        members.append(member)
     return TeacherEnsemble(
-        [build_network(t, here.num_classes, t.weights).to(here.device) for t in teachers],
-        [teacher.view for teacher in teachers],
-        [teacher.ensemble_weight for teacher in teachers],
-        temperature=here.recipe.pseudo_labels.temperature,
+        members,
+        num_classes=here.num_classes,
         dtype=torch.float16 if here.device.type == "cuda" else None,
     )
 

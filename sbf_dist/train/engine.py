@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from sbf_dist.errors import UserError
+from sbf_dist.heads import head_of, is_within
 from sbf_dist.settings import Optimizer
 from sbf_dist.train import shards
 from sbf_dist.train.average import WeightAverage
@@ -40,22 +41,44 @@ _EXCHANGES = (
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
-def parameter_groups(task: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The trainable parameters of `task` as two optimizer groups: those that decay and the rest.
+def parameter_groups(task: nn.Module, settings: Optimizer) -> list[dict[str, Any]]:
+    """The trainable parameters of `task` as optimizer groups: those that decay and the rest.
 
     Weights of convolutions and linear layers decay. Not so parameters with fewer than two
     dimensions (biases, batch norm) nor parameters called "transforms" (the small kernels of an SBF
     layer, whose scale is tied to the fitted features and not to the size of the weights).
+
+    Where the body learns more slowly than the head, that of task.student (of the task itself
+    without one), its groups have an "lr_scale", which the loop multiplies learning rates with.
     """
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
-    for name, parameter in task.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        exempt = parameter.ndim < 2 or name.rpartition(".")[2] == "transforms"
-        (free if exempt else decayed).append(parameter)
-    groups = [(decayed, weight_decay), (free, 0.0)]
-    return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
+    body, head = set(task.parameters()), set[nn.Parameter]()
+    if settings.body_lr_share < 1:
+        head = _parameters_of_head(getattr(task, "student", task))
+        body -= head
+    groups = []
+    for members, share in ((body, settings.body_lr_share), (head, 1.0)):
+        decayed: list[nn.Parameter] = []
+        free: list[nn.Parameter] = []
+        for name, parameter in task.named_parameters():
+            if not parameter.requires_grad or parameter not in members:
+                continue
+            exempt = parameter.ndim < 2 or name.rpartition(".")[2] == "transforms"
+            (free if exempt else decayed).append(parameter)
+        scale = {"lr_scale": share} if share < 1 else {}
+        for parameters, decay in ((decayed, settings.weight_decay), (free, 0.0)):
+            if parameters:
+                groups.append({"params": parameters, "weight_decay": decay} | scale)
+    return groups
+
+
+def _parameters_of_head(network: nn.Module) -> set[nn.Parameter]:
+    names = head_of(network)
+    if not names:
+        raise UserError(
+            "body_lr_share: the network has no linear layer or convolution that could be its head; "
+            "must be 1"
+        )
+    return {p for name, p in network.named_parameters() if is_within(name, names)}
 
 
 def build_engine(
@@ -159,7 +182,7 @@ def join_process_group(device: torch.device) -> None:
 
 def torch_optimizer(task: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
     """The optimizer of the trainable parameters of `task`."""
-    groups = parameter_groups(task, settings.weight_decay)
+    groups = parameter_groups(task, settings)
     if settings.name == "adamw":
         return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
     if settings.name == "lamb":

@@ -82,9 +82,10 @@ def fit(
 
     A batch is a dict of tensors with "image" (b, …); its tensors are moved to the engine's device,
     `annotate` (the teachers) may add to it, and engine(batch) answers with "loss" and other named
-    scalars. Step k, counted from 0, runs with the learning rate lr_at(k) and takes as many batches
-    as the engine accumulates. `log` gets a record of the steps since the one before, `checkpoint`
-    the number of steps done. Both are called on all ranks at the same step.
+    scalars. Step k, counted from 0, runs with the learning rate lr_at(k), times the "lr_scale" of a
+    group that has one, and takes as many batches as the engine accumulates. `log` gets a record of
+    the steps since the one before, `checkpoint` the number of steps done. Both are called on all
+    ranks at the same step.
 
     The loop reads the device once a record, and not between them. Where the engine may leave out
     steps whose loss is not finite, it reads it once a batch.
@@ -101,7 +102,7 @@ def fit(
         for step in range(start_step, steps):
             lr = lr_at(step)
             for group in engine.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_scale", 1.0)
             watch.begin()
             for _ in range(engine.gradient_accumulation_steps()):
                 with times.part("data"):

@@ -6,7 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sbf_dist.distill.teachers import TeacherEnsemble, translate
+from sbf_dist import models
+from sbf_dist.distill.class_mapping import ClassMapping
+from sbf_dist.distill.teachers import CALLS_BETWEEN_CHECKS, Member, TeacherEnsemble, translate
+from sbf_dist.errors import UserError
 from sbf_dist.settings import View
 
 PHOTO = View(image_size=8, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -27,13 +30,20 @@ class Says(nn.Module):
         return self.logits.expand(len(x), -1)
 
 
-def ensemble(*networks, weights=None, views=None, **settings):
-    return TeacherEnsemble(
-        networks,
-        views or [PHOTO] * len(networks),
-        weights or [1.0] * len(networks),
-        **settings,
-    )
+def ensemble(*networks, weights=None, views=None, temperature=1.0, **settings):
+    members = [
+        Member(f"teacher-{number}", network, view, weight, temperature=temperature)
+        for number, (network, view, weight) in enumerate(
+            zip(
+                networks,
+                views or [PHOTO] * len(networks),
+                weights or [1.0] * len(networks),
+                strict=True,
+            ),
+            1,
+        )
+    ]
+    return TeacherEnsemble(members, **settings)
 
 
 def test_the_word_of_the_ensemble_is_the_weighted_mean_of_probabilities_by_hand():
@@ -70,13 +80,13 @@ def test_an_engine_that_wraps_a_task_does_not_find_the_teachers():
     task = Task()
     assert len(list(task.parameters())) == 2
     task.train()
-    assert not task.teachers.networks[0].training
+    assert not task.teachers.members[0].network.training
 
 
 def test_probabilities_are_full_precision_also_under_autocast():
     teachers = ensemble(nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), dtype=torch.bfloat16)
     seen = []
-    teachers.networks[0][1].register_forward_hook(lambda *a: seen.append(a[2].dtype))
+    teachers.members[0].network[1].register_forward_hook(lambda *a: seen.append(a[2].dtype))
     said = teachers(torch.randn(4, 3, 8, 8), PHOTO)
     assert seen == [torch.bfloat16]
     assert said.dtype == torch.float32
@@ -146,3 +156,116 @@ def test_a_smaller_view_is_not_aliased():
 def test_a_view_of_its_own_leaves_images_alone():
     x = torch.randn(1, 3, 8, 8)
     assert translate(x, PHOTO, PHOTO) is x
+
+
+# --- views, classes, faults ----------------------------------------------------------------------
+
+
+class LeftColumn(nn.Module):
+    """Answers with the mean of the left column, and of all columns."""
+
+    def forward(self, x):
+        return torch.stack([x[:, 0, :, 0].mean(1), x[:, 0].mean((1, 2))], 1)
+
+
+def test_two_views_are_the_mean_of_the_answers_to_an_image_and_its_mirror_image():
+    images = torch.randn(3, 3, 8, 8)
+    one = TeacherEnsemble([Member("one", LeftColumn(), PHOTO)])
+    both = TeacherEnsemble([Member("one", LeftColumn(), PHOTO, views=2)])
+    expected = (one(images, PHOTO) + one(images.flip(3), PHOTO)) / 2
+    torch.testing.assert_close(both(images, PHOTO), expected)
+    assert not torch.allclose(both(images, PHOTO), one(images, PHOTO))
+
+
+def test_a_teacher_of_other_classes_answers_with_those_of_the_images():
+    # Of its four classes the images have three as two: 0 and 3 are their first, 1 their second.
+    mapping = ClassMapping(4, torch.tensor([0, 1, 3]), torch.tensor([0, 1, 0]), classes=2)
+    teacher = Says(math.log(1), math.log(4), math.log(90), math.log(5))
+    said = TeacherEnsemble([Member("one", teacher, PHOTO, mapping=mapping)])(
+        torch.zeros(2, 3, 8, 8), PHOTO
+    )
+    torch.testing.assert_close(said, torch.tensor([[0.6, 0.4]]).expand(2, -1))
+
+
+def test_what_the_images_do_not_have_may_have_all_of_the_probability():
+    mapping = ClassMapping(3, torch.tensor([0, 1]), torch.tensor([1, 0]), classes=2)
+    teacher = Member("one", Says(0, math.log(3), 500), PHOTO, mapping=mapping)
+    said = TeacherEnsemble([teacher])(torch.zeros(1, 3, 8, 8), PHOTO)
+    torch.testing.assert_close(said, torch.tensor([[0.75, 0.25]]))
+
+
+def test_networks_of_all_libraries_answer_together_each_in_its_own_way():
+    torch.manual_seed(0)
+    mapping = ClassMapping(5, torch.tensor([4, 1, 2]), torch.tensor([0, 1, 2]), classes=3)
+    small = View(image_size=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    large = View(image_size=40, mean=PHOTO.mean, std=PHOTO.std)
+    student = View(image_size=32, mean=(0.4, 0.4, 0.4), std=(0.2, 0.2, 0.2))
+    members = [
+        Member("timm", models.build("timm:test_resnet", 3), large, weight=2.0),
+        Member("torchvision", models.build("torchvision:squeezenet1_1", 5), large, mapping=mapping),
+        Member("ours", models.build("cifar_resnet8_w4", 3), small, views=2),
+        Member("own", nn.Sequential(nn.Flatten(), nn.Linear(3 * 32**2, 3)), student, weight=0.5),
+    ]
+    images = torch.randn(2, 3, 32, 32)
+    said = TeacherEnsemble(members, num_classes=3)(images, student)
+    expected = torch.zeros(2, 3)
+    with torch.no_grad():
+        for member in members:
+            seen = translate(images, student, member.view)
+            answers = member.network(seen).softmax(1)
+            if member.name == "torchvision":
+                answers = answers[:, [4, 1, 2]] / answers[:, [4, 1, 2]].sum(1, keepdim=True)
+            if member.name == "ours":
+                answers = (answers + member.network(seen.flip(3)).softmax(1)) / 2
+            expected += member.weight / 4.5 * answers
+    torch.testing.assert_close(said, expected)
+
+
+def test_a_teacher_that_answers_nan_is_named():
+    teachers = ensemble(Says(0, 1), Says(0, math.nan))
+    with pytest.raises(UserError, match="teacher teacher-2: its answers are not finite numbers;"):
+        teachers(torch.zeros(1, 3, 8, 8), PHOTO)
+
+
+def test_a_fault_is_kept_until_it_is_asked_for():
+    teacher = Says(0, math.inf)
+    teachers = ensemble(Says(0, 1), teacher, dtype=torch.bfloat16)
+    teachers.probabilities(1, torch.zeros(1, 3, 8, 8))
+    teacher.logits.data[1] = 0
+    teachers.probabilities(1, torch.zeros(1, 3, 8, 8))
+    with pytest.raises(UserError, match=r"teacher-2: .* not finite numbers \(in bfloat16\)"):
+        teachers.check()
+    assert CALLS_BETWEEN_CHECKS <= 10  # steps between two log records, where NaN stops a training
+
+
+@pytest.mark.parametrize("num_classes", [None, 3])
+def test_teachers_that_disagree_on_the_classes_are_named_with_their_numbers(num_classes):
+    teachers = ensemble(Says(0, 1, 2), Says(0, 1), num_classes=num_classes)
+    images = "" if num_classes is None else "; the images have 3"
+    with pytest.raises(UserError) as error:
+        teachers(torch.zeros(1, 3, 8, 8), PHOTO)
+    assert f"not the same: teacher-1 has 3, teacher-2 has 2{images}; a teacher" in str(error.value)
+
+
+def test_a_teacher_of_another_number_of_classes_than_the_images_is_refused():
+    with pytest.raises(UserError, match="teacher-1 has 2; the images have 3"):
+        ensemble(Says(0, 1), num_classes=3)(torch.zeros(1, 3, 8, 8), PHOTO)
+
+
+def test_a_file_of_classes_that_is_not_the_teachers_is_refused():
+    mapping = ClassMapping(4, torch.tensor([0]), torch.tensor([0]), classes=1)
+    teachers = TeacherEnsemble([Member("one", Says(0, 1), PHOTO, mapping=mapping)])
+    with pytest.raises(UserError, match=r"teacher one: answers with 2 classes, its file .* has 4"):
+        teachers(torch.zeros(1, 3, 8, 8), PHOTO)
+
+
+def test_what_answers_cost_is_measured_when_asked_for():
+    teachers = ensemble(Says(0, 1), Says(0, 1))
+    teachers(torch.zeros(4, 3, 8, 8), PHOTO)
+    assert teachers.costs() == {}
+    teachers.measure()
+    teachers.probabilities(1, torch.zeros(4, 3, 8, 8))
+    assert teachers.costs().keys() == {"teacher-2"}
+    cost = teachers.costs()["teacher-2"]
+    assert cost.ms_per_image > 0
+    assert cost.peak_mb is None

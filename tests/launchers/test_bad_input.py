@@ -122,6 +122,16 @@ def test_a_place_that_holds_no_recipe(sbf: Sbf, place: str, message: str) -> Non
         ),
         (f"teachers.0.model=cifar_resnet{'2' * 5000}", "the depth must be 6n + 2"),
         ("teachers.0.model=cifar_resnet8_w99999", "the width must be from 1 to 512"),
+        (
+            "teachers.0.training.freeze=[stage.*]",
+            "teachers.0.training.freeze: no parameter matches 'stage.*'; similar are stages",
+        ),
+        ("teachers.0.training.freeze=['*']", "freeze: ['*'] matches all parameters, so none is"),
+        ("teachers.0.training.optimizer.body_lr_share=2", "body_lr_share = 2 must be less than or"),
+        ("teachers.0.pretrained=true", "pretrained = True needs a model of timm or torchvision"),
+        ("teachers.0.weights=x", "give either training or weights; a training that starts from"),
+        ("teachers.0.weights_key=ema", "weights_key or weights_prefix = 'ema' needs a file of"),
+        ("teachers.0.views=0", "teachers.0.views = 0 must be 1 or 2"),
         ("seed=[", "override 'seed=[': '[' is not a YAML value"),
         (f"seed={'[' * 900}", "is not a YAML value"),
         ("tracking.uri=sqlite:foo.db", "'sqlite:foo.db': names no file after sqlite:///"),
@@ -253,6 +263,31 @@ def test_weights_are_looked_at_before_any_image_is_read(sbf: Sbf, kind: str) -> 
             torch.save(models.build("cifar_resnet8_w4", 3).state_dict(), weights)
     overrides = ("teachers.0.training=null", "teachers.0.weights=weights.pt")
     assert_refused(sbf("run", "tiny.yaml", *overrides), message)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["start_from=no.pth"], "teachers.0.start_from = 'no.pth' does not exist"),
+        (["start_from=photos"], "teachers.0.start_from = 'photos' must be a file"),
+        (["start_from=file"], "weights file are neither a safetensors file nor torch.save's"),
+        (["start_from=wide.pth"], "weights wide.pth do not fit: conv.weight is (5, 3, 3, 3)"),
+        (["start_from=nan.pth"], "one: the weights of nan.pth are not finite: conv.weight"),
+        (["weights=nan.pth", "training=null", "classes=no.txt"], "must have the student's classes"),
+    ],
+    ids=lambda value: str(value[0])[:30],
+)
+def test_what_teachers_start_from_is_looked_at_before_any_image_is_read(
+    sbf: Sbf, overrides: list[str], message: str
+) -> None:
+    for path in Path("photos").rglob("*.png"):
+        path.write_text("no image")  # which is found when it is read
+    torch.save(models.build("cifar_resnet8_w5", 7).state_dict(), "wide.pth")
+    state = models.build("cifar_resnet8_w4", 7).state_dict()
+    state["conv.weight"].fill_(torch.nan)
+    torch.save(state, "nan.pth")
+    changes = [f"teachers.0.{override}" for override in overrides]
+    assert_refused(sbf("run", "tiny.yaml", *changes), message)
 
 
 def test_a_comparison_that_another_process_works_on(sbf: Sbf) -> None:

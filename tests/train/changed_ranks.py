@@ -11,6 +11,7 @@ from tiny import TinyLoader, TinyTask
 from sbf_dist.settings import Optimizer
 from sbf_dist.train import checkpoint, shards
 from sbf_dist.train.engine import build_engine
+from sbf_dist.train.freezing import freeze
 from sbf_dist.train.loop import Every, fit
 from sbf_dist.train.resharding import gather
 
@@ -21,8 +22,11 @@ OPTIMIZERS = {
     "sgd": Optimizer(lr=0.05, weight_decay=1e-3, clip=5.0),
     "adamw": Optimizer(name="adamw", lr=0.01, weight_decay=1e-3),
     "lamb": Optimizer(name="lamb", lr=0.01, weight_decay=1e-3),
+    "finetuning-sgd": Optimizer(lr=0.05, weight_decay=1e-3, body_lr_share=0.5),
 }
+FROZEN = {"finetuning-sgd": ["0.bias", "1.*"]}
 CELLS = [(stage, name) for stage in (0, 1, 2, 3) for name in ("sgd", "adamw")] + [(0, "lamb")]
+CELLS += [(stage, "finetuning-sgd") for stage in (1, 3)]
 EMA = 0.7
 
 Losses = dict[str, list[float]]
@@ -36,8 +40,10 @@ def _engines() -> Iterator[tuple[str, Any, TinyLoader]]:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     for stage, optimizer in CELLS:
         torch.manual_seed(7)
+        task = TinyTask()
+        freeze(task.student, FROZEN.get(optimizer, []))
         engine = build_engine(
-            TinyTask(),
+            task,
             OPTIMIZERS[optimizer],
             micro_batch=GLOBAL_BATCH // ranks,
             zero_stage=stage,
@@ -46,6 +52,7 @@ def _engines() -> Iterator[tuple[str, Any, TinyLoader]]:
         # In training mode its statistics are those of a rank's images: another number of ranks
         # would compute something else.
         engine.module.student[1].eval()
+        engine.lr = OPTIMIZERS[optimizer].lr
         yield cell(stage, optimizer), engine, TinyLoader(rank, ranks, GLOBAL_BATCH // ranks)
 
 
@@ -69,7 +76,7 @@ def _train(engine: Any, loader: TinyLoader, start: int) -> list[float]:
         loader,
         steps=start + STEPS,
         start_step=start,
-        lr_at=lambda step: engine.optimizer.param_groups[0]["lr"],
+        lr_at=lambda step: engine.lr,
         log=Every(1, lambda record: losses.append(record.parts["loss"])),
         checkpoint=Every(1, follow),
     )

@@ -10,7 +10,7 @@ from sbf_dist.train.engine import build_engine, parameter_groups, torch_optimize
 
 def test_only_weights_of_convolutions_and_linear_layers_decay() -> None:
     task = TinyTask()
-    decayed, free = parameter_groups(task, 0.1)
+    decayed, free = parameter_groups(task, Optimizer(weight_decay=0.1))
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
     assert [p.shape for p in decayed["params"]] == [(8, 3, 3, 3), (7, 32)]
     assert len(free["params"]) == 4  # two biases, the batch norm's scale and shift
@@ -20,7 +20,7 @@ def test_the_small_kernels_of_an_sbf_layer_do_not_decay() -> None:
     task = nn.Module()
     task.basis = nn.Conv2d(3, 4, 3, bias=False)
     task.transforms = nn.Parameter(torch.zeros(2, 1, 3, 3))
-    decayed, free = parameter_groups(task, 0.1)
+    decayed, free = parameter_groups(task, Optimizer(weight_decay=0.1))
     assert [p.shape for p in free["params"]] == [(2, 1, 3, 3)]
     assert [p.shape for p in decayed["params"]] == [(4, 3, 3, 3)]
 
@@ -28,7 +28,30 @@ def test_the_small_kernels_of_an_sbf_layer_do_not_decay() -> None:
 def test_frozen_parameters_are_in_no_group_and_no_group_is_empty() -> None:
     task = TinyTask().requires_grad_(False)
     task.student[5].weight.requires_grad_(True)
-    assert [group["params"] for group in parameter_groups(task, 0.1)] == [[task.student[5].weight]]
+    groups = parameter_groups(task, Optimizer())
+    assert [group["params"] for group in groups] == [[task.student[5].weight]]
+    assert "lr_scale" not in groups[0]
+
+
+def test_the_body_has_groups_of_its_own_with_a_share_of_the_learning_rate() -> None:
+    task = TinyTask()
+    task.student[0].bias.requires_grad_(False)
+    groups = parameter_groups(task, Optimizer(weight_decay=0.1, body_lr_share=0.2))
+    found = [
+        ([tuple(p.shape) for p in g["params"]], g["weight_decay"], g.get("lr_scale"))
+        for g in groups
+    ]
+    assert found == [
+        ([(8, 3, 3, 3)], 0.1, 0.2),
+        ([(8,), (8,)], 0.0, 0.2),
+        ([(7, 32)], 0.1, None),
+        ([(7,)], 0.0, None),
+    ]
+
+
+def test_a_network_without_a_head_has_no_share() -> None:
+    with pytest.raises(UserError, match="body_lr_share: the network has no linear layer"):
+        parameter_groups(nn.BatchNorm2d(3), Optimizer(body_lr_share=0.5))
 
 
 def test_a_task_without_trainable_parameters_is_refused() -> None:

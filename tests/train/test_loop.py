@@ -66,6 +66,13 @@ def test_each_step_runs_with_its_own_rate_in_all_groups() -> None:
     assert engine.rates == [(0.0, 0.0), (0.1, 0.1), (0.2, 0.2)]
 
 
+def test_a_group_with_a_scale_keeps_its_ratio_to_the_others() -> None:
+    engine = DiaryEngine()
+    engine.param_groups[1]["lr_scale"] = 0.1
+    run(engine, steps=3, lr_at=float)
+    assert engine.rates == [(0.0, 0.0), (1.0, 0.1), (2.0, 0.2)]
+
+
 def test_records_come_at_every_interval_and_at_the_end() -> None:
     assert [record.step for record in run(DiaryEngine())] == [4, 8, 10]
 

@@ -1,14 +1,11 @@
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 
-from launchers.run import work
 from launchers.run.building import build_network
 from launchers.run.folder import RunFolder
 from launchers.run.networks import Network, Networks
-from sbf_dist import models, recipe
+from sbf_dist import recipe
 from sbf_dist.recipe import Recipe
 from sbf_dist.settings import View
 
@@ -95,7 +92,7 @@ def test_a_teacher_sees_images_as_it_says_or_as_the_student_does():
     assert one.view == networks.recipe.data.view
     assert two.view == View(image_size=32, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
     assert two.input_shape == (3, 32, 32)
-    assert [teacher.ensemble_weight for teacher in networks.teachers] == [1.0, 2.0, 1.0]
+    assert [teacher.asked.weight for teacher in networks.teachers] == [1.0, 2.0, 1.0]
 
 
 def test_every_network_of_the_table_comes_from_some_stage_and_has_a_file():
@@ -173,28 +170,3 @@ def test_nothing_of_a_run_lies_outside_of_its_folder():
     ]  # fmt: skip
     assert len(set(paths)) == len(paths)
     assert all(path.is_relative_to(FOLDER.root) for path in paths)
-
-
-def test_which_part_of_a_nested_file_of_weights_was_taken_is_told(tmp_path):
-    network = models.build("cifar_resnet8_w4", 10)
-    state = {f"module.{name}": value for name, value in network.state_dict().items()}
-    torch.save({"epoch": 3, "model_ema": state}, tmp_path / "teacher.pth")
-    teacher = SimpleNamespace(
-        name="teacher-1",
-        model="cifar_resnet8_w4",
-        weights=tmp_path / "teacher.pth",
-        plan=None,
-        job=None,
-        arguments={},
-    )
-    lines = []
-    session = SimpleNamespace(
-        networks=SimpleNamespace(teachers=[teacher], trained_in=lambda stage: []),
-        num_classes=10,
-        display=SimpleNamespace(say=lines.append),
-    )
-    assert work.train_teachers(session, None) == {}
-    (line,) = lines
-    assert line.startswith("  teacher-1: ")
-    assert "model_ema" in line
-    assert "module." in line

@@ -26,7 +26,15 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "compiled": TRAINING | {"steps": 3, "compile": True},
     "plain": TRAINING | {"steps": 3},
     "evaluated": TRAINING | {"steps": 3, "checkpoint_every": 1},
+    "finetuned": TRAINING
+    | {
+        "steps": 3,
+        "zero_stage": 2,
+        "freeze": ["0.*", "1.*"],
+        "optimizer": {"lr": 0.05, "body_lr_share": 0.5},
+    },
 }
+START = "published.pth"  # of five classes, beside the runs
 CONTENT = {
     "name": "tiny",
     "data": {"source": "digits", "image_size": 16, "cache": "memory"},
@@ -74,12 +82,16 @@ def _train_all(runs: str) -> None:
     training.tracking.attach = lambda journals: Tracker()  # type: ignore[assignment]
     torch.set_num_threads(1)
     join_process_group(torch.device("cpu"))
+    torch.save(small_network(5).state_dict(), Path(runs, START))
     here = begin(Recipe.model_validate(CONTENT), Path(runs))
     answer: dict[str, Any] = {}
     for teacher in here.networks.teachers:
         logged.clear()
         # As if each were the first and only one: the same random weights.
         object.__setattr__(teacher.job, "seed", 0)
+        if teacher.name == "finetuned":
+            object.__setattr__(teacher.job, "start", Path(runs, START))
+            object.__setattr__(teacher, "published", Path(runs, START))
         stopping = Stopping(contextlib.nullcontext(lambda: False), 600, Path(runs, "stacks"))
         shelf = Shelf(Path(runs, "checkpoints"), teacher.name, 3, keep_best=True)
         with Saving(shelf, stopping) as saving:
@@ -166,3 +178,16 @@ def test_evaluating_each_checkpoint_scores_it_and_changes_nothing_in_the_trainin
     assert [logged[str(step)]["evaluated/top1"] for step in (1, 2, 3)] == top1s
     plain, evaluated = (_weights(runs, name) for name in ("plain", "evaluated"))
     assert all(torch.equal(plain[name], evaluated[name]) for name in plain)
+
+
+def test_a_teacher_starts_from_published_weights_and_its_frozen_layers_keep_them(
+    runs: Path,
+) -> None:
+    published = torch.load(runs / START)
+    found = _weights(runs, "finetuned")
+    assert found["5.weight"].shape == (10, 32)  # the published head has five classes
+    for name, value in published.items():
+        if name.startswith(("0.", "1.")):  # statistics of the batch norm among them
+            assert torch.equal(found[name], value), name
+    plain = _weights(runs, "plain")
+    assert not torch.equal(plain["1.running_mean"], published["1.running_mean"])
