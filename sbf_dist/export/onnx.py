@@ -1,5 +1,6 @@
 """Export as ONNX: standard operators only, checked, with what a user of the file must know."""
 
+import ast
 import json
 import math
 import re
@@ -20,6 +21,7 @@ from sbf_dist.export.standard_operators import with_standard_operators
 from sbf_dist.files import write_bytes
 from sbf_dist.surgery import deep_copy, unwrapped
 
+_SCOPES = "pkg.torch.onnx.name_scopes"
 OPSET = 18  # ONNX 1.13 (2022), which the runtimes in use read
 
 
@@ -86,6 +88,7 @@ def export_onnx(
     foreign = {entry.domain for entry in proto.opset_import} - {""}
     if foreign or proto.functions:
         raise UserError(f"model {name!r} needs operators outside standard ONNX: {sorted(foreign)}")
+    _name_by_layer(proto)
     _remove_traces(proto)
     del proto.metadata_props[:]
     if card is not None:
@@ -132,6 +135,16 @@ def _reason(error: Exception) -> str:
 def _metadata(card: Card) -> Iterator[tuple[str, str]]:
     for field, value in card.model_dump(mode="json").items():
         yield f"sbf.{field}", json.dumps(value, ensure_ascii=False)
+
+
+def _name_by_layer(proto: Any) -> None:
+    """Call each node LAYER/OPERATOR, by what the exporter notes beside it."""
+    for number, node in enumerate(proto.graph.node):
+        noted = {entry.key: entry.value for entry in node.metadata_props}
+        # The names of all modules around it, and last its own.
+        scopes = ast.literal_eval(noted.get(_SCOPES, "[]"))
+        layer = scopes[-2] if len(scopes) > 1 else ""
+        node.name = f"{layer}/{node.op_type}_{number}"
 
 
 def _remove_traces(proto: Any) -> None:
