@@ -7,7 +7,19 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from launchers.commands import checkpoint, compare, compress, data, jobs, label, plan, run
+from launchers.commands import (
+    checkpoint,
+    compare,
+    compress,
+    data,
+    evaluate,
+    export,
+    jobs,
+    label,
+    plan,
+    predict,
+    run,
+)
 from sbf_dist.errors import RunError, UserError, without_credentials
 
 app = typer.Typer(
@@ -41,6 +53,13 @@ app.command("run", help=run.HELP, short_help="Run a recipe: from images to an ex
     run.command
 )
 app.add_typer(label.app, name="label", short_help="Write and judge the teachers' predictions.")
+app.command("evaluate", short_help="The accuracy of a student on labelled images.")(
+    evaluate.command
+)
+app.command("export", short_help="Write a student as ONNX, program, safetensors, MLflow model.")(
+    export.command
+)
+app.command("predict", short_help="Classify images with a student.")(predict.command)
 app.command("submit", short_help="Run a recipe on a cluster.")(jobs.submit)
 app.command("jobs", short_help="List the jobs of a cluster.")(jobs.jobs)
 app.command("logs", short_help="Print what a job prints.")(jobs.logs)

@@ -23,8 +23,10 @@ from sbf_dist.compression.planning.latency import latencies_if_quiet
 from sbf_dist.compression.removal.zeroed import zero_channels
 from sbf_dist.distill import pseudo_labels, stored_labels
 from sbf_dist.distill.selection import check_choice, choose, unused_classes
+from sbf_dist.export.model_card import History, write_model_card
 from sbf_dist.export.optimize import optimize
-from sbf_dist.export.saved import ONNX
+from sbf_dist.export.saved import load_card
+from sbf_dist.export.student_files import ONNX
 from sbf_dist.files import write_json
 from sbf_dist.report.chart import accuracy_and_cost
 from sbf_dist.weights import save_weights
@@ -224,7 +226,14 @@ def export(session: Session, log: tracking.Run) -> Result:
         fidelity=_fidelity(scores),
         images=images,
     )
-    session.tracker.log_student(folder.student / ONNX)
+    write_model_card(
+        folder.student,
+        load_card(folder.student),
+        Plan.load(student.plan),
+        History(session.recipe, {part: len(ids) for part, ids in index.parts.items()}, rows),
+    )
+    registered = session.recipe.tracking.registered_model
+    session.tracker.log_student(folder.student / ONNX, registered_name=registered)
     log.log_artifact(folder.student, "student")
     log.log_metrics({"onnx_difference": difference}, 0)
     session.display.say(f"  ONNX Runtime agrees within {difference:.1e} on {len(images)} images")

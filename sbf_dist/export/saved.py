@@ -16,16 +16,11 @@ from sbf_dist.compression.convert import convert
 from sbf_dist.compression.plan import MeasuredFidelity, OtherInput, Plan
 from sbf_dist.compression.remembered import plan_of
 from sbf_dist.errors import UserError
+from sbf_dist.export.student_files import CARD, MODEL_CARD, ONNX, PLAN, WEIGHTS
 from sbf_dist.files import flush_below, sha256
 from sbf_dist.schema import equals
 from sbf_dist.surgery import unwrapped
 from sbf_dist.weights import load_state, read_safetensors, save_weights
-
-WEIGHTS = "weights.safetensors"
-PLAN = "plan.json"
-CARD = "card.json"
-ONNX = "student.onnx"
-MODEL_CARD = "README.md"
 
 
 class Card(BaseModel):

@@ -44,7 +44,9 @@ class Student:
         metadata = self.session.get_modelmeta().custom_metadata_map
         missing = [key for key in ("sbf.classes", "sbf.input_shape") if key not in metadata]
         if missing:
-            raise ValueError(f"{path} is no exported student: it has no {missing[0]} in its metadata")
+            raise ValueError(
+                f"{path} is no exported student: it has no {missing[0]} in its metadata"
+            )
         self.classes = np.array(json.loads(metadata["sbf.classes"]))
         outputs = [one.name for one in self.session.get_outputs()]
         if "logits" not in outputs:
@@ -89,16 +91,18 @@ class Student:
             raise ValueError(f"images have shape {images.shape}; wanted at least one image")
         if images.dtype != np.uint8:
             _check_floats(images)
-        logits = [
-            self.session.run(["logits"], {"images": self._normalised(part)})[0]
-            for part in np.split(images, range(self.batch_size, len(images), self.batch_size))
-        ]
+        parts = np.split(images, range(self.batch_size, len(images), self.batch_size))
+        logits = [self.logits(self._normalised(part)) for part in parts]
         probabilities = _softmax(np.concatenate(logits))
         return {
             "class": self.classes[probabilities.argmax(1)],
             "probability": probabilities.max(1),
             "probabilities": probabilities,
         }
+
+    def logits(self, images: np.ndarray) -> np.ndarray:
+        """Return the logits (N, classes) of normalised images, float32 (N, 3, height, width)."""
+        return self.session.run(["logits"], {"images": images})[0]
 
     def _normalised(self, images: np.ndarray) -> np.ndarray:
         values = images.astype(np.float32)
@@ -169,14 +173,13 @@ def _span(length: int, side: int, scale: float, reach: float) -> tuple[float, in
 
 def _opened(picture: str | Path | bytes) -> Image.Image:
     """Decode a picture as RGB, upright. Raises ValueError, in one line, if that is not possible."""
-    source: Any = io.BytesIO(picture) if isinstance(picture, bytes) else picture
+    source: Any = io.BytesIO(picture) if isinstance(picture, bytes) else Path(picture)
+    if isinstance(source, Path) and source.exists() and not source.is_file():
+        raise ValueError("not a regular file")  # opening a pipe would wait for somebody to write
     try:
         with Image.open(source) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise ValueError(
-                    f"{image.width} x {image.height}, more than the limit of "
-                    f"{MAX_PIXELS // 1_000_000} million pixels"
-                )
+                raise Image.DecompressionBombError
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I"):  # 16 bits
                 levels = np.rint(np.asarray(upright) / 257).astype(np.uint8)
@@ -187,11 +190,12 @@ def _opened(picture: str | Path | bytes) -> Image.Image:
     except Image.UnidentifiedImageError:  # its message names an object of Python's
         raise ValueError("not a readable image (unknown format)") from None
     except Image.DecompressionBombError:
-        raise ValueError(f"more than the limit of {MAX_PIXELS // 1_000_000} million pixels") from None
-    except OSError as error:
-        raise ValueError(f"not a readable image ({error.strerror or error})") from error
-    except SyntaxError as error:  # Pillow's, of a broken PNG
-        raise ValueError(f"not a readable image ({error})") from error
+        raise ValueError(
+            f"more than the limit of {MAX_PIXELS // 1_000_000} million pixels"
+        ) from None
+    except Exception as error:  # Pillow raises whatever its parsers stumble over
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ValueError(f"not a readable image ({' '.join(str(reason).split())})") from error
 
 
 class Service:
