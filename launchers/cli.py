@@ -12,6 +12,7 @@ from launchers.commands import (
     compare,
     compress,
     data,
+    doctor,
     evaluate,
     export,
     jobs,
@@ -25,7 +26,6 @@ from sbf_dist.errors import RunError, UserError, without_credentials
 app = typer.Typer(
     help="SBF-Dist: CNNs at half the cost, compressed by spatial basis filters and distilled "
     "from a teacher ensemble. Start with: sbf run recipes/digits.yaml",
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -56,6 +56,7 @@ app.add_typer(label.app, name="label", short_help="Write and judge the teachers'
 app.command("evaluate", short_help="The accuracy of a student on labelled images.")(
     evaluate.command
 )
+app.command("doctor", short_help="Whether this machine has what a run needs.")(doctor.command)
 app.command("export", short_help="Write a student as ONNX, program, safetensors, MLflow model.")(
     export.command
 )

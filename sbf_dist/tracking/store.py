@@ -175,7 +175,7 @@ class MlflowStore:
         except (ImportError, ArgumentError, NoSuchModuleError) as error:
             raise UserError(f"tracking store {shown}: {self._address.hide(str(error))}") from error
         except MlflowException as error:
-            reason = self._address.hide(_cause(str(error)))
+            reason = self._address.hide(cause_of(str(error)))
             if error.get_http_status_code() in (401, 403) or "error code 401" in reason:
                 raise UserError(
                     f"tracking store {shown}: refuses the credentials; set "
@@ -403,7 +403,7 @@ def _wait_for_database(database: Path) -> None:
         connection.rollback()
 
 
-def _cause(text: str) -> str:
+def cause_of(text: str) -> str:
     """Return what stands at the end of the nested messages of a connection that failed."""
     failed = re.search(r"\[Errno -?\d+\] [A-Za-z ]+|[Rr]ead timed out", text)
     return failed[0] if failed and "HTTPConnectionPool" in text else text
