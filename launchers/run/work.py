@@ -26,7 +26,7 @@ from sbf_dist.distill.selection import check_choice, choose, unused_classes
 from sbf_dist.export.model_card import History, write_model_card
 from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import load_card
-from sbf_dist.export.student_files import ONNX
+from sbf_dist.export.student_files import MODEL_CARD, ONNX
 from sbf_dist.files import write_json
 from sbf_dist.report.chart import accuracy_and_cost
 from sbf_dist.weights import save_weights
@@ -242,6 +242,7 @@ def export(session: Session, log: tracking.Run) -> Result:
     chart.savefig(folder.root / "summary.png", dpi=120)
     session.tracker.log_artifact(folder.root / "summary.png")
     session.tracker.log_artifact(folder.summary)
+    session.tracker.log_artifact(folder.student / MODEL_CARD)  # with the table, which MLflow shows
     return {"onnx_difference": difference}
 
 
