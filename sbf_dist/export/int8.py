@@ -76,29 +76,29 @@ def quantise_onnx(
         trial = _Trial(source, Path(folder), calibration, held_out)
         names = list(trial.layers)
         left: list[FloatLayer] = []
-        divergence = trial.divergence()
-        if not divergence <= limit:
+        reached = trial.divergence()
+        if not reached <= limit:
             alone = {}
             for number, name in enumerate(names, 1):
                 alone[name] = trial.divergence(only=name)
                 progress("quantise layers", number, len(names))
             worst = sorted(names, key=lambda name: -alone[name])
-            count, divergence = _fewest(trial, worst, limit)
+            count, reached = _fewest(trial, worst, limit)
             left = [
                 FloatLayer(name, trial.form(name), alone[name])
                 for name in names
                 if name in worst[:count]
             ]
-        if not divergence <= limit:
+        if not reached <= limit:
             raise UserError(
-                f"ONNX file {source}: in int8 its predictions diverge by {divergence:.3g}, more "
+                f"ONNX file {source}: in int8 its predictions diverge by {reached:.3g}, more "
                 f"than {limit:g}, even with all {len(names)} layers in float"
             )
         proto = onnx.load(trial.write(without=[layer.name for layer in left]))
     _describe(proto, onnx.load(source), left)
     onnx.checker.check_model(proto, full_check=True)
     onnx.save(proto, target)
-    return Quantised(divergence, len(names), left)
+    return Quantised(reached, len(names), left)
 
 
 def divergence(found: Outputs, wanted: Outputs, *, logits: bool) -> float:
