@@ -11,6 +11,7 @@ from typing import Literal
 
 from launchers.machine import available_cpus, available_gpus
 from sbf_dist.errors import UserError
+from sbf_dist.tracking.address import Address
 
 State = Literal["ok", "note", "broken"]
 
@@ -44,8 +45,8 @@ class Finding:
     remedy: str | None = None
 
 
-def examine(runs: Path, uri: str | None) -> Iterator[Finding]:
-    """Check one thing after another. runs: folder of the runs; uri: of MLflow, see Tracking.uri."""
+def examine(runs: Path, tracking: Address) -> Iterator[Finding]:
+    """Check one thing after another. runs: folder of the runs; tracking: MLflow's store."""
     yield _python()
     for distribution, module in _PACKAGES:
         yield _guarded(distribution, lambda d=distribution, m=module: _package(d, m))  # type: ignore[misc]
@@ -54,7 +55,7 @@ def examine(runs: Path, uri: str | None) -> Iterator[Finding]:
         ("extension", _extension),
         ("GPU", _gpu),
         ("Ray", _ray),
-        ("MLflow", lambda: _mlflow(runs, uri)),
+        ("MLflow", lambda: _mlflow(tracking)),
         ("disk", lambda: _disk(runs)),
     )
     for name, check in checks:
@@ -132,7 +133,9 @@ def _gpu() -> Finding:
 def _ray() -> Finding:
     address = os.environ.get("RAY_ADDRESS")
     if address is None or address == "local":
-        return Finding("Ray", "ok", f"a run starts its own: {available_cpus()} CPUs, {available_gpus()} GPUs")
+        return Finding(
+            "Ray", "ok", f"a run starts its own: {available_cpus()} CPUs, {available_gpus()} GPUs"
+        )
     from launchers.on_ray.seen import seen_by_ray
 
     try:
@@ -141,10 +144,9 @@ def _ray() -> Finding:
         return Finding("Ray", "broken", str(error), "start that cluster, or unset RAY_ADDRESS")
 
 
-def _mlflow(runs: Path, uri: str | None) -> Finding:
-    from sbf_dist.tracking import answer, tracking_address
+def _mlflow(address: Address) -> Finding:
+    from sbf_dist.tracking import answer
 
-    address = tracking_address(runs, uri)
     reason = answer.refusal(address)
     if reason is None:
         return Finding("MLflow", "ok", f"{address.shown} answers")

@@ -21,7 +21,6 @@ from launchers.labelled_images import Images
 from launchers.machine import available_cpus
 from sbf_dist.compression.outputs import named_tensors
 from sbf_dist.compression.plan import Plan
-from sbf_dist.errors import UserError
 from sbf_dist.export import exported_program, int8, onnx, sbf_student
 from sbf_dist.export.model_card import History
 from sbf_dist.export.saved import Card, load_student, save_student
@@ -92,11 +91,7 @@ def _onnx(student: Student, precision: str, folder: Path, display: Display) -> W
 
 def _quantise(student: Student, source: Path, target: Path, display: Display) -> None:
     images = student.images
-    if images is None:
-        raise UserError(
-            "--precision int8 needs images that ranges are measured on, and a student that knows "
-            "its mean and std: give a run's folder, or --data RECIPE|FOLDER"
-        )
+    assert images is not None
     drawn = np.random.default_rng(0).permutation(images.training)[:CALIBRATED]
     pixels = evaluation_images(images.data, images.index, np.sort(drawn)).contiguous().numpy()
     found = int8.quantise_onnx(

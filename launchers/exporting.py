@@ -91,6 +91,11 @@ def export(student: Student, form: str, precision: str, out: Path, display: Disp
     "int8". Raises UserError where the network does not bear the precision, RuntimeError where a
     file disagrees with PyTorch all the same.
     """
+    if precision == "int8" and student.images is None:
+        raise UserError(
+            "--precision int8 needs images that ranges are measured on, and a student that knows "
+            "its mean and std: give a run's folder, or --data RECIPE|FOLDER"
+        )
     write = FORMS[form]
     with _new_folder(out) as folder, tempfile.TemporaryDirectory() as aside:
         written = {precision: write(student, precision, folder, display)}

@@ -29,11 +29,14 @@ def command(
     Exit code 1 if something that every run needs is broken.
     """
     from launchers.doctor import examine
+    from sbf_dist.tracking import tracking_address
+
+    address = tracking_address(runs, uri)
 
     logging.disable(logging.WARNING)  # of packages that are imported to see whether they can be
     try:
         findings = []
-        for finding in examine(runs, uri):
+        for finding in examine(runs, address):
             findings.append(finding)
             if not as_json:
                 print(f"{_MARKS[finding.state]:<6}  {finding.name:<20}  {finding.found}")

@@ -14,7 +14,6 @@ from launchers.run.folder import RunFolder
 from launchers.storage.driver import taken_over
 from sbf_dist.recipe import Recipe
 
-
 _MLFLOW_UI = "http://127.0.0.1:5000"  # where `mlflow ui` listens
 
 

@@ -95,9 +95,7 @@ class Uneven(nn.Module):
 def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("int8") / "uneven.onnx"
-    card = Card(
-        model="uneven", classes=list("abcd"), input_shape=(3, 16, 16), plan_digest="0" * 64
-    )
+    card = Card(model="uneven", classes=list("abcd"), input_shape=(3, 16, 16), plan_digest="0" * 64)
     export_onnx(Uneven().eval(), path, card)
     return path
 

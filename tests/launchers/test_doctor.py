@@ -12,6 +12,7 @@ import pytest
 from launchers import doctor
 from launchers.doctor import Finding
 from sbf_dist import extension
+from sbf_dist.tracking import tracking_address
 
 Sbf = Callable[..., tuple[int, str, str]]
 
@@ -26,7 +27,8 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def examined(uri: str | None = None) -> dict[str, Finding]:
-    return {finding.name: finding for finding in doctor.examine(Path("runs"), uri)}
+    address = tracking_address(Path("runs"), uri)
+    return {finding.name: finding for finding in doctor.examine(Path("runs"), address)}
 
 
 def test_a_machine_that_has_everything_is_said_to_have_it(sbf: Sbf) -> None:

@@ -109,8 +109,10 @@ def test_a_table_has_a_row_for_each_picture(sbf: Sbf, here: Path) -> None:
     ]
     assert all(row.count("%") == 2 for row in rows)
     # Of a student of an earlier version the crop is not known, and what is taken is said.
-    assert err == "sbf: run does not say which crop it was evaluated with: taking 0.875; " \
+    assert (
+        err == "sbf: run does not say which crop it was evaluated with: taking 0.875; "
         "--crop names another\n"
+    )
 
 
 def test_no_pytorch_is_needed(here: Path) -> None:
