@@ -133,9 +133,8 @@ def _gpu() -> Finding:
 def _ray() -> Finding:
     address = os.environ.get("RAY_ADDRESS")
     if address is None or address == "local":
-        return Finding(
-            "Ray", "ok", f"a run starts its own: {available_cpus()} CPUs, {available_gpus()} GPUs"
-        )
+        found = f"a run starts its own: {available_cpus()} CPUs, {available_gpus()} GPUs"
+        return Finding("Ray", "ok", found)
     from launchers.on_ray.seen import seen_by_ray
 
     try:

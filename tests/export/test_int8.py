@@ -126,7 +126,7 @@ def test_the_form_of_a_layer_is_said(in_float: Path, tmp_path: Path) -> None:
 
 
 def test_a_limit_that_nothing_meets_is_an_error(in_float: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="even with all .* layers in float"):
+    with pytest.raises(UserError, match=r"even with all .* layers in float"):
         quantise(in_float, tmp_path / "int8.onnx", limit=-1.0)
     assert list(tmp_path.iterdir()) == []
 
