@@ -1,4 +1,4 @@
-"""The work of `sbf doctor`: what is installed, built and reached, and what to do where it is not."""
+"""The work of `sbf doctor`: what is installed, built and reached, and what to do otherwise."""
 
 import os
 import shutil
