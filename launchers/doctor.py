@@ -2,10 +2,11 @@
 
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,7 @@ INSTALL = "make setup (in the root of the repository)"
 MIN_PYTHON = (3, 11)
 _GB = 10**9
 _MIN_FREE_GB = 2.0
+_IMPORT_SECONDS = 120.0
 # Distribution, and the module that has to be importable.
 _PACKAGES = (
     ("torch", "torch"),
@@ -84,8 +86,28 @@ def _package(distribution: str, module: str) -> Finding:
         version = metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return Finding(distribution, "broken", "not installed", INSTALL)
-    import_module(module)
+    fault = import_fault(module)
+    if fault is not None:
+        return Finding(distribution, "broken", f"{version}, cannot be imported: {fault}", INSTALL)
     return Finding(distribution, "ok", version)
+
+
+def import_fault(module: str) -> str | None:
+    """Import a module in a process of its own, which a broken binary may end; what went wrong."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", f"import {module}"],
+            capture_output=True,
+            text=True,
+            timeout=_IMPORT_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"not done within {_IMPORT_SECONDS:.0f} s"
+    if done.returncode == 0:
+        return None
+    said = done.stderr.strip().splitlines()
+    return said[-1][:300] if said else f"the process ended with {done.returncode}"
 
 
 def _ninja() -> Finding:

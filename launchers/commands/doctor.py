@@ -1,7 +1,6 @@
 """`sbf doctor`: whether this machine has what a run needs."""
 
 import json
-import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -33,17 +32,13 @@ def command(
 
     address = tracking_address(runs, uri)
 
-    logging.disable(logging.WARNING)  # of packages that are imported to see whether they can be
-    try:
-        findings = []
-        for finding in examine(runs, address):
-            findings.append(finding)
-            if not as_json:
-                print(f"{_MARKS[finding.state]:<6}  {finding.name:<20}  {finding.found}")
-                if finding.remedy is not None:
-                    print(f"{'':<6}  {'':<20}  -> {finding.remedy}")
-    finally:
-        logging.disable(logging.NOTSET)
+    findings = []
+    for finding in examine(runs, address):
+        findings.append(finding)
+        if not as_json:
+            print(f"{_MARKS[finding.state]:<6}  {finding.name:<20}  {finding.found}")
+            if finding.remedy is not None:
+                print(f"{'':<6}  {'':<20}  -> {finding.remedy}")
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings]))
     if any(finding.state == "broken" for finding in findings):

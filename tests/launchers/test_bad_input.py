@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-from launchers import doctor
 from launchers.run import execution
 from pipelines.inspection import inspect_image
 from sbf_dist import models
@@ -308,7 +307,6 @@ def test_a_wrong_use_of_a_finished_student(
     sbf: Sbf, monkeypatch: pytest.MonkeyPatch, command: str, message: str
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
-    monkeypatch.setattr(doctor, "import_module", lambda name: None)
     shutil.copytree(Path(__file__).parent / "before" / "run" / "student", "student")
     shutil.copytree("student", "plain")
     Path("plain/student.onnx").unlink()

@@ -1,6 +1,5 @@
 """`sbf doctor`: what is there, what is broken, and the remedy of each."""
 
-import importlib
 import json
 from collections.abc import Callable
 from importlib import metadata
@@ -23,7 +22,7 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(doctor, "import_module", lambda name: None)
+    monkeypatch.setattr(doctor, "import_fault", lambda module: None)
 
 
 def examined(uri: str | None = None) -> dict[str, Finding]:
@@ -63,15 +62,28 @@ def test_what_is_broken_is_printed_with_its_remedy_and_exit_code_1(
 def test_a_package_that_cannot_be_imported_is_broken_and_says_why(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fails(name: str) -> None:
-        if name == "nvidia.dali":
-            raise OSError("libcuda.so.1:\n cannot open")
-
-    monkeypatch.setattr(doctor, "import_module", fails)
+    faults = {"nvidia.dali": "OSError: libcuda.so.1: cannot open"}
+    monkeypatch.setattr(doctor, "import_fault", faults.get)
     found = examined()["nvidia-dali-cuda130"]
     assert (found.state, found.remedy) == ("broken", doctor.INSTALL)
-    assert found.found == "OSError: libcuda.so.1: cannot open"
-    assert importlib.import_module is not fails
+    assert found.found.endswith(", cannot be imported: OSError: libcuda.so.1: cannot open")
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ("", None),
+        ("raise OSError('no such\\nlibrary')", "library"),
+        ("import os; os._exit(3)", "the process ended with 3"),
+    ],
+)
+def test_packages_are_imported_in_a_process_that_they_may_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, fault: str | None
+) -> None:
+    monkeypatch.undo()
+    (tmp_path / "tried.py").write_text(content)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert doctor.import_fault("tried") == fault
 
 
 def test_an_extension_without_cuda_beside_a_gpu_is_broken(
