@@ -57,9 +57,10 @@ def command(
     with Display(Console(highlight=False, stderr=as_json)) as display:
         found = images_at(images, overrides or [], runs, display).seen_as(view)
         if student.crop is None:
+            source = "" if images.is_dir() else f", as {images} says"
             display.say(
                 f"  {model} does not say which crop it was evaluated with: taking "
-                f"{found.data.crop}, as {images} says"
+                f"{found.data.crop}{source}"
             )
         scores = evaluate(student.logits, student.classes.tolist(), found, display)
     if as_json:
