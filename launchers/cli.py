@@ -7,13 +7,25 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from launchers.commands import checkpoint, compare, compress, data, jobs, label, plan, run
+from launchers.commands import (
+    checkpoint,
+    compare,
+    compress,
+    data,
+    doctor,
+    evaluate,
+    export,
+    jobs,
+    label,
+    plan,
+    predict,
+    run,
+)
 from sbf_dist.errors import RunError, UserError, without_credentials
 
 app = typer.Typer(
     help="SBF-Dist: CNNs at half the cost, compressed by spatial basis filters and distilled "
     "from a teacher ensemble. Start with: sbf run recipes/digits.yaml",
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -41,6 +53,14 @@ app.command("run", help=run.HELP, short_help="Run a recipe: from images to an ex
     run.command
 )
 app.add_typer(label.app, name="label", short_help="Write and judge the teachers' predictions.")
+app.command("evaluate", short_help="The accuracy of a student on labelled images.")(
+    evaluate.command
+)
+app.command("doctor", short_help="Whether this machine has what a run needs.")(doctor.command)
+app.command("export", short_help="Write a student as ONNX, program, safetensors, MLflow model.")(
+    export.command
+)
+app.command("predict", short_help="Classify images with a student.")(predict.command)
 app.command("submit", short_help="Run a recipe on a cluster.")(jobs.submit)
 app.command("jobs", short_help="List the jobs of a cluster.")(jobs.jobs)
 app.command("logs", short_help="Print what a job prints.")(jobs.logs)

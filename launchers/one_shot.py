@@ -23,7 +23,8 @@ from sbf_dist.compression.cost import count
 from sbf_dist.compression.plan import MeasuredFidelity, Plan
 from sbf_dist.compression.planning.latency import latencies_if_quiet
 from sbf_dist.export.optimize import optimize
-from sbf_dist.export.saved import ONNX, PLAN, WEIGHTS, check_folder
+from sbf_dist.export.saved import check_folder
+from sbf_dist.export.student_files import ONNX, PLAN, WEIGHTS
 from sbf_dist.models import Architecture
 from sbf_dist.train.evaluate import accuracy, likeness
 from sbf_dist.weights import load_weights

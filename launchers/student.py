@@ -21,7 +21,8 @@ from sbf_dist.compression.progress import Progress
 from sbf_dist.errors import UserError
 from sbf_dist.export.onnx import export_onnx, verify_onnx
 from sbf_dist.export.optimize import optimize
-from sbf_dist.export.saved import ONNX, Card, save_student
+from sbf_dist.export.saved import Card, save_student
+from sbf_dist.export.student_files import ONNX
 from sbf_dist.models import Architecture
 from sbf_dist.recipe import Data, OneShotCompression
 
@@ -98,6 +99,7 @@ def export_student(
         classes=list(classes),
         mean=list(data.mean),
         std=list(data.std),
+        crop=data.crop,
         top1=top1,
         fidelity=fidelity,
     )

@@ -267,6 +267,12 @@ class Tracking(Section):
         None, description="tracking URI; null: MLFLOW_TRACKING_URI, or SQLite under runs/"
     )
     experiment: str = Field("sbf-dist", description="name of the MLflow experiment")
+    registered_model: str | None = Field(
+        None,
+        exclude_if=equals(None),
+        description="name in MLflow's model registry under which the student becomes a version; "
+        "null: it is stored with the run alone",
+    )
 
 
 class Recipe(Section):

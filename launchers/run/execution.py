@@ -14,6 +14,8 @@ from launchers.run.folder import RunFolder
 from launchers.storage.driver import taken_over
 from sbf_dist.recipe import Recipe
 
+_MLFLOW_UI = "http://127.0.0.1:5000"  # where `mlflow ui` listens
+
 
 def execute(recipe: Recipe, folder: RunFolder, until: str, again: str | None) -> None:
     """Run the stages of a run, with its folder locked and its MLflow run open.
@@ -75,7 +77,7 @@ def _execute(recipe: Recipe, folder: RunFolder, until: str, again: str | None) -
             display.say(note)
         sequence.perform(Session(networks, display, tracker, resources), until)
     if folder.summary.exists():
-        show_results(display, folder, tracker.uri)
+        show_results(display, folder, tracker.uri, tracker.page)
 
 
 def say_where(display: Display, folder: RunFolder, uri: str) -> None:
@@ -87,8 +89,8 @@ def say_where(display: Display, folder: RunFolder, uri: str) -> None:
         )
 
 
-def show_results(display: Display, folder: RunFolder, uri: str) -> None:
-    """Show the table, and where the results are."""
+def show_results(display: Display, folder: RunFolder, uri: str, page: str | None) -> None:
+    """Show the table, and where the results are; page: of the run on MLflow's server."""
     result = json.loads(folder.result("evaluate").read_text())
     display.console.print()
     display.console.print(results_table(result["rows"]))
@@ -106,9 +108,12 @@ def show_results(display: Display, folder: RunFolder, uri: str) -> None:
 
     shown = uri.replace(f"{here}/", "") if uri.startswith("sqlite:///") else uri
     display.say(
-        f"\nstudent   {shortened(folder.student)}/ (student.onnx, weights.safetensors, plan.json)"
+        f"\nstudent   {shortened(folder.student)}/ (student.onnx, weights.safetensors, README.md)"
     )
     display.say(f"summary   {shortened(folder.summary)}, {shortened(folder.root)}/summary.png")
     program = shortened(Path(sys.executable).with_name("mlflow"))
     served = uri.startswith(("http://", "https://"))
-    display.say(f"MLflow    {shown if served else f'{program} ui --backend-store-uri {shown}'}")
+    if not served:
+        display.say(f"MLflow    {program} ui --backend-store-uri {shown}")
+    if page is not None:
+        display.say(f"runs      {uri.rstrip('/') if served else _MLFLOW_UI}/{page}")

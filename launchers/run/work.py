@@ -26,8 +26,10 @@ from sbf_dist.distill.selection import check_choice, choose, unused_classes
 from sbf_dist.distill.teacher_costs import TeacherCost
 from sbf_dist.distill.teachers import TeacherEnsemble
 from sbf_dist.distill.temperature import read_temperatures
+from sbf_dist.export.model_card import History, write_model_card
 from sbf_dist.export.optimize import optimize
-from sbf_dist.export.saved import ONNX
+from sbf_dist.export.saved import load_card
+from sbf_dist.export.student_files import MODEL_CARD, ONNX
 from sbf_dist.files import write_json
 from sbf_dist.heads import head_of
 from sbf_dist.report.chart import accuracy_and_cost
@@ -255,7 +257,14 @@ def export(session: Session, log: tracking.Run) -> Result:
         fidelity=_fidelity(scores),
         images=images,
     )
-    session.tracker.log_student(folder.student / ONNX)
+    write_model_card(
+        folder.student,
+        load_card(folder.student),
+        Plan.load(student.plan),
+        History(session.recipe, {part: len(ids) for part, ids in index.parts.items()}, rows),
+    )
+    registered = session.recipe.tracking.registered_model
+    session.tracker.log_student(folder.student / ONNX, registered_name=registered)
     log.log_artifact(folder.student, "student")
     log.log_metrics({"onnx_difference": difference}, 0)
     session.display.say(f"  ONNX Runtime agrees within {difference:.1e} on {len(images)} images")
@@ -264,6 +273,7 @@ def export(session: Session, log: tracking.Run) -> Result:
     chart.savefig(folder.root / "summary.png", dpi=120)
     session.tracker.log_artifact(folder.root / "summary.png")
     session.tracker.log_artifact(folder.summary)
+    session.tracker.log_artifact(folder.student / MODEL_CARD)  # with the table, which MLflow shows
     return {"onnx_difference": difference}
 
 

@@ -84,6 +84,24 @@ def index_plain(root: Path, *, progress: Callable[[int, int], None] | None = Non
     return _index(root, list_unlabelled(root, root), divide, progress)
 
 
+def index_evaluated(
+    root: Path | str, *, progress: Callable[[int, int], None] | None = None
+) -> DataIndex:
+    """Index the images of a labelled folder, all that are evaluated in the part "validation".
+
+    Those of its val folder; where it has none, all in its class folders. Layouts, faults and errors
+    are index_folder's.
+    """
+    none = np.zeros(0, dtype=np.int64)
+    place = root_of(root)
+
+    def divide(_files: list[str], _labels: Ids, roles: Sequence[str], _skipped: list[str]) -> Parts:
+        held_out = np.flatnonzero(np.array(roles) == ("val" if "val" in roles else "train"))
+        return {"labelled": none, "unlabelled": none, "validation": held_out}
+
+    return _index(place, list_images(place), divide, progress)
+
+
 def _index(
     root: Root,
     listing: Listing,

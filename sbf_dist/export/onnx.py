@@ -1,8 +1,8 @@
 """Export as ONNX: standard operators only, checked, with what a user of the file must know."""
 
+import ast
 import json
 import math
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sbf_dist.compression.inputs import Packing
 from sbf_dist.compression.outputs import named_tensors
 from sbf_dist.compression.remembered import plan_of
 from sbf_dist.errors import UserError
-from sbf_dist.export.fold import fold_batchnorm
+from sbf_dist.export.portable import example_inputs, exporters_reason, free_batch, portable
 from sbf_dist.export.saved import Card
-from sbf_dist.export.standard_operators import with_standard_operators
 from sbf_dist.files import write_bytes
 from sbf_dist.surgery import deep_copy, unwrapped
 
+_SCOPES = "pkg.torch.onnx.name_scopes"
 OPSET = 18  # ONNX 1.13 (2022), which the runtimes in use read
 
 
@@ -57,35 +56,29 @@ def export_onnx(
     if card is None and input_shape is None:
         card = Card.of(plan_of(model), classes=classes, mean=mean, std=std)
     name = type(model).__name__ if card is None else card.model
-    portable = with_standard_operators(fold_batchnorm(model)).cpu().float()
-    examples = _examples(2 if dynamic_batch else 1, card, input_shape)
-    names = ["output" if card is not None and not card.classes else "logits"]
-    with torch.no_grad():
-        outputs = portable(*examples)
-    if not isinstance(outputs, Tensor):
-        portable, names = _Flat(portable).eval(), list(named_tensors(outputs))
-    free = torch.export.Dim("batch")
-    shapes: Any = tuple({0: free} for _ in examples)
-    if isinstance(portable, _Flat):
-        shapes = (shapes,)
+    examples = example_inputs(2 if dynamic_batch else 1, card, input_shape)
+    network, several = portable(model, examples)
+    names = several or ["output" if card is not None and not card.classes else "logits"]
     try:
         program = torch.onnx.export(
-            portable,
+            network,
             examples,
             dynamo=True,
             opset_version=OPSET,
             input_names=["images", *(f"input_{i}" for i in range(1, len(examples)))],
             output_names=names,
-            dynamic_shapes=shapes if dynamic_batch else None,
+            dynamic_shapes=free_batch(network, examples) if dynamic_batch else None,
             verbose=False,
         )
     except torch.onnx.errors.OnnxExporterError as error:
-        raise UserError(f"model {name!r} cannot be exported as ONNX: {_reason(error)}") from error
+        reason = exporters_reason(error)
+        raise UserError(f"model {name!r} cannot be exported as ONNX: {reason}") from error
     assert program is not None
     proto = program.model_proto
     foreign = {entry.domain for entry in proto.opset_import} - {""}
     if foreign or proto.functions:
         raise UserError(f"model {name!r} needs operators outside standard ONNX: {sorted(foreign)}")
+    _name_by_layer(proto)
     _remove_traces(proto)
     del proto.metadata_props[:]
     if card is not None:
@@ -94,44 +87,33 @@ def export_onnx(
     write_bytes(Path(path), proto.SerializeToString())
 
 
-class _Flat(nn.Module):
-    """Gives all tensors of a network's outputs as one tuple, which the exporter understands."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(named_tensors(self.network(*inputs)).values())
-
-
-def _examples(
-    batch: int, card: Card | None, input_shape: tuple[int, int, int] | None
-) -> tuple[Tensor, ...]:
-    """Return inputs of zeros."""
-    if card is None:
-        assert input_shape is not None
-        return (torch.zeros(batch, *input_shape),)
-    others = Packing.planned(card)
-    if others is None:
-        return (torch.zeros(batch, *card.input_shape),)
-    pairs = zip(others.shapes, others.dtypes, strict=True)
-    return tuple(torch.zeros(batch, *shape, dtype=dtype) for shape, dtype in pairs)
-
-
-def _reason(error: Exception) -> str:
-    """Return what is behind an error of the exporter, whose own text is advice in many lines."""
-    behind: BaseException = error
-    while behind.__cause__ is not None:
-        behind = behind.__cause__
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(behind)).split("\n")
-    first = next((line.strip() for line in lines if line.strip()), "no reason given")
-    return f"{type(behind).__name__}: {first[:300]}"
-
-
 def _metadata(card: Card) -> Iterator[tuple[str, str]]:
     for field, value in card.model_dump(mode="json").items():
         yield f"sbf.{field}", json.dumps(value, ensure_ascii=False)
+
+
+def halve_onnx(source: Path, target: Path) -> None:
+    """Write the file `source`, of export_onnx, in float16; inputs and outputs stay float32."""
+    import onnx
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
+    proto = convert_float_to_float16(onnx.load(source), keep_io_types=True)
+    OnnxModel(proto).topological_sort()  # the casts of inputs stand at the end
+    known = {entry.key: entry.value for entry in proto.metadata_props}
+    onnx.helper.set_model_props(proto, known | {"sbf.precision": json.dumps("fp16")})
+    onnx.checker.check_model(proto, full_check=True)
+    write_bytes(target, proto.SerializeToString())
+
+
+def _name_by_layer(proto: Any) -> None:
+    """Call each node LAYER/OPERATOR, by what the exporter notes beside it."""
+    for number, node in enumerate(proto.graph.node):
+        noted = {entry.key: entry.value for entry in node.metadata_props}
+        # The names of all modules around it, and last its own.
+        scopes = ast.literal_eval(noted.get(_SCOPES, "[]"))
+        layer = scopes[-2] if len(scopes) > 1 else ""
+        node.name = f"{layer}/{node.op_type}_{number}"
 
 
 def _remove_traces(proto: Any) -> None:

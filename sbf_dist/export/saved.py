@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -16,14 +16,11 @@ from sbf_dist.compression.convert import convert
 from sbf_dist.compression.plan import MeasuredFidelity, OtherInput, Plan
 from sbf_dist.compression.remembered import plan_of
 from sbf_dist.errors import UserError
+from sbf_dist.export.student_files import CARD, MODEL_CARD, ONNX, PLAN, WEIGHTS
 from sbf_dist.files import flush_below, sha256
+from sbf_dist.schema import equals
 from sbf_dist.surgery import unwrapped
 from sbf_dist.weights import load_state, read_safetensors, save_weights
-
-WEIGHTS = "weights.safetensors"
-PLAN = "plan.json"
-CARD = "card.json"
-ONNX = "student.onnx"
 
 
 class Card(BaseModel):
@@ -39,6 +36,8 @@ class Card(BaseModel):
     other_inputs: list[OtherInput] = []  # what it takes beside the images
     mean: list[float] | None = None  # per channel, of values in [0, 1]; None if not known
     std: list[float] | None = None
+    # side of the centre crop in evaluation, share of an image's short side; None if not known
+    crop: float | None = Field(None, exclude_if=equals(None))
     top1: float | None = None  # validation accuracy in [0, 1], None if not measured
     fidelity: MeasuredFidelity | None = None  # how near it is to the dense network, if measured
     plan_digest: str
@@ -52,14 +51,16 @@ class Card(BaseModel):
         classes: Sequence[str] | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        crop: float | None = None,
         top1: float | None = None,
         fidelity: MeasuredFidelity | None = None,
     ) -> "Card":
         """Describe a student of `plan`.
 
         classes: names in the order of the logits; None numbers them from 0. mean, std: by which
-        images are normalised, of each channel; None if that is not to be recorded. Raises UserError
-        for another number of names than the plan has classes, or of channels.
+        images are normalised, of each channel; crop: share of an image's short side that the
+        evaluation shows; None if that is not to be recorded. Raises UserError for another number of
+        names than the plan has classes, or of channels.
         """
         names = [str(i) for i in range(plan.classes)] if classes is None else list(classes)
         if len(names) != plan.classes:
@@ -76,6 +77,7 @@ class Card(BaseModel):
             other_inputs=plan.other_inputs,
             mean=None if mean is None else list(mean),
             std=None if std is None else list(std),
+            crop=crop,
             top1=top1,
             fidelity=fidelity,
             plan_digest=plan.digest(),
@@ -86,8 +88,8 @@ def save_student(folder: Path, model: nn.Module, plan: Plan, card: Card) -> None
     """Write weights.safetensors, plan.json and card.json into `folder`, in one step.
 
     `model` is what `convert` returned for `plan`, trained, not folded. An older student in `folder`
-    is replaced (with its student.onnx, which belongs to it); UserError if the folder holds other
-    things. Raises ValueError if model, plan and card do not belong together.
+    is replaced, with its student.onnx and README.md; UserError if the folder holds other things.
+    Raises ValueError if model, plan and card do not belong together.
     """
     model = unwrapped(model)
     if card.plan_digest != plan.digest():
@@ -105,13 +107,14 @@ def save(
     classes: Sequence[str] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    crop: float | None = None,
     top1: float | None = None,
     fidelity: MeasuredFidelity | None = None,
 ) -> None:
     """Write a student into `folder`, so that `sbf_dist.load` builds it again.
 
     student: as `compress`, `shrink`, `convert` or `load` returned it, trained or not. classes,
-    mean, std: names and normalisation, for those who use the student; see `Card.of`. top1:
+    mean, std, crop: names and preprocessing, for those who use the student; see `Card.of`. top1:
     accuracy in [0, 1], if it was measured. fidelity: how near it is to the dense network, for
     instance `plan.fidelity` of a student that was not trained since.
 
@@ -120,7 +123,9 @@ def save(
     """
     student = unwrapped(student)
     plan = plan_of(student)
-    card = Card.of(plan, classes=classes, mean=mean, std=std, top1=top1, fidelity=fidelity)
+    card = Card.of(
+        plan, classes=classes, mean=mean, std=std, crop=crop, top1=top1, fidelity=fidelity
+    )
     difference = _difference(student, plan)
     if difference is not None:
         raise UserError(
@@ -172,7 +177,7 @@ def check_folder(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise UserError(f"folder {folder} is a file")
-    ours = {WEIGHTS, PLAN, CARD, ONNX}
+    ours = {WEIGHTS, PLAN, CARD, ONNX, MODEL_CARD}
     strangers = sorted(entry.name for entry in folder.iterdir() if entry.name not in ours)
     if strangers:
         raise UserError(

@@ -104,7 +104,7 @@ class ConcatExpand(nn.Module):
         if self.kept_bias is not None:
             kept = F.conv2d(z, self.one, self.kept_bias, groups=len(self.one))
         y = torch.cat([kept, rebuilt], dim=1)
-        return y if self.order is None else y[:, self.order]
+        return y if self.order is None else y.index_select(1, self.order)
 
 
 class ProductExpand(nn.Module):
@@ -175,7 +175,7 @@ def _depthwise(z: Tensor, weight: Tensor, sources: Tensor, bias: Tensor | None) 
     y = None
     for slot in range(slots):
         part = F.conv2d(
-            z[:, sources[:, slot]],
+            z.index_select(1, sources[:, slot]),  # in ONNX one Gather; indexing would be three
             weight[:, slot : slot + 1],
             bias if slot == 0 else None,
             padding=m // 2,

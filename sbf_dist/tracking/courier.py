@@ -78,6 +78,11 @@ class Courier:
         others = sum(entry["kind"] != "metrics" for entry in entries)
         return f"{metrics} metrics and {others} other entries"
 
+    @property
+    def experiment_id(self) -> str:
+        """The experiment of new runs; "" until the store has answered."""
+        return self._store.experiment_id
+
     def wait(self, seconds: float) -> bool:
         """Wait until the store has all that the journals say now; at most `seconds` of silence.
 

@@ -52,6 +52,18 @@ class Run:
         return self._state.run_ids.get(self._key)
 
     @property
+    def page(self) -> str | None:
+        """Where the experiment's runs are among the pages of MLflow's server; None as run_id is.
+
+        Without the last part MLflow 3 opens on its pages for language models, whatever the
+        experiment's tag mlflow.experimentKind says.
+        """
+        experiment = self._courier.experiment_id
+        if not experiment:
+            return None
+        return f"#/experiments/{experiment}/runs?workflowType=machine_learning"
+
+    @property
     def uri(self) -> str:
         """The tracking store, without credentials."""
         return self._state.uri

@@ -44,6 +44,8 @@ class RefusedError(Exception):
 class Store(Protocol):
     """What the courier asks of a store; see MlflowStore."""
 
+    experiment_id: str
+
     def connect(self) -> None: ...
     def has(self, run_id: str) -> bool: ...
     def new_run(self, key: str, about: Entry, parent: str | None) -> str: ...
@@ -67,7 +69,7 @@ class MlflowStore:
         self._folder = folder
         self._identifier = identifier
         self._connected: MlflowClient | None = None
-        self._experiment_id = ""
+        self.experiment_id = ""  # known once connected
 
     def connect(self) -> None:
         """Reach the store, and find or create the experiment."""
@@ -77,7 +79,7 @@ class MlflowStore:
             with self._alone():
                 client = mlflow.MlflowClient(tracking_uri=self._address.uri)
                 client.search_experiments(max_results=1)  # makes or migrates a database's tables
-                self._experiment_id = self._experiment(client)
+                self.experiment_id = self._experiment(client)
             self._connected = client
 
     def has(self, run_id: str) -> bool:
@@ -96,14 +98,14 @@ class MlflowStore:
                     f"run {run_id} in {self._address.shown} was deleted: restore it, or remove "
                     f"{self._folder}/tracking.json to begin a new one"
                 )
-            if run.info.experiment_id == self._experiment_id:
+            if run.info.experiment_id == self.experiment_id:
                 return True
             return self._fits(self._client.get_experiment(run.info.experiment_id))
 
     def new_run(self, key: str, about: Entry, parent: str | None) -> str:
         """Create the run of `key`, or find the one that was created before a kill; its id."""
         tags = {name: str(value) for name, value in about.get("tags", {}).items()}
-        experiment = self._experiment_id
+        experiment = self.experiment_id
         with self._errors():
             if parent is None:
                 own = {FOLDER_TAG: self._identifier}
@@ -175,7 +177,7 @@ class MlflowStore:
         except (ImportError, ArgumentError, NoSuchModuleError) as error:
             raise UserError(f"tracking store {shown}: {self._address.hide(str(error))}") from error
         except MlflowException as error:
-            reason = self._address.hide(_cause(str(error)))
+            reason = self._address.hide(cause_of(str(error)))
             if error.get_http_status_code() in (401, 403) or "error code 401" in reason:
                 raise UserError(
                     f"tracking store {shown}: refuses the credentials; set "
@@ -403,7 +405,7 @@ def _wait_for_database(database: Path) -> None:
         connection.rollback()
 
 
-def _cause(text: str) -> str:
+def cause_of(text: str) -> str:
     """Return what stands at the end of the nested messages of a connection that failed."""
     failed = re.search(r"\[Errno -?\d+\] [A-Za-z ]+|[Rr]ead timed out", text)
     return failed[0] if failed and "HTTPConnectionPool" in text else text

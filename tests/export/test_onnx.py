@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sbf_dist.compression.plan import Plan
 from sbf_dist.errors import UserError
 from sbf_dist.export.fold import UnscaledSBFConv2d, fold_batchnorm
-from sbf_dist.export.onnx import OPSET, export_onnx, verify_onnx
+from sbf_dist.export.onnx import OPSET, export_onnx, halve_onnx, verify_onnx
 from sbf_dist.export.saved import Card
 from sbf_dist.layers import SBFConv2d
 
@@ -50,6 +50,32 @@ def test_metadata_tells_what_a_user_needs(exported: Path, card: Card) -> None:
     assert json.loads(metadata["sbf.std"]) == card.std
     assert json.loads(metadata["sbf.input_shape"]) == [3, 16, 16]
     assert json.loads(metadata["sbf.plan_digest"]) == card.plan_digest
+
+
+def test_nodes_have_the_names_of_their_layers_and_channels_are_gathered_at_once(
+    exported: Path,
+) -> None:
+    nodes = onnx.load(exported).graph.node
+    assert len({node.name for node in nodes}) == len(nodes)
+    convs = {node.name.rpartition("/")[0] for node in nodes if node.op_type == "Conv"}
+    assert {"conv", "stages.0.0.conv1", "stages.0.0.conv1.basis"} <= convs
+    kinds = {node.op_type for node in nodes}
+    assert "Gather" in kinds
+    assert not {"GatherND", "Transpose"} & kinds
+
+
+def test_in_half_precision_the_file_takes_and_gives_floats(
+    exported: Path, student: nn.Module, tmp_path: Path
+) -> None:
+    halved = tmp_path / "halved.onnx"
+    halve_onnx(exported, halved)
+    images = torch.randn(3, 3, 16, 16)
+    largest = student(images).abs().max().item()
+    assert 0 < verify_onnx(halved, student, images) < 0.02 * largest
+    assert halved.stat().st_size < 0.7 * exported.stat().st_size
+    known = onnxruntime.InferenceSession(halved).get_modelmeta().custom_metadata_map
+    assert json.loads(known["sbf.precision"]) == "fp16"
+    assert len(json.loads(known["sbf.classes"])) == 10
 
 
 def test_batch_size_is_fixed_on_request(tmp_path: Path) -> None:

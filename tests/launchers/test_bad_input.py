@@ -1,7 +1,10 @@
 """Input that cannot be used, as a user meets it: one line that names it, exit code 2, no work."""
 
 import fcntl
+import io
 import os
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -288,6 +291,68 @@ def test_what_teachers_start_from_is_looked_at_before_any_image_is_read(
     torch.save(state, "nan.pth")
     changes = [f"teachers.0.{override}" for override in overrides]
     assert_refused(sbf("run", "tiny.yaml", *changes), message)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("predict nowhere photos", "model nowhere does not exist; give an ONNX file, a student's"),
+        ("predict photos photos", "folder photos is no student: it has no card.json"),
+        ("predict unfinished photos", "run unfinished has no student yet: sbf run goes on to the"),
+        ("predict file photos", "ONNX file file cannot be read: "),
+        ("predict plain photos", "folder plain has no student.onnx: write one with sbf export pl"),
+        ("predict student", "Missing argument 'IMAGES"),
+        ("predict student nowhere.jpg", "image nowhere.jpg does not exist"),
+        ("predict student empty", "folder empty holds no image (.jpg .jpeg"),
+        ("predict student photos/*.gif", "pattern 'photos/*.gif' matches no file"),
+        ("predict student -", "the list on standard input names no image"),
+        ("predict student photos --top 11", "--top 11: student has 10 classes"),
+        ("predict student photos --top 0", "Invalid value for '--top'"),
+        ("predict student photos --crop 1.5", "--crop 1.5: must be in (0, 1]"),
+        ("evaluate nowhere photos", "model nowhere does not exist; give an ONNX file, a student's"),
+        ("evaluate student nowhere", "nowhere does not exist; give a recipe or a folder of images"),
+        ("evaluate student photos", "the student does not know the class 'cat'; it knows 0, 1, 2"),
+        ("evaluate student empty", "empty: is empty; it should hold one folder a class"),
+        ("evaluate student photos seed=1", "'seed=1': changes a recipe, and photos is a folder"),
+        ("evaluate student file", "recipe file must be a mapping of keys to values"),
+        ("export nowhere --out new", "model nowhere does not exist; give an ONNX file, a student"),
+        ("export student", "Missing option '--out'"),
+        ("export student --out photos", "--out photos: is not empty; name a new folder"),
+        ("export student --out file", "--out file: is a file; name a folder"),
+        ("export student --out new --format coreml", "'coreml' is not one of 'onnx', 'torch-exp"),
+        ("export student --out new --precision int4", "'int4' is not one of 'fp32', 'fp16', 'i"),
+        (
+            "export student --out new --format safetensors --precision int8",
+            "--precision int8: is for --format onnx and mlflow, not for safetensors",
+        ),
+        (
+            "export student --out new --precision int8",
+            "--precision int8 needs images that ranges are measured on",
+        ),
+        ("export student --out new --data nowhere", "--data nowhere: does not exist; give a rec"),
+        (
+            "export student/student.onnx --out new",
+            "model student/student.onnx is a file: give a student's or a run's folder",
+        ),
+        ("doctor --tracking-uri http://[::1", "tracking URI 'http://[::1': Invalid IPv6 URL"),
+        ("doctor photos", "Got unexpected extra argument"),
+    ],
+)
+def test_a_wrong_use_of_a_finished_student(
+    sbf: Sbf, monkeypatch: pytest.MonkeyPatch, command: str, message: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    shutil.copytree(Path(__file__).parent / "before" / "run" / "student", "student")
+    shutil.copytree("student", "plain")
+    Path("plain/student.onnx").unlink()
+    Path("empty").mkdir()
+    Path("unfinished").mkdir()
+    Path("unfinished/recipe.json").write_text("{}")
+    code, _, err = sbf(*command.split())
+    last = err.splitlines()[-1]
+    assert (code, last[:5]) == (2, "sbf: "), err
+    assert message in last
+    assert not Path("new").exists()
 
 
 def test_a_comparison_that_another_process_works_on(sbf: Sbf) -> None:

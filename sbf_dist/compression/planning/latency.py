@@ -55,13 +55,20 @@ def latencies(
 
     Every model runs on its own device and in its own dtype; images of `input_shape` (channels,
     height, width) come in channels_last, or contiguous where a model's own code needs that; the
-    threads are PyTorch's present number. Each model is measured for about `seconds` after a
-    warm-up, in blocks by turns, so that a change of the machine's speed meets all of them alike.
-    Blocks in which our threads had to wait for a
-    processor are left out; where there is no other within PATIENCE, a warning says so and
-    the least disturbed are used, or, if `strict`, MachineBusyError is raised.
+    threads are PyTorch's present number. Otherwise as `timed`.
     """
     timers = [_timer(model, input_shape, batch) for model in models]
+    return timed(timers, seconds=seconds, strict=strict)
+
+
+def timed(timers: Sequence[Timer], *, seconds: float = 0.5, strict: bool = False) -> list[float]:
+    """Measure the median milliseconds of a run of each timer.
+
+    Each is measured for about `seconds` after a warm-up, in blocks by turns, so that a change of
+    the machine's speed meets all of them alike. Blocks in which our threads had to wait for a
+    processor are left out; where there is no other within PATIENCE, a warning says so and the least
+    disturbed are used, or, if `strict`, MachineBusyError is raised.
+    """
     blocks: list[list[_Block]] = [[] for _ in timers]
     with torch.inference_mode():
         numbers = [max(1, math.ceil(BLOCK / timer.timeit(WARM_UP).median)) for timer in timers]

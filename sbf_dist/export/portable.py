@@ -1,0 +1,69 @@
+"""A network as exporters need it: standard operators, outputs as plain tensors, example inputs."""
+
+import re
+
+import torch
+from torch import Tensor, nn
+
+from sbf_dist.compression.inputs import Packing
+from sbf_dist.compression.outputs import named_tensors
+from sbf_dist.export.fold import fold_batchnorm
+from sbf_dist.export.saved import Card
+from sbf_dist.export.standard_operators import with_standard_operators
+
+_MAX_REASON = 300
+
+
+def portable(model: nn.Module, examples: tuple[Tensor, ...]) -> tuple[nn.Module, list[str] | None]:
+    """Return `model`, which is in eval mode, folded and in standard operators, in fp32 on the CPU.
+
+    And the names of its outputs, where they are more than a tensor; it gives them as a tuple then.
+    """
+    network = with_standard_operators(fold_batchnorm(model)).cpu().float()
+    with torch.no_grad():
+        outputs = network(*examples)
+    if isinstance(outputs, Tensor):
+        return network, None
+    return Flat(network).eval(), list(named_tensors(outputs))
+
+
+class Flat(nn.Module):
+    """Gives all tensors of a network's outputs as one tuple, which exporters understand."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(named_tensors(self.network(*inputs)).values())
+
+
+def example_inputs(
+    batch: int, card: Card | None, input_shape: tuple[int, int, int] | None = None
+) -> tuple[Tensor, ...]:
+    """Return inputs of zeros, of a card or of a shape."""
+    if card is None:
+        assert input_shape is not None
+        return (torch.zeros(batch, *input_shape),)
+    others = Packing.planned(card)
+    if others is None:
+        return (torch.zeros(batch, *card.input_shape),)
+    pairs = zip(others.shapes, others.dtypes, strict=True)
+    return tuple(torch.zeros(batch, *shape, dtype=dtype) for shape, dtype in pairs)
+
+
+def free_batch(network: nn.Module, examples: tuple[Tensor, ...]) -> tuple:
+    """Return dynamic shapes for torch.export: the first side of all inputs is any number."""
+    free = torch.export.Dim("batch")
+    shapes = tuple({0: free} for _ in examples)
+    return (shapes,) if isinstance(network, Flat) else shapes
+
+
+def exporters_reason(error: Exception) -> str:
+    """Return what is behind an error of an exporter, whose own text is advice in many lines."""
+    behind: BaseException = error
+    while behind.__cause__ is not None:
+        behind = behind.__cause__
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(behind)).split("\n")
+    first = next((line.strip() for line in lines if line.strip()), "no reason given")
+    return f"{type(behind).__name__}: {first[:_MAX_REASON]}"
