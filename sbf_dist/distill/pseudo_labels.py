@@ -100,10 +100,10 @@ def write_chunk(folder: Path, number: int, ids: NDArray[np.int64], summary: Summ
 
 
 def begin(folder: Path, origin: Mapping[str, object]) -> None:
-    """Open a store of `origin` (digests, temperature); chunks of another are removed."""
+    """Open a store of `origin` (digests, temperature); the files of another are removed."""
     folder.mkdir(parents=True, exist_ok=True)
     if read_json(folder / ORIGIN) != dict(origin):
-        for path in (*folder.glob(_CHUNKS), *folder.glob(MAPPED), folder / MANIFEST):
+        for path in folder.iterdir():  # fitted temperatures among them
             path.unlink(missing_ok=True)
         write_json(folder / ORIGIN, origin)
 

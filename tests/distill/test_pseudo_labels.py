@@ -78,6 +78,7 @@ def test_a_stopped_job_goes_on_with_the_chunks_that_are_missing(tmp_path, monkey
 
 @pytest.mark.parametrize("key", list(ORIGIN))
 def test_a_store_of_another_origin_is_begun_anew(complete, key):
+    (complete / "temperatures.json").write_text("{}")
     store.begin(complete, ORIGIN | {key: "other"})
     assert [path.name for path in complete.iterdir()] == ["origin.json"]
 
