@@ -39,8 +39,10 @@ def command(
     Several runs stand side by side.
     """
     one_here = len(places) == 1 and not is_address(places[0])
-    if one_here and out is None and not Path(places[0]).is_dir():
-        raise UserError(f"run {places[0]}: does not exist; give the folder of a run, RUNS/NAME")
+    for place in places:
+        if not is_address(place) and not Path(place).is_dir():
+            wrong = "is a file" if Path(place).exists() else "does not exist"
+            raise UserError(f"run {place}: {wrong}; give the folder of a run, RUNS/NAME")
     page = out or (Path(places[0]) / _PAGE if one_here else Path(_PAGE))
     if page.is_dir() or not page.absolute().parent.is_dir():
         raise UserError(f"--out {page}: must be a file in a folder that exists")

@@ -109,6 +109,8 @@ def show_results(display: Display, folder: RunFolder, uri: str) -> None:
         f"\nstudent   {shortened(folder.student)}/ (student.onnx, weights.safetensors, plan.json)"
     )
     display.say(f"summary   {shortened(folder.summary)}, {shortened(folder.root)}/summary.png")
+    if folder.page.exists():  # an older version wrote none
+        display.say(f"report    {shortened(folder.page)}")
     program = shortened(Path(sys.executable).with_name("mlflow"))
     served = uri.startswith(("http://", "https://"))
     display.say(f"MLflow    {shown if served else f'{program} ui --backend-store-uri {shown}'}")

@@ -65,8 +65,9 @@ def write_page(folders: Mapping[str, RunFolder], out: Path, request: Request) ->
 def contents_of(place: str, folder: RunFolder, request: Request) -> RunContents:
     """Return what there is of a run, and why the rest is missing."""
     if not (folder.root / "stages").is_dir() and not folder.recipe.exists():
-        what = "has neither recipe.json nor stages/" if folder.root.is_dir() else "does not exist"
-        raise UserError(f"run {place}: {what}; give the folder of a run, RUNS/NAME")
+        raise UserError(
+            f"run {place}: has neither recipe.json nor stages/; give the folder of a run, RUNS/NAME"
+        )
     return _Reader(place, folder, request).contents()
 
 

@@ -264,6 +264,10 @@ def export(session: Session, log: tracking.Run) -> Result:
     chart.savefig(folder.root / "summary.png", dpi=120)
     session.tracker.log_artifact(folder.root / "summary.png")
     session.tracker.log_artifact(folder.summary)
+    from launchers.run import reporting  # takes a second
+
+    reporting.write_page({folder.place: folder}, folder.page, reporting.Request(own_code=True))
+    session.tracker.log_artifact(folder.page)
     return {"onnx_difference": difference}
 
 

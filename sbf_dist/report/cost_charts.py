@@ -82,7 +82,7 @@ def _chart(
                 y=[accuracy for _, accuracy in front] + [front[-1][1]],
                 mode="lines",
                 name="Pareto line",
-                line={"shape": "hv", "color": color("pale"), "width": 2},
+                line={"shape": "hv", "color": color("grey"), "width": 1.5},
                 hoverinfo="skip",
             )
         )
@@ -101,7 +101,7 @@ def _chart(
                 hovertemplate=f"{letter and letter + ' · '}{_escaped(row['name'])}<br>"
                 f"%{{customdata:.1f}} %, %{{x:.4~g}}<extra></extra>",
                 marker={
-                    "size": 23,
+                    "size": 32 if below else 23,
                     "symbol": "triangle-down" if below else "circle",
                     "color": color(row_color(row, run, len(runs))),
                     "line": {"color": color("page"), "width": 1.5},

@@ -115,11 +115,22 @@ def _lines(
     figure.update_layout(hovermode="x unified", showlegend=True)
     figure.update_xaxes(rangemode="tozero")
     if log:
-        figure.update_yaxes(type="log", exponentformat="power", nticks=8)
+        values = [v for trace in figure.data for v in trace.y if v is not None and v > 0]
+        ticks = _decades(values)
+        figure.update_yaxes(type="log", tickvals=ticks, ticktext=[f"{t:g}" for t in ticks])
     else:
         figure.update_yaxes(rangemode="tozero")
     figure.update_xaxes(showgrid=False, ticks="outside", tickcolor=color("line"))
     return figure
+
+
+def _decades(values: Sequence[float]) -> list[float]:
+    """Return marks of a logarithmic axis: of few decades also 2 and 5."""
+    if not values:
+        return []
+    first, last = (math.floor(math.log10(v)) for v in (min(values), max(values)))
+    marks = (1, 2, 5) if last - first < 3 else (1,)
+    return [float(f"{mark}e{power}") for power in range(first, last + 2) for mark in marks]
 
 
 def _line(points: dict[int, float]) -> tuple[list[int], list[float]]:

@@ -26,7 +26,7 @@ def label_charts(report: Mapping[str, Any], name: str) -> list[Chart]:
 
 def _confidence(report: Mapping[str, Any], name: str) -> Chart:
     figure = empty_figure("confidence of the ensemble", "images (%)", height=300)
-    for part, counts in report["confidence"].items():
+    for part, counts in _without_repetition(report["confidence"], "unlabelled").items():
         edges = np.linspace(0, 1, len(counts) + 1).round(4).tolist()
         shares = [100 * count / sum(counts) for count in counts]
         figure.add_trace(
@@ -95,7 +95,9 @@ def _classes(report: Mapping[str, Any], name: str) -> Chart:
     order = np.argsort(-predicted, kind="stable")
     shown = order[:_MOST_CLASSES].tolist()
     names = [str(report["classes"][c]) for c in shown]
-    for part, counts in report["per_class"].items():
+    shown_parts = _without_repetition(report["per_class"], "predicted")
+    several = len(shown_parts) > 1
+    for part, counts in shown_parts.items():
         figure.add_trace(
             go.Bar(
                 x=list(range(len(shown))),
@@ -103,13 +105,15 @@ def _classes(report: Mapping[str, Any], name: str) -> Chart:
                 name=part,
                 customdata=names,
                 hovertemplate=f"%{{customdata}}: %{{y}} {part}<extra></extra>",
-                marker={"color": color("pale" if part != _USED else "blue")},
+                marker={
+                    "color": color("blue" if part == _USED or len(shown_parts) == 1 else "pale")
+                },
             )
         )
     figure.update_xaxes(
         tickvals=list(range(len(shown))), ticktext=[_short(n) for n in names], showgrid=False
     )
-    figure.update_layout(showlegend=len(report["per_class"]) > 1)
+    figure.update_layout(showlegend=several)
     left_out = len(order) - len(shown)
     return Chart(
         f"{name}-classes",
@@ -148,6 +152,13 @@ def _agreement(report: Mapping[str, Any], name: str) -> Chart:
         "they are right where that is known.",
         figure,
     )
+
+
+def _without_repetition(counts: Mapping[str, list[int]], whole: str) -> Mapping[str, list[int]]:
+    """Leave the images that are used out where all are."""
+    if counts.get(_USED) != counts.get(whole):
+        return counts
+    return {part: numbers for part, numbers in counts.items() if part != _USED}
 
 
 def _color(part: str) -> str:

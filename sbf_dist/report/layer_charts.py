@@ -9,7 +9,7 @@ from sbf_dist.compression.plan import Plan, SBFLayer
 from sbf_dist.report.style import Chart, color, empty_figure
 
 _ROW = 21  # pixels of a layer
-_MOST_NAME = 20  # characters
+_MOST_NAME = 23  # characters
 
 
 @dataclass(frozen=True)
@@ -38,26 +38,32 @@ def layer_rows(plan: Plan) -> list[LayerRow]:
     for name, layer in plan.layers.items():
         removed = len(plan.removed[name].out) if name in plan.removed else 0
         if isinstance(layer, SBFLayer):
-            found.append(
-                LayerRow(
-                    name,
-                    kept=len(layer.kept),
-                    rebuilt=layer.channels - len(layer.kept),
-                    removed=removed,
-                    sources=len(layer.sources[0]) if layer.sources else None,
-                    transform_size=layer.transform_size,
-                    macs_before=layer.macs_before,
-                    macs_after=layer.macs_after,
-                    error=layer.error,
-                    reason=layer.reason,
-                )
+            row = LayerRow(
+                name,
+                kept=len(layer.kept),
+                rebuilt=layer.channels - len(layer.kept),
+                removed=removed,
+                sources=len(layer.sources[0]) if layer.sources else None,
+                transform_size=layer.transform_size,
+                macs_before=layer.macs_before,
+                macs_after=layer.macs_after,
+                error=layer.error,
+                reason=layer.reason,
             )
         else:
-            found.append(
-                LayerRow(
-                    name, None, None, removed, None, None, layer.macs, layer.macs, None, layer.reason
-                )
+            row = LayerRow(
+                name,
+                kept=None,
+                rebuilt=None,
+                removed=removed,
+                sources=None,
+                transform_size=None,
+                macs_before=layer.macs,
+                macs_after=layer.macs,
+                error=None,
+                reason=layer.reason,
             )
+        found.append(row)
     return found
 
 

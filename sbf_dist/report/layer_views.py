@@ -1,4 +1,4 @@
-"""Looking into converted layers: filters, transformations and feature maps, beside the dense ones."""
+"""Looking into converted layers: filters, transformations, feature maps, beside the dense ones."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -138,7 +138,9 @@ def _errors(dense: Tensor, rebuilt: Tensor) -> Tensor:
     return missed / spread.clamp(min=1e-12)
 
 
-def _feature_maps(network: nn.Module, names: Sequence[str], image: Tensor | None) -> dict[str, Tensor]:
+def _feature_maps(
+    network: nn.Module, names: Sequence[str], image: Tensor | None
+) -> dict[str, Tensor]:
     if image is None:
         return {}
     with _watched(network, names) as maps:

@@ -7,7 +7,7 @@ from typing import Any
 from sbf_dist.report.contents import Missing, RunContents
 from sbf_dist.report.cost_charts import row_color, row_label
 
-NONE = "–"
+NONE = "-"
 COLUMNS = ("top-1 %", "agrees %", "KL", "MACs (M)", "params (k)", "time (ms)")
 
 
@@ -60,13 +60,13 @@ def tiles(run: RunContents) -> list[Tile]:
             f"{student['params'] / 1e3:.1f} of {dense['params'] / 1e3:.1f} k",
         )
     )
-    times = student.get("latency_ms"), dense.get("latency_ms")
-    if None not in times:
+    after, before = student.get("latency_ms"), dense.get("latency_ms")
+    if after is not None and before is not None:
         found.append(
             Tile(
                 "time of one image",
-                f"{100 * times[0] / times[1]:.0f} %",
-                f"{times[0]:.2f} of {times[1]:.2f} ms",
+                f"{100 * after / before:.0f} %",
+                f"{after:.2f} of {before:.2f} ms",
             )
         )
     if student.get("agreement") is not None:
@@ -88,8 +88,13 @@ def verdict(run: RunContents) -> str:
         return f"Not finished: done so far: {', '.join(done) or 'nothing'}."
     dense = run.row(run.compressed)
     assert dense is not None
-    share = f"{100 * student['macs'] / dense['macs']:.0f} % of the multiply-adds of {dense['name']}"
-    return f"{student['name']}: {share}."
+    cost = f"{100 * student['macs'] / dense['macs']:.0f} % of its multiply-adds"
+    if student["top1"] is None or dense["top1"] is None:
+        return f"{dense['name']} became “{student['name']}” with {cost}."
+    return (
+        f"{dense['name']}, {100 * dense['top1']:.1f} % right, became “{student['name']}”, "
+        f"{100 * student['top1']:.1f} % right, with {cost}."
+    )
 
 
 def table_rows(runs: Sequence[tuple[str, RunContents]]) -> list[TableRow]:

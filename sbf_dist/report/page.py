@@ -166,9 +166,7 @@ def _layer(view: LayerView) -> dict[str, Any]:
     }
 
 
-def _channel(
-    one: RebuiltChannel, inputs: np.ndarray, kept: Mapping[int, _Tile]
-) -> dict[str, Any]:
+def _channel(one: RebuiltChannel, inputs: np.ndarray, kept: Mapping[int, _Tile]) -> dict[str, Any]:
     most = max((float(np.abs(source.kernel).max()) for source in one.sources), default=0.0)
     filters, maps = [], []
     if one.dense is not None and one.rebuilt is not None:

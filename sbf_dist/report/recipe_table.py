@@ -7,7 +7,7 @@ from typing import Any
 
 from sbf_dist.errors import without_credentials
 
-_ABSENT = "–"
+_ABSENT = "-"
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,7 @@ def empty_figure(x: str, y: str, *, height: int = 340, **layout: Any) -> go.Figu
                 "y": 1.02,
                 "x": 0,
                 "font": {"size": 12, "color": color("ink")},
+                "itemsizing": "constant",
             },
             "xaxis": axis | {"title": {"text": x, "font": {"size": 12, "color": color("muted")}}},
             "yaxis": axis | {"title": {"text": y, "font": {"size": 12, "color": color("muted")}}},
