@@ -231,8 +231,8 @@ class _Reader:
     def _build(self, network: Network) -> nn.Module:
         if is_user_code(network.model) and not self.request.own_code:
             raise UserError(
-                f"{network.model} is code of your own, which is not run because a folder names "
-                "it. The page that a run writes at its end has this part."
+                f"The network {network.model} is code of your own, which is not run because a "
+                "folder names it. The page that a run writes at its end has this part."
             )
         if not network.weights.exists():
             raise UserError(f"There are no weights of {network.name} yet.")
@@ -278,8 +278,7 @@ def _part(read: Callable[[], Any]) -> Any:
     except WrongLayerError:
         raise
     except UserError as error:
-        reason = str(error)
-        return Missing(reason[:1].upper() + reason[1:])
+        return Missing(str(error))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

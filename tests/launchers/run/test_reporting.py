@@ -161,7 +161,8 @@ def test_a_browser_draws_all_charts_without_network_and_complaint(
     tab.wait_for_selector("html[data-drawn]", timeout=120_000)
     charts = tab.locator("[data-chart]")
     assert charts.count() == len(re.findall("data-chart=", page.read_text()))
-    drawn = charts.evaluate_all("nodes => nodes.map(n => !!n.querySelector('svg .cartesianlayer'))")
+    marks = ".scatterlayer .trace path, .barlayer .trace path, .heatmaplayer image"
+    drawn = charts.evaluate_all(f"nodes => nodes.map(n => !!n.querySelector('{marks}'))")
     assert all(drawn)
     assert tab.evaluate("document.documentElement.scrollWidth") == width
     ink = tab.locator("[data-chart] .xtitle").first.evaluate("node => getComputedStyle(node).fill")
