@@ -90,7 +90,7 @@ def extension():
 
 setup(
     packages=find_packages(include=["sbf_dist*", "pipelines*", "launchers*"]),
-    package_data={"sbf_dist": ["py.typed"]},
+    package_data={"sbf_dist": ["py.typed", "report/page/*"]},
     ext_modules=[extension()],
     cmdclass={"build_ext": cpp_extension.BuildExtension},
 )

@@ -19,6 +19,7 @@ from launchers.commands import (
     label,
     plan,
     predict,
+    report,
     run,
 )
 from sbf_dist.errors import RunError, UserError, without_credentials
@@ -65,6 +66,9 @@ app.command("submit", short_help="Run a recipe on a cluster.")(jobs.submit)
 app.command("jobs", short_help="List the jobs of a cluster.")(jobs.jobs)
 app.command("logs", short_help="Print what a job prints.")(jobs.logs)
 app.command("stop", short_help="End a job.")(jobs.stop)
+app.command("report", short_help="Write a page on a run, or on several side by side.")(
+    report.command
+)
 app.add_typer(plan.app, name="plan", short_help="Plans as tables.")
 app.add_typer(
     checkpoint.app, name="checkpoint", short_help="Checkpoints of trainings: show, verify, export."

@@ -107,6 +107,8 @@ def test_pipelines_know_errors_files_stores_and_settings_of_the_library_at_most(
         ("typer", ("launchers.cli", "launchers.commands")),
         ("rich", ("launchers", "sbf_dist.report.plan_table")),
         ("torchvision", ("sbf_dist.models", "sbf_dist.pretrained")),
+        ("plotly", "sbf_dist.report"),
+        ("jinja2", "sbf_dist.report.page"),
         ("torch_pruning", ("sbf_dist.compression.removal.coupled", "sbf_dist.peers.pruned")),
     ],
 )

@@ -111,6 +111,8 @@ def show_results(display: Display, folder: RunFolder, uri: str, page: str | None
         f"\nstudent   {shortened(folder.student)}/ (student.onnx, weights.safetensors, README.md)"
     )
     display.say(f"summary   {shortened(folder.summary)}, {shortened(folder.root)}/summary.png")
+    if folder.page.exists():  # an older version wrote none
+        display.say(f"report    {shortened(folder.page)}")
     program = shortened(Path(sys.executable).with_name("mlflow"))
     served = uri.startswith(("http://", "https://"))
     if not served:

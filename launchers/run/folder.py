@@ -136,6 +136,11 @@ class RunFolder:
     def summary(self) -> Path:
         return self.root / "summary.json"
 
+    @property
+    def page(self) -> Path:
+        """The page on the run."""
+        return self.root / "report.html"
+
     def weights(self, network: str) -> Path:
         """Return the file of a network's weights."""
         return self.root / "weights" / f"{network}.safetensors"

@@ -177,7 +177,7 @@ def _export(session: "Session", log: "TrackedRun") -> "Result":
 
 def _exported(networks: "Networks") -> list[Product]:
     folder = networks.folder
-    files = (folder.student, folder.summary)
+    files = (folder.student, folder.summary, folder.page)
     return [Product(_EXPORTED, _STUDENT_VIEW, (_IMAGES, networks.exported.name, _TABLE), files)]
 
 

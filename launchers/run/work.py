@@ -274,6 +274,10 @@ def export(session: Session, log: tracking.Run) -> Result:
     session.tracker.log_artifact(folder.root / "summary.png")
     session.tracker.log_artifact(folder.summary)
     session.tracker.log_artifact(folder.student / MODEL_CARD)  # with the table, which MLflow shows
+    from launchers.run import reporting  # takes a second
+
+    reporting.write_page({folder.place: folder}, folder.page, reporting.Request(own_code=True))
+    session.tracker.log_artifact(folder.page)
     return {"onnx_difference": difference}
 
 

@@ -1,0 +1,173 @@
+"""The page on a run: of a folder that an earlier version wrote, of half a run, in a browser."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launchers.run.folder import RunFolder
+from launchers.run.reporting import Request, contents_of, write_page
+from sbf_dist.errors import UserError
+from sbf_dist.report.contents import Layers, Missing, Predictions, RunContents
+from sbf_dist.tracking.journal import Journal, metrics_entry
+
+BEFORE = Path(__file__).parents[1] / "before" / "run"
+REPORT = {
+    "teachers": ["teacher-1", "teacher-2"],
+    "classes": [str(n) for n in range(10)],
+    "parts": [],
+    "per_class": {"predicted": [1] * 10},
+    "confidence": {"unlabelled": [2, 8]},
+    "reliability": {},
+    "agreement": [],
+}
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run as an earlier version left it, and as ours would: with journals and a labels' report.
+
+    Its images are written again, as they are gone.
+    """
+    runs = tmp_path_factory.mktemp("runs")
+    shutil.copytree(BEFORE, runs / "before")
+    shutil.copytree(BEFORE, runs / "newer")
+    losses = Journal(runs / "newer" / "tracking" / "distill")
+    for step in (4, 8):
+        losses.append(metrics_entry({"sbf-distilled/loss": 1 / step}, step))
+    (runs / "newer" / "pseudo-labels" / "report.json").write_text(json.dumps(REPORT))
+    return runs
+
+
+@pytest.fixture(scope="module")
+def before(runs: Path) -> RunContents:
+    return contents_of("runs/before", RunFolder(runs, "before"), Request())
+
+
+def why(part: Any) -> str:
+    assert isinstance(part, Missing)
+    return part.why
+
+
+def test_what_is_found_is_what_the_run_measured(before: RunContents) -> None:
+    summary = json.loads((BEFORE / "summary.json").read_text())["rows"]
+    assert before.rows == summary
+    assert before.student == summary[-1]
+    found = before.predictions
+    assert isinstance(found, Predictions)
+    # As all workers together counted them, one image after another.
+    assert found.images == found.available == summary[-1]["count"]
+    assert found.counts.trace() / found.images == pytest.approx(summary[-1]["top1"], abs=0.003)
+    assert [one.label != one.predicted for one in found.examples] == [True] * 24
+
+
+def test_layers_are_those_of_the_last_round(before: RunContents) -> None:
+    assert isinstance(before.layers, Layers)
+    assert before.layers.network == "sbf-round-2-fitted"
+    assert [view.kept_of for view in before.layers.views] == [
+        len(before.plan.layers[view.name].kept) for view in before.layers.views
+    ]
+    assert all(c.error is not None for view in before.layers.views for c in view.channels)
+
+
+def test_what_an_earlier_version_did_not_keep_is_named(before: RunContents) -> None:
+    assert "kept no journals" in why(before.curves)
+    assert "a version that made no report on them" in why(before.labels)
+
+
+def test_of_a_run_that_has_only_begun_all_that_is_missing_is_named(runs: Path) -> None:
+    begun = runs / "begun"
+    shutil.copytree(BEFORE, begun)
+    for name in ("evaluate", "distill", "compress", "export", "pseudo-labels"):
+        (begun / "stages" / f"{name}.json").unlink()
+    for name in ("weights", "plans", "pseudo-labels"):
+        shutil.rmtree(begun / name)
+    for name in ("plan.json", "summary.json"):
+        (begun / name).unlink()
+    run = contents_of("begun", RunFolder(runs, "begun"), Request())
+    assert [stage.name for stage in run.stages if stage.done] == ["prepare", "teachers"]
+    assert "the stage evaluate is not done" in why(run.rows)
+    assert "the stage compress is not done" in why(run.plan)
+    assert "the stage compress is not done" in why(run.layers)
+    assert "the stage compress is not done" in why(run.predictions)
+    assert "the stage pseudo-labels is not done" in why(run.labels)
+
+
+def test_code_that_a_folder_names_is_not_run(runs: Path) -> None:
+    own = runs / "own"
+    shutil.copytree(BEFORE, own)
+    recipe = json.loads((own / "recipe.json").read_text())
+    recipe["teachers"][0]["model"] = "nets.py:make"
+    (own / "recipe.json").write_text(json.dumps(recipe))
+    run = contents_of("own", RunFolder(runs, "own"), Request())
+    assert "nets.py:make is code of your own" in why(run.predictions)
+    assert "nets.py:make is code of your own" in why(run.layers)
+    trusted = contents_of("own", RunFolder(runs, "own"), Request(own_code=True))
+    assert "nets.py" in why(trusted.predictions)
+    assert "code of your own" not in why(trusted.predictions)
+
+
+def test_damaged_files_are_named(runs: Path) -> None:
+    damaged = runs / "damaged"
+    shutil.copytree(BEFORE, damaged)
+    (damaged / "recipe.json").write_text("{")
+    (damaged / "summary.json").write_text("[]")
+    run = contents_of("damaged", RunFolder(runs, "damaged"), Request())
+    assert "recipe.json is damaged" in why(run.recipe)
+    assert "recipe.json is damaged" in why(run.predictions)
+    assert "summary.json is damaged" in why(run.rows)
+
+
+def test_a_layer_that_is_not_converted_cannot_be_looked_into(runs: Path) -> None:
+    with pytest.raises(UserError, match=r"--layer conv: is no converted layer of runs/x; these"):
+        contents_of("runs/x", RunFolder(runs, "before"), Request(layers=["conv"]))
+
+
+@pytest.fixture(scope="module")
+def page(runs: Path) -> Path:
+    folders = {name: RunFolder(runs, name) for name in ("newer", "before")}
+    write_page(folders, runs / "page.html", Request(images=100))
+    return runs / "page.html"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium on this machine")
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with api.sync_playwright() as playwright:
+        # Without its sandbox, which root does not get.
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 360)])
+def test_a_browser_draws_all_charts_without_network_and_complaint(
+    browser: Any, page: Path, scheme: str, width: int
+) -> None:
+    viewport = {"width": width, "height": 800}
+    context = browser.new_context(color_scheme=scheme, viewport=viewport, offline=True)
+    tab = context.new_page()
+    complaints: list[str] = []
+    tab.on("console", lambda message: complaints.append(message.text))
+    tab.on("pageerror", lambda error: complaints.append(str(error)))
+    tab.goto(page.as_uri())
+    tab.wait_for_selector("html[data-drawn]", timeout=120_000)
+    charts = tab.locator("[data-chart]")
+    assert charts.count() == len(re.findall("data-chart=", page.read_text()))
+    marks = ".scatterlayer .trace path, .barlayer .trace path, .heatmaplayer image"
+    drawn = charts.evaluate_all(f"nodes => nodes.map(n => !!n.querySelector('{marks}'))")
+    assert all(drawn)
+    assert tab.evaluate("document.documentElement.scrollWidth") == width
+    ink = tab.locator("[data-chart] .xtitle").first.evaluate("node => getComputedStyle(node).fill")
+    assert ink == {"light": "rgb(88, 99, 117)", "dark": "rgb(155, 167, 182)"}[scheme]
+    tab.keyboard.press("Tab")
+    assert tab.evaluate("document.activeElement.textContent") == "Skip to the results"
+    assert not complaints
+    context.close()
