@@ -100,9 +100,9 @@ def measure(here: Context, rounds: int) -> dict[str, Any]:
 
     @torch.no_grad()
     def bare() -> None:
-        for network, batches in zip(ensemble.networks, inputs, strict=True):
+        for member, batches in zip(ensemble.members, inputs, strict=True):
             for images in batches:
-                network(images)
+                member.network(images)
 
     def label() -> None:
         labelling.write_chunks(here, ensemble, chunks)
