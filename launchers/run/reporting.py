@@ -185,7 +185,7 @@ class _Reader:
 
     def _predictions(self) -> Predictions:
         networks, index = self._networks, self._index
-        candidates = (networks.student, networks.one_shot)
+        candidates = (networks.exported, networks.student, networks.one_shot)
         network = next((n for n in candidates if n.weights.exists()), None)
         if network is None:
             raise UserError("There is no student yet: the stage compress is not done.")
