@@ -51,10 +51,12 @@ def fit_temperature(member: Member, logits: Tensor, labels: Tensor) -> FittedTem
 
     bounds = (math.log(LEAST), math.log(MOST))
     found = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-4})
+    # Where all answers are right the loss is flat before the limit.
+    best = min((*bounds, float(found.x)), key=loss)
     return FittedTemperature(
-        temperature=round(math.exp(found.x), 4),
+        temperature=round(math.exp(best), 4),
         before=round(loss(0.0), 4),
-        after=round(float(found.fun), 4),
+        after=round(loss(best), 4),
         images=len(labels),
     )
 

@@ -28,5 +28,5 @@ def test_memory_is_that_of_parameters_and_buffers() -> None:
 
 
 def test_it_is_said_on_one_line() -> None:
-    assert str(TeacherCost(1.234, 5.67, None)) == "1.23 ms per image, 5.7 MB of parameters"
+    assert str(TeacherCost(1.234, 5.67, None)) == "1.23 ms per image, 5.67 MB of parameters"
     assert str(TeacherCost(1.234, 5.67, 890.1)).endswith("parameters, 890 MB for a batch")

@@ -168,6 +168,7 @@ def killed(here: worker.Context, tmp_path_factory: pytest.TempPathFactory) -> Si
         "recipe": here.recipe.model_dump(mode="json", exclude={"tracking"}),
         "runs": str(folder.runs),
         "driver": "",
+        "group": "pseudo-labels",
         "journals": "tracking",
         "diary": str(diary),
     }
