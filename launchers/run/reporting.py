@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from launchers.images import evaluation_images, with_embedded_images
+from launchers.run import label_report
 from launchers.run.building import build_network
 from launchers.run.folder import RunFolder
-from launchers.run.networks import Network, Networks
+from launchers.run.networks import ONE_SHOT, STUDENT, Network, Networks
 from launchers.run.stages import STAGES
 from pipelines.index import UNKNOWN, DataIndex
 from sbf_dist.compression.plan import Plan, SBFLayer
+from sbf_dist.distill.pseudo_labels import MANIFEST
 from sbf_dist.errors import UserError
 from sbf_dist.files import write_text
 from sbf_dist.models import is_user_code
@@ -87,7 +89,7 @@ class _Reader:
             place=self.place,
             rows=_part(self._rows),
             compressed=compressed,
-            students=("sbf-one-shot", "sbf-distilled"),
+            students=(ONE_SHOT, STUDENT, *self._self_trained()),
             plan=_part(lambda: self._plan),
             layers=_part(self._layers),
             curves=_part(self._curves),
@@ -109,6 +111,12 @@ class _Reader:
         workers = {"workers": {"gpus": 1}}
         recipe: Recipe = validate(self._identity | workers, (), f"recipe {self.folder.recipe}")
         return Networks.of(recipe, self.folder)
+
+    def _self_trained(self) -> list[str]:
+        networks = _part(lambda: self._networks)
+        if isinstance(networks, Missing):
+            return []
+        return [network.name for network in networks.self_trained]
 
     @cached_property
     def _index(self) -> DataIndex:
@@ -146,15 +154,13 @@ class _Reader:
         return curves
 
     def _labels(self) -> dict[str, Any]:
-        path = self.folder.pseudo_labels / "report.json"
-        if path.exists():
-            return _read_json(path)
-        if (self.folder.pseudo_labels / "manifest.json").exists():
-            raise UserError(
-                "They were written by a version that made no report on them. Write them again: "
-                "sbf run RECIPE --again pseudo-labels."
-            )
-        raise UserError("They are not written yet: the stage pseudo-labels is not done.")
+        if not (self.folder.pseudo_labels / MANIFEST).exists():
+            raise UserError("They are not written yet: the stage pseudo-labels is not done.")
+        _, figures = label_report.files(self.folder)
+        if figures.exists():
+            return _read_json(figures)
+        assert self._identity  # which is read there, too
+        return label_report.of_place(self.folder.root)  # of an earlier version
 
     def _layers(self) -> Layers:
         networks = self._networks
@@ -185,7 +191,7 @@ class _Reader:
 
     def _predictions(self) -> Predictions:
         networks, index = self._networks, self._index
-        candidates = (networks.exported, networks.student, networks.one_shot)
+        candidates = (*reversed(networks.self_trained), networks.student, networks.one_shot)
         network = next((n for n in candidates if n.weights.exists()), None)
         if network is None:
             raise UserError("There is no student yet: the stage compress is not done.")

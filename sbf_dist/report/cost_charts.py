@@ -14,8 +14,11 @@ _RANGE = 2.5  # times the distance of the best from the median: what lies lower 
 
 
 def accuracy_over_cost(runs: Sequence[tuple[str, Sequence[Row]]]) -> list[Chart]:
-    """Draw the rows of runs, each with a letter ("" for one alone), over their costs."""
-    return [
+    """Draw the rows of runs, each with a letter ("" for one alone), over their costs.
+
+    A cost that is known of no row has no chart.
+    """
+    charts = [
         _chart(
             runs,
             "macs",
@@ -33,6 +36,7 @@ def accuracy_over_cost(runs: Sequence[tuple[str, Sequence[Row]]]) -> list[Chart]
             "accuracy-time",
         ),
     ]
+    return [chart for chart in charts if chart.figure.data]
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -43,6 +43,13 @@ def curve_charts(runs: Sequence[tuple[str, Sequence[Curve]]]) -> list[Chart]:
     networks = list(dict.fromkeys(c.network for _, curves in runs for c in curves))
     several = " Of several runs, lines are solid, dashed, dotted in their order."
     more = several if len(runs) > 1 else ""
+    known = {
+        metric
+        for _, curves in runs
+        for curve in curves
+        for metric, (steps, _) in curve.series.items()
+        if metric != "top1" or len(steps) > 1  # at the end of a training it is in the table
+    }
     charts = [
         Chart(
             "training-loss",
@@ -52,8 +59,7 @@ def curve_charts(runs: Sequence[tuple[str, Sequence[Curve]]]) -> list[Chart]:
             _lines(runs, networks, _LOSS, "step", "loss", log=True),
         )
     ]
-    distilled = [c for _, curves in runs for c in curves if "divergence" in c.series]
-    if distilled:
+    if "divergence" in known:
         charts.append(
             Chart(
                 "training-divergence",
@@ -63,15 +69,16 @@ def curve_charts(runs: Sequence[tuple[str, Sequence[Curve]]]) -> list[Chart]:
                 _lines(runs, networks, "divergence", "step", "KL divergence", log=True),
             )
         )
-    charts.append(
-        Chart(
-            "training-speed",
-            "Training speed",
-            f"Images that all workers together train on in a second.{more}",
-            _lines(runs, networks, "images_per_s", "step", "images/s"),
+    if "images_per_s" in known:
+        charts.append(
+            Chart(
+                "training-speed",
+                "Training speed",
+                f"Images that all workers together train on in a second.{more}",
+                _lines(runs, networks, "images_per_s", "step", "images/s"),
+            )
         )
-    )
-    if any(len(c.series.get("top1", ((), ()))[0]) > 1 for _, curves in runs for c in curves):
+    if "top1" in known:
         charts.append(
             Chart(
                 "training-accuracy",

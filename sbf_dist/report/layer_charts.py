@@ -70,7 +70,8 @@ def layer_rows(plan: Plan) -> list[LayerRow]:
 def layer_charts(plan: Plan, name: str) -> list[Chart]:
     """Draw channels and multiply-adds of each layer; `name` begins the names of the charts."""
     rows = layer_rows(plan)
-    return [_channels(rows, name), _macs(rows, name)]
+    changed = any(row.converted or row.removed for row in rows)
+    return [*([_channels(rows, name)] if changed else []), _macs(rows, name)]
 
 
 def _channels(rows: Sequence[LayerRow], name: str) -> Chart:

@@ -66,3 +66,8 @@ def test_runs_side_by_side_have_letters_and_colours_of_their_own():
 def test_names_are_no_markup_in_the_charts():
     macs, _ = accuracy_over_cost([("", [row("<b>%{x}</b>", 0.9, 1e6)])])
     assert macs.figure.data[1].hovertemplate.startswith("&lt;b>% {x}&lt;/b>")
+
+
+def test_a_cost_that_is_known_of_none_has_no_chart():
+    rows = [row("dense", 0.95, 10e6, None), row("sbf-distilled", 0.96, 5e6, None)]
+    assert [chart.name for chart in accuracy_over_cost([("", rows)])] == ["accuracy-macs"]

@@ -35,9 +35,21 @@ def test_a_training_goes_on_over_its_journals_and_other_stages_say_nothing_of_it
 
 
 def test_what_is_not_finite_is_a_gap_in_the_line(tracking: Path):
-    loss, distance, *_ = curve_charts([("", read_curves(tracking))])
+    loss, *_ = curve_charts([("", read_curves(tracking))])
     assert loss.figure.data[0].y == (0.1, 0.05, 0.02, None)
-    assert distance.name == "training-divergence"
+
+
+def test_what_no_training_logged_has_no_chart(tracking: Path):
+    speed = Journal(tracking / "teachers")
+    curves = read_curves(tracking)
+    names = ["training-loss", "training-divergence"]
+    assert [chart.name for chart in curve_charts([("", curves)])] == names
+    speed.append(metrics_entry({"t/loss": 1.0, "t/images_per_s": 9.0, "t/top1": 0.5}, 1))
+    names.append("training-speed")
+    assert [chart.name for chart in curve_charts([("", read_curves(tracking))])] == names
+    speed.append(metrics_entry({"t/top1": 0.6}, 2))
+    names.append("training-accuracy")
+    assert [chart.name for chart in curve_charts([("", read_curves(tracking))])] == names
 
 
 def test_a_long_training_is_thinned_by_means(tmp_path: Path):

@@ -173,7 +173,7 @@ def test_nothing_is_fetched_and_nothing_given_is_markup(page: str) -> None:
     assert figures["run0-confusion"]["layout"]["yaxis"]["ticktext"][1].startswith("</script>")
     charts = re.findall(r'data-chart="([^"]+)"', page)
     assert sorted(charts) == sorted(figures)
-    assert len(charts) == len(set(charts)) == 11
+    assert len(charts) == len(set(charts)) == 10
 
 
 def test_each_part_that_is_missing_is_named_with_its_reason() -> None:

@@ -15,15 +15,15 @@
     );
   };
 
-  const draw = () => {
-    for (const node of document.querySelectorAll("[data-chart]")) {
-      const figure = recoloured(content.figures[node.dataset.chart], dark.matches ? content.dark : {});
-      // A finger on a chart scrolls the page.
-      figure.layout.dragmode = coarse.matches ? false : "zoom";
-      Plotly.react(node, figure.data, figure.layout, config);
-    }
-  };
-  draw();
+  const draw = () =>
+    Promise.all(
+      [...document.querySelectorAll("[data-chart]")].map((node) => {
+        const figure = recoloured(content.figures[node.dataset.chart], dark.matches ? content.dark : {});
+        // A finger on a chart scrolls the page.
+        figure.layout.dragmode = coarse.matches ? false : "zoom";
+        return Plotly.react(node, figure.data, figure.layout, config);
+      }),
+    );
+  draw().then(() => { document.documentElement.dataset.drawn = "yes"; });
   dark.addEventListener("change", draw);
-  document.documentElement.dataset.drawn = "yes";
 })();
