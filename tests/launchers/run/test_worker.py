@@ -256,22 +256,22 @@ def test_classes_without_an_image_are_named_and_an_empty_choice_is_an_error(begi
         recipe = here.recipe.model_copy(update={"pseudo_labels": settings})
         return dataclasses.replace(here, networks=Networks.of(recipe, here.folder))
 
-    targets(chooser(float(highest) - 1e-4), student(here))
+    training_images(chooser(float(highest) - 1e-4), student(here))
     assert "sbf-distilled: the teachers predict 'airplane', " in caplog.text  # random weights
     with pytest.raises(
         UserError, match=f"leaves none of 30 .* highest confidence is {highest:.3g}"
     ):
-        targets(chooser(float(highest) + 1e-4), student(here))
+        training_images(chooser(float(highest) + 1e-4), student(here))
 
 
 @pytest.mark.parametrize("kind", ["stored", "live"])
 def test_targets_are_sharpened(begin, kind):
     here = begin(kind)
-    plain = targets(here, student(here))[1](batches(here, student(here), 1)[0])["teacher"]
+    plain = annotate_of(here, student(here))(batches(here, student(here), 1)[0])["teacher"]
     settings = here.recipe.pseudo_labels.model_copy(update={"sharpening": 0.5})
     recipe = here.recipe.model_copy(update={"pseudo_labels": settings})
     sharp = dataclasses.replace(here, networks=Networks.of(recipe, here.folder))
-    found = targets(sharp, student(here))[1](batches(here, student(here), 1)[0])["teacher"]
+    found = annotate_of(sharp, student(here))(batches(here, student(here), 1)[0])["teacher"]
     torch.testing.assert_close(found, plain**2 / (plain**2).sum(1, keepdim=True))
 
 
