@@ -56,6 +56,9 @@ bench: setup
 	$(BIN)/python benchmarks/label_store.py --json benchmarks/results/label-store.json
 	$(BIN)/python benchmarks/labelling.py --json benchmarks/results/labelling.json
 	$(BIN)/python benchmarks/student_step.py --json benchmarks/results/student-step.json
+	$(BIN)/python benchmarks/distillation.py --json benchmarks/results/distillation.json \
+	    --picture docs/distillation.png runs/distillation
+	$(BIN)/python benchmarks/stored_targets.py --json benchmarks/results/stored-targets.json
 	$(BIN)/python benchmarks/startup.py --json benchmarks/results/startup.json
 	$(BIN)/python benchmarks/faults.py --json benchmarks/results/faults.json
 	$(BIN)/python benchmarks/zero_memory.py --json benchmarks/results/zero-memory.json

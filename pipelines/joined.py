@@ -1,4 +1,4 @@
-"""Two streams of training batches as one: labelled images beside unlabelled ones."""
+"""Streams of training batches as one: labelled images beside unlabelled ones, or after them."""
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -52,6 +52,11 @@ class JoinedLoader:
             )
         return whole
 
+    @property
+    def samples_seen(self) -> int:
+        """Number of samples returned so far, over all ranks."""
+        return sum(loader.samples_seen for loader in self._loaders)
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold."""
         return {"streams": [loader.state_dict() for loader in self._loaders]}
@@ -70,3 +75,39 @@ class JoinedLoader:
         """Release DALI's threads and buffers."""
         for loader in self._loaders:
             loader.close()
+
+
+class LoadersInTurn:
+    """Batches of one loader, and after `samples` samples, over all ranks, those of another.
+
+    A batch of the second says so: it has the entry `mark`. The state is that of both: which of them
+    comes next follows from what the first has given.
+    """
+
+    def __init__(self, first: JoinedLoader, then: JoinedLoader, *, samples: int, mark: str) -> None:
+        self._first, self._then = first, then
+        self._samples = samples
+        self._mark = mark
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._first.samples_seen < self._samples:
+            return next(self._first)
+        self._first.close()
+        return next(self._then) | {self._mark: torch.ones(())}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold."""
+        return self._first.state_dict() | {"then": self._then.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken; UserError as JoinedLoader's."""
+        self._first.load_state_dict(state)
+        self._then.load_state_dict(state["then"])
+
+    def close(self) -> None:
+        """Release DALI's threads and buffers."""
+        self._first.close()
+        self._then.close()

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from sbf_dist.distill_recipe import Distill
 from sbf_dist.schema import (
     Above0,
     Place,
@@ -239,25 +240,6 @@ class Compress(OneShotCompression):
                 "cannot be shrunk again"
             )
         return self
-
-
-class Distill(Section):
-    """Training of the SBF student."""
-
-    training: Training
-    round_steps: Positive | None = Field(
-        None, description="steps of training between rounds; null: a fifth of the training's"
-    )
-    targets: Literal["stored", "live"] = Field(
-        "stored",
-        description="'stored': pseudo-labels; 'live': the teachers' predictions on each crop",
-    )
-    label_weight: float = Field(
-        0.5, ge=0, description="weight of the cross-entropy on labelled images"
-    )
-    labelled_share: float = Field(
-        0.25, ge=0, le=1, description="share of labelled images in a batch"
-    )
 
 
 class Tracking(Section):

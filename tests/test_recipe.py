@@ -366,7 +366,20 @@ def test_a_key_that_is_wrongly_written_comes_before_the_one_that_is_missing_for_
          "optimizer.name = lamb, which scales each layer's step as a whole;"),
         ("distill.training={steps: 5, compile: true, zero_stage: 3}", "distill.training: zero_stage"
          " = 3 does not suit compile = True"),
-        ("distill.targets=hard", "distill.targets = 'hard' must be 'stored' or 'live'"),
+        ("distill.targets=hard", "distill.targets = 'hard' must be 'auto', 'stored' or"),
+        ("distill.label_weight=-1", "distill.label_weight = -1 must be a number of at least 0"),
+        ("distill.label_weight=[0.1, 0.2, 0.3]", "distill.label_weight = [0.1, 0.2, 0.3] must be"),
+        ("distill.consistency={weight: [1, .inf]}", "distill.consistency.weight = [1, inf] must"),
+        ("distill.consistency={threshold: 1}", "distill.consistency.threshold = 1 must be less"),
+        ("distill.consistency={target: teacher}", "distill.consistency.target = 'teacher' must"),
+        ("distill.consistency={strong: {mixup: 0.2}}", "distill.consistency: strong must not set"),
+        ("distill.labels_last={share: 1}", "distill.labels_last.share = 1 must be less than 1"),
+        ("distill={training: {steps: 9, schedule: step}, labels_last: {share: 0.1}}", "distill: "
+         "labels_last needs training.schedule = cosine, not step"),
+        ("distill={training: {steps: 9, warmup: 5}, labels_last: {share: 0.5}}", "distill: labels_"
+         "last leaves 5 of 9 steps before, which must be more than training.warmup = 5"),
+        ("distill={training: {steps: 9, compile: true}, features: {}}", "distill: features does not"
+         " suit training.compile = True"),
         ("distill.training.zero_stage=4", "distill.training.zero_stage = 4 must be 0, 1, 2 or 3"),
         ("distill.training.precision=tf32", "distill.training.precision = 'tf32' must be 'fp32'"),
         ("distill.training.optimizer.lr=.inf", "distill.training.optimizer.lr = inf must be a f"),
@@ -483,3 +496,20 @@ def test_keys_that_earlier_versions_did_not_have_are_not_stored_at_their_default
         "log_every",
         "checkpoint_every",
     }
+
+
+def test_a_weight_that_changes_is_in_the_identity_as_it_is_written(path, recwarn):
+    loaded = recipe.load(path, ["distill.label_weight=[1, 0.5]", "distill.teacher_weight=[1, 0]"])
+    assert loaded.distill.label_weight == (1.0, 0.5)
+    identity = loaded.identity()
+    assert identity["distill"]["label_weight"] == [1.0, 0.5]
+    assert type(loaded).model_validate(identity | {"workers": {}}) == loaded
+    assert not recwarn
+    assert (
+        recipe.load(path, ["distill.label_weight=1"]).identity()["distill"]["label_weight"] == 1.0
+    )
+
+
+def test_parts_that_are_off_are_not_in_the_identity(path):
+    distill = recipe.load(path).identity()["distill"]
+    assert not {"teacher_weight", "consistency", "features", "labels_last"} & distill.keys()

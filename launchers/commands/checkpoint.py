@@ -124,7 +124,9 @@ def _consolidate(looked: Looked, out: Path, weights: Weights | None) -> None:
     averaged = bool(average) and weights is not Weights.LAST
     state = average if averaged else whole.weights
     try:
-        save_state({name.removeprefix(_NETWORK): value for name, value in state.items()}, out)
+        # What the loss alone needs (projections of features) has other names.
+        own = {n.removeprefix(_NETWORK): v for n, v in state.items() if n.startswith(_NETWORK)}
+        save_state(own or state, out)
     except (OSError, SafetensorError) as error:
         raise UserError(f"file {out} cannot be written: {error}") from None
     kind = "moving average of the weights" if averaged else "weights"

@@ -9,6 +9,7 @@ from launchers.display import Display
 from launchers.estimate.machines import MACHINES, Machine
 from launchers.estimate.memory import Memory
 from launchers.estimate.run_cost import RunCost, run_cost, training_hours
+from launchers.estimate.teachers import settled
 from launchers.estimate.timing import step_time
 from launchers.estimate.trainings import Planned, PlannedRun, planned_run
 from launchers.run.batches import sizes
@@ -45,12 +46,13 @@ def describe(
         display.say(f"the number of classes is not known yet: {_ASSUMED_CLASSES} are assumed")
     networks = Networks.of(recipe, folder)
     run = planned_run(networks, classes or _ASSUMED_CLASSES, images)
-    trainings = run.trainings
     workers, kind = max(recipe.numbers_of_workers()), MACHINES[machine]
-    pairs = recipe.data.augmentation.mixes
+    pairs, on_gpus = recipe.data.augmentation.mixes, recipe.workers.gpus > 0
+    memory = kind.gpu_bytes if on_gpus else None
+    run, choices = settled(run, workers=workers, pairs=pairs, device_bytes=memory)
+    trainings = run.trainings
     memories = {planned.name: planned.memory(workers, pairs=pairs) for planned in trainings}
     countable = images is not None and all(planned.steps is not None for planned in trainings)
-    on_gpus = recipe.workers.gpus > 0
     console = display.console
     for table in (
         _trainings_table(trainings, kind, workers if on_gpus and countable else None),
@@ -58,6 +60,8 @@ def describe(
     ):
         console.print()
         console.print(table)
+    for line in choices:
+        display.say(line)
     if any(planned.is_sbf for planned in trainings):
         display.say(
             "The SBF student is taken with all layers shrunk alike; the plan, which needs images, "
@@ -146,7 +150,7 @@ def _trainings_table(trainings: Sequence[Planned], machine: Machine, gpus: int |
             f"{cost.params / 1e6:.2f}",
             planned.job.training.length if planned.steps is None else f"{planned.steps:,}",
             f"{planned.batch:,}",
-            planned.job.targets,
+            planned.towards,
             *hours,
         )
     return table

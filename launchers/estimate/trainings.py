@@ -44,7 +44,9 @@ class Traced:
 class Planned:
     """A training that a run will do.
 
-    steps  of `batch` images, all workers together; None: the images would have to be counted
+    teachers  that are run beside it
+    towards   what it is trained towards, in a word
+    steps     of `batch` images, all workers together; None: the images would have to be counted
     """
 
     name: str
@@ -53,6 +55,12 @@ class Planned:
     teachers: tuple[Traced, ...]
     is_sbf: bool
     steps: int | None
+    towards: str = "live"
+
+    @property
+    def views(self) -> int:
+        """How many views of an image the network sees in a step."""
+        return 2 if self.job.distill is not None and self.job.distill.consistency else 1
 
     @property
     def batch(self) -> int:
@@ -62,7 +70,7 @@ class Planned:
     def work(self) -> Work:
         """What a step of it has to do."""
         return Work(
-            trained_macs=self.trained.cost.macs * (SBF_STEP if self.is_sbf else 1.0),
+            trained_macs=self.views * self.trained.cost.macs * (SBF_STEP if self.is_sbf else 1.0),
             frozen_macs=sum(teacher.cost.macs for teacher in self.teachers),
             trained_layers=self.trained.layers,
             frozen_layers=sum(teacher.layers for teacher in self.teachers),
@@ -85,7 +93,10 @@ class Planned:
             gradients=state.gradients,
             optimizer=state.optimizer,
             activations=activation_bytes(
-                self.trained.network, self.trained.input_shape, at_once, training.precision
+                self.trained.network,
+                self.trained.input_shape,
+                self.views * at_once,
+                training.precision,
             ),
             teachers=sum(
                 frozen_bytes(teacher.network, teacher.input_shape, at_once, training.precision)
@@ -106,7 +117,8 @@ class PlannedRun:
 def planned_run(networks: Networks, classes: int, images: Mapping[str, int] | None) -> PlannedRun:
     """Build and trace the networks that a run trains; the student by an even plan.
 
-    `images` are the numbers of each part, where they are known.
+    `images` are the numbers of each part, where they are known. Where the recipe leaves open
+    whether teachers are asked live (`distill.targets: auto`), they are; see teachers.settled.
     """
     recipe = networks.recipe
     traced = {
@@ -128,18 +140,29 @@ def planned_run(networks: Networks, classes: int, images: Mapping[str, int] | No
         is_sbf = network.plan is not None
         trained = student if is_sbf else _dense(network, traced, classes)
         assert trained is not None
-        live = job.targets == "live"
+        towards = _towards(job)
+        beside = list(traced.values()) if towards in ("live", "auto") else []
+        if not beside and job.distill is not None and job.distill.features is not None:
+            beside = [dense]
         found.append(
             Planned(
                 name=network.name,
                 job=job,
                 trained=trained,
-                teachers=tuple(traced[t.name] for t in networks.teachers) if live else (),
+                teachers=tuple(beside),
                 is_sbf=is_sbf,
                 steps=_steps(job, images, pairs=recipe.data.augmentation.mixes),
+                towards=towards,
             )
         )
     return PlannedRun(tuple(found), tuple(traced.values()), dense)
+
+
+def _towards(job: Job) -> str:
+    """What a network is trained towards; "auto" is still to be settled."""
+    if job.distill is None:
+        return "labels"
+    return job.distill.targets if job.distill.asks_teachers else "itself"
 
 
 def _dense(network: Network, traced: Mapping[str, Traced], classes: int) -> Traced:

@@ -45,14 +45,16 @@ def _execute(recipe: Recipe, folder: RunFolder, until: str, again: str | None) -
         from launchers.images import find_again
         from launchers.run import sequence
         from launchers.run.building import fetch_published
+        from launchers.run.earlier_defaults import as_begun
         from launchers.run.networks import Networks
         from launchers.run.session import Session
         from sbf_dist import tracking
 
         torch.set_num_threads(available_cpus())
         display = Display()
+        recipe, notes = as_begun(recipe, folder)
         networks = Networks.of(recipe, folder)
-        notes = sequence.open_folder(networks, again)
+        notes += sequence.open_folder(networks, again)
         find_again(recipe.data, folder.runs, folder.index, recipe.seed)
         tracker = resources.enter_context(
             tracking.start(

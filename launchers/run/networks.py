@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from launchers.run.folder import RunFolder
+from sbf_dist.distill_recipe import Distill
 from sbf_dist.models import Architecture
 from sbf_dist.recipe import Recipe
 from sbf_dist.settings import View
@@ -38,6 +39,10 @@ _DISTILLATION = (
     "distill.targets",
     "distill.label_weight",
     "distill.labelled_share",
+    "distill.teacher_weight",
+    "distill.consistency",
+    "distill.features",
+    "distill.labels_last",
     "pseudo_labels.threshold",
     "pseudo_labels.adaptive",
     "pseudo_labels.per_class",
@@ -62,19 +67,16 @@ _BUILT = (
 class Job:
     """How a network is trained.
 
-    group           the name under which its checkpoints are kept: its stage, or its round
-    start           file of the weights that it starts from; None: random ones
-    label_weight    of the cross-entropy on labelled images
-    labelled_share  of labelled images in a batch
+    group    the name under which its checkpoints are kept: its stage, or its round
+    start    file of the weights that it starts from; None: random ones
+    distill  what a student is taught by; None: it is trained on labels alone
     """
 
     group: str
     training: Training
-    targets: Literal["labels", "stored", "live"]
     seed: int
     start: Path | None = None
-    label_weight: float = 1.0
-    labelled_share: float = 1.0
+    distill: Distill | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,11 @@ class Network:
     def architecture(self, num_classes: int) -> Architecture:
         """Return what the network is built of, with so many classes."""
         return Architecture.of(self.model, num_classes, self.arguments)
+
+    @property
+    def targets(self) -> Path:
+        """The file that keeps whether its teachers are asked live, see teaching.py."""
+        return self.result.with_suffix(".targets.json")
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -269,7 +276,7 @@ def _teacher(recipe: Recipe, folder: RunFolder, index: int) -> Network:
     if teacher.pretrained:
         published = folder.pretrained(teacher.model, teacher.arguments)
     if teacher.training is not None:
-        job = Job("teachers", teacher.training, "labels", recipe.seed + index, published)
+        job = Job("teachers", teacher.training, recipe.seed + index, published)
     own = folder.weights(teacher.name)
     return Network(
         name=teacher.name,
@@ -337,7 +344,7 @@ class _Students:
         teachers = len(self.recipe.teachers)
         # It starts where the teacher that it is compared with does.
         start = self.teacher.job.start if self.teacher.job is not None else None
-        job = Job("teachers", self.recipe.baselines, "labels", self.recipe.seed + teachers, start)
+        job = Job("teachers", self.recipe.baselines, self.recipe.seed + teachers, start)
         index = [teacher.name for teacher in self.recipe.teachers].index(self.teacher.name)
         # Its seed is the number of teachers.
         built = tuple(f"teachers.{index}.{name}" for name in _BUILT)
@@ -353,7 +360,6 @@ class _Students:
         job = Job(
             "distill",
             self.recipe.baselines,
-            "labels",
             self.recipe.seed,
             start=self.folder.weights(ONE_SHOT),
         )
@@ -401,13 +407,4 @@ class _Students:
         return Round(plan, fitted, self.network(name, plan, job, reads))
 
     def _distillation(self, group: str, training: Training, start: Path) -> Job:
-        distill = self.recipe.distill
-        return Job(
-            group=group,
-            training=training,
-            targets=distill.targets,
-            seed=self.recipe.seed,
-            start=start,
-            label_weight=distill.label_weight,
-            labelled_share=distill.labelled_share,
-        )
+        return Job(group, training, self.recipe.seed, start, self.recipe.distill)

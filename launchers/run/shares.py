@@ -14,9 +14,9 @@ def step_shares(job: Job, images: Mapping[str, int], *, pairs: bool) -> dict[str
     `images` are the numbers of images of the parts.
     """
     total = job.training.batch_size
-    if job.targets == "labels" or not images["unlabelled"]:
+    if job.distill is None or not images["unlabelled"]:
         return {"labelled": total}
-    sizes = shares_of_batch(total, job.labelled_share, pairs=pairs)
+    sizes = shares_of_batch(total, job.distill.labelled_share, pairs=pairs)
     return {part: size for part, size in sizes.items() if size}
 
 

@@ -11,10 +11,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from launchers.estimate.teachers import Choice
 from launchers.run import locks, outcome
-from launchers.run.batches import steps_per_epoch, targets, training_batches
+from launchers.run.batches import (
+    steps_per_epoch,
+    targets,
+    training_batches,
+    training_images,
+    with_progress,
+)
 from launchers.run.building import build_network
 from launchers.run.networks import Job, Network
+from launchers.run.objective import learning_rates, task_for
+from launchers.run.teaching import choice_for
 from launchers.run.worker import Batch, Context, validation
 from pipelines.agreement import check_workers_agree
 from sbf_dist import tracking
@@ -28,8 +37,8 @@ from sbf_dist.train.freezing import freeze
 from sbf_dist.train.loop import Every, LogRecord, fit
 from sbf_dist.train.profiling import profiled
 from sbf_dist.train.resharding import whole_state
-from sbf_dist.train.schedule import schedule
 from sbf_dist.train.utilisation import TRAINING_PASSES, peak_macs_per_s
+from sbf_dist.training_recipe import Training
 from sbf_dist.weights import save_weights
 
 if TYPE_CHECKING:  # of Ray, which the driver imports later than this module
@@ -111,11 +120,13 @@ def _train(
     assert job is not None
     torch.manual_seed(job.seed)
     settings = job.training
+    choice = choice_for(here, network)
     engine = _engine(here, network, job)
     engine.reads = _reads(here, network)
-    index, annotate = targets(here, network)
+    index = training_images(here, network)
+    annotate = targets(here, network, choice, engine.module.features)
     steps, warmup = settings.lengths(steps_per_epoch(here, network, index))
-    batches = training_batches(here, network, index)
+    batches = training_batches(here, network, index, steps)
     depends_on = digests(here, network)
     start = 0
     if saving.resume is not None:
@@ -124,9 +135,8 @@ def _train(
         batches.load_state_dict(restored.loader_state)
         start = restored.step
     tracker = tracking.attach(str(journals)) if here.rank == 0 else None
-    used = _share_of_peak(here, network, job) if here.rank == 0 else 0.0
-    if settings.epochs is not None:
-        title = f"{title}, {settings.length}"  # beside the steps that they are
+    used = _share_of_peak(here, network, job, choice) if here.rank == 0 else 0.0
+    title = ", ".join((title, *_details(settings, choice)))
 
     def on_log(record: LogRecord) -> None:
         ray_train.progress({"title": title, **dataclasses.asdict(record)})
@@ -150,17 +160,10 @@ def _train(
 
     fit(
         engine,
-        _watched(here, network, engine, batches, start),
+        _watched(here, network, engine, _scheduled(job, batches, engine, start, steps), start),
         steps=steps,
         start_step=start,
-        lr_at=schedule(
-            settings.schedule,
-            lr=settings.optimizer.lr,
-            steps=steps,
-            warmup=warmup,
-            milestones=settings.milestones,
-            factor=settings.factor,
-        ),
+        lr_at=learning_rates(job, steps, warmup),
         log=Every(settings.log_every, on_log),
         checkpoint=saving.every(settings.checkpoint_every, on_checkpoint),
         annotate=annotate,
@@ -171,7 +174,16 @@ def _train(
         tracker.log_metrics(_scores(network.name, scores), steps)
         tracker.flush()
     dist.barrier()
-    return {"top1": scores.top1, "loss": scores.loss, "steps": steps, "from_step": start}
+    taught = {} if choice is None else {"targets": choice.targets, "because": choice.reason}
+    measured = {"top1": scores.top1, "loss": scores.loss}
+    return {**measured, "steps": steps, "from_step": start, **taught}
+
+
+def _details(settings: Training, choice: Choice | None) -> list[str]:
+    """What stands beside a training's name while it runs."""
+    teachers = [] if choice is None else [f"{choice.targets} teachers"]
+    # Beside the steps that they are.
+    return teachers + ([] if settings.epochs is None else [settings.length])
 
 
 def _finished(here: Context, network: Network, engine: Any, known: Accuracy | None) -> Accuracy:
@@ -186,11 +198,16 @@ def _finished(here: Context, network: Network, engine: Any, known: Accuracy | No
     return scores
 
 
-def _share_of_peak(here: Context, network: Network, job: Job) -> float:
+def _share_of_peak(here: Context, network: Network, job: Job, choice: Choice | None) -> float:
     """What share of a device's arithmetic one image a second and worker takes."""
-    beside = here.networks.teachers if job.targets == "live" else ()
+    beside: tuple[Network, ...] = ()
+    if choice is not None and choice.targets == "live":
+        beside = here.networks.teachers
+    elif job.distill is not None and job.distill.features is not None:
+        beside = (here.networks.compressed,)
+    views = 2 if job.distill is not None and job.distill.consistency is not None else 1
     with torch.random.fork_rng(devices=[]):  # weights are drawn, and thrown away
-        passes = [(network, TRAINING_PASSES), *((teacher, 1) for teacher in beside)]
+        passes = [(network, views * TRAINING_PASSES), *((teacher, 1) for teacher in beside)]
         macs = sum(
             number * count(build_network(one, here.num_classes, None), one.input_shape).macs
             for one, number in passes
@@ -223,11 +240,8 @@ def _engine(here: Context, network: Network, job: Job) -> Any:
     freeze(student, settings.freeze)
     if settings.compile:
         student.compile()
-    task = DistillationTask(
-        student, label_weight=job.label_weight, label_smoothing=settings.label_smoothing
-    )
     return build_engine(
-        task,
+        task_for(here, network, student),
         settings.optimizer,
         micro_batch=settings.batch_size // here.world_size // passes,
         accumulation=passes,
@@ -236,6 +250,16 @@ def _engine(here: Context, network: Network, job: Job) -> Any:
         skip_bad_steps=settings.skip_bad_steps,
         ema=settings.ema,
     )
+
+
+def _scheduled(
+    job: Job, batches: Iterable[Batch], engine: Any, start: int, steps: int
+) -> Iterable[Batch]:
+    """Return `batches`, with the progress of the training where a weight of its loss changes."""
+    if job.distill is None or not job.distill.weights_change:
+        return batches
+    passes = engine.gradient_accumulation_steps()
+    return with_progress(batches, start=start, steps=steps, passes=passes)
 
 
 def _watched(
@@ -262,8 +286,10 @@ def _scores_so_far(here: Context, network: Network, engine: Any) -> Accuracy:
 
 def _trained(here: Context, network: Network, engine: Any, *, averaged: bool) -> nn.Module:
     """The network with the weights of an engine, or their average, as it is without an engine."""
+    # Without its projections of features, which the loss alone needs.
     task = DistillationTask(build_network(network, here.num_classes, None))
-    task.load_state_dict(whole_state(engine, averaged=averaged))
+    state = whole_state(engine, averaged=averaged)
+    task.load_state_dict({k: v for k, v in state.items() if k.startswith("student.")})
     return task.student.to(here.device)
 
 

@@ -332,7 +332,10 @@ def _train(session: Session, group: str, log: tracking.Run) -> Result:
     trained = session.launch(training.train_networks, group, log)
     for name, result in trained.items():
         resumed = f", resumed at step {result['from_step']}" if result["from_step"] else ""
-        session.display.say(f"  {name}: top-1 {100 * result['top1']:.1f} %{resumed}")
+        taught = (
+            f", {result['targets']} teachers: {result['because']}" if "targets" in result else ""
+        )
+        session.display.say(f"  {name}: top-1 {100 * result['top1']:.1f} %{resumed}{taught}")
     networks = session.networks.trained_in(group)
     return {"trainings": {network.name: outcome.read(network) for network in networks}}
 

@@ -14,6 +14,7 @@ def mixup(batch: Batch) -> Batch:
     box that shows the partner, empty where the two are blended.
         mixup (Zhang et al. 2018)   x = λ x + (1 − λ) x_partner
         cutmix (Yun et al. 2019)    x_partner inside the box, x outside
+    Strong views, "strong", if there, are combined as the images are.
     Added: "partner_label" (N,) and "share" (N,), for the cross-entropy (see DistillationTask).
     "teacher", if there, becomes λ t + (1 − λ) t_partner: stored probabilities are added before,
     those of teachers that see the combined image itself after.
@@ -22,11 +23,10 @@ def mixup(batch: Batch) -> Batch:
         return batch
     rest = {key: value for key, value in batch.items() if not key.startswith("mixup_")}
     partner, share = batch["mixup_partner"], batch["mixup_share"]
-    combined = {
-        "image": _combined_images(batch["image"], partner, share, batch.get("mixup_box")),
-        "partner_label": batch["label"][partner],
-        "share": share,
-    }
+    combined = {"partner_label": batch["label"][partner], "share": share}
+    for view in ("image", "strong"):
+        if view in batch:
+            combined[view] = _combined_images(batch[view], partner, share, batch.get("mixup_box"))
     if "teacher" in batch:
         combined["teacher"] = _blend(batch["teacher"], partner, share)
     return rest | combined

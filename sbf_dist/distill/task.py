@@ -6,6 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sbf_dist.distill.consistency import consistency
+from sbf_dist.distill.features import KEY, FeatureLoss, Watched
+from sbf_dist.distill_recipe import Consistency, Weight
+
 Batch = dict[str, Tensor]
 UNLABELLED = -1
 
@@ -13,34 +17,95 @@ UNLABELLED = -1
 class DistillationTask(nn.Module):
     """The student with its loss.
 
-    forward takes a batch with "image" (N, 3, H, W), "label" (N,), -1 where unknown, and, where
-    there are teachers, "teacher" (N, classes), their probabilities. It returns "loss" and its
-    parts: "cross_entropy" on the labelled images and "divergence", KL(teacher || student), on all
-    images. Both are means over the images that they are about. Of a batch after mixup, the
-    cross-entropy is that with the label, times "share", plus that with the partner's, times the
-    rest. `label_smoothing`: share of each label that is given to all classes alike.
+    forward takes a batch with "image" (N, 3, H, W), "label" (N,), -1 where unknown, and what the
+    parts of the loss need. It returns "loss" and the parts that the batch has targets for:
+        cross_entropy  on the labelled images. Of a batch after mixup, that with the label, times
+                       "share", plus that with the partner's, times the rest. `label_smoothing`:
+                       share of each label that is given to all classes alike
+        divergence     KL(teacher || student) on all images, with "teacher" (N, classes), the
+                       teachers' probabilities
+        consistency    on all images, with "strong" (N, 3, H, W), see consistency.py. "confident" is
+                       the share of images with a target; it is not part of the loss
+        features       with "features:LAYER" (N, C, h, w) for each layer of `features`, see
+                       features.py
+    Each is a mean over the images that it is about. The loss is the sum of weight times part, or
+    the cross-entropy alone where there is nothing else. Weights [start, end] follow "progress", the
+    share of the training that is over, a scalar in the batch.
     """
 
     def __init__(
-        self, student: nn.Module, *, label_weight: float = 1.0, label_smoothing: float = 0.0
+        self,
+        student: nn.Module,
+        *,
+        label_weight: Weight = 1.0,
+        label_smoothing: float = 0.0,
+        teacher_weight: Weight = 1.0,
+        consistency: Consistency | None = None,
+        features: FeatureLoss | None = None,
+        feature_weight: Weight = 1.0,
     ) -> None:
         super().__init__()
         self.student = student
-        self.label_weight = label_weight
         self.label_smoothing = label_smoothing
+        self.consistency = consistency
+        self.features = features
+        self._weights: dict[str, Weight] = {
+            "cross_entropy": label_weight,
+            "divergence": teacher_weight,
+            "consistency": consistency.weight if consistency is not None else 0.0,
+            "features": feature_weight,
+        }
+        self._watched = Watched(student, [] if features is None else features.layers)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return the loss and its parts, all scalars."""
-        scores = self.student(batch["image"]).float().log_softmax(1)
-        cross_entropy = _cross_entropy(scores, batch, self.label_smoothing)
-        if "teacher" not in batch:
-            return {"loss": cross_entropy}
-        divergence = F.kl_div(scores, batch["teacher"], reduction="batchmean")
-        return {
-            "loss": self.label_weight * cross_entropy + divergence,
-            "cross_entropy": cross_entropy,
-            "divergence": divergence,
-        }
+        images = batch["image"]
+        is_consistent = self.consistency is not None and "strong" in batch
+        seen = torch.cat([images, batch["strong"]]) if is_consistent else images
+        # One pass for both views: batch norm sees all of them.
+        with self._watched as found:
+            logits = self.student(seen)
+        scores, *strong = logits.float().log_softmax(1).split(len(images))
+        parts = {"cross_entropy": _cross_entropy(scores, batch, self.label_smoothing)}
+        if "teacher" in batch:
+            parts["divergence"] = F.kl_div(scores, batch["teacher"], reduction="batchmean")
+        if is_consistent:
+            assert self.consistency is not None
+            by_ensemble = self.consistency.target == "ensemble"
+            known = batch["teacher"] if by_ensemble else scores.detach().exp()
+            loss, confident = consistency(strong[0], known, self.consistency.threshold)
+            parts |= {"consistency": loss, "confident": confident}
+        if self.features is not None:
+            parts |= _feature_part(self.features, batch, found)
+        if len(parts) == 1:
+            return {"loss": parts["cross_entropy"]}
+        progress = batch.get("progress")
+        weighted = [
+            weight_at(weight, progress) * parts[name]
+            for name, weight in self._weights.items()
+            if name in parts
+        ]
+        return {"loss": torch.stack(weighted).sum(), **parts}
+
+
+def _feature_part(
+    features: FeatureLoss, batch: Batch, found: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The part "features"; empty where the batch has no features of the teacher."""
+    wanted = {name: batch[KEY + name] for name in features.layers if KEY + name in batch}
+    if not wanted:
+        return {}
+    weak = {name: values[: len(batch["image"])] for name, values in found.items()}
+    return {"features": features(weak, wanted)}
+
+
+def weight_at(weight: Weight, progress: Tensor | None) -> float | Tensor:
+    """Return a weight after a share of the training, `progress`, a scalar tensor."""
+    if not isinstance(weight, tuple):
+        return weight
+    assert progress is not None, "a weight that changes needs to know how far the training is"
+    start, end = weight
+    return start + (end - start) * progress
 
 
 def _cross_entropy(scores: Tensor, batch: Batch, smoothing: float) -> Tensor:

@@ -145,12 +145,11 @@ class _Meter:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._names: list[str] = []
         self._reset()
 
     def _reset(self) -> None:
-        self._sums: Tensor | None = None
-        self._batches = 0
+        self._sums: dict[str, Tensor] = {}
+        self._batches: dict[str, int] = {}  # that had a part of the name
         self._images = 0
         self._first_step: int | None = None
         self._since = time.monotonic()
@@ -158,14 +157,16 @@ class _Meter:
     @property
     def has_any(self) -> bool:
         """Whether there was a batch since the last record; not where all steps were left out."""
-        return self._sums is not None
+        return bool(self._sums)
 
     def add(self, parts: dict[str, Tensor], *, images: int, step: int) -> None:
-        self._names = ["loss", *(name for name in parts if name != "loss")]
-        values = torch.stack([parts[name].detach().double().reshape(()) for name in self._names])
-        self._sums = values if self._sums is None else self._sums + values
+        names = ("loss", *(name for name in parts if name != "loss"))
+        values = torch.stack([parts[name].detach().double().reshape(()) for name in names])
+        # Batches of a training may differ in the parts that they have targets for.
+        for name, value in zip(names, values.unbind(), strict=True):
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._batches[name] = self._batches.get(name, 0) + 1
         self._first_step = step if self._first_step is None else self._first_step
-        self._batches += 1
         self._images += images
 
     def restart_clock(self) -> None:
@@ -176,22 +177,28 @@ class _Meter:
         self, watch: LossWatch, times: StepTimes, done: int, steps: int, lr: float
     ) -> LogRecord:
         """Means over the ranks since the last record. UserError if a loss was not finite."""
-        assert self._sums is not None
         assert self._first_step is not None
+        names = list(self._sums)
         # What the device knows comes in one message, and is read once.
-        counts = self._sums.new_tensor([self._batches, self._images])
-        totals = torch.cat([self._sums, counts])
+        sums = torch.stack(list(self._sums.values()))
+        counts = sums.new_tensor([*self._batches.values(), self._images])
+        totals = torch.cat([sums, counts])
         first_bad = watch.first_bad(self._device)
         if dist.is_initialized():
             dist.all_reduce(totals)
             dist.all_reduce(first_bad, op=dist.ReduceOp.MIN)
-        *sums, count, images, bad = torch.cat([totals, first_bad.reshape(1)]).tolist()
+        *means, images, bad = torch.cat([totals, first_bad.reshape(1)]).tolist()
         watch.check(bad)
         elapsed = time.monotonic() - self._since
         record = LogRecord(
             step=done,
             steps=steps,
-            parts={name: value / count for name, value in zip(self._names, sums, strict=True)},
+            parts={
+                name: value / count
+                for name, value, count in zip(
+                    names, means[: len(names)], means[len(names) :], strict=True
+                )
+            },
             lr=lr,
             images_per_s=images / elapsed,
             seconds_left=(steps - done) * elapsed / (done - self._first_step),

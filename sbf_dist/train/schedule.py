@@ -83,3 +83,10 @@ def schedule(
             return partial(one_cycle, lr=lr, steps=steps, warmup=warmup)
         case _:
             raise UserError(f"schedule {name!r}: must be constant, cosine, step or one_cycle")
+
+
+def followed_by(
+    first: Callable[[int], float], then: Callable[[int], float], *, at: int
+) -> Callable[[int], float]:
+    """The learning rates of `first` up to step `at`, and from it on those of `then`, from its 0."""
+    return lambda step: first(step) if step < at else then(step - at)

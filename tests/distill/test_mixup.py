@@ -79,3 +79,13 @@ def test_the_cross_entropy_of_a_combined_batch_is_that_with_combined_labels(batc
 def test_half_precision_stays_half_precision(batch):
     batch["image"] = batch["image"].half()
     assert mixup(batch)["image"].dtype == torch.float16
+
+
+@pytest.mark.parametrize("box", [None, [[2, 1, 5, 6], [0, 0, 0, 0], [0, 0, 8, 6], [0, 0, 0, 0]]])
+def test_strong_views_are_mixed_as_the_weak_ones_are(batch, box):
+    if box is not None:
+        batch["mixup_box"] = torch.tensor(box)
+    other = batch | {"image": batch["image"].flip(0)}
+    both = mixup(batch | {"strong": other["image"]})
+    assert torch.equal(both["image"], mixup(batch)["image"])
+    assert torch.equal(both["strong"], mixup(other)["image"])

@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from sbf_dist.distill.features import feature_loss
 from sbf_dist.distill.task import DistillationTask, sharpened, stored_targets
+from sbf_dist.distill_recipe import Consistency
 
 
 class Logits(nn.Module):
@@ -132,3 +134,84 @@ def test_sharpening_raises_distributions_to_a_power(temperature: float) -> None:
     powers = said.double() ** (1 / temperature)
     wanted = (powers / powers.sum(1, keepdim=True)).float()
     torch.testing.assert_close(sharpened(said, temperature), wanted)
+
+
+# --- further parts -------------------------------------------------------------------------------
+
+
+def two_views(weak, strong, labels=(-1, -1)):
+    return batch(weak, list(labels)) | {"strong": torch.tensor(strong, requires_grad=True)}
+
+
+def test_a_confident_prediction_on_the_weak_view_is_the_target_on_the_strong_one_by_hand():
+    given_batch = two_views([[0.0, 5.0], [0.0, 0.1]], [[1.0, 0.0], [3.0, 0.0]])
+    task = DistillationTask(Logits(), consistency=Consistency(weight=0.5, threshold=0.9))
+    parts = task(given_batch)
+    expected = math.log(1 + math.exp(1.0)) / 2  # class 1 of the first image; of two images
+    assert parts["consistency"].item() == pytest.approx(expected)
+    assert parts["confident"].item() == 0.5
+    assert parts["loss"].item() == pytest.approx(0.5 * expected)
+    parts["loss"].backward()
+    assert given_batch["image"].grad is None or not given_batch["image"].grad.any()
+    assert given_batch["strong"].grad[0].any()
+    assert not given_batch["strong"].grad[1].any()
+
+
+def test_the_ensembles_prediction_may_be_the_target_instead():
+    given_batch = two_views([[0.0, 5.0]] * 2, [[1.0, 0.0], [3.0, 0.0]])
+    given_batch["teacher"] = torch.tensor([[0.99, 0.01], [0.2, 0.8]])
+    own = Consistency(threshold=0.95, target="ensemble")
+    parts = DistillationTask(Logits(), teacher_weight=0.0, consistency=own)(given_batch)
+    assert parts["consistency"].item() == pytest.approx(math.log(1 + math.exp(-1.0)) / 2)
+    assert parts["loss"].item() == pytest.approx(parts["consistency"].item())
+
+
+def test_both_views_go_through_the_student_at_once():
+    seen = []
+
+    class Watching(nn.Module):
+        def forward(self, x):
+            seen.append(len(x))
+            return x
+
+    given_batch = two_views([[0.0, 5.0]] * 2, [[1.0, 0.0]] * 2)
+    DistillationTask(Watching(), consistency=Consistency())(given_batch)
+    DistillationTask(Watching())(batch([[0.0, 1.0]], [0]))
+    assert seen == [4, 1]
+
+
+@pytest.mark.parametrize(("progress", "weight"), [(0.0, 1.0), (0.25, 0.8), (1.0, 0.2)])
+def test_a_weight_may_go_in_a_straight_line_from_one_number_to_another(progress, weight):
+    given_batch = batch([[0.0, 1.0], [2.0, 0.0]], [1, -1], [[0.5, 0.5]] * 2)
+    given_batch["progress"] = torch.tensor(progress)
+    parts = DistillationTask(Logits(), label_weight=(1.0, 0.2))(given_batch)
+    expected = weight * parts["cross_entropy"].item() + parts["divergence"].item()
+    assert parts["loss"].item() == pytest.approx(expected)
+
+
+def test_features_are_part_of_the_loss_and_reach_the_student_alone():
+    torch.manual_seed(0)
+    student, teacher = (
+        nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        for width in (2, 4)
+    )
+    features = feature_loss(student, teacher, ["1"], (3, 6, 6))
+    task = DistillationTask(student, features=features, feature_weight=0.5)
+    images = torch.randn(5, 3, 6, 6)
+    given_batch = {"image": images, "label": torch.tensor([0, 1, -1, -1, -1])}
+    given_batch["features:1"] = teacher[:2](images).detach()
+    parts = task(given_batch)
+    own = features.projections[0](student[:2](images))
+    wanted = given_batch["features:1"]
+    expected = (own - wanted).square().mean() / wanted.var(correction=0)
+    torch.testing.assert_close(parts["features"], expected)
+    torch.testing.assert_close(parts["loss"], parts["cross_entropy"] + 0.5 * expected)
+    parts["features"].backward()
+    assert student[0].weight.grad.any()
+    assert features.projections[0].weight.grad.any()
+    assert teacher[0].weight.grad is None
+    assert "features" not in task({k: given_batch[k] for k in ("image", "label")})
+
+
+def test_what_is_off_is_no_part_of_the_module():
+    assert set(DistillationTask(nn.Linear(2, 2)).state_dict()) == {"student.weight", "student.bias"}

@@ -15,6 +15,7 @@ from rich.console import Console
 from launchers.comparison.summary import compare
 from launchers.display import Display
 from launchers.run.building import build_network
+from launchers.run.earlier_defaults import as_begun
 from launchers.run.folder import RunFolder
 from launchers.run.networks import Networks
 from launchers.run.stages import STAGES
@@ -39,7 +40,12 @@ def folder(tmp_path: Path) -> RunFolder:
 
 @pytest.fixture
 def networks(folder: RunFolder) -> Networks:
-    return Networks.of(recipe.load(BEFORE / "before.yaml"), folder)
+    as_it_was, notes = as_begun(recipe.load(BEFORE / "before.yaml"), folder)
+    assert notes == [
+        "distill.targets = stored and distill.label_weight = 0.5: the defaults of the version that "
+        "began this run are kept; another name (name=…) begins one with today's"
+    ]
+    return Networks.of(as_it_was, folder)
 
 
 def sbf(*arguments: object) -> subprocess.CompletedProcess[str]:

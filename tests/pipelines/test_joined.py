@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.joined import JoinedLoader, shares_of_batch
+from pipelines.joined import JoinedLoader, LoadersInTurn, shares_of_batch
 from pipelines.loader import TrainLoader
 from pipelines.reader import Reader
 from sbf_dist.errors import UserError
@@ -120,3 +120,33 @@ def test_the_state_of_other_images_is_refused(joined):
 def test_nothing_to_join_is_our_own_bug():
     with pytest.raises(AssertionError, match="nothing to join"):
         JoinedLoader([])
+
+
+def in_turn(joined):
+    """Two batches of both parts, then labelled images alone."""
+    return LoadersInTurn(joined(), joined(7, 0), samples=14, mark="alone")
+
+
+def test_after_so_many_samples_come_the_batches_of_the_other_loader(joined):
+    batches = in_turn(joined)
+    found = [next(batches) for _ in range(4)]
+    assert ["alone" in batch for batch in found] == [False, False, True, True]
+    first, then = joined(), joined(7, 0)
+    for batch in found[:2]:
+        assert torch.equal(batch["image"], next(first)["image"])
+    for batch in found[2:]:
+        assert torch.equal(batch["image"], next(then)["image"])
+        assert bool((batch["label"] >= 0).all())
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_loaders_in_turn_go_on_where_their_state_was_taken(joined, cut):
+    whole = in_turn(joined)
+    for _ in range(cut):
+        next(whole)
+    resumed = in_turn(joined)
+    resumed.load_state_dict(whole.state_dict())
+    for _ in range(3):
+        expected, found = next(whole), next(resumed)
+        assert found.keys() == expected.keys()
+        assert torch.equal(found["image"], expected["image"])

@@ -186,3 +186,13 @@ def test_targets_and_checkpoints_have_times_of_their_own() -> None:
     assert "checkpoint" not in records[0].seconds
     assert records[1].seconds["checkpoint"] >= 0.01  # of the one before, for each of two steps
     assert "targets" in records[0].seconds
+
+
+def test_a_part_that_only_some_batches_have_is_the_mean_over_these() -> None:
+    class Changing(DiaryEngine):
+        def __call__(self, batch: Batch) -> dict[str, Tensor]:
+            value = batch["image"].mean()
+            return {"loss": value} | ({"early": value * 10} if value < 2 else {"late": value})
+
+    (record,) = run(Changing(), steps=4)
+    assert record.parts == {"loss": 1.5, "early": 5.0, "late": 2.5}

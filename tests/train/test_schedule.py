@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sbf_dist.errors import UserError
-from sbf_dist.train.schedule import constant, cosine, schedule, step_decay
+from sbf_dist.train.schedule import constant, cosine, followed_by, schedule, step_decay
 
 
 def test_the_warmup_rises_by_equal_steps_to_the_peak() -> None:
@@ -74,3 +74,8 @@ def test_one_cycle_is_pytorchs(steps: int, warmup: int) -> None:
 def test_very_short_one_cycles_have_rates(steps: int) -> None:
     lr_at = schedule("one_cycle", lr=0.8, steps=steps)
     assert all(0 < lr_at(step) <= 0.8 for step in range(steps))
+
+
+def test_a_schedule_may_be_followed_by_another_that_begins_at_its_first_step() -> None:
+    rates = followed_by(lambda step: 100.0 + step, float, at=3)
+    assert [rates(step) for step in range(6)] == [100, 101, 102, 0, 1, 2]

@@ -68,3 +68,26 @@ def test_teachers_that_are_given_are_predicted_with_and_compressed(tmp_path):
     assert "\nresnet50 " not in text
     row = next(line for line in text.splitlines() if line.startswith("8 "))
     assert float(row.split()[2]) > 0.5
+
+
+def test_live_teachers_are_in_the_memory_and_stored_ones_are_not(tmp_path):
+    def teachers(*overrides: str) -> float:
+        text = printed("digits.yaml", *overrides, runs=tmp_path)
+        row = next(line for line in text.splitlines() if line.startswith("teachers"))
+        (header,) = (line.split() for line in text.splitlines() if line.startswith("MB"))
+        return float(row.split()[header.index("sbf-distilled")])
+
+    assert teachers("distill.targets=live") > 1
+    assert teachers("distill.targets=stored") == 0
+    assert teachers("distill.targets=auto") == teachers("distill.targets=live")
+
+
+def test_what_the_teachers_are_asked_is_chosen_as_in_the_run(tmp_path):
+    assert "sbf-distilled: live teachers: on each crop" in printed("digits.yaml", runs=tmp_path)
+    deep = "teachers.1.model=cifar_resnet110"
+    assert "sbf-distilled: stored teachers: on each crop" in printed(
+        "digits.yaml", deep, runs=tmp_path
+    )
+    said = printed("digits.yaml", deep, "workers.gpus=1", runs=tmp_path)
+    assert "sbf-distilled: live teachers: with them the training takes" in said
+    assert "teachers:" not in printed("digits.yaml", "distill.targets=live", runs=tmp_path)

@@ -7,16 +7,16 @@ import torch
 from launchers.display import Display
 from launchers.images import index_images
 from launchers.run import labelling, worker
-from launchers.run.batches import targets, training_batches
+from launchers.run.batches import targets, training_batches, training_images, with_progress
 from launchers.run.building import build_network
 from launchers.run.folder import RunFolder
 from launchers.run.networks import Network, Networks
+from launchers.run.objective import learning_rates, task_for
 from launchers.run.read_files import weights_digests
+from launchers.run.teaching import choice_for
 from sbf_dist.distill import pseudo_labels
-from sbf_dist.distill.task import DistillationTask
 from sbf_dist.recipe import Recipe
 from sbf_dist.train.loop import Every, LogRecord, fit
-from sbf_dist.train.schedule import schedule
 from sbf_dist.train.single import SingleEngine
 from sbf_dist.weights import save_weights
 
@@ -36,22 +36,16 @@ def train(here: worker.Context, network: Network) -> list[LogRecord]:
     torch.manual_seed(job.seed)
     settings = job.training
     student = build_network(network, here.num_classes, job.start)
-    index, annotate = targets(here, network)
-    batches = training_batches(here, network, index)
+    task = task_for(here, network, student)
+    annotate = targets(here, network, choice_for(here, network), task.features)
+    steps = settings.steps
+    batches = training_batches(here, network, training_images(here, network), steps)
     records: list[LogRecord] = []
     fit(
-        SingleEngine(
-            DistillationTask(student, label_weight=job.label_weight),
-            settings.optimizer,
-        ),
-        batches,
-        steps=settings.steps,
-        lr_at=schedule(
-            settings.schedule,
-            lr=settings.optimizer.lr,
-            steps=settings.steps,
-            warmup=settings.warmup,
-        ),
+        SingleEngine(task, settings.optimizer),
+        with_progress(batches, start=0, steps=steps, passes=1),
+        steps=steps,
+        lr_at=learning_rates(job, steps, settings.warmup),
         log=Every(1, records.append),
         annotate=annotate,
     )

@@ -47,7 +47,7 @@ def test_a_teacher_with_weights_is_not_trained_and_the_dense_baseline_is():
         ("three", "cifar_resnet20", 30),
         ("dense-labels", "cifar_resnet20", 50),
     ]
-    assert {n.job.targets for n in trained} == {"labels"}
+    assert {n.job.distill for n in trained} == {None}
     assert not any(n.plan or n.job.start for n in trained)
 
 
@@ -67,14 +67,8 @@ def test_students_start_from_the_one_shot_network_and_differ_in_their_targets():
         assert network.job.seed == 7
         assert network.model == "cifar_resnet20"
         assert network.view == View(image_size=16, mean=(0.1, 0.2, 0.3), std=(0.229, 0.224, 0.225))
-    assert (distilled.job.targets, labels.job.targets) == ("stored", "labels")
-    assert (distilled.job.label_weight, distilled.job.labelled_share) == (0.3, 0.2)
+    assert (distilled.job.distill, labels.job.distill) == (networks.recipe.distill, None)
     assert (distilled.job.training.steps, labels.job.training.steps) == (40, 50)
-
-
-def test_live_targets_are_passed_on():
-    distill = CONTENT["distill"] | {"targets": "live"}
-    assert networks_of(distill=distill).student.job.targets == "live"
 
 
 def test_without_baselines_only_the_method_itself_is_trained():

@@ -1,25 +1,28 @@
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from launchers.run.networks import Job
 from launchers.run.shares import divided, epoch_steps, step_shares
+from sbf_dist.distill_recipe import Distill
 from sbf_dist.errors import UserError
 from sbf_dist.training_recipe import Training
 
 IMAGES = {"labelled": 1000, "unlabelled": 9000}
 
 
-def _job(targets: Any = "stored", share: float = 0.25) -> Job:
-    training = Training(steps=1, batch_size=64)
-    return Job("distill", training, targets, 0, Path("start"), labelled_share=share)
+TRAINING = Training(steps=1, batch_size=64)
+
+
+def _job(share: float = 0.25) -> Job:
+    distill = Distill(training=TRAINING, labelled_share=share)
+    return Job("distill", TRAINING, 0, Path("start"), distill)
 
 
 def test_the_images_of_a_step_are_shared_out_before_the_workers_are_counted() -> None:
     assert step_shares(_job(), IMAGES, pairs=False) == {"labelled": 16, "unlabelled": 48}
     assert step_shares(_job(share=1), IMAGES, pairs=False) == {"labelled": 64}
-    assert step_shares(_job("labels"), IMAGES, pairs=False) == {"labelled": 64}
+    assert step_shares(Job("distill", TRAINING, 0), IMAGES, pairs=False) == {"labelled": 64}
     assert step_shares(_job(), {"labelled": 1000, "unlabelled": 0}, pairs=False) == {"labelled": 64}
 
 
@@ -44,6 +47,6 @@ def test_an_epoch_lasts_until_the_longest_stream_was_seen() -> None:
     for job, expected in (
         (_job(), 9000 / 48),
         (_job(share=0.75), 9000 / 16),
-        (_job("labels"), 1000 / 64),
+        (Job("distill", TRAINING, 0), 1000 / 64),
     ):
         assert epoch_steps(job, IMAGES, pairs=False) == pytest.approx(expected)

@@ -12,9 +12,10 @@ import torch
 from archive_makers import cifar10_python
 
 from launchers.run import training, worker
-from launchers.run.batches import targets, training_batches
+from launchers.run.batches import targets, training_batches, training_images
 from launchers.run.networks import Network, Networks
 from launchers.run.predictions import stored_predictions
+from launchers.run.teaching import choice_for
 from pipelines.loader import TrainLoader
 from pipelines.reader import Reader
 from pipelines.sources.preparation import prepare
@@ -79,10 +80,14 @@ def student(here: worker.Context) -> Network:
 
 def batches(here: worker.Context, network: Network, count: int = 2) -> list[worker.Batch]:
     """The first batches as the loader gives them."""
-    loader = training_batches(here, network, here.index)
+    loader = training_batches(here, network, here.index, 2)
     found = [{key: value.clone() for key, value in next(loader).items()} for _ in range(count)]
     loader.close()
     return found
+
+
+def annotate_of(here: worker.Context, network: Network):
+    return targets(here, network, choice_for(here, network), None)
 
 
 # --- mixed images --------------------------------------------------------------------------------
@@ -102,7 +107,7 @@ def test_stored_targets_are_mixed_as_the_images_are(begin, mixture):
     stored = stored_predictions(here)
     predicted = torch.tensor(stored.classes).long(), torch.tensor(stored.probabilities).float()
     distributions = full_distributions(*predicted, 10)
-    _, annotate = targets(here, student(here))
+    annotate = annotate_of(here, student(here))
     for unmixed, batch in zip(plain, batches(here, student(here)), strict=True):
         assert torch.equal(batch["image"], unmixed["image"])  # until it is annotated
         known = batch["label"] >= 0
@@ -124,7 +129,7 @@ def test_stored_targets_are_mixed_as_the_images_are(begin, mixture):
 def test_live_teachers_see_the_mixed_images(begin, mixture):
     here = begin("live", augmentation=mixture)
     network = student(here)
-    _, annotate = targets(here, network)
+    annotate = annotate_of(here, network)
     mixed = annotate(batches(here, network)[0])
     ensemble = worker.ensemble_of(here)
     assert torch.allclose(mixed["teacher"], ensemble(mixed["image"], network.view), atol=1e-6)
@@ -134,9 +139,9 @@ def test_live_teachers_see_the_mixed_images(begin, mixture):
 def test_trainings_on_labels_alone_mix_as_well(begin):
     here = begin(augmentation={"mixup": 1.0})
     teacher = here.networks.teachers[0]
-    index, annotate = targets(here, teacher)
+    annotate = annotate_of(here, teacher)
     mixed = annotate(batches(here, teacher)[0])
-    assert index is here.index
+    assert training_images(here, teacher) is here.index
     assert {"share", "partner_label"} <= mixed.keys()
     assert "teacher" not in mixed
     assert bool((mixed["label"] >= 0).all())  # no unlabelled image among them
@@ -220,7 +225,7 @@ def test_images_that_are_held_in_memory_are_read_once(begin, images, tmp_path):
     for cache in ("none", "memory"):
         root = shutil.copytree(images, tmp_path / cache)
         here = begin(root=root, cache=cache)
-        loader = training_batches(here, student(here), here.index)
+        loader = training_batches(here, student(here), here.index, 2)
         next(loader)
         shutil.rmtree(root)
         if cache == "memory":
@@ -237,7 +242,7 @@ def test_images_of_which_the_teachers_are_unsure_are_left_out(begin):
     settings = here.recipe.pseudo_labels.model_copy(update={"per_class": 1})
     recipe = here.recipe.model_copy(update={"pseudo_labels": settings})
     chooser = dataclasses.replace(here, networks=Networks.of(recipe, here.folder))
-    index, _ = targets(chooser, student(here))
+    index = training_images(chooser, student(here))
     assert 0 < len(index.parts["unlabelled"]) < len(here.index.parts["unlabelled"])
     assert np.array_equal(index.parts["labelled"], here.index.parts["labelled"])
 
@@ -251,22 +256,22 @@ def test_classes_without_an_image_are_named_and_an_empty_choice_is_an_error(begi
         recipe = here.recipe.model_copy(update={"pseudo_labels": settings})
         return dataclasses.replace(here, networks=Networks.of(recipe, here.folder))
 
-    targets(chooser(float(highest) - 1e-4), student(here))
+    training_images(chooser(float(highest) - 1e-4), student(here))
     assert "sbf-distilled: the teachers predict 'airplane', " in caplog.text  # random weights
     with pytest.raises(
         UserError, match=f"leaves none of 30 .* highest confidence is {highest:.3g}"
     ):
-        targets(chooser(float(highest) + 1e-4), student(here))
+        training_images(chooser(float(highest) + 1e-4), student(here))
 
 
 @pytest.mark.parametrize("kind", ["stored", "live"])
 def test_targets_are_sharpened(begin, kind):
     here = begin(kind)
-    plain = targets(here, student(here))[1](batches(here, student(here), 1)[0])["teacher"]
+    plain = annotate_of(here, student(here))(batches(here, student(here), 1)[0])["teacher"]
     settings = here.recipe.pseudo_labels.model_copy(update={"sharpening": 0.5})
     recipe = here.recipe.model_copy(update={"pseudo_labels": settings})
     sharp = dataclasses.replace(here, networks=Networks.of(recipe, here.folder))
-    found = targets(sharp, student(here))[1](batches(here, student(here), 1)[0])["teacher"]
+    found = annotate_of(sharp, student(here))(batches(here, student(here), 1)[0])["teacher"]
     torch.testing.assert_close(found, plain**2 / (plain**2).sum(1, keepdim=True))
 
 
