@@ -45,7 +45,7 @@ class Planned:
     """A training that a run will do.
 
     teachers  that are run beside it
-    towards   what it is trained towards, in a word
+    towards   what it is trained towards
     steps     of `batch` images, all workers together; None: the images would have to be counted
     """
 

@@ -25,7 +25,11 @@ def commonest(counts: NDArray[np.int64], most: int) -> list[tuple[int, int, int]
     wrong = counts - np.diag(np.diag(counts))
     order = np.argsort(-wrong, axis=None, kind="stable")[:most]
     pairs = [(int(i) // len(counts), int(i) % len(counts)) for i in order]
-    return [(true, told, int(wrong[true, told])) for true, told in pairs if wrong[true, told]]
+    return [
+        (true, predicted, int(wrong[true, predicted]))
+        for true, predicted in pairs
+        if wrong[true, predicted]
+    ]
 
 
 def worst_images(

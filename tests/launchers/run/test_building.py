@@ -59,10 +59,10 @@ def test_a_training_and_its_baseline_start_from_the_file_and_what_follows_is_the
         assert network.job is not None
         assert network.job.start == start
         assert network.weights == networks.folder.weights(network.name)
-        told: list[str] = []
-        built = build_network(network, 3, network.job.start, told.append)
+        said: list[str] = []
+        built = build_network(network, 3, network.job.start, said.append)
         assert torch.equal(built.state_dict()["conv.weight"], wanted)
-        assert "taken from 'model_ema', head head drawn anew: 7 classes there, 3 here" in told[0]
+        assert "taken from 'model_ema', head head drawn anew: 7 classes there, 3 here" in said[0]
         assert "teachers.1.start_from" in network.reads
     assert "teachers.1.start_from.sha256" in file_digests(networks.recipe)
 
@@ -100,9 +100,9 @@ def test_published_weights_are_fetched_once_and_kept_with_the_run(
     assert one.job is not None
     assert one.job.start is not None
     assert one.job.start.is_relative_to(networks.folder.root)
-    told: list[str] = []
-    built = build_network(one, 3, one.job.start, told.append)
-    assert "head classifier.1 drawn anew: 1000 classes there, 3 here" in told[0]
+    said: list[str] = []
+    built = build_network(one, 3, one.job.start, said.append)
+    assert "head classifier.1 drawn anew: 1000 classes there, 3 here" in said[0]
     name = "features.0.weight"
     assert torch.equal(built.state_dict()[name], published[name])
 
