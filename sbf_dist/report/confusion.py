@@ -1,5 +1,6 @@
 """Confusions of a network: which classes it takes for which, as numbers and as a chart."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ from sbf_dist.report.style import Chart, color, empty_figure
 
 _MOST_CLASSES = 20  # of the chart; of more, those with the most mistakes
 _MOST_NAME = 14  # characters
+_MOST_OF_ONE = 4  # pictures of one confusion
 
 
 def count(
@@ -39,11 +41,21 @@ def worst_images(
     counts: NDArray[np.int64],
     most: int,
 ) -> list[int]:
-    """Return places of wrong images: of the commonest confusions first, there the surest."""
+    """Return places of wrong images: of the commonest confusions first, there the surest.
+
+    Of one confusion there are a few at most, so that others are seen, too.
+    """
     wrong = np.flatnonzero(labels != predicted)
     often = counts[labels[wrong], predicted[wrong]]
     keys = (-confidence[wrong], predicted[wrong], labels[wrong], -often)
-    return wrong[np.lexsort(keys)][:most].tolist()
+    found: list[int] = []
+    seen: Counter[tuple[int, int]] = Counter()
+    for place in wrong[np.lexsort(keys)].tolist():
+        pair = int(labels[place]), int(predicted[place])
+        seen[pair] += 1
+        if seen[pair] <= _MOST_OF_ONE:
+            found.append(place)
+    return found[:most]
 
 
 def confusion_chart(found: Predictions, name: str) -> Chart:

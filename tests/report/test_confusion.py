@@ -25,6 +25,13 @@ def test_pictures_are_of_the_commonest_confusion_and_there_of_the_surest_answer(
     assert worst_images(LABELS, PREDICTED, CONFIDENCE, COUNTS, 3) == [3, 2, 1]
 
 
+def test_one_confusion_does_not_take_the_place_of_the_others():
+    labels, predicted = np.array([0] * 9 + [1]), np.array([1] * 9 + [0])
+    confidence = np.linspace(0.1, 1, 10, dtype=np.float32)
+    found = worst_images(labels, predicted, confidence, count(labels, predicted, 2), 8)
+    assert found == [8, 7, 6, 5, 9]
+
+
 def predictions(counts: np.ndarray) -> Predictions:
     names = [f"class {n}" for n in range(len(counts))]
     return Predictions("network", names, counts, int(counts.sum()), 100, [])

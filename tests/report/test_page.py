@@ -197,7 +197,7 @@ def test_a_picture_that_is_missing_leaves_the_filters() -> None:
 def test_of_runs_side_by_side_the_recipes_differences_come_first() -> None:
     other = replace(whole("other"), recipe={"name": "other", "seed": 3})
     page = render([whole(), other])
-    different = page[page.index("What differs") : page.index("Stages")]
+    different = page[page.index("What differs") : page.index("Stages")].replace("<wbr>", "")
     rows = re.findall(r"<code>([^<]+)</code></th><td>([^<]*)</td><td>([^<]*)</td>", different)
     assert rows == [
         ("name", "digits", "other"),

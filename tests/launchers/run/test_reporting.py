@@ -63,7 +63,8 @@ def test_what_is_found_is_what_the_run_measured(before: RunContents) -> None:
     # As all workers together counted them, one image after another.
     assert found.images == found.available == summary[-1]["count"]
     assert found.counts.trace() / found.images == pytest.approx(summary[-1]["top1"], abs=0.003)
-    assert [one.label != one.predicted for one in found.examples] == [True] * 24
+    assert len(found.examples) > 8
+    assert all(one.label != one.predicted for one in found.examples)
 
 
 def test_layers_are_those_of_the_last_round(before: RunContents) -> None:
