@@ -24,6 +24,7 @@ from sbf_dist.distill.pseudo_labels import MANIFEST
 from sbf_dist.errors import UserError
 from sbf_dist.files import write_text
 from sbf_dist.models import is_user_code
+from sbf_dist.object_storage import is_address
 from sbf_dist.recipe import Recipe, validate
 from sbf_dist.report import confusion
 from sbf_dist.report.contents import (
@@ -80,24 +81,30 @@ class _Reader:
         self.place, self.folder, self.request = place, folder, request
 
     def contents(self) -> RunContents:
-        identity = _part(lambda: self._identity)
+        identity = self._part(lambda: self._identity)
         compressed = None
         if not isinstance(identity, Missing):
             compressed = identity.get("compress", {}).get("teacher")
         return RunContents(
-            name=self.folder.name,
+            name=self._name,
             place=self.place,
-            rows=_part(self._rows),
+            rows=self._part(self._rows),
             compressed=compressed,
             students=(ONE_SHOT, STUDENT, *self._self_trained()),
-            plan=_part(lambda: self._plan),
-            layers=_part(self._layers),
-            curves=_part(self._curves),
-            labels=_part(self._labels),
-            predictions=_part(self._predictions),
+            plan=self._part(lambda: self._plan),
+            layers=self._part(self._layers),
+            curves=self._part(self._curves),
+            labels=self._part(self._labels),
+            predictions=self._part(self._predictions),
             recipe=identity,
             stages=[self._stage(stage.name) for stage in STAGES],
         )
+
+    @property
+    def _name(self) -> str:
+        if is_address(self.place):
+            return self.place.rstrip("/").rpartition("/")[2]
+        return self.folder.name
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
@@ -113,7 +120,7 @@ class _Reader:
         return Networks.of(recipe, self.folder)
 
     def _self_trained(self) -> list[str]:
-        networks = _part(lambda: self._networks)
+        networks = self._part(lambda: self._networks)
         if isinstance(networks, Missing):
             return []
         return [network.name for network in networks.self_trained]
@@ -171,7 +178,7 @@ class _Reader:
         if not names:
             raise UserError("The plan converts no layer.")
         dense, converted = (self._build(n) for n in (networks.compressed, fitted))
-        image = _part(self._first_image)
+        image = self._part(self._first_image)
         seen = None if isinstance(image, Missing) else image
         return Layers(
             network=fitted.title,
@@ -272,19 +279,19 @@ class _Reader:
             versions["commit of SBF-Dist"] = f"{result[_COMMIT]}{changed}"
         return Stage(name, True, result.get("seconds"), versions)
 
+    def _part(self, read: Callable[[], Any]) -> Any:
+        """Return a part of the run, or Missing with the reason."""
+        try:
+            return read()
+        except WrongLayerError:
+            raise
+        except UserError as error:
+            # Of a run in an object store, the folder is a copy that is gone soon.
+            return Missing(str(error).replace(str(self.folder.root), self.place))
+
 
 class WrongLayerError(UserError):
     """A layer that was asked for by name is not there: a mistake, and nothing that is missing."""
-
-
-def _part(read: Callable[[], Any]) -> Any:
-    """Return a part of a run, or Missing with the reason."""
-    try:
-        return read()
-    except WrongLayerError:
-        raise
-    except UserError as error:
-        return Missing(str(error))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from sbf_dist.object_storage import ObjectFolder
+
 BEFORE = Path(__file__).parents[1] / "before" / "run"
 Sbf = Callable[..., tuple[int, str, str]]
 
@@ -27,6 +29,19 @@ def test_a_page_lies_in_the_run_and_that_on_several_here(sbf: Sbf) -> None:
     assert sbf("report", "run", "--out", "photos/page.html")[0] == 0
     assert "<h1>run and other</h1>" in Path("report.html").read_text()
     assert Path("photos/page.html").stat().st_size == Path("run/report.html").stat().st_size
+
+
+def test_a_run_in_an_object_store_is_called_by_its_address(sbf: Sbf, s3) -> None:
+    address = f"{s3.bucket}/runs/stored"
+    store = ObjectFolder.at(address)
+    for name in ("recipe.json", "summary.json"):
+        store.write(name, Path("run", name).read_bytes())
+    store.write("plan.json", b"{}")
+    assert sbf("report", address) == (0, "report  report.html\n", "")
+    page = Path("report.html").read_text()
+    assert "<h1>stored</h1>" in page
+    assert f"plan {address}/plan.json: " in page
+    assert "sbf-looked-at-" not in page
 
 
 @pytest.mark.parametrize(
