@@ -76,5 +76,7 @@ def draw(rows: list[Row], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_yticks(range(len(methods)), methods)
     axes[0].invert_yaxis()
-    axes[-1].legend(loc="lower right")
+    figure.legend(
+        *axes[-1].get_legend_handles_labels(), loc="outside upper center", ncols=len(labels)
+    )
     figure.savefig(path, dpi=110)
