@@ -200,7 +200,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(answers):
     assert re.search(r"recipe tiny is valid \([0-9a-f]{12}\)", answer.stdout)
     # Multiply-adds, parameters, steps, images of a step.
     assert re.search(r"one +[\d.]+ +[\d.]+ +10 +1,024 +labels", answer.stdout)
-    assert re.search(r"sbf-distilled +[\d.]+ +[\d.]+ +10 +1,024 +stored", answer.stdout)
+    assert re.search(r"sbf-distilled +[\d.]+ +[\d.]+ +10 +1,024 +live", answer.stdout)
 
 
 def test_a_run_folder_in_use_is_refused_by_a_second_process(tmp_path):
