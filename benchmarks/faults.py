@@ -77,7 +77,9 @@ class Run:
     def start(self) -> None:
         """Give the command; what it prints is kept in `output`."""
         with self.log.open("a") as log:
-            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            # A crash says where it was.
+            added = {"PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"}
+            environment = {**os.environ, **added}
             self.process = subprocess.Popen(
                 self.command(), stdout=log, stderr=log, text=True, cwd=ROOT, env=environment
             )

@@ -40,7 +40,7 @@ from sbf_dist.recipe import Workers
 
 _POLL_SECONDS = 0.1
 _LOOKS_PER_CHECK = 5
-_END_SECONDS = 10.0
+_END_SECONDS = 60.0  # Ray must not be ended while a thread waits for it
 _CONTROLLER = "controller"
 _FILES_OF_RAY = ".ray-train"
 
