@@ -433,7 +433,7 @@ def test_mlflows_own_server_is_killed_in_the_middle_and_misses_nothing(
         with parent, parent.stage("distill") as stage:
             worker = tracking.attach(str(stage.journals))
             train(stage, range(25), worker)
-            assert parent.flush(90)
+            assert parent.flush(240)
             kill(process)
             train(stage, range(25, 50), worker)
             stage.log_text("hello", "note.txt")

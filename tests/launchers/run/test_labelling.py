@@ -223,9 +223,16 @@ def test_a_killed_worker_costs_the_chunks_that_were_being_written_alone(killed) 
 @needs_two_cpus
 def test_what_it_has_left_is_shared_out_over_all_workers(killed) -> None:
     assert sorted(name[0] for name in killed.begun) == ["0", "0", "1", "1"]  # two workers, twice
-    sizes = sorted(len(begun) for begun in killed.begun.values())
-    assert sizes[-1] - sizes[-2] <= 1  # those of the second time
-    assert sizes[-2] > sizes[1]
+    # Of each rank, the process that began later: how far the first ones came is chance.
+    second = [max((n for n in killed.begun if n[0] == rank), key=process_of) for rank in "01"]
+    sizes = sorted(len(killed.begun[name]) for name in second)
+    assert sizes[0] >= 1
+    assert sizes[1] - sizes[0] <= 1
+
+
+def process_of(name: str) -> int:
+    """The process in the name of a diary, RANK-PROCESS."""
+    return int(name.partition("-")[2])
 
 
 @pytest.mark.slow

@@ -145,7 +145,8 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, archives: Path, out: Path, **ar
     monkeypatch.setattr(units, "IMAGES_PER_REPORT", 1)
 
     def progress(title: str, done: int, of: int, unit: str) -> None:
-        if title == "images" and done > of // 2:
+        # On a busy machine more than half may be done before the first unit is noted.
+        if title == "images" and done > of // 2 and any((out / WORK / "notes").iterdir()):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
