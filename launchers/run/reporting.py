@@ -37,7 +37,7 @@ from sbf_dist.report.contents import (
 )
 from sbf_dist.report.curve_charts import read_curves
 from sbf_dist.report.layer_views import chosen_layers, view_layers
-from sbf_dist.report.page import render
+from sbf_dist.report.page import MOST_RUNS, render
 
 IMAGES = 1000  # of the validation part that are classified for the page
 _EXAMPLES = 24
@@ -61,7 +61,12 @@ class Request:
 
 
 def write_page(folders: Mapping[str, RunFolder], out: Path, request: Request) -> None:
-    """Write the page on runs, by what each is called. UserError for a folder that is no run."""
+    """Write the page on runs, by what each is called.
+
+    UserError for a folder that is no run, and for more runs than a page has letters for.
+    """
+    if len(folders) > MOST_RUNS:
+        raise UserError(f"{len(folders)} runs: at most {MOST_RUNS} stand on one page")
     write_text(out, render([contents_of(place, run, request) for place, run in folders.items()]))
 
 

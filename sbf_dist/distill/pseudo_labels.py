@@ -25,7 +25,6 @@ CHUNK_IMAGES = 1024  # images per file
 MANIFEST = "manifest.json"
 ORIGIN = "origin.json"
 MAPPED = ".mapped-*.safetensors"  # what stored_labels makes of the chunks
-_CHUNKS = "chunk-*.parquet"
 # Beside zstd. Bytes of floats and of classes lie by significance: smaller by a quarter.
 _ENCODINGS = {
     "id": "DELTA_BINARY_PACKED",

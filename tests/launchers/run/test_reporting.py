@@ -130,6 +130,13 @@ def test_a_layer_that_is_not_converted_cannot_be_looked_into(runs: Path) -> None
         contents_of("runs/x", RunFolder(runs, "before"), Request(layers=["conv"]))
 
 
+def test_more_runs_than_a_page_has_letters_for_are_refused(runs: Path, tmp_path: Path) -> None:
+    many = {str(number): RunFolder(runs, "before") for number in range(27)}
+    with pytest.raises(UserError, match=r"^27 runs: at most 26 stand on one page$"):
+        write_page(many, tmp_path / "page.html", Request())
+    assert not (tmp_path / "page.html").exists()
+
+
 @pytest.fixture(scope="module")
 def page(runs: Path) -> Path:
     folders = {name: RunFolder(runs, name) for name in ("newer", "before")}
