@@ -1,6 +1,9 @@
 """What the only worker of a run does, in this process: without Ray, and without DeepSpeed."""
 
+import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,3 +65,35 @@ def write_pseudo_labels(here: worker.Context) -> None:
     chunks = dict(enumerate(pseudo_labels.chunks(labelling.labelled_ids(here.index))))
     labelling.write_chunks(here, worker.ensemble_of(here), chunks)
     labelling.finish(here)
+
+
+class Logged(dict[int, dict[str, Any]]):
+    """Stands for the tracker of a training: what was logged, by step."""
+
+    def log_metrics(self, values: dict[str, Any], step: int) -> None:
+        self.setdefault(step, {}).update(values)
+
+    def flush(self) -> None:
+        pass
+
+
+def alone() -> Logged:
+    """Let this process be the only rank of a training, without Ray; return what it logs."""
+    from launchers.on_ray import ray_train
+    from launchers.run import training
+    from sbf_dist.train.engine import join_process_group
+
+    logged = Logged()
+    ray_train.progress = lambda record: None  # type: ignore[assignment]
+    training.tracking.attach = lambda journals: logged  # type: ignore[assignment,return-value]
+    torch.set_num_threads(1)
+    join_process_group(torch.device("cpu"))
+    return logged
+
+
+def in_a_process(function: Callable[[str], None], folder: Path) -> None:
+    """Call function(folder) in a process of its own, which may join a process group."""
+    child = multiprocessing.get_context("spawn").Process(target=function, args=(str(folder),))
+    child.start()
+    child.join()
+    assert child.exitcode == 0

@@ -7,11 +7,11 @@ projected: no network of a small run does that by itself.
 import contextlib
 import dataclasses
 import json
-import multiprocessing
 import shutil
 from pathlib import Path
 from typing import Any
 
+import one_worker
 import pytest
 import torch
 from torch import nn
@@ -85,30 +85,14 @@ def _student(networks: Networks, name: str) -> Network:
 
 
 def _train_all(runs: str) -> None:
-    import one_worker
-
-    from launchers.on_ray import ray_train
     from launchers.on_ray.checkpoints import Shelf
     from launchers.on_ray.saving import Saving
     from launchers.on_ray.stopping import Stopping
     from launchers.run import training
     from launchers.run.building import build_network
-    from sbf_dist.train.engine import join_process_group
     from sbf_dist.weights import save_weights
 
-    logged: dict[int, dict[str, float]] = {}
-
-    class Tracker:
-        def log_metrics(self, values: dict[str, float], step: int) -> None:
-            logged.setdefault(step, {}).update(values)
-
-        def flush(self) -> None:
-            pass
-
-    ray_train.progress = lambda record: None  # type: ignore[assignment]
-    training.tracking.attach = lambda journals: Tracker()  # type: ignore[assignment]
-    torch.set_num_threads(1)
-    join_process_group(torch.device("cpu"))
+    logged = one_worker.alone()
     here = one_worker.begin(Recipe.model_validate(CONTENT), Path(runs))
     torch.manual_seed(0)
     for teacher in here.networks.teachers:
@@ -138,10 +122,7 @@ def _train_all(runs: str) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    child = multiprocessing.get_context("spawn").Process(target=_train_all, args=(str(folder),))
-    child.start()
-    child.join()
-    assert child.exitcode == 0
+    one_worker.in_a_process(_train_all, folder)
     return folder
 
 

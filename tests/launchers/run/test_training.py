@@ -5,10 +5,10 @@ Over Ray: test_recovery.py.
 
 import contextlib
 import json
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
+import one_worker
 import pytest
 import torch
 from torch import nn
@@ -60,30 +60,14 @@ def small_network(num_classes: int) -> nn.Module:
 
 
 def _train_all(runs: str) -> None:
-    from one_worker import begin
-
-    from launchers.on_ray import ray_train
     from launchers.on_ray.checkpoints import Shelf
     from launchers.on_ray.saving import Saving
     from launchers.on_ray.stopping import Stopping
     from launchers.run import training
-    from sbf_dist.train.engine import join_process_group
 
-    logged: dict[str, Any] = {}
-
-    class Tracker:
-        def log_metrics(self, values: dict[str, float], step: int) -> None:
-            logged.setdefault(str(step), {}).update(values)
-
-        def flush(self) -> None:
-            pass
-
-    ray_train.progress = lambda record: None  # type: ignore[assignment]
-    training.tracking.attach = lambda journals: Tracker()  # type: ignore[assignment]
-    torch.set_num_threads(1)
-    join_process_group(torch.device("cpu"))
+    logged = one_worker.alone()
     torch.save(small_network(5).state_dict(), Path(runs, START))
-    here = begin(Recipe.model_validate(CONTENT), Path(runs))
+    here = one_worker.begin(Recipe.model_validate(CONTENT), Path(runs))
     answer: dict[str, Any] = {}
     for teacher in here.networks.teachers:
         logged.clear()
@@ -103,10 +87,7 @@ def _train_all(runs: str) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    child = multiprocessing.get_context("spawn").Process(target=_train_all, args=(str(folder),))
-    child.start()
-    child.join()
-    assert child.exitcode == 0
+    one_worker.in_a_process(_train_all, folder)
     return folder
 
 
