@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -79,7 +80,7 @@ def test_the_second_is_refused_with_host_and_age_until_the_first_has_ended(folde
     said = str(caught.value)
     assert "run s3://b/runs/x is in use by another sbf run, on " in said
     assert os.uname().nodename in said
-    assert "which gave a sign of life 0 s ago" in said
+    assert re.search(r"which gave a sign of life \d+ s ago", said)
     assert "\n" not in said
     assert folder.objects() == {}  # neither has left anything
     lock_of(folder, "two").take()
@@ -105,7 +106,7 @@ def test_of_two_processes_that_start_at_once_at_most_one_takes_it(folder) -> Non
     assert max(taken) <= 1
 
 
-@pytest.mark.parametrize(("seconds", "free"), [(STALE_AFTER_SECONDS - 10, False), (100, True)])
+@pytest.mark.parametrize(("seconds", "free"), [(STALE_AFTER_SECONDS / 2, False), (100, True)])
 def test_a_killed_driver_locks_for_a_while_by_the_clock_of_the_store(
     folder, later, seconds: float, free: bool, monkeypatch
 ) -> None:
@@ -117,15 +118,20 @@ def test_a_killed_driver_locks_for_a_while_by_the_clock_of_the_store(
         other.take()
         assert len(folder.objects()) == 1  # that of the dead one is gone
     else:
-        with pytest.raises(UserError, match=r"gave a sign of life 80 s ago.* end in 10 s"):
+        with pytest.raises(UserError) as caught:
             other.take()
+        said = re.search(r"a sign of life (\d+) s ago.* end in (\d+) s", str(caught.value))
+        assert said
+        age, left = map(int, said.groups())
+        assert age >= seconds
+        assert age + left == pytest.approx(STALE_AFTER_SECONDS, abs=1)
 
 
 def test_a_driver_that_is_alive_keeps_it_however_long_it_takes(folder, later) -> None:
     first = lock_of(folder, "one")
     first.take()
     for _ in range(4):
-        later(STALE_AFTER_SECONDS - 10)
+        later(STALE_AFTER_SECONDS / 2)
         renew(first)
         with pytest.raises(UserError, match="in use"):
             lock_of(folder, "two").take()
