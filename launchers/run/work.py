@@ -295,11 +295,13 @@ def _check_teacher(session: Session, teacher: Network) -> None:
     if settings is None:
         _check_answers(session, teacher)
         return
-    if settings.optimizer.body_lr_share < 1:
+    share = settings.optimizer.body_lr_share
+    if share < 1:
         rate = settings.optimizer.lr
+        random = "; it starts from random weights: body_lr_share = 1 would suit it better"
         say(
             f"learning rate {rate:g} for the head, {', '.join(head_of(model))}, and "
-            f"{rate * settings.optimizer.body_lr_share:g} for all else"
+            f"{rate * share:g} for all else{'' if teacher.published is not None else random}"
         )
     if settings.freeze:
         frozen = frozen_names(model, settings.freeze)

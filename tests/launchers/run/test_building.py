@@ -157,15 +157,15 @@ def checked(networks: Networks, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_the_stage_says_what_each_teacher_begins_with(
     tmp_path: Path, start: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    training = TRAINING | {
-        "freeze": ["conv.*"],
-        "optimizer": {"lr": 0.2, "body_lr_share": 0.1},
-    }
+    slow = {"lr": 0.2, "body_lr_share": 0.1}
+    training = TRAINING | {"freeze": ["conv.*"], "optimizer": slow}
     networks = networks_of(tmp_path, training=training, start_from=start, weights_key="model")
     weights, rates, frozen = checked(networks, monkeypatch)
     assert weights.startswith(f"  one: weights {start}: taken from 'model', head head drawn anew")
     assert rates == "  one: learning rate 0.2 for the head, head, and 0.02 for all else"
     assert frozen.startswith("  one: 1 of ")
+    (rates,) = checked(networks_of(tmp_path, training=TRAINING | {"optimizer": slow}), monkeypatch)
+    assert rates.endswith("it starts from random weights: body_lr_share = 1 would suit it better")
 
 
 def test_which_part_of_a_nested_file_of_given_weights_was_taken_is_told(
