@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SHELL_SCRIPTS := .ci/run $(wildcard benchmarks/*.sh launchers/*.sbatch launchers/*/*.sh)
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint docs bench clean
 
 setup: .venv/built
 
@@ -36,6 +36,16 @@ lint: setup
 	$(BIN)/clang-format --dry-run --Werror csrc/* tests/csrc/*.cpp
 	$(BIN)/mypy
 	$(BIN)/shellcheck -x $(SHELL_SCRIPTS)
+
+# The documentation, as pages in build/site that need no network. It has its own small environment.
+docs: .venv-docs/installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet
+	@echo 'Documentation: build/site/index.html'
+
+.venv-docs/installed: requirements.docs.lock
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --requirement requirements.docs.lock
+	touch $@
 
 # quality.py goes on where it was cut: remove runs/quality after a change of the methods.
 bench: setup
@@ -70,4 +80,4 @@ bench: setup
 	else echo 'benchmarks/gpu.py: left out, no GPU here'; fi
 
 clean:
-	rm -rf build *.egg-info .venv sbf_dist/*.so
+	rm -rf build *.egg-info .venv .venv-docs sbf_dist/*.so
