@@ -73,6 +73,12 @@ def seen(network: nn.Module, name: str, image: Tensor) -> tuple[Tensor, Tensor]:
     return found[0], found[1]
 
 
+def lost(dense: nn.Module, student: nn.Module, name: str, image: Tensor) -> Tensor:
+    """Return the share of each channel's variance that is lost, for an image."""
+    (_, now), (_, before) = seen(student, name, image), seen(dense, name, image)
+    return (before - now).square().mean((1, 2)) / before.var((1, 2))
+
+
 def of_three(errors: Tensor) -> list[int]:
     """Return the places of the smallest, the median and the largest error."""
     order = errors.argsort().tolist()
@@ -110,7 +116,7 @@ def draw_rebuilding(path: Path, dense: nn.Module, student: nn.Module, name: str)
     with torch.inference_mode():
         basis = layer.basis(inputs[None])[0]
     rebuilt = [c for c in range(layer.out_channels) if c not in layer.kept]
-    errors = (dense_maps - rebuilt_maps).square().mean((1, 2)) / dense_maps.var((1, 2))
+    errors = lost(dense, student, name, image)
     places = of_three(errors[rebuilt])
     count = layer.sources.shape[1]
     widths = [1.0, *[0.16, 1.0, 0.1, 0.42] * count, 0.16, 1.0, 0.25, 1.0]
@@ -124,7 +130,7 @@ def draw_rebuilding(path: Path, dense: nn.Module, student: nn.Module, name: str)
             blank(first, "image")
         else:
             first.axis("off")
-        most = float(layer.transforms[place].abs().max())
+        most = float(layer.transforms[place].detach().abs().max())
         for number, source in enumerate(layer.sources[place].tolist()):
             word(next(cells), "" if number == 0 else "+")
             axes = next(cells)
@@ -132,7 +138,7 @@ def draw_rebuilding(path: Path, dense: nn.Module, student: nn.Module, name: str)
             blank(axes, f"kept channel {layer.kept[source]}")
             word(next(cells), "⋆")
             kernel = layer.transforms[place, number].detach().numpy()
-            signed(next(cells), kernel, most, "3 × 3")
+            signed(next(cells), kernel, most, "3 x 3")
         low, high = float(dense_maps[channel].min()), float(dense_maps[channel].max())
         word(next(cells), "=")
         for maps, title in (
@@ -152,25 +158,29 @@ def draw_filters(path: Path, dense: nn.Module, student: nn.Module, name: str) ->
     layer, conv = student.get_submodule(name), dense.get_submodule(name)
     assert isinstance(layer, SBFConv2d) and isinstance(conv, nn.Conv2d)
     _, image = photograph()
-    errors = _lost(dense, student, name, image)
+    errors = lost(dense, student, name, image)
     rebuilt = [c for c in range(layer.out_channels) if c not in layer.kept]
     whole = layer.effective_filter()
     old = F.pad(conv.weight.detach(), (1, 1, 1, 1))
     strongest = old[rebuilt].square().sum((0, 2, 3)).argsort(descending=True)[:6].sort().values
     count = layer.sources.shape[1]
-    figure, rows = plt.subplots(3, 2 * count + 2, figsize=(11, 4.6))
+    widths = [*[1.0, 0.12, 0.42, 0.14] * count, 1.0, 0.25, 1.0]
+    figure, rows = plt.subplots(3, len(widths), figsize=(11, 4.2), width_ratios=widths)
     for row, place in zip(rows, of_three(errors[rebuilt]), strict=True):
         channel = rebuilt[place]
         cells = iter(row)
         most = float(old[channel].abs().max())
         weights = layer.basis.weight.detach()
-        largest = float(layer.transforms[place].abs().max())
+        largest = float(layer.transforms[place].detach().abs().max())
         for number, source in enumerate(layer.sources[place].tolist()):
             title = f"filter {layer.kept[source]}"
             signed(next(cells), tiles(weights[source, strongest]), most, title)
+            word(next(cells), "*")
             kernel = layer.transforms[place, number].detach().numpy()
-            signed(next(cells), kernel, largest, "transformation")
+            signed(next(cells), kernel, largest, "3 x 3")
+            word(next(cells), "+" if number < count - 1 else "=")
         signed(next(cells), tiles(whole[channel, strongest]), most, f"filter {channel}, rebuilt")
+        next(cells).axis("off")
         signed(next(cells), tiles(old[channel, strongest]), most, f"filter {channel}, dense")
     save(figure, path)
 
@@ -180,11 +190,6 @@ def tiles(weights: Tensor) -> np.ndarray:
     framed = F.pad(weights.detach(), (0, 1, 0, 1), value=float("nan"))
     sheet = framed.view(2, 3, *framed.shape[1:]).permute(0, 2, 1, 3)
     return sheet.reshape(2 * framed.shape[1], -1)[:-1, :-1].numpy()
-
-
-def _lost(dense: nn.Module, student: nn.Module, name: str, image: Tensor) -> Tensor:
-    (_, now), (_, before) = seen(student, name, image), seen(dense, name, image)
-    return (before - now).square().mean((1, 2)) / before.var((1, 2))
 
 
 def draw_losses(path: Path, moments: Moments, filter_size: int, name: str) -> None:
@@ -214,9 +219,7 @@ def draw_losses(path: Path, moments: Moments, filter_size: int, name: str) -> No
 
 def draw_plan(path: Path, plan: Plan) -> None:
     """Draw how many channels of each layer are kept and rebuilt, and what it costs."""
-    rows = [
-        (name, layer) for name, layer in plan.layers.items() if isinstance(layer, SBFLayer)
-    ]
+    rows = [(name, layer) for name, layer in plan.layers.items() if isinstance(layer, SBFLayer)]
     figure, axes = plt.subplots(figsize=(8, 0.28 * len(rows) + 1.1))
     places = range(len(rows))
     kept = [len(layer.kept) for _, layer in rows]
@@ -231,7 +234,7 @@ def draw_plan(path: Path, plan: Plan) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 1.45 * max(layer.channels for _, layer in rows))
     axes.set_xlabel("channels")
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="upper right")
     axes.spines[["top", "right"]].set_visible(False)
     save(figure, path)
 
@@ -245,7 +248,7 @@ def save(figure: plt.Figure, path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, compress, draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description="Draw the pictures of docs/method.md.")
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args(arguments).folder
     images, labels = patches(400, seed=0, lower=False)
