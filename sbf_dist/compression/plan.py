@@ -43,8 +43,8 @@ class SBFLayer(BaseModel):
     between: Literal["bn_relu"] | None = Field(
         None, description="what stands between basis and transformations: batch norm and ReLU"
     )
-    macs_before: int
-    macs_after: int
+    macs_before: int = Field(description="multiply-adds of the dense layer")
+    macs_after: int = Field(description="multiply-adds of the SBF layer")
     ms_before: float | None = Field(
         None, description="milliseconds of the dense layer alone, if the budget is a time"
     )
@@ -97,8 +97,8 @@ class DenseLayer(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     kind: Literal["dense"] = "dense"
-    reason: str
-    macs: int
+    reason: str = Field(description="why it stays dense")
+    macs: int = Field(description="its multiply-adds")
     ms: float | None = Field(None, description="milliseconds of the layer alone, if measured")
     convertible: bool = Field(description="whether it could have been an SBF layer")
 
@@ -146,8 +146,8 @@ class Latency(BaseModel):
 
     machine: str = Field(description="processor, threads and software it was measured with")
     batch: int = Field(gt=0, description="images in a forward pass")
-    ms_before: float
-    ms_after: float
+    ms_before: float = Field(description="milliseconds of the dense network")
+    ms_after: float = Field(description="milliseconds of the student")
 
 
 class MeasuredFidelity(BaseModel):
@@ -201,10 +201,10 @@ class Plan(BaseModel):
     input_shape: tuple[int, int, int] = Field(description="channels, height, width")
     other_inputs: list[OtherInput] = Field([], description="what it takes beside the images")
     budget: dict[str, float] = Field(description="the budget, e.g. {'macs': 0.5}")
-    macs_before: int
-    macs_after: int
-    params_before: int
-    params_after: int
+    macs_before: int = Field(description="multiply-adds of the dense network, for one image")
+    macs_after: int = Field(description="multiply-adds of the student")
+    params_before: int = Field(description="parameters of the dense network")
+    params_after: int = Field(description="parameters of the student")
     latency: Latency | None = Field(None, description="set if the budget is a time")
     criterion: str | None = Field(None, description="how the importance of channels was measured")
     explanation: list[str] = Field([], description="how the budget was shared out, in sentences")
@@ -214,7 +214,9 @@ class Plan(BaseModel):
         description="by module name, what is cut off before SBF layers are put in; the channels "
         "of `layers` are numbered after it",
     )
-    layers: dict[str, Layer]
+    layers: dict[str, Layer] = Field(
+        description="each convolution, by module name: an SBF layer, or dense and why"
+    )
 
     @model_validator(mode="after")
     def _is_of_its_format(self) -> "Plan":
