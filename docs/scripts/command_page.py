@@ -14,7 +14,7 @@ INTRODUCTION = """\
 # Command line
 
 Every command, as `sbf COMMAND --help` prints it. What the commands share, and how they are used, is
-in [commands.md](commands.md). This page is generated (`python docs/scripts/command_page.py`); a
+in [commands](commands.md). This page is generated (`python docs/scripts/command_page.py`); a
 test compares it with the commands.
 """
 _LIST = re.compile(r"\n\n\n((?:[^\n]+\n)+)")  # what help texts align by hand

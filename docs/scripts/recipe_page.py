@@ -6,6 +6,7 @@ python docs/scripts/recipe_page.py
 import collections.abc
 import dataclasses
 import inspect
+import re
 import types
 import typing
 from collections.abc import Iterable
@@ -35,7 +36,7 @@ An unknown key, a wrong type or a value outside the limits is refused in one lin
 starts. `--dry-run` checks a recipe and does nothing else.
 
 A finished stage records which keys it has read. If you change one of them later, the run stops and
-names the stage to repeat ([commands](commands.md)). Keys of `workers`, `checkpoints` and `tracking`
+names the stage to repeat ([architecture](../ARCHITECTURE.md#a-run)). Keys of `workers`, `checkpoints` and `tracking`
 may change at any time.
 
 This page is generated from the schema (`python docs/scripts/recipe_page.py`); a test compares the
@@ -49,6 +50,7 @@ COMPARISON = """\
 `sbf compare` takes it. Sections that are not described here are those of a run's recipe.
 """
 _WORDS = {bool: "true or false", int: "whole number", float: "number", str: "text", Path: "path"}
+_PAGE = re.compile(r"docs/([\w-]+)\.md")
 _OR_NULL = " or `null`"
 _NAMED = {
     Name: "letters, digits, `_`, `-`, `.`; at most 100",
@@ -148,6 +150,7 @@ def _meaning(section: type[Section], name: str, anchors: dict[type[Section], str
         text = text[0].lower() + text[1:]
     if not text:
         raise ValueError(f"{section.__name__}.{name} has no description")
+    text = _PAGE.sub(r"[\1](\1.md)", text)
     if inner in anchors:
         return f"{text} ([keys](#{anchors[inner]}))"
     return text
