@@ -33,11 +33,11 @@ changed on the command line, with dots between its parts and YAML after the equa
     sbf run recipes/folder.yaml data.root=photos compress.macs=0.35 'workers.count=[2, 8]'
 
 An unknown key, a wrong type or a value outside the limits is refused in one line before anything
-starts. `--dry-run` checks a recipe and does nothing else.
+starts. `sbf run RECIPE --dry-run` checks a recipe and estimates what the run needs.
 
 A finished stage records which keys it has read. If you change one of them later, the run stops and
-names the stage to repeat ([architecture](../ARCHITECTURE.md#a-run)). Keys of `workers`, `checkpoints` and `tracking`
-may change at any time.
+names the stage to repeat ([architecture](../ARCHITECTURE.md#a-run)). Keys of `workers`,
+`checkpoints` and `tracking` may change at any time.
 
 This page is generated from the schema (`python docs/scripts/recipe_page.py`); a test compares the
 two.
