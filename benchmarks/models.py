@@ -275,23 +275,22 @@ def markdown(report: dict) -> str:
     seconds = sum(sum(row["cpu_seconds"].values()) for row in rows.values())
     missing = [name for name in NETWORKS if name not in rows]
     done = (
-        f"{len(rows)} networks were planned at {SHARE:g} of their multiply-adds, or more where "
-        "other operators than convolutions do most of the work, converted, run forward and "
-        "backward, saved, loaded, optimized and exported by `benchmarks/models.py`, "
-        f"which writes this page ({report['date']}, torch {report['torch']}). Of their "
-        f"{convolutions} convolutions {converted} became SBF layers; each of the others has its "
-        f"reason below. All of it took {seconds / 60:.0f} minutes of one core's time."
+        f"`benchmarks/models.py` writes this page ({report['date']}, torch {report['torch']}). It "
+        f"planned {len(rows)} networks at {SHARE:g} of their multiply-adds, or more where other "
+        "operators than convolutions do most of the work. Each was converted, run forward and "
+        f"backward, saved, loaded, optimized and exported. Of {convolutions} convolutions "
+        f"{converted} became SBF layers; each of the others has its reason below. All of it took "
+        f"{seconds / 60:.0f} minutes of one core's time."
     )
     meaning = (
-        f"The weights are random, and the {report['images']} calibration images are smooth noise "
-        'of the size "planned at": this page says what can be converted, not what accuracy is '
-        "left. The budget holds at that size; multiply-adds (M) are those at the network's own. A "
-        "loaded student gives the very outputs that were saved; those of the optimized network "
-        f"differ by at most {fused:.0e} of the largest output, those of the ONNX file in ONNX "
-        f"Runtime by at most {worst:.0e}. What is more than {TOLERANCE:g} of it is rounding: the "
-        f"student itself differs by up to {own:.0e} between float32 and double; in double the "
-        f"optimized network differs by no more than {EXACT:g} ({len(doubles)} networks were "
-        "compared in double)."
+        f"The weights are random, and the {report['images']} calibration images are smooth noise. "
+        "So this page says what can be converted, not what accuracy is left. The budget holds at "
+        'the size "planned at"; multiply-adds (M) are those at the network\'s own size. A loaded '
+        "student gives exactly the outputs that were saved. Those of the optimized network differ "
+        f"by at most {fused:.0e} of the largest output, those of the ONNX file in ONNX Runtime by "
+        f"at most {worst:.0e}. Larger differences than {TOLERANCE:g} are rounding: the student "
+        f"itself differs by up to {own:.0e} between float32 and double. In double, the optimized "
+        f"network differs by no more than {EXACT:g} ({len(doubles)} networks were compared)."
     )
     lines = [
         "# Which networks work",
