@@ -9,6 +9,7 @@ from typing import Any
 import griffe
 
 _ENTRY = re.compile(r"(?P<name>[a-z_][\w, ]*?)(?:: |  +)(?P<text>\S.*)")
+_NEXT = re.compile(r"(?<=[.;]) (?:and )?([a-z_]\w*): ")  # a further entry in the same line
 
 
 class DocstringLists(griffe.Extension):
@@ -37,4 +38,4 @@ def _as_list(paragraph: str) -> str:
             entries.append(f"- **{entry['name']}**: {entry['text']}")
         else:
             entries[-1] += f" {line.strip()}"
-    return "\n".join(entries)
+    return "\n".join(_NEXT.sub(r"\n- **\1**: ", entry) for entry in entries)
