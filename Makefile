@@ -38,8 +38,9 @@ lint: setup
 	$(BIN)/shellcheck -x $(SHELL_SCRIPTS)
 
 # The documentation, as pages in build/site that need no network. It has its own small environment.
+# Without --quiet, which would hide warnings from the strict mode too.
 docs: .venv-docs/installed
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build
 	@echo 'Documentation: build/site/index.html'
 
 .venv-docs/installed: requirements.docs.lock
