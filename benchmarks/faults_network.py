@@ -1,10 +1,16 @@
-"""A small network that counts its training steps in a file, and takes its time with them."""
+"""A small network that counts its training steps in a file, and takes its time with them.
+
+It is as talkative as libraries are.
+"""
 
 import os
 import time
 from pathlib import Path
 
 from torch import Tensor, nn
+
+
+TALK = "faults_network: a network is made"
 
 
 class Counting(nn.Sequential):
@@ -38,5 +44,7 @@ class Counting(nn.Sequential):
 
 
 def make(num_classes: int, diary: str | None = None, pause: float = 0.0) -> nn.Module:
-    """Return the network, as recipes name it."""
+    """Return the network, as recipes name it; prints TALK as Python and as C++ do."""
+    print(TALK)
+    os.write(2, f"{TALK}\n".encode())
     return Counting(num_classes, diary, pause)

@@ -86,6 +86,7 @@ def main() -> None:
         print(f"sbf: {message}", file=sys.stderr)
         sys.exit(2)
     except RunError as error:
-        print(f"sbf: {error}", file=sys.stderr)
+        for line in (error, *getattr(error, "__notes__", ())):
+            print(f"sbf: {line}", file=sys.stderr)
         sys.exit(1)
     sys.exit(code)

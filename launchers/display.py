@@ -1,5 +1,6 @@
 """What a user sees while a run works: bars on a terminal, plain lines elsewhere."""
 
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-SECONDS_BETWEEN_LINES = 5.0
+SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
 
 
 class Display:
@@ -25,6 +26,7 @@ class Display:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
+        is_standard = self.console.file in (sys.stdout, sys.stderr)
         self._bars = Progress(
             TextColumn("  {task.description}"),
             BarColumn(),
@@ -34,10 +36,13 @@ class Display:
             console=self.console,
             transient=True,
             disable=not self.console.is_terminal,
+            redirect_stdout=is_standard,
+            redirect_stderr=is_standard,
         )
         self._task: TaskID | None = None
         self._title = ""
-        self._last_line = 0.0
+        self._begun = (0.0, 0)  # when the bar's title was first seen, and at which step
+        self._last_line = time.monotonic()
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -56,45 +61,60 @@ class Display:
         self.console.print(text, style=style, markup=False, soft_wrap=True)
 
     def show(self, record: Mapping[str, Any]) -> None:
-        """Show progress: "title", "step" of "steps", "rate", "seconds_left", a training's loss."""
+        """Show progress: "title", "step" of "steps" (None: unknown), and what is known besides.
+
+        That is "rate", in words, and "seconds_left", which are estimated where they are missing,
+        and a training's "parts" of the loss and "images_per_s". Where there is no terminal, a line
+        comes every SECONDS_BETWEEN_LINES at most, so that what is done sooner has none.
+        """
         title, step, steps = record["title"], record["step"], record["steps"]
-        detail = _detail(record)
-        if not self.console.is_terminal:
-            if "seconds_left" in record:  # a bar shows it
-                detail += f"  {record['seconds_left']:.0f} s left"
-            now = time.monotonic()
-            changed = title != self._title
-            if changed or step == steps or now - self._last_line > SECONDS_BETWEEN_LINES:
-                self.say(f"  {title}: {step}/{steps}{detail and '  ' + detail}")
-                self._last_line = now
-            self._title = title
-            return
-        if self._task is None or title != self._title:
+        now = time.monotonic()
+        if title != self._title:
             self._clear()
-            self._task = self._bars.add_task(title, total=steps, detail="")
-            self._title = title
-        self._bars.update(self._task, completed=step, total=steps, detail=detail)
+            self._title, self._begun = title, (now, step)
+        detail, seconds_left = self._pace(record, now)
+        if self.console.is_terminal:
+            if self._task is None:
+                self._task = self._bars.add_task(title, total=steps, detail="")
+            self._bars.update(self._task, completed=step, total=steps, detail=detail)
+            return
+        if steps is None or now - self._last_line < SECONDS_BETWEEN_LINES:
+            return
+        left = "" if seconds_left is None else f"{seconds_left:.0f} s left"
+        self.say("  ".join(filter(None, [f"  {title}: {step}/{steps}", detail, left])))
+        self._last_line = now
+
+    def wait(self, title: str) -> None:
+        """Show on a terminal that something goes on of which no steps are known."""
+        self.show({"title": title, "step": 0, "steps": None})
 
     @contextmanager
     def stage(self, number: int, of: int, name: str) -> Iterator[None]:
         """Announce a stage, and say how long it took."""
         self.say(f"[{number}/{of}] {name}", style="bold")
-        start = time.monotonic()
+        start = self._last_line = time.monotonic()
         yield
         self._clear()
         self.say(f"  done in {time.monotonic() - start:.1f} s")
+
+    def _pace(self, record: Mapping[str, Any], now: float) -> tuple[str, float | None]:
+        """Return what is known of the pace in words, with the loss, and the seconds left."""
+        seconds_left = record.get("seconds_left")
+        if "parts" in record:
+            detail = f"loss {record['parts']['loss']:.3f}  {record['images_per_s']:.0f} images/s"
+            return detail, seconds_left
+        since, first = self._begun
+        seconds, done = now - since, record["step"] - first
+        rate = done / seconds if seconds > 0 else 0.0
+        if seconds_left is None and rate > 0:
+            seconds_left = (record["steps"] - record["step"]) / rate
+        return record.get("rate", f"{rate:.3g}/s" if rate > 0 else ""), seconds_left
 
     def _clear(self) -> None:
         if self._task is not None:
             self._bars.remove_task(self._task)
             self._task = None
         self._title = ""
-
-
-def _detail(record: Mapping[str, Any]) -> str:
-    if "parts" not in record:
-        return str(record.get("rate", ""))
-    return f"loss {record['parts']['loss']:.3f}  {record['images_per_s']:.0f} images/s"
 
 
 def labels_table(report: Mapping[str, Any]) -> Table:

@@ -1,24 +1,14 @@
 """Where a set of images lies: a folder of this machine, or one in an object store."""
 
-import logging
 import posixpath
-import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 from urllib.parse import urlsplit
 
-from sbf_dist.errors import RunError, UserError
-from sbf_dist.object_storage import ObjectFolder, StoreUnreachableError, is_address
-
-_log = logging.getLogger(__name__)
+from sbf_dist.errors import UserError
+from sbf_dist.object_storage import ObjectFolder, is_address
+from sbf_dist.patience import patiently
 
 Root = Path | ObjectFolder
-Answer = TypeVar("Answer")
-
-# Seconds between tries, each of which is five of the store's own client.
-PAUSES = (2, 5, 15, 30, 60)
-_NEVER = threading.Event()
 
 
 def root_of(place: Path | str) -> Root:
@@ -40,24 +30,6 @@ def holds(root: Root, name: str) -> bool:
     if isinstance(root, Path):
         return (root / name).is_file()
     return patiently(lambda: root.find(name)) is not None
-
-
-def patiently(ask: Callable[[], Answer], stopped: threading.Event = _NEVER) -> Answer:
-    """Ask an object store, again after growing pauses while it does not answer.
-
-    RunError, with what it says last, when all tries are used up, or after `stopped`.
-    """
-    for pause in PAUSES:
-        try:
-            return ask()
-        except StoreUnreachableError as error:
-            _log.warning("data %s; asking again in %g s", error, pause)
-            if stopped.wait(pause):
-                raise RunError(f"data {error}") from error
-    try:
-        return ask()
-    except StoreUnreachableError as error:
-        raise RunError(f"data {error}; the same command goes on once the store answers") from error
 
 
 def way(start: Root, there: Root) -> str:

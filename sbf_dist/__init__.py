@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sbf_dist.budget import Budget
     from sbf_dist.compression.convert import convert
+    from sbf_dist.compression.cost import count
     from sbf_dist.compression.one_shot import compress
     from sbf_dist.compression.plan import Plan
+    from sbf_dist.compression.planning.latency import latencies
     from sbf_dist.compression.planning.latency_table import LatencyTable, Timing
     from sbf_dist.compression.progressive import shrink
+    from sbf_dist.distill.task import DistillationTask
     from sbf_dist.export.onnx import export_onnx
     from sbf_dist.export.optimize import optimize
     from sbf_dist.export.saved import load_student as load
@@ -28,6 +31,7 @@ __all__ = [
     "Augmentation",
     "Budget",
     "Compression",
+    "DistillationTask",
     "LatencyTable",
     "Optimizer",
     "Plan",
@@ -36,7 +40,9 @@ __all__ = [
     "Timing",
     "compress",
     "convert",
+    "count",
     "export_onnx",
+    "latencies",
     "load",
     "optimize",
     "save",
@@ -48,6 +54,7 @@ _HOMES = {
     "Augmentation": "sbf_dist.settings",
     "Budget": "sbf_dist.budget",
     "Compression": "sbf_dist.settings",
+    "DistillationTask": "sbf_dist.distill.task",
     "LatencyTable": "sbf_dist.compression.planning.latency_table",
     "Optimizer": "sbf_dist.settings",
     "Plan": "sbf_dist.compression.plan",
@@ -56,7 +63,9 @@ _HOMES = {
     "Timing": "sbf_dist.compression.planning.latency_table",
     "compress": "sbf_dist.compression.one_shot",
     "convert": "sbf_dist.compression.convert",
+    "count": "sbf_dist.compression.cost",
     "export_onnx": "sbf_dist.export.onnx",
+    "latencies": "sbf_dist.compression.planning.latency",
     "load": "sbf_dist.export.saved:load_student",
     "optimize": "sbf_dist.export.optimize",
     "save": "sbf_dist.export.saved",

@@ -34,11 +34,13 @@ class SBFConv2d(nn.Module):
     bias (Miles and Mikolajczyk, arXiv 2110.12844).
 
     kept: numbers of the output channels that are kept, ascending; with groups, equally many of
-    each group. sources: for each rebuilt channel, in ascending order, the S kept channels (output
-    channel numbers) that it is rebuilt from. transform_size: m, odd. between: a module that maps
-    (N, B, H, W) to the same shape, through which basis features go before they are transformed;
-    kept channels are the basis features themselves (after Miles and Mikolajczyk, ICCVW 2023). pad:
-    a module that pads the input, where `padding` cannot say how (`sbf_dist.padding`). The other
+    each group; or their number: then they are the first ones, of each group. sources: for each
+    rebuilt channel, in ascending order, the S kept channels (output channel numbers) that it is
+    rebuilt from; or S alone: then all kept channels are used by turns. transform_size: m, odd.
+    between: a module that maps (N, B, H, W) to the same shape, through which basis features go
+    before they are transformed; kept channels are the basis features themselves (after Miles and
+    Mikolajczyk, ICCVW 2023). pad: a module that pads the input, where `padding` cannot say how
+    (`sbf_dist.padding`). The other
     arguments are nn.Conv2d's; padding_mode concerns the basis convolution only. Raises ValueError,
     naming the argument and its value, if these do not fit together.
 
@@ -56,8 +58,8 @@ class SBFConv2d(nn.Module):
         in_channels: int,
         out_channels: int,
         kernel_size: int | tuple[int, int],
-        kept: Sequence[int],
-        sources: Sequence[Sequence[int]],
+        kept: int | Sequence[int],
+        sources: int | Sequence[Sequence[int]],
         transform_size: int = 3,
         *,
         between: nn.Module | None = None,
@@ -67,6 +69,10 @@ class SBFConv2d(nn.Module):
         super().__init__()
         bias, groups = convolution.get("bias", True), convolution.get("groups", 1)
         convolution["bias"] = False  # which the whole layer has
+        if isinstance(kept, int):
+            kept = _first_channels(out_channels, groups, kept)
+        if isinstance(sources, int):
+            sources = _by_turns(out_channels, kept, sources)
         check_wiring(out_channels, groups, kept, sources, transform_size)
         basis = nn.Conv2d(in_channels, len(kept), kernel_size, **convolution)
         self.basis = basis if pad is None else PaddedConv2d(basis, pad)
@@ -280,6 +286,29 @@ class SBFConv2d(nn.Module):
         if self.bias is None:
             parts.append("bias=False")
         return ", ".join(parts)
+
+
+def _first_channels(out_channels: int, groups: int, count: int) -> list[int]:
+    """Return the first of each group's output channels, `count` in all."""
+    if groups < 1 or count % groups or not 1 <= count <= out_channels:
+        raise ValueError(
+            f"kept is {count}: it must be a multiple of groups, {groups}, from 1 to the "
+            f"{out_channels} of out_channels"
+        )
+    own = out_channels // groups
+    return [group * own + place for group in range(groups) for place in range(count // groups)]
+
+
+def _by_turns(out_channels: int, kept: Sequence[int], count: int) -> list[list[int]]:
+    """Return `count` of the kept channels for each of the others, each as often as the next."""
+    if not 1 <= count <= len(kept):
+        raise ValueError(
+            f"sources is {count}: it must lie in [1, {len(kept)}], those that are kept"
+        )
+    return [
+        [kept[(rebuilt + place) % len(kept)] for place in range(count)]
+        for rebuilt in range(out_channels - len(kept))
+    ]
 
 
 def _wire_loaded(layer: nn.Module, _: object) -> None:

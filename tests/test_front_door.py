@@ -20,7 +20,7 @@ from sbf_dist.export.fold import fold_batchnorm
 NAMES = {
     "compress", "shrink", "convert", "save", "load", "optimize", "export_onnx", "Budget", "Plan",
     "SBFConv2d", "Compression", "Optimizer", "Augmentation", "PseudoLabels", "LatencyTable",
-    "Timing",
+    "Timing", "DistillationTask", "count", "latencies",
 }  # fmt: skip
 IMAGES = pictures(48)
 

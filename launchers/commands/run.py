@@ -9,6 +9,7 @@ import typer
 
 from launchers.places import check_store, check_writable
 from launchers.run.folder import RunFolder
+from launchers.run.library_output import kept_apart
 from launchers.run.stages import STAGES
 from sbf_dist import recipe as recipes
 from sbf_dist.errors import UserError
@@ -90,14 +91,15 @@ def command(
     if folder.copy is not None:
         check_store("--runs", folder.place_of_runs)
     check_writable("--runs", folder.runs)
-    prepare = STAGES[0].name
-    classes = check_surroundings(recipe, indexed=again != prepare and folder.is_done(prepare))
-    check_models(recipe)
-    check_weights(recipe, folder, classes)
-    # These take seconds to import: not before the command line is known to be right.
-    from launchers.run.execution import execute
+    with kept_apart() as output:
+        prepare = STAGES[0].name
+        classes = check_surroundings(recipe, indexed=again != prepare and folder.is_done(prepare))
+        check_models(recipe)
+        check_weights(recipe, folder, classes)
+        # These take seconds to import: not before the command line is known to be right.
+        from launchers.run.execution import execute
 
-    execute(recipe, folder, until.value, again.value if again else None)
+        execute(recipe, folder, until.value, again.value if again else None, output)
 
 
 def check_surroundings(recipe: Recipe, *, indexed: bool) -> int | None:

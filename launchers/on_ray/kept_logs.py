@@ -5,17 +5,12 @@ from pathlib import Path
 
 from launchers.on_ray import local_ray
 from launchers.on_ray.failures import AttemptError
+from launchers.on_ray.printed import FILES
 from sbf_dist.files import write_text
 
 STACKS = "-stacks.txt"  # how the names of the files with workers' stacks end
 _MAX_CHARACTERS = 100_000  # of a file; the end counts
-_FILES = (
-    "worker-*.err",
-    "worker-*.out",
-    "train/ray-train-app-*.log",
-    "raylet.err",
-    "gcs_server.err",
-)
+_FILES = (*FILES, "train/ray-train-app-*.log")
 
 
 def keep_logs(folder: Path, name: str, failure: AttemptError, since: float) -> Path:

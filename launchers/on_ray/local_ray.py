@@ -16,6 +16,7 @@ import psutil
 from launchers.interruption import take_signals_back
 from launchers.machine import workers_here
 from launchers.on_ray import unused_services
+from launchers.on_ray.printed import Printed
 from launchers.on_ray.temporary_folder import temporary_folder
 from sbf_dist.errors import UserError
 
@@ -55,6 +56,7 @@ def local_ray(
     *,
     most: int | None = None,
     address: str | None = None,
+    output: Path | None = None,
 ) -> Iterator[None]:
     """Ray for `workers` workers, or up to `most`, while the context lasts.
 
@@ -64,11 +66,14 @@ def local_ray(
     and dies with this process, even by kill -9 (within seconds, but for two idle agents that take a
     minute to notice). A Ray that runs on this machine is never joined.
 
+    With `output`, nothing that workers print is lost: a cluster's is printed by this process, what
+    those of a Ray of its own print is appended to that file.
+
     UserError: this machine is too small (see check_machine), or the cluster cannot be reached.
     """
     address = address or os.environ.get("RAY_ADDRESS")
     if address is not None and address != "local":
-        with _joined(address):
+        with _joined(address, with_output=output is not None):
             yield
         return
     count = workers_here(workers, most or workers, cpus_per_worker, gpus_per_worker)
@@ -82,7 +87,12 @@ def local_ray(
         if "ray" in sys.modules:
             unused_services.read_environment_again()
         # Ray opens its folder to everybody; the folder around it is ours alone.
-        own = _OwnRay(count * cpus_per_worker, math.ceil(count * gpus_per_worker), folder / "r")
+        own = _OwnRay(
+            count * cpus_per_worker,
+            math.ceil(count * gpus_per_worker),
+            folder / "r",
+            None if output is None else Printed(output),
+        )
         try:
             own.start()
             _own.append(own)
@@ -99,6 +109,7 @@ class _OwnRay:
     cpus: int
     gpus: int
     folder: Path
+    printed: Printed | None
 
     def start(self) -> None:
         import ray
@@ -132,6 +143,15 @@ class _OwnRay:
         for process in started:
             if _is_of_ray_train(process):  # a stopped process has not heard that it is over
                 process.kill()
+        self.take_printed(ended=True)
+
+    @property
+    def logs(self) -> Path:
+        return self.folder / "session_latest" / "logs"
+
+    def take_printed(self, *, ended: bool = False) -> None:
+        if self.printed is not None:
+            self.printed.take(self.logs, ended=ended)
 
     def dead_server(self) -> str | None:
         for name, process in self._servers.items():
@@ -167,7 +187,13 @@ def end_frozen_workers() -> None:
 
 def logs() -> Path | None:
     """Return the folder of the logs of this process's own Ray."""
-    return _own[0].folder / "session_latest" / "logs" if _own else None
+    return _own[0].logs if _own else None
+
+
+def take_printed() -> None:
+    """Bring what the processes of this process's own Ray have printed to the file of `output`."""
+    if _own:
+        _own[0].take_printed()
 
 
 def _is_of_ray_train(process: psutil.Process) -> bool:
@@ -178,13 +204,13 @@ def _is_of_ray_train(process: psutil.Process) -> bool:
 
 
 @contextmanager
-def _joined(address: str) -> Iterator[None]:
+def _joined(address: str, *, with_output: bool) -> Iterator[None]:
     _check_listening(address)
     import ray
 
     try:
         with unused_services.messages_left_out():
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(address=address, log_to_driver=with_output, logging_level=logging.ERROR)
         take_signals_back()
     except ConnectionError as error:
         raise UserError(f"Ray cluster {address}: cannot be reached: {error}") from error

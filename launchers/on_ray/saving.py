@@ -24,7 +24,7 @@ from launchers.on_ray.checkpoints import Shelf
 from launchers.on_ray.failures import StoppedError
 from launchers.on_ray.stopping import Stopping
 from launchers.on_ray.stored_checkpoints import StoredShelf
-from sbf_dist.errors import UserError
+from sbf_dist.errors import RunError, UserError
 from sbf_dist.train import checkpoint
 from sbf_dist.train.loop import Every
 
@@ -162,11 +162,11 @@ def decided_by_rank_0(decide: Callable[[], Answer], group: Any) -> Answer:
     if dist.get_rank() == 0:
         try:
             outcome[0] = decide()
-        except UserError as error:
-            outcome[1] = str(error)
+        except (UserError, RunError) as error:
+            outcome[1] = error
     dist.broadcast_object_list(outcome, src=0, group=group)
     if outcome[1] is not None:
-        raise UserError(outcome[1])
+        raise outcome[1]
     return outcome[0]
 
 

@@ -20,10 +20,10 @@ from typing import Any
 import torch.distributed as dist
 
 from launchers.on_ray.checkpoints import Shelf, best_of
-from launchers.storage.patience import patiently
 from launchers.storage.working_copy import CHECKPOINTS, cached, is_plain
-from sbf_dist.errors import UserError
+from sbf_dist.errors import RunError, UserError
 from sbf_dist.object_storage import ObjectFolder, is_address
+from sbf_dist.patience import patiently
 from sbf_dist.train import checkpoint
 from sbf_dist.train.checkpoint import MANIFEST, Manifest
 
@@ -172,18 +172,18 @@ class StoredShelf:
 
     def _together(self, work: Callable[[], None], step: int, group: Any) -> None:
         """Do work() on every rank; where it fails on one, all raise the same."""
-        fault: str | None = None
+        fault: UserError | RunError | None = None
         try:
             work()
-        except UserError as error:
-            fault = str(error)
+        except (UserError, RunError) as error:
+            fault = error
         faults = [fault] * dist.get_world_size()
         dist.all_gather_object(faults, fault, group=group)
         found = next((one for one in faults if one is not None), None)
         if found is not None:
             before = f"the one before, {self._last}, is whole" if self._last else "there is none"
-            cause = found.replace(f"{self.store.address}/", "")
-            raise UserError(
+            cause = str(found).replace(f"{self.store.address}/", "")
+            raise type(found)(
                 f"checkpoint of step {step} in {self.store.address}: {cause} ({before})"
             )
 

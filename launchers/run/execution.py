@@ -11,27 +11,34 @@ from launchers.interruption import Interrupted, signals_raise
 from launchers.machine import available_cpus
 from launchers.places import locked
 from launchers.run.folder import RunFolder
+from launchers.run.library_output import OwnOutput
 from launchers.storage.driver import taken_over
 from sbf_dist.recipe import Recipe
 
 _MLFLOW_UI = "http://127.0.0.1:5000"  # where `mlflow ui` listens
 
 
-def execute(recipe: Recipe, folder: RunFolder, until: str, again: str | None) -> None:
+def execute(
+    recipe: Recipe, folder: RunFolder, until: str, again: str | None, output: OwnOutput
+) -> None:
     """Run the stages of a run, with its folder locked and its MLflow run open.
+
+    What libraries print is kept in the folder from when it is known to be that of the recipe.
 
     A signal that asks this program to end leaves a run that the same command goes on with, and its
     MLflow run KILLED: one line says so, and SystemExit has the signal's exit code.
     """
     try:
         with signals_raise():
-            _execute(recipe, folder, until, again)
+            _execute(recipe, folder, until, again, output)
     except Interrupted as signal:
-        print(f"sbf: ended by {signal}; the same command goes on", file=sys.stderr)
+        output.warn(f"sbf: ended by {signal}; the same command goes on")
         raise SystemExit(signal.exit_code) from None
 
 
-def _execute(recipe: Recipe, folder: RunFolder, until: str, again: str | None) -> None:
+def _execute(
+    recipe: Recipe, folder: RunFolder, until: str, again: str | None, output: OwnOutput
+) -> None:
     folder.root.mkdir(parents=True, exist_ok=True)
     with ExitStack() as resources:
         resources.enter_context(locked(folder.root, "run"))
@@ -51,11 +58,12 @@ def _execute(recipe: Recipe, folder: RunFolder, until: str, again: str | None) -
         from sbf_dist import tracking
 
         torch.set_num_threads(available_cpus())
-        display = Display()
         recipe, notes = as_begun(recipe, folder)
         networks = Networks.of(recipe, folder)
         notes += sequence.open_folder(networks, again)
         find_again(recipe.data, folder.runs, folder.index, recipe.seed)
+        output.keep_in(folder.library_log)
+        display = Display(output.console)
         tracker = resources.enter_context(
             tracking.start(
                 folder.root,

@@ -124,8 +124,18 @@ class RunFolder:
 
     @property
     def logs(self) -> Path:
-        """What workers had logged that failed."""
+        """What workers had logged that failed, and what libraries have printed."""
         return self.root / "logs"
+
+    @property
+    def library_log(self) -> Path:
+        """What libraries have printed in the driver, and in workers of a cluster."""
+        return self.logs / "libraries.log"
+
+    @property
+    def worker_log(self) -> Path:
+        """What the workers, and servers, of a Ray on this machine have printed."""
+        return self.logs / "workers.log"
 
     @property
     def student(self) -> Path:

@@ -58,11 +58,18 @@ class Session:
 
         reached  says how far it is, if it writes no checkpoints (see attempts.run_workers)
         """
-        from launchers.on_ray.local_ray import local_ray
+        from launchers.on_ray.local_ray import local_ray, take_printed
 
         workers = self.recipe.workers
         if self._kept is None:
-            ray = local_ray(workers.least, workers.cpus, workers.gpus, most=workers.most)
+            self.display.wait("starting the workers")
+            ray = local_ray(
+                workers.least,
+                workers.cpus,
+                workers.gpus,
+                most=workers.most,
+                output=self.folder.worker_log,
+            )
             self.resources.enter_context(ray)
         # They import Ray, which reads the environment that local_ray has set.
         from launchers.on_ray import attempts
@@ -79,6 +86,11 @@ class Session:
             "group": name,
             "journals": str(log_to.journals.relative_to(self.folder.root)),
         }
+
+        def show(record: dict[str, Any]) -> None:
+            self.display.show(record)
+            take_printed()  # not at the end alone, before which this process may be killed
+
         self.folder.publish()
         answer = attempts.run_workers(
             worker,
@@ -87,7 +99,7 @@ class Session:
             storage=self.folder.place_of_checkpoints,
             logs=self.folder.logs,
             counts=self.recipe.numbers_of_workers(),
-            progress=attempts.Progress(self.display.show, reached),
+            progress=attempts.Progress(show, reached),
             kept=self._kept,
         )
         self.folder.fetch()

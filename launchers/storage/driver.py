@@ -7,10 +7,10 @@ from contextlib import contextmanager, suppress
 
 from launchers.storage.journals import JournalMirror
 from launchers.storage.lock import StoreLock
-from launchers.storage.patience import patiently
 from launchers.storage.working_copy import LOCK, WorkingCopy
 from sbf_dist.errors import UserError
 from sbf_dist.object_storage import StoreUnreachableError
+from sbf_dist.patience import patiently
 
 _log = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from launchers.storage.patience import patiently
 from launchers.storage.working_copy import is_plain
 from sbf_dist.errors import UserError
 from sbf_dist.object_storage import ObjectFolder, is_address
+from sbf_dist.patience import patiently
 
 
 @dataclass(frozen=True)

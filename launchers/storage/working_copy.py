@@ -20,10 +20,10 @@ from fnmatch import fnmatchcase
 from itertools import groupby
 from pathlib import Path
 
-from launchers.storage.patience import patiently
 from sbf_dist.errors import UserError
 from sbf_dist.files import cache_folder, write_json
 from sbf_dist.object_storage import ObjectFolder, StoredObject, StoreUnreachableError
+from sbf_dist.patience import patiently
 
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"

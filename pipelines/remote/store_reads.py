@@ -11,9 +11,10 @@ from concurrent.futures import Future
 from contextlib import ExitStack
 
 from pipelines.index import Contents, DataIndex
-from pipelines.roots import located, patiently
+from pipelines.roots import located
 from sbf_dist.errors import RunError, UserError
 from sbf_dist.object_storage import ObjectFolder, OpenObject
+from sbf_dist.patience import patiently
 
 _log = logging.getLogger(__name__)
 

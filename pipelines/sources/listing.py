@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pipelines.index import UNKNOWN, Contents
 from pipelines.inspection import SUFFIXES, Inspection
-from pipelines.roots import Root, patiently, way
+from pipelines.roots import Root, way
 from pipelines.sources.manifest import (
     CLASSES,
     WORK,
@@ -24,6 +24,7 @@ from pipelines.sources.manifest import (
 )
 from sbf_dist.errors import UserError
 from sbf_dist.object_storage import ObjectFolder
+from sbf_dist.patience import patiently
 
 _log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipelines.roots import Root, patiently, root_of
+from pipelines.roots import Root, root_of
 from pipelines.sources import cifar, imagenet, tiny_imagenet
 from pipelines.sources.archives import Archive, Progress, locate, md5_of, verify
 from pipelines.sources.catalogue import PARTS, Catalogue
@@ -34,6 +34,7 @@ from pipelines.sources.uploading import Upload
 from sbf_dist.errors import UserError
 from sbf_dist.files import cache_folder, write_text
 from sbf_dist.object_storage import ObjectFolder
+from sbf_dist.patience import patiently
 
 
 def prepare(

@@ -5,11 +5,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipelines.roots import patiently
 from pipelines.sources.manifest import MANIFEST, SAMPLES, WORK
 from sbf_dist.errors import UserError
 from sbf_dist.files import write_bytes
 from sbf_dist.object_storage import ObjectFolder
+from sbf_dist.patience import patiently
 
 _SETTINGS = "settings.json"
 _NOTES = "notes"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from pipelines.roots import Root, patiently, root_of
+from pipelines.roots import Root, root_of
 from pipelines.sources.archives import Progress
 from pipelines.sources.manifest import (
     MANIFEST,
@@ -21,6 +21,7 @@ from pipelines.sources.manifest import (
 from sbf_dist.errors import UserError
 from sbf_dist.files import sha256
 from sbf_dist.object_storage import ObjectFolder
+from sbf_dist.patience import patiently
 
 _CHUNK_BYTES = 8 << 20  # of a request
 

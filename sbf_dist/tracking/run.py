@@ -96,10 +96,6 @@ class Run:
         """Log numbers (also 0-dimensional tensors) at `step`, as Series does."""
         self._series.log_metrics(values, step)
 
-    def log_tags(self, tags: Mapping[str, object]) -> None:
-        """Set tags, replacing older values."""
-        self._say("tags", tags=_texts(tags))
-
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """Store a file, or a folder with all that it holds, under `folder` of the artifacts.
 

@@ -270,7 +270,6 @@ class _Deliveries:
         kinds = {
             "begin": self._begin,
             "params": self._params,
-            "tags": self._tags,
             "artifact": self._artifact,
             "student": self._student,
             "end": self._end,
@@ -307,9 +306,6 @@ class _Deliveries:
         new = [Param(name, value) for name, value in values.items() if name not in known]
         for start in range(0, len(new), MAX_REQUEST_ENTRIES):
             self._client.log_batch(self._run_id, params=new[start : start + MAX_REQUEST_ENTRIES])
-
-    def _tags(self, entry: Entry) -> None:
-        self._set_tags(entry["tags"])
 
     def _artifact(self, entry: Entry) -> None:
         path = self._folder / entry["path"]

@@ -2,10 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import roots
-from pipelines.roots import holds, located, patiently, read, root_of, way
-from sbf_dist.errors import RunError, UserError
-from sbf_dist.object_storage import ObjectFolder, StoreUnreachableError
+from pipelines.roots import holds, located, read, root_of, way
+from sbf_dist.errors import UserError
+from sbf_dist.object_storage import ObjectFolder
 
 SET = ObjectFolder.at("s3://bucket/sets/one")
 
@@ -56,22 +55,3 @@ def test_a_folder_is_left_by_where_it_really_is(tmp_path):
 def test_two_places_that_no_name_joins_are_one_line(there):
     with pytest.raises(UserError, match=r"data.unlabelled .*x: must lie where data.root does"):
         way(SET, there)
-
-
-def test_a_store_is_asked_again_and_then_given_up(monkeypatch, caplog):
-    monkeypatch.setattr(roots, "PAUSES", (0.01, 0.02))
-    answers = [StoreUnreachableError("s3://b/x: no answer")] * 3
-
-    def ask():
-        if answers:
-            raise answers.pop()
-        return 7
-
-    with pytest.raises(RunError, match=r"^data s3://b/x: no answer; the same command goes on"):
-        patiently(ask)
-    assert caplog.messages == [
-        "data s3://b/x: no answer; asking again in 0.01 s",
-        "data s3://b/x: no answer; asking again in 0.02 s",
-    ]
-    answers = [StoreUnreachableError("s3://b/x: no answer")] * 2
-    assert patiently(ask) == 7

@@ -11,13 +11,19 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.benchmark import Timer
 
 from sbf_dist.compression.recognition import as_plain
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.layout import needs_contiguous
 from sbf_dist.surgery import deep_copy
+
+# It loads a module that warns of a CUDA toolkit without a GPU, which is no fault.
+_LOADED_BY_TIMER = logging.getLogger("torch.utils.cpp_extension")
+_LOADED_BY_TIMER.disabled = True
+from torch.utils.benchmark import Timer  # noqa: E402
+
+_LOADED_BY_TIMER.disabled = False
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from sbf_dist.object_storage import ObjectFolder
 PROGRAM = """
 import sys, time
 from launchers.storage import lock
-from launchers.storage.patience import patiently
+from sbf_dist.patience import patiently
 from sbf_dist.errors import UserError
 from sbf_dist.object_storage import ObjectFolder
 lock.SETTLING_SECONDS = 0.5

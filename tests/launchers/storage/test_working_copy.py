@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from launchers.storage import patience
 from launchers.storage.working_copy import WorkingCopy
-from sbf_dist.errors import UserError
+from sbf_dist import patience
+from sbf_dist.errors import RunError, UserError
 from sbf_dist.object_storage import ObjectFolder
 
 
@@ -205,7 +205,7 @@ def test_a_store_that_stays_away_is_one_line_and_nothing_is_lost(
     one.take_over()
     put(one, a="1")
     faulty_s3.add("runs/x", "drop")
-    with pytest.raises(UserError, match=r"tried for 0.1 s; the same command goes on") as caught:
+    with pytest.raises(RunError, match=r"tried for 0.1 s; the same command goes on") as caught:
         one.publish()
     assert "\n" not in str(caught.value)
     faulty_s3.clear()

@@ -8,10 +8,9 @@ import pytest
 from archive_makers import cifar10_python
 from store_link import link_to
 
-from pipelines import roots
 from pipelines.sources import units
 from pipelines.sources.preparation import prepare
-from sbf_dist import object_storage
+from sbf_dist import object_storage, patience
 from sbf_dist.object_storage import ObjectFolder
 
 
@@ -41,7 +40,8 @@ def address(s3, shards) -> str:
 def link(s3, monkeypatch):
     """A link to the store that can be slow and cut; nobody waits long between tries."""
     port = urlsplit(s3.environment["AWS_ENDPOINT_URL"]).port
-    monkeypatch.setattr(roots, "PAUSES", (0.05, 0.05))
+    monkeypatch.setattr(patience, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(patience, "_FIRST_PAUSE_SECONDS", 0.05)
     monkeypatch.setattr(object_storage, "_ATTEMPTS", 1)
     with link_to(port) as link:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{link.port}")

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import roots
 from pipelines.index import DataIndex
 from pipelines.loader import EvalLoader, TrainLoader
 from pipelines.reader import Reader
@@ -21,6 +20,7 @@ from pipelines.remote import fetching, remote_shards
 from pipelines.remote.shard_cache import Outcome, ShardCache
 from pipelines.remote.store_reads import StoreReads
 from pipelines.sources.folder import index_folder
+from sbf_dist import patience
 from sbf_dist.errors import RunError, UserError
 from sbf_dist.object_storage import ObjectFolder
 from sbf_dist.settings import Augmentation, View
@@ -379,16 +379,17 @@ def test_a_shard_that_is_gone_or_has_another_size_is_named(index, address, cache
 
 
 def test_a_lost_connection_is_waited_for(address, link, cache, shards, caplog, monkeypatch):
-    monkeypatch.setattr(roots, "PAUSES", (0.2,) * 100)
+    monkeypatch.setattr(patience, "PATIENCE_SECONDS", 20)
     index = index_folder(address, **SELECTION)
     link.cut()
     loader = training(index, cache)
     threading.Timer(0.7, link.mend).start()
     local = index_folder(shards, **SELECTION)
     assert same(taken(loader, 8), taken(training(local, None), 8))
-    lines = [line for line in caplog.messages if line.endswith("; asking again in 0.2 s")]
+    lines = [line for line in caplog.messages if line.endswith("; trying again for 20 s")]
     assert lines
-    assert all(line.startswith(f"data {address}/train-00000") for line in lines)
+    assert all(line.startswith(f"{address}/train-00000") for line in lines)
+    assert "the store answers again" in caplog.messages
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -398,7 +399,7 @@ def test_a_store_that_stays_away_is_one_line_that_names_the_shard(address, link,
     with pytest.raises(RunError) as caught:
         taken(training(index, cache if cached else None), 1)
     line = str(caught.value)
-    assert line.startswith(f"data {address}/train-00000")
+    assert line.startswith(f"{address}/train-00000")
     assert line.endswith("; the same command goes on once the store answers")
     assert "\n" not in line
     link.mend()

@@ -1,11 +1,12 @@
 """Waiting for an object store that does not answer."""
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from sbf_dist.errors import UserError
+from sbf_dist.errors import RunError
 from sbf_dist.object_storage import StoreUnreachableError
 
 PATIENCE_SECONDS = 120.0
@@ -13,31 +14,34 @@ _FIRST_PAUSE_SECONDS = 1.0
 _LONGEST_PAUSE_SECONDS = 15.0
 
 _log = logging.getLogger(__name__)
+_NEVER = threading.Event()
 
 Answer = TypeVar("Answer")
 
 
-def patiently(action: Callable[[], Answer]) -> Answer:
-    """Return action(), which is tried again while the store does not answer; a line says so once.
+def patiently(ask: Callable[[], Answer], stopped: threading.Event = _NEVER) -> Answer:
+    """Return ask(), which is tried again while the store does not answer; a line says so once.
 
-    What is only interrupted must be repeatable. UserError after PATIENCE_SECONDS.
+    What is only interrupted must be repeatable. RunError after PATIENCE_SECONDS, or once `stopped`
+    is set.
     """
     start = time.monotonic()
     pause = _FIRST_PAUSE_SECONDS
     said = False
     while True:
         try:
-            answer = action()
+            answer = ask()
         except StoreUnreachableError as error:
             if time.monotonic() - start + pause > PATIENCE_SECONDS:
-                raise UserError(
+                raise RunError(
                     f"{error}; it was tried for {PATIENCE_SECONDS:g} s; the same command goes on "
                     "once the store answers"
                 ) from error
             if not said:
                 _log.warning("%s; trying again for %g s", error, PATIENCE_SECONDS)
             said = True
-            time.sleep(pause)
+            if stopped.wait(pause):
+                raise RunError(str(error)) from error
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
         else:
             if said:
