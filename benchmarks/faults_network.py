@@ -9,7 +9,6 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-
 TALK = "faults_network: a network is made"
 
 

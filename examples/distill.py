@@ -25,7 +25,8 @@ def digits() -> tuple[Tensor, Tensor]:
     found = load_digits()
     images = torch.tensor(found.images, dtype=torch.float32)[:, None] / 8 - 1
     images = F.interpolate(images, size=16, mode="bilinear").expand(-1, 3, -1, -1)
-    return images.contiguous(), torch.tensor(found.target)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return images[order], torch.tensor(found.target)[order]
 
 
 def train(
@@ -33,8 +34,8 @@ def train(
 ) -> None:
     """Minimise loss_of(numbers of the batch's images, share of the training that is over)."""
     network.train()
-    optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    optimizer = torch.optim.AdamW(network.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     for step in range(steps):
         loss = loss_of(torch.randint(images, (64,)), step / steps)
         optimizer.zero_grad()

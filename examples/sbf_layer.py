@@ -64,13 +64,15 @@ def main() -> None:
     for name in ("dense", "SBF"):
         torch.manual_seed(0)
         network = Net(sbf=name == "SBF")
-        optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+        optimizer = torch.optim.AdamW(network.parameters())
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=arguments.steps)
         for _ in range(arguments.steps):
             batch = torch.randint(train.stop, (64,))
             loss = F.cross_entropy(network(images[batch]), labels[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            schedule.step()
         network.eval()
         with torch.inference_mode():
             top1 = (network(images[held_out]).argmax(1) == labels[held_out]).float().mean()

@@ -22,6 +22,7 @@ from launchers.commands import (
     report,
     run,
 )
+from launchers.interruption import Ended
 from sbf_dist.errors import RunError, UserError, without_credentials
 
 app = typer.Typer(
@@ -85,6 +86,8 @@ def main() -> None:
         message = without_credentials(message.replace("Value error, ", ""))
         print(f"sbf: {message}", file=sys.stderr)
         sys.exit(2)
+    except Ended as ended:
+        ended.leave()
     except RunError as error:
         for line in (error, *getattr(error, "__notes__", ())):
             print(f"sbf: {line}", file=sys.stderr)

@@ -372,3 +372,33 @@ def test_from_conv_takes_what_stands_between():
     conv = nn.Conv2d(4, 8, 3)
     between = bn_relu()
     assert SBFConv2d.from_conv(conv, KEPT, SOURCES, 3, between).between is between
+
+
+@pytest.mark.parametrize(
+    ("groups", "kept", "sources"),
+    [(1, [0, 1, 2, 3], [[0, 1], [1, 2], [2, 3], [3, 0]]), (2, [0, 1, 4, 5], None)],
+)
+def test_numbers_of_kept_channels_and_sources_are_enough(groups, kept, sources):
+    made = layer(kept=4, sources=2, groups=groups, padding=1)
+    assert list(made.kept) == kept
+    if sources is not None:
+        assert [list(row) for row in made.rebuilt_from] == sources
+    used = [source for row in made.rebuilt_from for source in row]
+    assert {used.count(channel) for channel in kept} == {2}  # all alike
+    x = torch.randn(2, 4, 6, 6)
+    torch.testing.assert_close(made(x), composed(made, x))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kept": 0}, "kept is 0: it must be a multiple of groups, 1, from 1 to the 8 of"),
+        ({"kept": 9}, "kept is 9: "),
+        ({"kept": 3, "groups": 2}, "kept is 3: it must be a multiple of groups, 2"),
+        ({"kept": 4, "sources": 0}, r"sources is 0: it must lie in \[1, 4\]"),
+        ({"kept": 4, "sources": 5}, r"sources is 5: it must lie in \[1, 4\]"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        layer(**arguments)

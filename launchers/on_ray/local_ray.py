@@ -185,6 +185,14 @@ def end_frozen_workers() -> None:
                 process.kill()
 
 
+def end_train() -> None:
+    """End what Ray Train has started, its controller too, on this process's own Ray."""
+    if _own:
+        for process in psutil.Process().children(recursive=True):
+            if _is_of_ray_train(process, "TrainController"):
+                process.kill()
+
+
 def logs() -> Path | None:
     """Return the folder of the logs of this process's own Ray."""
     return _own[0].logs if _own else None
@@ -196,9 +204,11 @@ def take_printed() -> None:
         _own[0].take_printed()
 
 
-def _is_of_ray_train(process: psutil.Process) -> bool:
+def _is_of_ray_train(process: psutil.Process, *others: str) -> bool:
+    """Whether a process is one of Ray Train's workers, or of other actors of these names."""
     try:
-        return "RayTrainWorker" in " ".join(process.cmdline())
+        line = " ".join(process.cmdline())
+        return any(name in line for name in ("RayTrainWorker", *others))
     except psutil.Error:  # it has ended
         return False
 

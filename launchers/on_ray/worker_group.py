@@ -40,7 +40,8 @@ from sbf_dist.recipe import Workers
 
 _POLL_SECONDS = 0.1
 _LOOKS_PER_CHECK = 5
-_END_SECONDS = 60.0  # Ray must not be ended while a thread waits for it
+_END_SECONDS = 60.0  # for workers without work to end
+_CUT_OFF_SECONDS = 10.0  # and for all others
 _CONTROLLER = "controller"
 _FILES_OF_RAY = ".ray-train"
 
@@ -112,12 +113,31 @@ class WorkerGroup:
                 ray_train.forget(key)
 
     def end(self) -> None:
-        """Let the workers end, if they have no work; otherwise they end with Ray."""
-        if self._is_idle and self.is_alive:
-            ray_train.give_end(self._key, self._given)
-            futures.wait([self._outcome], timeout=_END_SECONDS)
-            ray_train.forget(self._key)
+        """Let the workers end, if they have no work; otherwise they are ended.
+
+        Not before the thread that waits for them in Ray's library has its answer, as far as that
+        comes within seconds: a Ray that is shut down meanwhile may end this process by SIGSEGV.
+        """
+        if self.is_alive:
+            if self._is_idle:
+                ray_train.give_end(self._key, self._given)
+                futures.wait([self._outcome], timeout=_END_SECONDS)
+            else:
+                self._cut_off()
+            if local_ray.dead_server() is None:
+                ray_train.forget(self._key)
+        if self.is_alive:
+            _log.warning("Ray Train has not ended in time: Ray is ended without it")
         shutil.rmtree(self._own_files, ignore_errors=True)
+
+    def _cut_off(self) -> None:
+        """End workers that are starting, or at work, and wait for Ray Train to notice."""
+        # Those of a cluster that have not begun yet find an end in the place of their work.
+        ray_train.give_end(self._key, max(self._given - 1, 0))
+        deadline = time.monotonic() + _CUT_OFF_SECONDS
+        while self.is_alive and time.monotonic() < deadline:
+            local_ray.end_train()
+            futures.wait([self._outcome], timeout=_POLL_SECONDS)
 
     def _trainer(self) -> Any:
         workers = self._settings

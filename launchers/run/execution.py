@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from launchers.display import Display, results_table
-from launchers.interruption import Interrupted, signals_raise
+from launchers.interruption import Ended, Interrupted, signals_raise
 from launchers.machine import available_cpus
 from launchers.places import locked
 from launchers.run.folder import RunFolder
@@ -26,14 +26,14 @@ def execute(
     What libraries print is kept in the folder from when it is known to be that of the recipe.
 
     A signal that asks this program to end leaves a run that the same command goes on with, and its
-    MLflow run KILLED: one line says so, and SystemExit has the signal's exit code.
+    MLflow run KILLED: one line says so, and Ended has the signal's exit code.
     """
     try:
         with signals_raise():
             _execute(recipe, folder, until, again, output)
     except Interrupted as signal:
         output.warn(f"sbf: ended by {signal}; the same command goes on")
-        raise SystemExit(signal.exit_code) from None
+        raise Ended(signal.exit_code) from None
 
 
 def _execute(

@@ -202,8 +202,10 @@ def evaluate(session: Session, log: tracking.Run) -> Result:
     """Measure every network of the table: accuracy over the workers, cost and latency here."""
     scores = session.launch(scoring.evaluate_networks, "evaluate", log)
     compressed = json.loads(session.folder.result("compress").read_text())
-    table = []
-    for row in session.networks.rows():
+    table: list[dict[str, Any]] = []
+    rows = session.networks.rows()
+    for row in rows:
+        session.display.show({"title": "latency", "step": len(table), "steps": len(rows)})
         outcome.check_scores(row.name, scores[row.name])
         members = [build_network(n, session.num_classes, n.weights) for n in row.members]
         shapes = [network.input_shape for network in row.members]
@@ -247,6 +249,7 @@ def export(session: Session, log: tracking.Run) -> Result:
         session.recipe.data, index, index.parts["validation"][:NUM_VERIFIED_IMAGES]
     )
     scores = next(row for row in rows if row["network"] == student.name)
+    session.display.wait("ONNX")
     difference = export_student(
         folder.student,
         build_network(student, session.num_classes, student.weights).eval(),
@@ -274,6 +277,7 @@ def export(session: Session, log: tracking.Run) -> Result:
     session.tracker.log_artifact(folder.root / "summary.png")
     session.tracker.log_artifact(folder.summary)
     session.tracker.log_artifact(folder.student / MODEL_CARD)  # with the table, which MLflow shows
+    session.display.wait("report")
     from launchers.run import reporting  # takes a second
 
     reporting.write_page({folder.place: folder}, folder.page, reporting.Request(own_code=True))

@@ -20,7 +20,13 @@ def show_plan(plan: Plan, console: Console) -> None:
 
 def plan_text(plan: Plan, width: int = 120) -> str:
     """Return what `show_plan` prints as plain text of at most `width` columns."""
-    console = Console(file=io.StringIO(), width=width, force_terminal=False, color_system=None)
+    console = Console(
+        file=io.StringIO(),
+        width=width,
+        force_terminal=False,
+        color_system=None,
+        force_jupyter=False,  # in a notebook rich would show the table instead of writing it
+    )
     show_plan(plan, console)
     assert isinstance(console.file, io.StringIO)
     lines = console.file.getvalue().splitlines()

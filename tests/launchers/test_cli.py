@@ -290,7 +290,7 @@ def test_stages_are_passed_on_and_runs_become_absolute(sbf, monkeypatch, tmp_pat
     monkeypatch.setattr(execution, "execute", lambda *given: seen.append(given))
     assert sbf("run", "tiny.yaml", "seed=3", "--runs", "here", "--until", "compress",
                "--again", "teachers")[0] == 0  # fmt: skip
-    recipe, folder, until, again = seen[0]
+    recipe, folder, until, again, _ = seen[0]
     assert recipe.seed == 3
     assert folder == RunFolder(tmp_path / "here", "tiny")
     assert (until, again) == ("compress", "teachers")

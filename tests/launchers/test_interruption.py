@@ -1,5 +1,7 @@
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -41,6 +43,19 @@ def test_work_that_can_end_in_good_order_is_told_of_the_first_signal_and_cut_by_
                 os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(Interrupted):
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_program_that_has_ended_in_order_leaves_with_its_lines_and_without_exit_handlers() -> (
+    None
+):
+    program = (
+        "import atexit; from launchers.interruption import Ended\n"
+        "atexit.register(print, 'handler'); print('line')\n"
+        "try: raise Ended(130)\n"
+        "except Ended as ended: ended.leave()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"line\n", b"")
 
 
 def test_a_handler_of_a_librarys_is_replaced() -> None:

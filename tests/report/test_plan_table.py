@@ -87,3 +87,9 @@ def test_the_table_alone_is_a_rich_table():
 def test_names_in_brackets_are_not_taken_for_markup():
     assert "[red]x" in plan_text(plan(names=("[red]x",), explanation=["[bold]y"]), 100)
     assert "[bold]y" in plan_text(plan(names=("[red]x",), explanation=["[bold]y"]), 100)
+
+
+def test_the_text_is_the_same_in_a_notebook(monkeypatch):
+    text = plan_text(plan())
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert plan_text(plan()) == text

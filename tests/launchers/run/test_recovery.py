@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from launchers.display import SECONDS_BETWEEN_LINES
 from launchers.machine import available_cpus
 
 spec = importlib.util.spec_from_file_location(
@@ -23,6 +25,7 @@ faults = importlib.util.module_from_spec(spec)
 sys.modules["faults"] = faults  # dataclasses look there
 assert spec.loader is not None
 spec.loader.exec_module(faults)
+TALK = "faults_network: a network is made"  # of what its network prints
 
 pytestmark = [
     pytest.mark.slow,
@@ -120,6 +123,33 @@ def status(run) -> set[str]:
     """The states of all MLflow runs."""
     with sqlite3.connect(run.runs / "mlflow.db") as database:
         return {row[0] for row in database.execute("select status from runs")}
+
+
+OUR_LINES = (
+    r"\[[12]/2\] (prepare|teachers)|  done in [\d.]+ s|"
+    r"  \S+: 10 classes, 100 labelled, 1197 unlabelled, 500 validation|"
+    rf"  {faults.TRAINING}: top-1 [\d.]+ %|"
+    rf"  {faults.TRAINING} \(1 of 1\): \d+/150  loss [\d.]+  \d+ images/s  \d+ s left|"
+    r"  images: \d+/1797(  [\d.]+/s  \d+ s left)?"
+)
+
+
+def test_the_terminal_has_our_lines_alone_and_progress_rarely(whole) -> None:
+    lines = whole.output.splitlines()
+    assert [line for line in lines if not re.fullmatch(OUR_LINES, line)] == []
+    seconds = sum(float(line.split()[2]) for line in lines if line.startswith("  done in"))
+    progress = [line for line in lines if re.search(r": \d+/\d+", line)]
+    assert len(progress) <= seconds / SECONDS_BETWEEN_LINES
+
+
+def test_what_libraries_print_is_in_the_runs_logs_of_workers_too(whole) -> None:
+    logs = whole.runs / faults.NAME / "logs"
+    driver = (logs / "libraries.log").read_text().splitlines()
+    assert driver.count(TALK) >= 2  # as Python prints it, and as C++ does
+    workers = (logs / "workers.log").read_text()
+    names = re.findall(r"--- worker-\S+-(\d+)\.(err|out)", workers)
+    assert {len({pid for pid, kind in names if kind == one}) for one in ("err", "out")} == {2}
+    assert workers.count(TALK) >= 4
 
 
 def test_it_ends_with_the_bits_of_a_run_without_a_fault(whole, survived) -> None:
