@@ -87,7 +87,7 @@ def test_the_library_knows_neither_launchers_nor_pipelines():
 
 
 def test_pipelines_know_errors_files_stores_and_settings_of_the_library_at_most():
-    modules = ("errors", "files", "object_storage", "recipe", "settings")
+    modules = ("errors", "files", "object_storage", "patience", "recipe", "settings")
     allowed = tuple(f"sbf_dist.{name}" for name in modules)
     for module, names in IMPORTS.items():
         if not within(module, "pipelines"):

@@ -1,5 +1,6 @@
 """The examples as a reader runs them: programs of their own, with small settings."""
 
+import importlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from torchvision import models
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
+ROUNDING = 0.01  # of millions of multiply-adds
 ROW = r"^{name} +(\d+\.\d) +(\d+\.\d\d) +(\d+\.\d\d\d)$"
 
 
@@ -55,7 +57,7 @@ def test_a_plain_loop_distils(tmp_path):
     printed = run(tmp_path, str(EXAMPLES / "distill.py"), *given)
     row(printed, "compressed")
     dense, distilled = row(printed, "dense teacher"), row(printed, "… and distilled")
-    assert distilled[1] <= 0.6 * dense[1] + 0.005
+    assert distilled[1] <= 0.6 * dense[1] + ROUNDING
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,8 @@ def photos(tmp_path_factory) -> Path:
     return folder
 
 
-SMALL = ["--model", "shufflenet_v2_x0_5", "--macs", "0.9", "--keep", "stage[34].*", "conv5.*"]
+SMALL = ["--model", "shufflenet_v2_x0_5", "--macs", "0.95", "--calibration", "32"]
+SMALL += ["--keep", "stage[34].*", "conv5.*"]
 
 
 def test_a_network_of_torchvision_is_compressed_from_a_folder_and_a_file(tmp_path, photos):
@@ -78,18 +81,24 @@ def test_a_network_of_torchvision_is_compressed_from_a_folder_and_a_file(tmp_pat
     given = ["--images", str(photos), "--weights", str(weights), "--size", "32", "--out", "student"]
     printed = run(tmp_path, str(EXAMPLES / "compress_torchvision.py"), *SMALL, *given)
     dense, compressed = row(printed, "dense"), row(printed, "compressed")
-    assert compressed[1] <= 0.9 * dense[1] + 0.005
+    assert compressed[1] <= 0.95 * dense[1] + ROUNDING
     assert "RANDOM" not in printed
     assert (tmp_path / "student" / "weights.safetensors").exists()
 
 
-def test_without_folder_and_weights_it_says_what_it_begins_with(tmp_path, monkeypatch):
+def test_without_a_way_to_published_weights_it_says_that_it_begins_with_random_ones(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    given = ["--steps", "3", "--most", "200", "--calibration", "32"]
-    printed = run(tmp_path, str(EXAMPLES / "compress_torchvision.py"), *SMALL, *given)
-    assert re.match(r"published weights cannot be fetched \(.+\): starting from RANDOM", printed)
-    row(printed, "compressed")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    example = importlib.import_module("compress_torchvision")
+    images, labels, classes = example.load_images(None, 32, 100)
+    network = example.load_network("shufflenet_v2_x0_5", None, len(classes))
+    said = r"^published weights cannot be fetched \(.+\): starting from RANDOM"
+    assert re.search(said, capsys.readouterr().out, re.MULTILINE)
+    example.train(network, images, labels, steps=2)
+    assert 0 <= example.accuracy(network.eval(), images, labels) <= 1
 
 
 def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path):
@@ -103,7 +112,7 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path):
                 program.append("STEPS, MACS, OUT = 8, 0.6, 'there'")
     (tmp_path / "notebook.py").write_text("\n".join(program))
     printed = run(tmp_path, "notebook.py")
-    assert row(printed, "compressed, distilled")[1] <= 0.6 * row(printed, "dense")[1] + 0.005
+    assert row(printed, "compressed, distilled")[1] <= 0.6 * row(printed, "dense")[1] + ROUNDING
     assert (tmp_path / "there" / "student.onnx").exists()
 
 
