@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import tiny_worker
 from tiny_worker import CHECKPOINT_EVERY, STEPS
 
+from launchers.interruption import Interrupted, signals_raise
 from launchers.machine import available_cpus
 from launchers.on_ray import held_places
 from launchers.on_ray.attempts import Progress, run_workers
@@ -260,6 +262,26 @@ def test_workers_stay_for_the_next_stage_and_others_come_where_one_has_died(
         assert not set(pids("four")) & set(third)
     assert caplog.messages == []
     assert not (tmp_path / "runs" / ".ray-train").exists()
+
+
+def test_an_interrupt_while_workers_start_leaves_no_thread_that_waits_for_ray(
+    ray: None, tmp_path: Path
+) -> None:
+    with (
+        pytest.raises(Interrupted, match="SIGINT"),
+        signals_raise(),
+        KeptWorkers(Workers(count=1)) as kept,
+    ):
+        threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
+        run_workers(
+            tiny_worker.pids,
+            {},
+            name="cut",
+            storage=tmp_path / "runs",
+            logs=tmp_path / "logs",
+            kept=kept,
+        )
+    assert "ray-train" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_what_rays_controller_imports_does_not_import_torch() -> None:
