@@ -108,7 +108,8 @@ class Display:
         rate = done / seconds if seconds > 0 else 0.0
         if seconds_left is None and rate > 0:
             seconds_left = (record["steps"] - record["step"]) / rate
-        return record.get("rate", f"{rate:.3g}/s" if rate > 0 else ""), seconds_left
+        words = f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s"
+        return record.get("rate", words if rate > 0 else ""), seconds_left
 
     def _clear(self) -> None:
         if self._task is not None:

@@ -45,7 +45,15 @@ def test_rate_and_time_left_are_estimated_where_the_work_says_none(clock) -> Non
     display.show({"title": "images", "step": 20, "steps": 100})
     clock[0] += 16
     display.show({"title": "images", "step": 60, "steps": 100})
-    assert text.getvalue() == "  images: 60/100  2.5/s  16 s left\n"
+    clock[0] += 16
+    display.show({"title": "files", "step": 0, "steps": 10**6})
+    clock[0] += 16
+    display.show({"title": "files", "step": 40_000, "steps": 10**6})
+    assert text.getvalue().splitlines() == [
+        "  images: 60/100  2.5/s  16 s left",
+        "  files: 0/1000000",
+        "  files: 40000/1000000  2,500/s  384 s left",
+    ]
 
 
 def test_those_that_the_work_says_are_shown(clock) -> None:

@@ -130,7 +130,7 @@ OUR_LINES = (
     r"  \S+: 10 classes, 100 labelled, 1197 unlabelled, 500 validation|"
     rf"  {faults.TRAINING}: top-1 [\d.]+ %|"
     rf"  {faults.TRAINING} \(1 of 1\): \d+/150  loss [\d.]+  \d+ images/s  \d+ s left|"
-    r"  images: \d+/1797(  [\d.]+/s  \d+ s left)?"
+    r"  images: \d+/1797(  [\d.,]+/s  \d+ s left)?"
 )
 
 
