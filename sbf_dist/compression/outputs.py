@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from sbf_dist.compression.calibration import Calibration
+from sbf_dist.compression.finite import check_outputs
 from sbf_dist.compression.inputs import input_shapes
 from sbf_dist.errors import UserError
 from sbf_dist.hooks import leaves, registered
@@ -253,7 +254,9 @@ def run_backward(
         for batch in batches:
             images = batch.detach().requires_grad_()
             with torch.enable_grad():
-                losses = yardstick.losses(model(images), generator, draws)
+                outputs = model(images)
+                check_outputs(model, images, yardstick.tensors(outputs))
+                losses = yardstick.losses(outputs, generator, draws)
             for number in range(1, draws + 1):
                 with torch.enable_grad():
                     torch.autograd.grad(
@@ -293,6 +296,7 @@ def _kinds(
     with torch.enable_grad(), linear:
         given = run_on(dense, examples.detach().requires_grad_())
     tensors = counted(dense, given, len(examples), names)
+    check_outputs(dense, examples, tensors.values())
     own_classes = getattr(dense, "num_classes", None)
     kinds: dict[str, tuple[Kind, int]] = {}
     for name, tensor in tensors.items():

@@ -1,0 +1,50 @@
+"""Refuses a network whose outputs for the calibration images are not numbers."""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sbf_dist.errors import UserError
+from sbf_dist.hooks import registered
+
+
+def check_outputs(model: nn.Module, images: Tensor, outputs: Iterable[Tensor]) -> None:
+    """Raise UserError if `outputs`, of `model` for `images`, have NaN or infinity.
+
+    It names the first layer that gives them.
+    """
+    bad = next((tensor for tensor in outputs if not tensor.isfinite().all()), None)
+    if bad is None:
+        return
+    where = _first_layer(model, images)
+    if not images.isfinite().all():
+        cause = "the images have them already: give numbers"
+    elif where:
+        cause = f"first in layer {where}: look at its weights and statistics"
+    else:
+        cause = "no single layer gives them"
+    raise UserError(
+        f"model {type(model).__name__} gives {_named(bad)} for the calibration images; {cause}"
+    )
+
+
+@torch.enable_grad()  # hooks of the caller may ask for gradients
+def _first_layer(model: nn.Module, images: Tensor) -> str | None:
+    """Run `images` again; return the name of the first module without parts that gives them."""
+    found: list[str] = []
+
+    def look(name: str, _: nn.Module, __: Any, output: Any) -> None:
+        if not found and isinstance(output, Tensor) and not output.isfinite().all():
+            found.append(name)
+
+    parts = [(name, part) for name, part in model.named_modules() if not any(part.children())]
+    with registered(part.register_forward_hook(partial(look, name)) for name, part in parts):
+        model(images)
+    return f"{found[0]} ({type(model.get_submodule(found[0])).__name__})" if found else None
+
+
+def _named(tensor: Tensor) -> str:
+    return "NaN" if tensor.isnan().any() else "infinity"

@@ -1,0 +1,53 @@
+"""Networks and images that give no numbers are refused in one line that says where they begin."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sbf_dist
+from sbf_dist.errors import UserError
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, 5),
+    ).eval()
+
+
+def images() -> Tensor:
+    return torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("removal", [0.0, 1.0])
+def test_a_network_that_gives_nan_is_refused_with_the_layer(removal: float) -> None:
+    model = network()
+    model[1].running_var.fill_(-1.0)
+    with pytest.raises(UserError) as caught:
+        sbf_dist.compress(model, images(), sbf_dist.Compression(macs=0.5, removal=removal))
+    assert str(caught.value) == (
+        "model Sequential gives NaN for the calibration images; first in layer 1 (BatchNorm2d): "
+        "look at its weights and statistics"
+    )
+
+
+def test_an_infinite_output_is_refused_too() -> None:
+    model = network()
+    model[6].weight.data.zero_()
+    model[6].bias.data.fill_(-3e38)
+    model.append(nn.LeakyReLU(100.0))
+    with pytest.raises(UserError, match=r"gives infinity .* first in layer 7 \(LeakyReLU\)"):
+        sbf_dist.compress(model, images(), macs=0.5)
+
+
+def test_an_image_that_is_no_number_is_refused_wherever_it_comes() -> None:
+    given = images()
+    given[20, 0, 3, 4] = torch.nan
+    with pytest.raises(UserError, match="calibration images"):
+        sbf_dist.compress(network(), given, macs=0.5)
