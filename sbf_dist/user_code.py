@@ -3,6 +3,7 @@
 Only what the user names is run: nothing that a saved student or a plan says comes here.
 """
 
+import ast
 import difflib
 import importlib.util
 import inspect
@@ -55,6 +56,86 @@ def complete(name: str, classes: int | None, arguments: Mapping[str, Any]) -> di
     with _function(name) as function:
         takes_classes = _takes_classes(function)
     return dict(arguments) | ({"num_classes": classes} if takes_classes else {})
+
+
+def source_files(name: str) -> dict[str, Path]:
+    """Return the files that the code of `name` is in, by their paths from its folder.
+
+    Its own file, and those of this folder that it imports, directly or not; of an installed
+    package, files of this package only. Found in import statements, without running the code:
+    what is imported in other ways, or read as data, is not among them. Raises UserError if there
+    is no such file or module.
+    """
+    place = name.rpartition(":")[0]
+    if place.endswith(".py"):
+        path = Path(place)
+        if not path.is_file():
+            raise UserError(f"model {name!r}: there is no file {path}")
+        folder, only, waiting = path.parent, None, [path]
+    else:
+        folder, only = _folder_of_module(name, place)
+        waiting = list(_files_of(folder, place))
+    found: dict[str, Path] = {}
+    while waiting:
+        file = waiting.pop()
+        key = file.relative_to(folder).as_posix()
+        if key in found:
+            continue
+        found[key] = file
+        for module in _imported(file, file.parent.relative_to(folder).parts):
+            top = module.partition(".")[0]
+            # This project's own files are known by its version.
+            if top == only if only is not None else top != __name__.partition(".")[0]:
+                waiting += _files_of(folder, module)
+    return found
+
+
+def _folder_of_module(name: str, place: str) -> tuple[Path, str | None]:
+    """Return the folder that a module's package is in, and the only package of it that counts.
+
+    None in the working directory, where all is the user's.
+    """
+    top = place.partition(".")[0]
+    with _importable(Path()):
+        try:
+            spec = importlib.util.find_spec(top)
+        except ValueError:  # of a module without a specification
+            spec = None
+    if spec is None:
+        raise UserError(f"model {name!r} is unknown: there is no module {top!r}")
+    places = list(spec.submodule_search_locations or ()) or [spec.origin or ""]
+    folder = Path(places[0]).parent
+    return folder, None if folder.resolve() == Path().resolve() else top
+
+
+def _files_of(folder: Path, module: str) -> Iterator[Path]:
+    """Yield the files in `folder` that importing `module` runs: of its packages, then its own."""
+    place = folder
+    for part in module.split("."):
+        place = place / part
+        for file in (place / "__init__.py", place.with_name(f"{part}.py")):
+            if file.is_file():
+                yield file
+                break
+
+
+def _imported(file: Path, package: tuple[str, ...]) -> Iterator[str]:
+    """Yield the modules, and what may be modules, that a file of a package imports.
+
+    modulefinder of Python 3.11 does this too, but fails at packages without __init__.py.
+    """
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):  # it cannot run either
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join((*above, *([node.module] if node.module else [])))
+            yield base
+            yield from (f"{base}.{alias.name}".lstrip(".") for alias in node.names)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from small_networks import Small, pictures, small
 
 import sbf_dist
-from sbf_dist import models
+from sbf_dist import models, user_code
 from sbf_dist.errors import UserError
 from sbf_dist.models import Architecture
 
@@ -165,3 +165,38 @@ def test_arguments_of_none_survive_the_plan(tmp_path):
     read = sbf_dist.Plan.load(tmp_path / "plan.json")
     assert read.arguments == made.arguments
     assert read.digest() == plan.digest()
+
+
+def test_the_files_of_a_network_are_its_own_and_those_of_its_folder_that_it_imports(nets):
+    (nets / "beside.py").write_text("import torch, parts.blocks as blocks\nWIDTH = 12\n")
+    (nets / "unused.py").touch()
+    (nets / "parts").mkdir()  # a package without __init__.py
+    (nets / "parts" / "blocks.py").write_text("from . import norms, missing\nfrom beside import *")
+    (nets / "parts" / "norms.py").write_text("from .. import unused = no Python")
+    files = user_code.source_files("nets/mine.py:Net")
+    assert files == {
+        name: Path("nets", name)
+        for name in ("mine.py", "beside.py", "parts/blocks.py", "parts/norms.py")
+    }
+    assert user_code.source_files(f"{nets}/mine.py:Net").keys() == files.keys()
+
+
+def test_the_files_of_a_module_are_those_of_its_package_too(nets):
+    (nets / "parts.py").write_text("def block(): from . import beside")
+    (nets / "mine.py").write_text("from nets.parts import block\nimport other, sbf_dist.ops\n")
+    Path("other.py").touch()
+    Path("sbf_dist.py").touch()
+    files = user_code.source_files("nets.mine:Net")
+    assert set(files) == {
+        "nets/__init__.py",
+        "nets/mine.py",
+        "nets/parts.py",
+        "nets/beside.py",
+        "other.py",
+    }
+    assert set(user_code.source_files("timm.models.resnet:ResNet")) >= {
+        "timm/__init__.py",
+        "timm/models/resnet.py",
+    }
+    with pytest.raises(UserError, match="there is no module 'no_such_package'"):
+        user_code.source_files("no_such_package.nets:Net")

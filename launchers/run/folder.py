@@ -93,6 +93,11 @@ class RunFolder:
         return self.root / "recipe.json"
 
     @property
+    def read_files(self) -> Path:
+        """The digests of the files that this recipe names, by their keys."""
+        return self.root / "read-files.json"
+
+    @property
     def tracking(self) -> Path:
         """Which MLflow run belongs to the folder."""
         return self.root / "tracking.json"

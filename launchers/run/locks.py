@@ -48,12 +48,22 @@ class Change:
 
     def __str__(self) -> str:
         if self.key.endswith(DIGEST):
-            return f"with another content of {self.key.removesuffix(DIGEST)}"
+            return f"with another content of {file_of(self.key)}"
         before = (
             f"without {self.key}" if self.before is None else f"with {self.key} = {self.before!r}"
         )
         now = "does not set it" if self.now is None else f"says {self.now!r}"
         return f"{before}, the recipe {now}"
+
+
+def file_of(key: str) -> str:
+    """Return what messages call the file of a digest's key.
+
+    Keys of code have the file's path after the key of the network: teachers.0.model.mine.py.
+    """
+    name = key.removesuffix(DIGEST)
+    section, is_code, path = name.partition(".model.")
+    return f"{path} (code of {section}.model)" if is_code else name
 
 
 def values_of(identity: Any, key: str = "") -> Values:

@@ -1,13 +1,15 @@
-"""Files that a run reads, weights and lists of images: part of what it is, by their digests."""
+"""Digests of the files that a run reads: weights, lists of images, code of networks."""
 
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launchers.run.locks import DIGEST, Values
+from launchers.run.locks import DIGEST, Values, file_of
+from sbf_dist import user_code
 from sbf_dist.errors import UserError
 from sbf_dist.files import sha256
+from sbf_dist.models import is_user_code
 from sbf_dist.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -17,9 +19,10 @@ if TYPE_CHECKING:
 def file_digests(recipe: Recipe) -> Values:
     """Return the SHA-256 of every file that a recipe names, by its key and locks.DIGEST.
 
+    A network of the user's own has a key for each file of its code, see locks.file_of.
     UserError for a file that cannot be read.
     """
-    return {f"{key}{DIGEST}": _digest(key, path) for key, path in _files(recipe)}
+    return {f"{key}{DIGEST}": _digest(file_of(key), path) for key, path in _files(recipe)}
 
 
 def weights_digests(networks: "Iterable[Network]") -> dict[str, str]:
@@ -36,6 +39,9 @@ def _files(recipe: Recipe) -> Iterator[tuple[str, Path]]:
             path = getattr(teacher, key)
             if path is not None:
                 yield f"teachers.{index}.{key}", path
+        if is_user_code(teacher.model):
+            for name, path in user_code.source_files(teacher.model).items():
+                yield f"teachers.{index}.model.{name}", path
     if recipe.data.split is not None:
         yield "data.split", recipe.data.split
 

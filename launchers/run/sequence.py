@@ -42,9 +42,9 @@ def perform(session: "Session", until: str) -> None:
             seconds = round(time.monotonic() - start, 2)
             log.log_metrics({"seconds": seconds}, 0)
         for key, digest in file_digests(session.recipe).items():
-            if digest != files[key]:
+            if digest != files.get(key):
                 raise UserError(
-                    f"{key.removesuffix(locks.DIGEST)}: the file has changed while the run was at "
+                    f"{locks.file_of(key)}: the file has changed while the run was at "
                     "work; give the same command again, which says what must be repeated"
                 )
         reads = [key for product in stage.products(session.networks) for key in product.reads]
@@ -63,6 +63,9 @@ def bind(networks: "Networks") -> bool:
     folder, identity = networks.folder, networks.recipe.identity()
     if not folder.result(NAMES[0]).exists():
         return False
+    files = file_digests(networks.recipe)
+    if files != _read_files(folder):
+        write_json(folder.read_files, files)
     if folder.recipe.exists() and json.loads(folder.recipe.read_text()) == identity:
         return False
     write_json(folder.recipe, identity)
@@ -163,13 +166,20 @@ def _recorded(folder: RunFolder, stage: Stage) -> locks.Values:
     A stage that is not done has those of the folder's recipe, as has one that was done by a
     version that did not note what it read.
     """
-    values: locks.Values = {}
+    values = _read_files(folder)
     if folder.recipe.exists():
-        values = locks.values_of(json.loads(folder.recipe.read_text()))
+        values |= locks.values_of(json.loads(folder.recipe.read_text()))
     result = folder.result(stage.name)
     if result.exists():
         values |= json.loads(result.read_text()).get("read", {})
     return values
+
+
+def _read_files(folder: RunFolder) -> locks.Values:
+    """Return the digests of files that the folder is bound to; earlier versions kept none."""
+    if not folder.read_files.exists():
+        return {}
+    return dict(json.loads(folder.read_files.read_text()))
 
 
 def _is_begun(folder: RunFolder, stage: Stage, product: locks.Product) -> bool:

@@ -42,6 +42,7 @@ _ORDER = (
     "pseudo-labels/manifest.json",
     "trainings/*",
     "stages/*",
+    "read-files.json",
     "recipe.json",
 )
 _OLD_INDEX = "data/samples-*"  # removed once the new one is there

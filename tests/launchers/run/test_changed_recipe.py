@@ -14,9 +14,16 @@ name: tiny
 data: {source: digits, image_size: 12, labelled_per_class: 5, crop: 1.0}
 teachers:
   - {name: one, model: cifar_resnet8_w4, training: {steps: 4, batch_size: 16}}
-  - {name: two, model: cifar_resnet8_w4, training: {steps: 4, batch_size: 16}}
+  - {name: two, model: "mine.py:net", training: {steps: 4, batch_size: 16}}
 compress: {teacher: one, macs: 0.6, sources: 2, images: 32}
 distill: {training: {steps: 4, batch_size: 16}}
+"""
+CODE = """
+import widths
+from sbf_dist.cifar import build_cifar
+
+def net(num_classes):
+    return build_cifar(f"cifar_resnet8_w{widths.FIRST}", num_classes)
 """
 pytestmark = pytest.mark.slow
 
@@ -26,6 +33,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that is done up to the stage compress."""
     folder = tmp_path_factory.mktemp("user")
     (folder / "tiny.yaml").write_text(RECIPE)
+    (folder / "mine.py").write_text(CODE)
+    (folder / "widths.py").write_text("FIRST = 4\n")
     done = sbf(folder, "--until", "compress")
     assert done.returncode == 0, done.stderr
     return folder
@@ -52,6 +61,18 @@ def times(folder: Path) -> dict[str, int]:
 
 def result(folder: Path, stage: str) -> dict:
     return json.loads((folder / "runs" / "tiny" / "stages" / f"{stage}.json").read_text())
+
+
+def test_code_of_a_network_that_is_edited_between_two_stages_is_named(folder: Path) -> None:
+    (folder / "widths.py").write_text("FIRST = 5\n")
+    refused = sbf(folder, "--until", "distill")
+    (folder / "widths.py").write_text("FIRST = 4\n")
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        f"sbf: run folder {folder}/runs/tiny: teachers was done with another content of widths.py "
+        "(code of teachers.1.model); give --again teachers (which repeats teachers, "
+        "pseudo-labels) or another name (name=…)\n"
+    )
 
 
 def test_another_budget_is_reached_without_training_the_teachers_anew(folder: Path) -> None:
