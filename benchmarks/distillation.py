@@ -43,7 +43,7 @@ from sbf_dist.provenance import origin
 from sbf_dist.recipe import Data
 from sbf_dist.settings import Augmentation, Compression
 from sbf_dist.train.evaluate import accuracy, predict
-from sbf_dist.train.loop import Every, fit
+from sbf_dist.train.loop import Annotation, Every, fit
 from sbf_dist.train.schedule import cosine, followed_by
 from sbf_dist.train.single import SingleEngine
 from sbf_dist.weights import load_weights, save_weights
@@ -209,19 +209,19 @@ class Setting:
         alone = self.loader({"labelled": BATCH}, seed, None)
         return LoadersInTurn(joined, alone, samples=first * BATCH, mark=LAST)
 
-    def annotate(self, method: Method, features: FeatureLoss | None) -> Callable[[dict], dict]:
+    def annotate(self, method: Method, features: FeatureLoss | None) -> Annotation | None:
         """Return what adds the targets to a batch."""
         distill = method.distill
         if distill is None or (distill.teacher_weight == 0 and features is None):
-            return lambda batch: batch
+            return None
         ensemble = self.ensemble(method.members)
         view = self.data.view
         if distill.targets == "stored":
-            return self.stored(ensemble)
+            return Annotation(self.stored(ensemble))
         ask = live_targets(ensemble, view)
         if features is not None:
             ask = feature_targets(ensemble, 0, view, features.layers, ask)
-        return lambda batch: batch if LAST in batch else ask(batch)
+        return Annotation(lambda batch: batch if LAST in batch else ask(batch), ensemble)
 
     def train(self, task: DistillationTask, method: Method, steps: int, seed: int) -> None:
         """Train a network, teacher or student, in one way."""

@@ -34,7 +34,7 @@ from sbf_dist import models
 from sbf_dist.distill.task import DistillationTask, stored_targets
 from sbf_dist.recipe import Data
 from sbf_dist.settings import Optimizer
-from sbf_dist.train.loop import Every, fit
+from sbf_dist.train.loop import Annotation, Every, fit
 from sbf_dist.train.single import SingleEngine
 
 IMAGES, CLASSES, TOP_K = 1_281_167, 1000, 10
@@ -55,7 +55,7 @@ def store() -> Callable[[Batch], Batch]:
 
 
 def trainer(
-    model: str, data: Data, index: DataIndex, parts: dict[str, int], annotate: Callable | None
+    model: str, data: Data, index: DataIndex, parts: dict[str, int], annotate: Annotation | None
 ) -> Callable[[], None]:
     """Return what trains a network of its own by a block of steps."""
     torch.manual_seed(0)
@@ -95,7 +95,9 @@ def measure(model: str, folder: Path, rounds: int) -> dict[str, float]:
     index = index_images(data, folder, 0, Display(Console(quiet=True)))
     kinds = {
         "labels": trainer(model, data, index, {"labelled": BATCH}, None),
-        "stored": trainer(model, data, index, {"labelled": 16, "unlabelled": 48}, store()),
+        "stored": trainer(
+            model, data, index, {"labelled": 16, "unlabelled": 48}, Annotation(store())
+        ),
     }
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
     for number in range(rounds + 1):

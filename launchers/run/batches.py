@@ -15,7 +15,9 @@ from pipelines.loader import TrainLoader
 from sbf_dist.distill.features import FeatureLoss
 from sbf_dist.distill.live import feature_targets, live_targets
 from sbf_dist.distill.mixup import mixup
+from sbf_dist.distill.teachers import TeacherEnsemble
 from sbf_dist.settings import Augmentation, View
+from sbf_dist.train.loop import Annotation
 
 LABELS_ALONE = "labels_alone"  # marks batches of the last steps, where no teacher is asked
 
@@ -30,7 +32,7 @@ def training_images(here: Context, network: Network) -> DataIndex:
 
 def targets(
     here: Context, network: Network, choice: Choice | None, features: FeatureLoss | None
-) -> Callable[[Batch], Batch]:
+) -> Annotation:
     """Return what adds the targets to a network's batches.
 
     Where images are mixed (mixup, cutmix), stored targets are mixed with them; live teachers see
@@ -40,12 +42,12 @@ def targets(
     after: list[Callable[[Batch], Batch]] = []
     if choice is not None and choice.targets == "stored":
         before.append(add_stored_targets(here))
-    is_live = choice is not None and choice.targets == "live"
+    live = ensemble_of(here) if choice is not None and choice.targets == "live" else None
     if features is not None:
-        after = _with_features(here, network.view, features.layers, is_live=is_live)
-    elif is_live:
-        after.append(live_targets(ensemble_of(here), network.view))
-    if is_live:
+        after = _with_features(here, network.view, features.layers, live)
+    elif live is not None:
+        after.append(live_targets(live, network.view))
+    if live is not None:
         after.append(lambda batch: sharper(batch, here.recipe.pseudo_labels.sharpening))
 
     def annotate(batch: Batch) -> Batch:
@@ -55,21 +57,20 @@ def targets(
             batch = step(batch)
         return batch
 
-    return annotate
+    return Annotation(annotate, live)
 
 
 def _with_features(
-    here: Context, view: View, layers: list[str], *, is_live: bool
+    here: Context, view: View, layers: list[str], ensemble: TeacherEnsemble | None
 ) -> list[Callable[[Batch], Batch]]:
-    """What adds the features of the compressed teacher, and live predictions if asked to.
+    """What adds the features of the compressed teacher, and the predictions of a live ensemble.
 
     Where it is among the teachers that are asked, it is run once. In a round of self-training it
     may be none of them.
     """
     compressed = here.networks.compressed
-    if not is_live:
+    if ensemble is None:
         return [feature_targets(ensemble_of(here, [compressed]), 0, view, layers, None)]
-    ensemble = ensemble_of(here)
     live = live_targets(ensemble, view)
     names = [member.name for member in ensemble.members]
     if compressed.name in names:

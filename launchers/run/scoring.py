@@ -35,8 +35,10 @@ def evaluate_networks(config: dict[str, Any]) -> dict[str, Any]:
 def score(here: Context, row: Row) -> Accuracy:
     if len(row.members) > 1 or not row.members[0].asked.is_plain:
         view = here.recipe.data.view if len(row.members) > 1 else row.members[0].view
-        ensemble = _EnsembleAsNetwork(ensemble_of(here, row.members), view)
-        return accuracy(ensemble, validation(here, view), here.device)
+        ensemble = ensemble_of(here, row.members)
+        found = accuracy(_EnsembleAsNetwork(ensemble, view), validation(here, view), here.device)
+        ensemble.check()
+        return found
     (network,) = row.members
     model = build_network(network, here.num_classes, network.weights).to(here.device)
     reference = None

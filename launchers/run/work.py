@@ -317,6 +317,7 @@ def _check_answers(session: Session, teacher: Network) -> None:
     classes = DataIndex.load(session.folder.index).classes
     ensemble = TeacherEnsemble([build_member(teacher, classes)], num_classes=len(classes))
     ensemble(torch.zeros(1, *teacher.input_shape), teacher.view)
+    ensemble.check()
 
 
 def _say_of(session: Session, network: Network, line: str) -> None:

@@ -12,8 +12,6 @@ from sbf_dist.distill.teacher_costs import Meter, TeacherCost
 from sbf_dist.errors import UserError
 from sbf_dist.settings import View
 
-CALLS_BETWEEN_CHECKS = 10  # on a GPU, which a check waits for
-
 
 @dataclass
 class Member:
@@ -75,25 +73,21 @@ class TeacherEnsemble:
         self.num_classes = num_classes
         self.dtype = dtype
         self._faults: list[Tensor | None] = [None] * len(self.members)
-        self._calls = 0
         self._meters: list[Meter] = []
 
     @torch.no_grad()
     def __call__(self, images: Tensor, view: View) -> Tensor:
         """Return the ensemble's probabilities (N, classes) on images of the view `view`.
 
-        Each teacher gets the images resized and normalised to its own view. UserError: see check.
+        Each teacher gets the images resized and normalised to its own view. Whether its answers are
+        finite is for check(), or for faults() and refuse().
         """
-        answers = self.average(
+        return self.average(
             [
                 self.probabilities(index, translate(images, view, member.view))
                 for index, member in enumerate(self.members)
             ]
         )
-        if images.device.type == "cpu" or self._calls % CALLS_BETWEEN_CHECKS == 0:
-            self.check()
-        self._calls += 1
-        return answers
 
     @torch.no_grad()
     def probabilities(self, index: int, images: Tensor) -> Tensor:
@@ -131,10 +125,25 @@ class TeacherEnsemble:
         terms = zip(shares, probabilities, strict=True)
         return torch.stack([share * term for share, term in terms]).sum(0)
 
+    def faults(self) -> Tensor:
+        """Return for each teacher whether an answer so far was not finite; the device is not read.
+
+        bool (teachers,), where the images were.
+        """
+        known = next((fault for fault in self._faults if fault is not None), torch.zeros(()))
+        none = torch.zeros((), dtype=torch.bool, device=known.device)
+        return torch.stack([none if fault is None else fault for fault in self._faults])
+
     def check(self) -> None:
-        """UserError, naming them, where teachers have given answers that are not finite."""
-        named = zip(self.members, self._faults, strict=True)
-        wrong = [m.name for m, fault in named if fault is not None and bool(fault)]
+        """UserError, naming them, where teachers have given answers that are not finite.
+
+        It waits for the device.
+        """
+        self.refuse(self.faults().tolist())
+
+    def refuse(self, faults: Sequence[bool]) -> None:
+        """UserError that names the teachers that have faults, if any."""
+        wrong = [m.name for m, fault in zip(self.members, faults, strict=True) if fault]
         if wrong:
             precision = "" if self.dtype is None else f" (in {str(self.dtype).split('.')[-1]})"
             raise UserError(

@@ -1,7 +1,7 @@
 """The training loop. It knows tensors and an engine: no launcher, no tracker, no data loader."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
@@ -33,6 +33,27 @@ class Engine(Protocol):
     def timed_communication(
         self, part: Callable[[], AbstractContextManager[None]]
     ) -> AbstractContextManager[None]: ...
+
+
+class Teachers(Protocol):
+    """Networks whose answers are added to batches."""
+
+    def faults(self) -> Tensor:
+        """Return, for each of them, whether an answer so far was not finite; on the device."""
+
+    def refuse(self, faults: Sequence[bool]) -> None:
+        """UserError that names the networks of which this is so."""
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """What adds to a batch, and the teachers whose answers it adds; None: they are stored."""
+
+    add: Callable[[Batch], Batch]
+    teachers: Teachers | None = None
+
+    def __call__(self, batch: Batch) -> Batch:
+        return self.add(batch)
 
 
 @dataclass(frozen=True)
@@ -76,27 +97,28 @@ def fit(
     log: Every[LogRecord],
     start_step: int = 0,
     checkpoint: Every[int] | None = None,
-    annotate: Callable[[Batch], Batch] | None = None,
+    annotate: Annotation | None = None,
 ) -> LogRecord | None:
     """Train from `start_step` to `steps` optimizer steps; the last record, None if none was left.
 
     A batch is a dict of tensors with "image" (b, …); its tensors are moved to the engine's device,
-    `annotate` (the teachers) may add to it, and engine(batch) answers with "loss" and other named
+    `annotate` may add to it, and engine(batch) answers with "loss" and other named
     scalars. Step k, counted from 0, runs with the learning rate lr_at(k), times the "lr_scale" of a
     group that has one, and takes as many batches as the engine accumulates. `log` gets a record of
     the steps since the one before, `checkpoint` the number of steps done. Both are called on all
     ranks at the same step.
 
-    The loop reads the device once a record, and not between them. Where the engine may leave out
-    steps whose loss is not finite, it reads it once a batch.
+    The loop reads the device once a record (faults of teachers with it), and not between them.
+    Where the engine may leave out steps whose loss is not finite, it reads it once a batch.
 
-    UserError: the loss is not finite (noticed at the next record, before the next checkpoint, and
-    raised on all ranks alike), or `batches` ends too early.
+    UserError: the loss or an answer of a teacher is not finite (noticed at the next record, before
+    the next checkpoint, and raised on all ranks alike), or `batches` ends too early.
     """
     stream = iter(batches)
     saved = start_step if start_step and checkpoint is not None else None
     watch = LossWatch(engine, checkpoint=saved)
-    meter, times = _Meter(engine.device), StepTimes(engine.device)
+    meter = _Meter(engine.device, None if annotate is None else annotate.teachers)
+    times = StepTimes(engine.device)
     record = None
     with engine.timed_communication(lambda: times.part("communication")):
         for step in range(start_step, steps):
@@ -143,8 +165,9 @@ def _next_batch(stream: Iterator[Batch], step: int, device: torch.device) -> Bat
 class _Meter:
     """Sums since the last record. They stay on the device: reading them would stall a GPU."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, teachers: Teachers | None) -> None:
         self._device = device
+        self._teachers = teachers
         self._reset()
 
     def _reset(self) -> None:
@@ -176,18 +199,23 @@ class _Meter:
     def record(
         self, watch: LossWatch, times: StepTimes, done: int, steps: int, lr: float
     ) -> LogRecord:
-        """Means over the ranks since the last record. UserError if a loss was not finite."""
+        """Means over the ranks since the last record. UserError if a number was not finite."""
         assert self._first_step is not None
         names = list(self._sums)
         # What the device knows comes in one message, and is read once.
         sums = torch.stack(list(self._sums.values()))
         counts = sums.new_tensor([*self._batches.values(), self._images])
-        totals = torch.cat([sums, counts])
+        faults = sums.new_empty(0) if self._teachers is None else self._teachers.faults().to(sums)
+        totals = torch.cat([sums, counts, faults])
         first_bad = watch.first_bad(self._device)
         if dist.is_initialized():
             dist.all_reduce(totals)
             dist.all_reduce(first_bad, op=dist.ReduceOp.MIN)
-        *means, images, bad = torch.cat([totals, first_bad.reshape(1)]).tolist()
+        *found, bad = torch.cat([totals, first_bad.reshape(1)]).tolist()
+        means, found = found[: len(names)], found[len(names) :]
+        batches, images, faulty = found[: len(names)], found[len(names)], found[len(names) + 1 :]
+        if self._teachers is not None and any(faulty):  # the reason, where the loss is NaN as well
+            self._teachers.refuse([fault > 0 for fault in faulty])
         watch.check(bad)
         elapsed = time.monotonic() - self._since
         record = LogRecord(
@@ -195,9 +223,7 @@ class _Meter:
             steps=steps,
             parts={
                 name: value / count
-                for name, value, count in zip(
-                    names, means[: len(names)], means[len(names) :], strict=True
-                )
+                for name, value, count in zip(names, means, batches, strict=True)
             },
             lr=lr,
             images_per_s=images / elapsed,

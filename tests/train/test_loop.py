@@ -1,7 +1,7 @@
 """The loop with an engine that only keeps a diary."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sbf_dist.distill.live import live_targets
+from sbf_dist.distill.teachers import Member, TeacherEnsemble
 from sbf_dist.errors import UserError
-from sbf_dist.train.loop import Batch, Every, LogRecord, fit
+from sbf_dist.settings import View
+from sbf_dist.train.loop import Annotation, Batch, Every, LogRecord, fit
 
 nan = float("nan")
 
@@ -133,8 +136,64 @@ def test_a_step_takes_as_many_batches_as_the_engine_accumulates() -> None:
 
 def test_annotate_may_add_to_a_batch() -> None:
     engine = DiaryEngine()
-    run(engine, steps=2, annotate=lambda batch: {"image": batch["image"] + 100})
+    run(engine, steps=2, annotate=Annotation(lambda batch: {"image": batch["image"] + 100}))
     assert engine.seen == [100, 101]
+
+
+class FaultyTeachers:
+    """The second of two has an answer of NaN in batch 1."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+
+    def add(self, batch: Batch) -> Batch:
+        self.batches += 1
+        return batch
+
+    def faults(self) -> Tensor:
+        return torch.tensor([False, self.batches > 1])
+
+    def refuse(self, faults: Sequence[bool]) -> None:
+        raise UserError(f"{list(faults)} in batch {self.batches}")
+
+
+@pytest.mark.parametrize("loss", [1.0, nan])
+def test_a_fault_of_a_teacher_stops_the_run_at_the_next_record_and_is_named_as_the_reason(
+    loss: float,
+) -> None:
+    teachers = FaultyTeachers()
+    annotate = Annotation(teachers.add, teachers)
+    with pytest.raises(UserError, match=r"\[False, True\] in batch 4"):
+        run(DiaryEngine(), numbered([loss] * 10), annotate=annotate)
+    assert run(DiaryEngine(), steps=1, log_every=1, annotate=Annotation(dict, FaultyTeachers()))
+
+
+def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count from now on how often numbers leave tensors."""
+    reads = [0]
+    for name in ("tolist", "item", "__bool__", "__float__", "__int__"):
+        original = getattr(Tensor, name)
+
+        def counted(self: Tensor, *rest: Any, original: Any = original) -> Any:
+            reads[0] += 1
+            return original(self, *rest)
+
+        monkeypatch.setattr(Tensor, name, counted)
+    return reads
+
+
+def test_numbers_are_read_once_a_record_with_live_teachers_too(monkeypatch) -> None:
+    class Quiet(DiaryEngine):
+        def __call__(self, batch: Batch) -> dict[str, Tensor]:
+            return {"loss": batch["image"].mean()}
+
+    view = View(image_size=1, mean=(0.5,) * 3, std=(0.5,) * 3)
+    ensemble = TeacherEnsemble([Member("one", nn.Flatten(), view)])
+    annotate = Annotation(live_targets(ensemble, view), ensemble)
+    images = [{"image": torch.full((2, 3, 1, 1), float(n))} for n in range(8)]
+    reads = count_reads(monkeypatch)
+    run(Quiet(), iter(images), steps=8, log_every=4, annotate=annotate)
+    assert reads == [2]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -182,7 +241,9 @@ def test_a_record_says_where_the_time_of_a_step_went() -> None:
 
 def test_targets_and_checkpoints_have_times_of_their_own() -> None:
     checkpoint = Every(2, lambda step: time.sleep(0.02))
-    records = run(DiaryEngine(), steps=4, log_every=2, checkpoint=checkpoint, annotate=dict)
+    records = run(
+        DiaryEngine(), steps=4, log_every=2, checkpoint=checkpoint, annotate=Annotation(dict)
+    )
     assert "checkpoint" not in records[0].seconds
     assert records[1].seconds["checkpoint"] >= 0.01  # of the one before, for each of two steps
     assert "targets" in records[0].seconds

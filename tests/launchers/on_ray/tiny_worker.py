@@ -24,7 +24,7 @@ from sbf_dist.errors import UserError
 from sbf_dist.settings import Optimizer
 from sbf_dist.train import checkpoint
 from sbf_dist.train.engine import build_engine
-from sbf_dist.train.loop import Batch, Every, LogRecord, fit
+from sbf_dist.train.loop import Annotation, Batch, Every, LogRecord, fit
 
 STEPS = 40
 CHECKPOINT_EVERY = 10
@@ -82,7 +82,7 @@ def _train(config: dict[str, Any], saving: Saving) -> dict[str, Any]:
         lr_at=lambda step: 0.05,
         log=Every(5, on_log),
         checkpoint=saving.every(CHECKPOINT_EVERY, on_checkpoint),
-        annotate=note,
+        annotate=Annotation(note),
     )
     flat = torch.cat([p.detach().flatten() for p in engine.module.parameters()])
     both = [torch.zeros_like(flat) for _ in range(dist.get_world_size())]
