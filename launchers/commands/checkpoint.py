@@ -10,7 +10,8 @@ from launchers.storage.looking import Looked, looked_at
 from sbf_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from sbf_dist.train.checkpoint import Manifest, Written
+    from sbf_dist.train.checkpoint import Written
+    from sbf_dist.train.manifest import Manifest
 
 app = typer.Typer(
     help="Look at the checkpoints of trainings, and take the weights out of one.",
@@ -42,10 +43,11 @@ class Weights(StrEnum):
 def show(place: Place) -> None:
     """Print step, workers, ZeRO stage and size of each checkpoint, and what it belongs to."""
     from sbf_dist.train import checkpoint
+    from sbf_dist.train.manifest import read_manifest
 
     with looked_at(place, lambda key: f"/{_SHARDS}/" not in f"/{key}") as looked:
         for folder in _found(looked.path):
-            manifest = checkpoint.read_manifest(folder)
+            manifest = read_manifest(folder)
             rows = _rows(manifest, checkpoint.written(folder)) | {
                 "position": ", ".join(_position(checkpoint.loader_state(folder))) or "none",
             }
@@ -112,6 +114,7 @@ def _consolidate(looked: Looked, out: Path, weights: Weights | None) -> None:
     from safetensors import SafetensorError
 
     from sbf_dist.train import checkpoint
+    from sbf_dist.train.manifest import read_manifest
     from sbf_dist.weights import save_state
 
     whole = checkpoint.read_whole(folders[0])
@@ -130,7 +133,7 @@ def _consolidate(looked: Looked, out: Path, weights: Weights | None) -> None:
     except (OSError, SafetensorError) as error:
         raise UserError(f"file {out} cannot be written: {error}") from None
     kind = "moving average of the weights" if averaged else "weights"
-    print(f"{out}: the {kind} of step {checkpoint.read_manifest(folders[0]).step}")
+    print(f"{out}: the {kind} of step {read_manifest(folders[0]).step}")
 
 
 def _found(place: Path) -> list[Path]:
@@ -158,6 +161,7 @@ def _rows(manifest: "Manifest", written: "Written | None") -> dict[str, str]:
         "workers": f"{manifest.world_size}{engine}",
         **manifest.digests,
         **({} if manifest.top1 is None else {"top-1": f"{100 * manifest.top1:.2f} %"}),
+        **({} if manifest.mlflow_run is None else {"MLflow run": manifest.mlflow_run}),
         "files": f"{len(manifest.files)}, {size / 1e6:,.1f} MB",
     }
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from sbf_dist.errors import UserError
 from sbf_dist.files import flush
 from sbf_dist.train import checkpoint
+from sbf_dist.train.manifest import read_manifest
 
 _PARTIAL = ".partial"
 _DAMAGED = ".damaged"
@@ -32,7 +33,8 @@ _log = logging.getLogger(__name__)
 class Shelf:
     """The checkpoints of `training` below `folder`; the newest `keep_last` are kept.
 
-    keep_best  whether the one with the best top-1 is kept as well
+    keep_best   whether the one with the best top-1 is kept as well
+    mlflow_run  which new checkpoints name
 
     `folder` may hold those of other trainings as well. One process at a time may change it, of all
     that share it: rank 0.
@@ -42,6 +44,7 @@ class Shelf:
     training: str
     keep_last: int = 2
     keep_best: bool = False
+    mlflow_run: str | None = None
 
     def newest_whole(self) -> Path | None:
         """Return the newest checkpoint that is whole; None where there never was one.
@@ -105,7 +108,15 @@ class Shelf:
         """Put on the shelf what write_rank wrote into `own`; every rank calls it."""
         partial = self.place_to_write(step, token)
         try:
-            checkpoint.publish(own, partial, step=step, digests=digests, group=group, top1=top1)
+            checkpoint.publish(
+                own,
+                partial,
+                step=step,
+                digests=digests,
+                group=group,
+                top1=top1,
+                mlflow_run=self.mlflow_run,
+            )
             if dist.get_rank() == 0:
                 self.accept(partial, step)
         except OSError:
@@ -157,7 +168,7 @@ class Shelf:
             named = re.fullmatch(rf"{re.escape(self.training)}-(\d+)", path.name)
             step = int(named[1]) if named else 0
             try:
-                manifest = checkpoint.read_manifest(path)
+                manifest = read_manifest(path)
             except (UserError, OSError):
                 if not (named or path.name.startswith("checkpoint_")):
                     continue  # another training's
@@ -183,7 +194,7 @@ def best_of(top1s: Sequence[float | None]) -> int | None:
 
 def _top1(path: Path) -> float | None:
     try:
-        return checkpoint.read_manifest(path).top1
+        return read_manifest(path).top1
     except (UserError, OSError):
         return None
 

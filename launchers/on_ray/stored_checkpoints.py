@@ -25,7 +25,7 @@ from sbf_dist.errors import RunError, UserError
 from sbf_dist.object_storage import ObjectFolder, is_address
 from sbf_dist.patience import patiently
 from sbf_dist.train import checkpoint
-from sbf_dist.train.checkpoint import MANIFEST, Manifest
+from sbf_dist.train.manifest import MANIFEST, Manifest, entry_of, parsed_manifest
 
 _DAMAGED = "damaged"
 _WHOLE = ".whole"  # in a folder that was fetched and compared with its manifest
@@ -45,14 +45,16 @@ def shelf_at(
     before: Callable[[], None] = _nothing,
     *,
     keep_best: bool = False,
+    mlflow_run: str | None = None,
 ) -> "Shelf | StoredShelf":
     """Return the checkpoints of a training below a folder, or an address.
 
     before  see StoredShelf
     """
     if is_address(place):
-        return StoredShelf(ObjectFolder.at(place), training, keep_last, before, keep_best)
-    return Shelf(Path(place), training, keep_last, keep_best)
+        store = ObjectFolder.at(place)
+        return StoredShelf(store, training, keep_last, before, keep_best, mlflow_run)
+    return Shelf(Path(place), training, keep_last, keep_best, mlflow_run)
 
 
 @dataclass
@@ -69,6 +71,7 @@ class StoredShelf:
     keep_last: int = 2
     before: Callable[[], None] = _nothing
     keep_best: bool = False
+    mlflow_run: str | None = None
     _top1s: dict[str, float | None] = field(default_factory=dict, init=False)  # by name
     _last: str | None = field(default=None, init=False)  # the newest that this process knows
 
@@ -158,10 +161,15 @@ class StoredShelf:
         """
         name = f"{self.training}-{step:08d}.{token}"
         paths = checkpoint.files_of(own)
-        entries = {key: checkpoint.entry_of(path) for key, path in paths.items()}
+        entries = {key: entry_of(path) for key, path in paths.items()}
         self._together(lambda: self._upload(name, paths), step, group)
         manifest = checkpoint.manifest_of(
-            entries, step=step, digests=digests, group=group, top1=top1
+            entries,
+            step=step,
+            digests=digests,
+            group=group,
+            top1=top1,
+            mlflow_run=self.mlflow_run,
         )
         self._together(lambda: self._accept(name, manifest), step, group)
         self._last = name
@@ -213,7 +221,7 @@ class StoredShelf:
         if content is None:
             raise _DamagedError(f"has no {MANIFEST}")
         try:
-            manifest = checkpoint.parsed_manifest(content, where)
+            manifest = parsed_manifest(content, where)
         except UserError as error:
             raise _DamagedError(str(error).removeprefix(f"checkpoint {where}: ")) from error
 
@@ -224,13 +232,13 @@ class StoredShelf:
         def get(key: str) -> None:
             path = folder / key
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists() and checkpoint.entry_of(path) == manifest.files[key]:
+            if path.exists() and entry_of(path) == manifest.files[key]:
                 return
             try:
                 patiently(lambda: self.store.fetch(f"{name}/{key}", path))
             except FileNotFoundError:
                 raise _DamagedError(f"{key} is missing") from None
-            found, entry = checkpoint.entry_of(path), manifest.files[key]
+            found, entry = entry_of(path), manifest.files[key]
             if found.size != entry.size:
                 raise _DamagedError(f"{key} is damaged: {found.size} bytes instead of {entry.size}")
             if found != entry:
@@ -287,7 +295,7 @@ class StoredShelf:
         if name not in self._top1s:
             content = self._read(f"{name}/{MANIFEST}")
             try:
-                parsed = content and checkpoint.parsed_manifest(content, name)
+                parsed = content and parsed_manifest(content, name)
             except UserError:  # a damaged one; newest_whole() says so
                 parsed = None
             self._top1s[name] = parsed.top1 if parsed else None

@@ -50,7 +50,7 @@ def _execute(
         import torch
 
         from launchers.images import find_again
-        from launchers.run import sequence
+        from launchers.run import continued_tracking, sequence
         from launchers.run.building import fetch_published
         from launchers.run.earlier_defaults import as_begun
         from launchers.run.networks import Networks
@@ -59,6 +59,7 @@ def _execute(
 
         torch.set_num_threads(available_cpus())
         recipe, notes = as_begun(recipe, folder)
+        continued_tracking.find_again(folder)
         networks = Networks.of(recipe, folder)
         notes += sequence.open_folder(networks, again)
         find_again(recipe.data, folder.runs, folder.index, recipe.seed)

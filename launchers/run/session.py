@@ -84,6 +84,7 @@ class Session:
             "runs": self.folder.place_of_runs,
             "driver": self.folder.session,
             "group": name,
+            "mlflow_run": self.tracker.run_id,
             "journals": str(log_to.journals.relative_to(self.folder.root)),
         }
 

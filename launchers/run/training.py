@@ -35,6 +35,7 @@ from sbf_dist.train.engine import build_engine
 from sbf_dist.train.evaluate import Accuracy, accuracy, synchronise_batchnorm
 from sbf_dist.train.freezing import freeze
 from sbf_dist.train.loop import Every, LogRecord, fit
+from sbf_dist.train.manifest import read_manifest
 from sbf_dist.train.profiling import profiled
 from sbf_dist.train.resharding import whole_state
 from sbf_dist.train.utilisation import TRAINING_PASSES, peak_macs_per_s
@@ -76,6 +77,7 @@ def train_networks(config: dict[str, Any]) -> dict[str, Any]:
                 here.recipe.checkpoints.keep_last,
                 before=partial(here.folder.publish, config["journals"]),
                 keep_best=here.recipe.checkpoints.keep_best,
+                mlflow_run=config["mlflow_run"],
             )
             stacks = here.folder.logs / f"{network.name}-rank-{here.rank}{STACKS}"
             stopping = Stopping(ray_train.listening(), here.recipe.workers.hang_timeout, stacks)
@@ -313,7 +315,7 @@ def saved_digests(here: Context, network: Network, checkpoint_folder: Path) -> d
     length included; where that is the same, it fits as well. They did not note the plan.
     """
     depends_on = digests(here, network)
-    saved = checkpoint.read_manifest(checkpoint_folder).digests
+    saved = read_manifest(checkpoint_folder).digests
     if "plan" not in saved:
         depends_on.pop("plan", None)
     values = locks.values_of(here.recipe.identity())

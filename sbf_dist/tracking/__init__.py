@@ -10,7 +10,7 @@ address. MLflow is imported in `store` and `model`, when the courier starts.
 from sbf_dist.tracking.address import Address, tracking_address
 from sbf_dist.tracking.machine import measured_node
 from sbf_dist.tracking.run import Run, Series, attach, start
-from sbf_dist.tracking.state import begin_anew
+from sbf_dist.tracking.state import begin_anew, recover
 
 __all__ = [
     "Address",
@@ -19,6 +19,7 @@ __all__ = [
     "attach",
     "begin_anew",
     "measured_node",
+    "recover",
     "start",
     "tracking_address",
 ]

@@ -187,8 +187,9 @@ class Courier:
     def _run_of(self, key: str) -> str:
         """Return the id of a key's run, which is created if it is not in the store."""
         known = self._state.run_ids.get(key)
-        if known is not None and (key in self._found or self._store.has(known)):
+        if known is not None and (key in self._found or self._has(key, known)):
             self._found.add(key)
+            self._state.recovered = self._state.recovered and key != WHOLE_RUN
             return known
         if known is not None:
             logger.warning(
@@ -198,12 +199,21 @@ class Courier:
                 self._shown,
             )
             self._state.forget(key)
+            self._state.recovered = self._state.recovered and key != WHOLE_RUN
         parent = None if key == WHOLE_RUN else self._run_of(WHOLE_RUN)
         run_id = self._store.new_run(key, self._beginning(key), parent)
         self._state.run_ids[key] = run_id
         self._state.save()
         self._found.add(key)
         return run_id
+
+    def _has(self, key: str, run_id: str) -> bool:
+        try:
+            return self._store.has(run_id)
+        except UserError:  # deleted: who has removed tracking.json wants another one
+            if key == WHOLE_RUN and self._state.recovered:
+                return False
+            raise
 
     def _beginning(self, key: str) -> Entry:
         for file in self._files(key):

@@ -3,7 +3,7 @@
 import json
 import logging
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ class State:
     sent      bytes of a journal that MLflow has, by KEY/FILE
     address   where the folder is kept, if that is an object store: of it, any number of machines
               have a copy
+    recovered whether the id of the whole run is a checkpoint's, and not yet found in MLflow
     """
 
     path: Path
@@ -35,22 +36,26 @@ class State:
     attempts: dict[str, int] = field(default_factory=dict)
     sent: dict[str, int] = field(default_factory=dict)
     address: str = ""
+    recovered: bool = False
 
     @classmethod
     def load(cls, path: Path) -> "State":
         """Read a state. A damaged file counts as none, with a warning; so does that of a copy.
 
+        Without one, journals in the folder tell how often stages were begun anew.
+
         A folder that was moved is what it was; one that was copied says different things from now
         on than its original, and must not say them in the original's MLflow run.
         """
+        nothing = cls(path, attempts=_attempts(path.with_suffix("")))
         if not path.exists():
-            return cls(path)
+            return nothing
         try:
             known = json.loads(path.read_text())
             state = cls._of(path, known)
         except (ValueError, TypeError, AttributeError, KeyError) as error:
-            logger.warning("%s is damaged (%s): a new MLflow run is begun", path, error)
-            return cls(path)
+            logger.warning("%s is damaged (%s): it does not count", path, error)
+            return nothing
         original = Path(str(known.get("folder", path.parent)))
         if not state.address and original != path.parent and _is_of(original / path.name, state.id):
             logger.warning(
@@ -75,6 +80,7 @@ class State:
             {str(k): int(v) for k, v in known["attempts"].items()},
             {str(k): int(v) for k, v in known["sent"].items()},
             str(known.get("address", "")),
+            bool(known.get("recovered", False)),
         )
 
     def save(self) -> None:
@@ -88,7 +94,7 @@ class State:
             "attempts": self.attempts,
             "sent": self.sent,
             "address": self.address,
-        }
+        } | ({"recovered": True} if self.recovered else {})
         write_json(self.path, content)
 
     def key(self, stage: str) -> str:
@@ -114,6 +120,42 @@ def begin_anew(path: Path, stages: Iterable[str]) -> None:
         if from_before or (journals / state.key(stage)).exists():
             state.attempts[stage] = state.attempts.get(stage, 0) + 1
     state.save()
+
+
+def recover(path: Path, run_of_checkpoints: Callable[[], str | None]) -> None:
+    """Let a folder without MLflow run, as its tracking.json is gone, go on with the one it had.
+
+    path: of tracking.json. run_of_checkpoints: gives the run's id, if it is known; it is asked
+    only where the file is missing or damaged.
+    """
+    if _is_whole(path):
+        return
+    run_id = run_of_checkpoints()
+    if run_id is None:
+        return
+    state = State.load(path)
+    logger.warning("%s was lost: MLflow run %s, which a checkpoint names, goes on", path, run_id)
+    state.run_ids[WHOLE_RUN] = run_id
+    state.recovered = True
+    state.save()
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        State._of(path, json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+        return False
+    return True
+
+
+def _attempts(journals: Path) -> dict[str, int]:
+    """Return how often stages were begun anew, by the folders of their journals."""
+    found: dict[str, int] = {}
+    for folder in journals.iterdir() if journals.is_dir() else ():
+        stage, dash, number = folder.name.rpartition("-")
+        if dash and number.isdecimal() and int(number) > 1:
+            found[stage] = max(int(number) - 1, found.get(stage, 0))
+    return found
 
 
 def _is_of(path: Path, identifier: str) -> bool:

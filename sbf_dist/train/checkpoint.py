@@ -21,12 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from sbf_dist.errors import UserError
 from sbf_dist.files import flush, move_durably, sha256, write_text
 from sbf_dist.train.engine import load_shards, save_shards
 from sbf_dist.train.finite import refuse_non_finite
+from sbf_dist.train.manifest import (
+    FORMAT,
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    entry_of,
+    read_manifest,
+)
 from sbf_dist.train.rank_state import (
     read_loader_state,
     restore,
@@ -36,36 +44,8 @@ from sbf_dist.train.rank_state import (
 from sbf_dist.train.resharding import base_optimizer
 from sbf_dist.train.shards import Whole, file_names, read
 
-FORMAT = 1
-MANIFEST = "manifest.json"
 _SHARDS = "deepspeed"
 _TAG = "state"
-
-
-class FileEntry(BaseModel):
-    """One file of a checkpoint."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    size: int
-    sha256: str
-
-
-class Manifest(BaseModel):
-    """What manifest.json says.
-
-    digests  of what the run depends on: plan, recipe, data
-    top1     the network's on the validation images, if it was evaluated: a share
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    format: int
-    step: int
-    world_size: int
-    digests: dict[str, str]
-    files: dict[str, FileEntry]
-    top1: float | None = Field(None, exclude_if=lambda value: value is None)
 
 
 class Written(BaseModel):
@@ -173,6 +153,7 @@ def publish(
     digests: Mapping[str, str],
     group: Any = None,
     top1: float | None = None,
+    mlflow_run: str | None = None,
 ) -> None:
     """Move what write_rank wrote into `folder`, and write the manifest last; every rank calls it.
 
@@ -187,7 +168,9 @@ def publish(
         move_durably(path, folder / name)
     for place in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
         flush(place)
-    manifest = manifest_of(files, step=step, digests=digests, group=group, top1=top1)
+    manifest = manifest_of(
+        files, step=step, digests=digests, group=group, top1=top1, mlflow_run=mlflow_run
+    )
     if _rank() == 0:
         write_text(folder / MANIFEST, manifest.model_dump_json(indent=1))
     if dist.is_initialized():
@@ -200,11 +183,6 @@ def files_of(own: Path) -> dict[str, Path]:
     return {path.relative_to(own).as_posix(): path for path in found}
 
 
-def entry_of(path: Path) -> FileEntry:
-    """What a manifest says of a file."""
-    return FileEntry(size=path.stat().st_size, sha256=sha256(path))
-
-
 def manifest_of(
     files: Mapping[str, FileEntry],
     *,
@@ -212,6 +190,7 @@ def manifest_of(
     digests: Mapping[str, str],
     group: Any = None,
     top1: float | None = None,
+    mlflow_run: str | None = None,
 ) -> Manifest:
     """The manifest of a checkpoint of which `files` are this rank's; every rank calls it."""
     per_rank: list[dict[str, FileEntry]] = [dict(files)]
@@ -225,32 +204,8 @@ def manifest_of(
         digests=dict(digests),
         files={name: entry for rank_files in per_rank for name, entry in rank_files.items()},
         top1=top1,
+        mlflow_run=mlflow_run,
     )
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the checkpoint in `folder`. UserError if it is missing or damaged."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise UserError(
-            f"checkpoint {folder}: has no {MANIFEST}: not a checkpoint, or an incomplete one"
-        )
-    return parsed_manifest(path.read_bytes(), str(path))
-
-
-def parsed_manifest(content: bytes, where: str) -> Manifest:
-    """What a manifest's file, which is at `where`, says. UserError if it is damaged."""
-    try:
-        manifest = Manifest.model_validate_json(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "JSON"
-        raise UserError(f"checkpoint {where}: is damaged: {key}: {first['msg']}") from error
-    if manifest.format != FORMAT:
-        raise UserError(
-            f"checkpoint {where}: format {manifest.format}, this version reads {FORMAT}"
-        )
-    return manifest
 
 
 def verify(folder: Path) -> Manifest:

@@ -297,6 +297,47 @@ def test_a_damaged_note_of_the_run_counts_as_none_with_a_warning(
     assert json.loads((folder / "tracking.json").read_text())["run_id"] == parent.run_id
 
 
+def test_a_lost_note_of_the_run_is_replaced_by_what_checkpoints_name(
+    folder: Path, double: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    with tracking.start(folder, uri=double.uri) as parent, parent.stage("distill") as stage:
+        stage.log_metrics({"loss": 2.0}, step=1)
+    note = folder / "tracking.json"
+    tracking.recover(note, lambda: pytest.fail("the note is whole"))
+    note.unlink()
+    tracking.recover(note, lambda: None)  # of a version that did not name it
+    assert not note.exists()
+    tracking.recover(note, lambda: parent.run_id)
+    assert f"{note} was lost: MLflow run {parent.run_id}, which a checkpoint" in caplog.messages[-1]
+    assert json.loads(note.read_text())["recovered"]
+    with tracking.start(folder, uri=double.uri) as again, again.stage("distill") as continued:
+        continued.log_metrics({"loss": 1.0}, step=2)
+    assert (again.run_id, continued.run_id) == (parent.run_id, stage.run_id)
+    assert double.history("loss") == [(1, 2.0), (2, 1.0)]
+    assert "recovered" not in json.loads(note.read_text())
+
+
+def test_a_deleted_run_that_checkpoints_name_is_not_gone_on_with(
+    folder: Path, double: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    with tracking.start(folder, uri=double.uri) as parent:
+        pass
+    double.runs[parent.run_id]["info"]["lifecycle_stage"] = "deleted"
+    (folder / "tracking.json").unlink()
+    tracking.recover(folder / "tracking.json", lambda: parent.run_id)
+    with tracking.start(folder, uri=double.uri) as again:
+        assert again.flush(10)
+    assert again.run_id not in (None, parent.run_id)
+    assert f"MLflow run {parent.run_id} (run) is not in" in caplog.text
+
+
+def test_journals_tell_how_often_a_stage_was_begun_anew(folder: Path, double: Server) -> None:
+    for name in ("distill", "distill-2", "distill-3", "evaluate", "distill-round-1"):
+        (folder / "tracking" / name).mkdir(parents=True)
+    with tracking.start(folder, uri=double.uri) as run:
+        assert [run.attempt(stage) for stage in ("distill", "evaluate")] == [2, 0]
+
+
 def test_the_run_of_an_earlier_version_is_continued(folder: Path, double: Server) -> None:
     with tracking.start(folder, uri=double.uri) as parent, parent.stage("distill") as stage:
         pass

@@ -25,6 +25,7 @@ from sbf_dist.train import checkpoint
 from sbf_dist.train.engine import build_engine
 from sbf_dist.train.evaluate import accuracy, predict, synchronise_batchnorm
 from sbf_dist.train.loop import Every, LogRecord, fit
+from sbf_dist.train.manifest import FileEntry
 from sbf_dist.train.resharding import whole_state
 
 DIGESTS = {"recipe": "r1"}
@@ -307,7 +308,7 @@ def _load_with_code_inside(engine: Any, folder: Path) -> str:
     torch.save({"module": _RunsCode(folder / "code-ran")}, shard)
     assert zipfile.is_zipfile(shard)
     manifest = json.loads((folder / "manifest.json").read_text())
-    entry = checkpoint.FileEntry(size=shard.stat().st_size, sha256=sha256(shard))
+    entry = FileEntry(size=shard.stat().st_size, sha256=sha256(shard))
     manifest["files"][shard.relative_to(folder).as_posix()] = entry.model_dump()
     (folder / "manifest.json").write_text(json.dumps(manifest))
     try:

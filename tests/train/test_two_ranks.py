@@ -12,6 +12,7 @@ import torch
 from sbf_dist.errors import UserError
 from sbf_dist.files import sha256
 from sbf_dist.train import checkpoint
+from sbf_dist.train.manifest import FileEntry
 
 Answers = list[dict[str, Any]]
 RANK_1_SHARD = "deepspeed/state/zero_pp_rank_1_mp_rank_00_optim_states.pt"
@@ -204,7 +205,7 @@ def test_a_checkpoint_of_a_version_before_is_read_and_checked_as_well(saved: Pat
     del state["written"]
     rank_0.write_text(json.dumps(state))
     manifest = json.loads((saved / "manifest.json").read_text())
-    entry = checkpoint.FileEntry(size=rank_0.stat().st_size, sha256=sha256(rank_0))
+    entry = FileEntry(size=rank_0.stat().st_size, sha256=sha256(rank_0))
     manifest["files"]["ranks/00000.json"] = entry.model_dump()
     (saved / "manifest.json").write_text(json.dumps(manifest))
     checkpoint.verify(saved)

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from launchers.cli import app
 from sbf_dist.errors import UserError
+from sbf_dist.train.manifest import read_manifest
 
 WRITING = """
 import sys
@@ -69,6 +70,15 @@ def test_show_says_what_a_checkpoint_holds(written: Path) -> None:
     assert (shown["training"], shown["recipe"]) == ("one", "r1")
     assert shown["files"].startswith("4, 0.0 MB")
     assert shown["position"] == "samples_seen 48"
+
+
+def test_show_names_the_mlflow_run_where_the_checkpoint_does(written: Path, tmp_path: Path) -> None:
+    shutil.copytree(written / "zero1", tmp_path / "named")
+    assert "MLflow" not in _sbf("show", tmp_path)
+    manifest = read_manifest(tmp_path / "named").model_copy(update={"mlflow_run": "1a2b"})
+    (tmp_path / "named" / "manifest.json").write_text(manifest.model_dump_json())
+    assert "  MLflow run 1a2b\n" in _sbf("show", tmp_path)
+    assert "whole, step 3" in _sbf("verify", tmp_path)
 
 
 def test_show_and_verify_go_through_all_checkpoints_below_a_folder(written: Path) -> None:

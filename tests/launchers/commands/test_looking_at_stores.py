@@ -9,7 +9,7 @@ from launchers.run import execution
 from sbf_dist.compression.plan import DenseLayer, Plan
 from sbf_dist.files import sha256
 from sbf_dist.object_storage import ObjectFolder
-from sbf_dist.train import checkpoint
+from sbf_dist.train.manifest import FORMAT, FileEntry, Manifest
 
 RECIPE = """
 name: tiny
@@ -40,9 +40,9 @@ def put_checkpoint(store: ObjectFolder, here: Path) -> None:
     }.items():
         (here / "file").write_text(text)
         store.put(here / "file", name)
-        entries[name] = checkpoint.FileEntry(size=len(text), sha256=sha256(here / "file"))
-    manifest = checkpoint.Manifest(
-        format=checkpoint.FORMAT,
+        entries[name] = FileEntry(size=len(text), sha256=sha256(here / "file"))
+    manifest = Manifest(
+        format=FORMAT,
         step=10,
         world_size=1,
         digests={"training": "one"},

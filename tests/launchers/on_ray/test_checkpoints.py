@@ -10,6 +10,7 @@ from launchers.on_ray.checkpoints import Shelf
 from sbf_dist.errors import UserError
 from sbf_dist.files import sha256
 from sbf_dist.train import checkpoint
+from sbf_dist.train.manifest import FORMAT
 
 SHARD = "deepspeed/state/mp_rank_00_model_states.pt"
 
@@ -28,7 +29,7 @@ def put(shelf: Shelf, step: int, top1: float | None = None) -> Path:
         path.write_bytes(bytes(range(step % 256)) * 3 + b"end" if name == SHARD else b"{}")
         entries[name] = {"size": path.stat().st_size, "sha256": sha256(path)}
     manifest = {
-        "format": checkpoint.FORMAT,
+        "format": FORMAT,
         "step": step,
         "world_size": 1,
         "digests": {"training": shelf.training},

@@ -21,6 +21,7 @@ from launchers.on_ray.saving import Saving
 from launchers.on_ray.stopping import Stopping
 from sbf_dist.errors import UserError
 from sbf_dist.train import checkpoint
+from sbf_dist.train.manifest import read_manifest
 
 DIGESTS = {"training": "student"}
 
@@ -32,7 +33,7 @@ def one_rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(module.tempfile, "tempdir", str(tmp_path / "tmp"))
     monkeypatch.setattr(module.checkpoint, "write_rank", write_rank)
-    monkeypatch.setattr(module.checkpoint, "verify", checkpoint.read_manifest)
+    monkeypatch.setattr(module.checkpoint, "verify", read_manifest)
     yield
     dist.destroy_process_group()
 
@@ -45,7 +46,7 @@ def write_rank(engine: Any, own: Path, *, loader_state: dict[str, Any]) -> None:
 
 def opened(folder: Path, asked: Callable[[], bool] = lambda: False) -> Saving:
     stopping = Stopping(nullcontext(asked), 60, folder / "stacks.txt")
-    return Saving(Shelf(folder / "shelf", "student"), stopping)
+    return Saving(Shelf(folder / "shelf", "student", mlflow_run="1a"), stopping)
 
 
 def save(saving: Saving, step: int, size: int = 100) -> None:
@@ -82,6 +83,7 @@ def test_a_training_goes_on_while_its_checkpoint_is_written_and_the_next_one_wai
     assert steps(tmp_path) == [10, 20]
     with opened(tmp_path) as saving:
         assert saving.resume == tmp_path / "shelf" / "student-00000020"
+        assert read_manifest(saving.resume).mlflow_run == "1a"
     assert list((tmp_path / "tmp").iterdir()) == []
 
 

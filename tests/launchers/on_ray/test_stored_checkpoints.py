@@ -18,7 +18,7 @@ from launchers.on_ray.stored_checkpoints import StoredShelf, shelf_at
 from sbf_dist import patience
 from sbf_dist.errors import RunError, UserError
 from sbf_dist.object_storage import ObjectFolder
-from sbf_dist.train import checkpoint
+from sbf_dist.train.manifest import read_manifest
 
 DIGESTS = {"training": "student"}
 
@@ -53,7 +53,8 @@ def opened(
     before: Callable[[], None] = lambda: None,
 ) -> Saving:
     stopping = Stopping(nullcontext(asked), 60, Path("/nowhere"))
-    return Saving(StoredShelf(store, "student", before=before), stopping)
+    shelf = StoredShelf(store, "student", before=before, mlflow_run="1a")
+    return Saving(shelf, stopping)
 
 
 def save(saving: Saving, step: int, size: int = 100) -> None:
@@ -77,7 +78,8 @@ def resumed(store: ObjectFolder) -> tuple[int, dict[str, Any]] | None:
         if saving.resume is None:
             return None
         state = json.loads((saving.resume / "ranks/00000.json").read_text())
-        return checkpoint.read_manifest(saving.resume).step, state
+        assert read_manifest(saving.resume).mlflow_run == "1a"
+        return read_manifest(saving.resume).step, state
 
 
 def only(store: ObjectFolder, step: int, file: str) -> str:

@@ -18,6 +18,7 @@ from launchers.run.folder import RunFolder
 from launchers.run.networks import Networks
 from sbf_dist.recipe import Recipe
 from sbf_dist.train import checkpoint, shards
+from sbf_dist.train.manifest import read_manifest
 
 TRAINING = {"batch_size": 64, "optimizer": {"lr": 0.05}, "log_every": 1, "precision": "fp32"}
 TRAININGS: dict[str, dict[str, Any]] = {
@@ -152,7 +153,7 @@ def test_evaluating_each_checkpoint_scores_it_and_changes_nothing_in_the_trainin
     runs: Path, answer: dict[str, Any]
 ) -> None:
     names = [f"evaluated-{step:08d}" for step in (1, 2, 3)]
-    top1s = [checkpoint.read_manifest(runs / "checkpoints" / name).top1 for name in names]
+    top1s = [read_manifest(runs / "checkpoints" / name).top1 for name in names]
     assert all(top1 is not None and 0 <= top1 <= 1 for top1 in top1s)
     assert top1s[-1] == answer["evaluated"]["top1"]
     logged = answer["evaluated"]["logged"]

@@ -24,7 +24,7 @@ from sbf_dist.distill.task import full_distributions
 from sbf_dist.errors import UserError
 from sbf_dist.recipe import Recipe
 from sbf_dist.settings import Augmentation
-from sbf_dist.train import checkpoint
+from sbf_dist.train.manifest import FORMAT, Manifest
 from sbf_dist.weights import save_weights
 
 TRAINING = {"steps": 2, "batch_size": 8, "optimizer": {"lr": 0.01}}
@@ -279,9 +279,7 @@ def test_targets_are_sharpened(begin, kind):
 
 
 def checkpoint_of(folder: Path, digests: dict[str, str]) -> Path:
-    manifest = checkpoint.Manifest(
-        format=checkpoint.FORMAT, step=1, world_size=1, digests=digests, files={}
-    )
+    manifest = Manifest(format=FORMAT, step=1, world_size=1, digests=digests, files={})
     (folder / "manifest.json").write_text(manifest.model_dump_json())
     return folder
 
