@@ -2,10 +2,12 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from launchers.estimate.trainings import Planned, PlannedRun
 from sbf_dist.train.utilisation import TRAINING_PASSES
+
+if TYPE_CHECKING:  # they import the planner, and workers import this module
+    from launchers.estimate.trainings import Planned, PlannedRun
 
 # On a CPU: largest cost of the teachers' forward passes, in training steps of the student.
 MOST_COST = 3.0
@@ -22,7 +24,7 @@ class Choice:
     reason: str
 
 
-def choose(planned: Planned, *, workers: int, pairs: bool, device_bytes: float | None) -> Choice:
+def choose(planned: "Planned", *, workers: int, pairs: bool, device_bytes: float | None) -> Choice:
     """Choose for a training that is planned with live teachers, on so many workers.
 
     `device_bytes` is the memory of a worker's GPU; None: it computes on the CPU, where time counts
@@ -53,8 +55,8 @@ def by_memory(needed: float, device: float) -> Choice:
 
 
 def settled(
-    run: PlannedRun, *, workers: int, pairs: bool, device_bytes: float | None
-) -> tuple[PlannedRun, list[str]]:
+    run: "PlannedRun", *, workers: int, pairs: bool, device_bytes: float | None
+) -> "tuple[PlannedRun, list[str]]":
     """Choose for all trainings of a run that leave it open; a line on each of these."""
     trainings, lines = [], []
     for planned in run.trainings:

@@ -120,6 +120,22 @@ def run_workers(
             )
 
 
+def begin_workers(
+    first: Callable[[Config], None],
+    *,
+    storage: Path,
+    kept: KeptWorkers,
+    counts: Sequence[int],
+) -> None:
+    """Let the workers of this machine's own Ray start that run_workers would take first.
+
+    They begin with first({}). This returns at once; whatever goes wrong, run_workers will meet it.
+    """
+    count = _largest(kept.settings, counts)
+    if count is not None:
+        kept.group(count, storage).give_first(first, {})
+
+
 def _given_up(name: str, failure: AttemptError, budget: str, log: Path) -> str:
     return (
         f"{name}: {failure}{budget and ', '}{budget}; what was logged is kept in {log}; the same "

@@ -69,7 +69,7 @@ class WorkerGroup:
         self._given = 0
         self._own_files = storage.absolute() / _FILES_OF_RAY
         self._outcome: futures.Future[Any] = futures.Future()
-        self._is_idle = True
+        self._is_idle = False  # before the first work they may be starting still
         # In the main thread Ray Train would take Ctrl-C for itself, and nothing else could be
         # noticed.
         threading.Thread(
@@ -80,6 +80,11 @@ class WorkerGroup:
     def is_alive(self) -> bool:
         """Whether the workers live, as far as is known here."""
         return not self._outcome.done() and local_ray.dead_server() is None
+
+    def give_first(self, worker: Callable[[Config], None], config: Config) -> None:
+        """Let the workers do something, each for itself, before they are asked for anything."""
+        ray_train.give(self._key, self._given, f"{self._key}/first", worker, config)
+        self._given += 1
 
     def run(
         self,

@@ -128,6 +128,11 @@ class RunFolder:
         return self.checkpoints if self.copy is None else f"{self.place}/checkpoints"
 
     @property
+    def files_of_ray(self) -> Path:
+        """Where Ray Train keeps files of its own on this machine, in a folder that is removed."""
+        return self.checkpoints if self.copy is None else self.root
+
+    @property
     def logs(self) -> Path:
         """What workers had logged that failed, and what libraries have printed."""
         return self.root / "logs"

@@ -55,6 +55,18 @@ def perform(session: "Session", until: str) -> None:
         session.folder.publish()
 
 
+def begins_on_workers(networks: "Networks", until: str) -> bool:
+    """Whether, once the images are prepared, workers are the first to be needed."""
+    for stage in STAGES[1 : NAMES.index(until) + 1]:
+        if networks.folder.result(stage.name).exists():
+            continue
+        if stage.on_workers(networks):
+            return True
+        if not stage.is_short:
+            return False
+    return False
+
+
 def bind(networks: "Networks") -> bool:
     """Let the folder be that of this recipe from now on, once its images are known to be right.
 

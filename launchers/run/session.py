@@ -2,36 +2,28 @@
 
 import json
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from launchers.display import Display
+from launchers.run.crew import Crew
 from launchers.run.folder import RunFolder
 from launchers.run.networks import Networks
 from sbf_dist import tracking
 from sbf_dist.recipe import Recipe
-
-if TYPE_CHECKING:
-    from launchers.on_ray.worker_group import KeptWorkers
 
 Result = dict[str, Any]
 
 
 @dataclass
 class Session:
-    """A run at work: its networks (with recipe and folder), its display, its MLflow run.
-
-    `resources` are given back when the run ends; Ray and its workers are among them once a stage
-    has needed them.
-    """
+    """A run at work: its networks (with recipe and folder), display, MLflow run and workers."""
 
     networks: Networks
     display: Display
     tracker: tracking.Run
-    resources: ExitStack
-    _kept: "KeptWorkers | None" = field(default=None, init=False)
+    crew: Crew
 
     @property
     def recipe(self) -> Recipe:
@@ -58,25 +50,12 @@ class Session:
 
         reached  says how far it is, if it writes no checkpoints (see attempts.run_workers)
         """
-        from launchers.on_ray.local_ray import local_ray, take_printed
-
-        workers = self.recipe.workers
-        if self._kept is None:
+        if not self.crew.has_begun:
             self.display.wait("starting the workers")
-            ray = local_ray(
-                workers.least,
-                workers.cpus,
-                workers.gpus,
-                most=workers.most,
-                output=self.folder.worker_log,
-            )
-            self.resources.enter_context(ray)
-        # They import Ray, which reads the environment that local_ray has set.
+        kept = self.crew.kept()
+        # They import Ray, which reads what Crew has set.
         from launchers.on_ray import attempts
-        from launchers.on_ray.worker_group import KeptWorkers
-
-        if self._kept is None:
-            self._kept = self.resources.enter_context(KeptWorkers(workers))
+        from launchers.on_ray.local_ray import take_printed
 
         config = {
             # Workers do not talk to the tracking store, whose URI may hold a password.
@@ -101,7 +80,7 @@ class Session:
             logs=self.folder.logs,
             counts=self.recipe.numbers_of_workers(),
             progress=attempts.Progress(show, reached),
-            kept=self._kept,
+            kept=kept,
         )
         self.folder.fetch()
         return answer

@@ -28,15 +28,19 @@ _EXPORTED = "the exported student"
 class Stage:
     """One stage of a run.
 
-    summary   what it does, on one line
-    work      does it; what it returns is kept as the stage's result
-    products  what it leaves behind in the folder of a run with these networks
+    summary     what it does, on one line
+    work        does it; what it returns is kept as the stage's result
+    products    what it leaves behind in the folder of a run with these networks
+    on_workers  whether its work is done by workers
+    is_short    whether it is over in seconds where it is not
     """
 
     name: str
     summary: str
     work: "Callable[[Session, TrackedRun], Result]"
     products: "Callable[[Networks], list[Product]]"
+    on_workers: "Callable[[Networks], bool]"
+    is_short: bool = False
 
 
 def _prepare(session: "Session", log: "TrackedRun") -> "Result":
@@ -181,19 +185,39 @@ def _exported(networks: "Networks") -> list[Product]:
     return [Product(_EXPORTED, _STUDENT_VIEW, (_IMAGES, networks.exported.name, _TABLE), files)]
 
 
+def _always(networks: "Networks") -> bool:
+    return True
+
+
+def _never(networks: "Networks") -> bool:
+    return False
+
+
+def _are_trained(networks: "Networks") -> bool:
+    return bool(networks.trained_in("teachers"))
+
+
 STAGES = (
-    Stage("prepare", "find, check and divide the images", _prepare, _images),
-    Stage("teachers", "train the teachers on the labels", _train_teachers, _teachers),
+    Stage("prepare", "find, check and divide the images", _prepare, _images, _never),
+    Stage(
+        "teachers",
+        "train the teachers on the labels",
+        _train_teachers,
+        _teachers,
+        _are_trained,
+        is_short=True,
+    ),
     Stage(
         "pseudo-labels",
         "write the ensemble's predictions",
         _write_pseudo_labels,
         _pseudo_labels,
+        _always,
     ),
-    Stage("compress", "plan and fit the SBF student", _compress, _one_shot),
-    Stage("distill", "train the student", _distill, _students),
-    Stage("evaluate", "measure all networks", _evaluate, _table_of_results),
-    Stage("export", "write the student as ONNX and safetensors", _export, _exported),
+    Stage("compress", "plan and fit the SBF student", _compress, _one_shot, _never),
+    Stage("distill", "train the student", _distill, _students, _always),
+    Stage("evaluate", "measure all networks", _evaluate, _table_of_results, _always),
+    Stage("export", "write the student as ONNX and safetensors", _export, _exported, _never),
 )
 
 

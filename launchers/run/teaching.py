@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from launchers.estimate.teachers import Choice, choose
-from launchers.estimate.trainings import Planned, Traced
 from launchers.run.building import build_network
 from launchers.run.networks import Network
 from launchers.run.worker import Context
@@ -38,6 +37,8 @@ def _kept_or_chosen(here: Context, network: Network) -> Choice:
 
     Otherwise make it, and keep it.
     """
+    from launchers.estimate.trainings import Planned, Traced  # half a second
+
     assert network.job is not None
     with torch.random.fork_rng(devices=[]):  # weights are drawn, and thrown away
         trained, *teachers = (

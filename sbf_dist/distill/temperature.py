@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from sbf_dist.distill.teachers import Member
@@ -50,6 +49,8 @@ def fit_temperature(member: Member, logits: Tensor, labels: Tensor) -> FittedTem
         return float(-own.clamp_min(torch.finfo(torch.float32).tiny).log().mean())
 
     bounds = (math.log(LEAST), math.log(MOST))
+    from scipy.optimize import minimize_scalar  # which all workers would import at their start
+
     found = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-4})
     # Where all answers are right the loss is flat before the limit.
     best = min((*bounds, float(found.x)), key=loss)

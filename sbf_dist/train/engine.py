@@ -121,7 +121,7 @@ def build_engine(
 
     join_process_group(device)
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed insists on it
-    deepspeed = _silenced(device)
+    deepspeed = quiet_deepspeed(device)
     for buffer in task.buffers():  # DeepSpeed broadcasts the parameters, but no buffers
         dist.broadcast(buffer, src=0)
     reads_norm = optimizer.clip is not None or skip_bad_steps > 0
@@ -228,7 +228,7 @@ def _zero(stage: int, parameters: int, *, reads_norm: bool) -> dict[str, Any]:
     return settings | ({} if reads_norm or stage not in (1, 2) else _WITHOUT_NORM)
 
 
-def _silenced(device: torch.device) -> ModuleType:
+def quiet_deepspeed(device: torch.device) -> ModuleType:
     """Import DeepSpeed, and silence its messages that do not concern the user."""
     os.environ["DS_ACCELERATOR"] = device.type
     log = logging.getLogger("DeepSpeed")

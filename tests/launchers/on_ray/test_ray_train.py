@@ -20,7 +20,7 @@ from tiny_worker import CHECKPOINT_EVERY, STEPS
 from launchers.interruption import Interrupted, signals_raise
 from launchers.machine import available_cpus
 from launchers.on_ray import held_places
-from launchers.on_ray.attempts import Progress, run_workers
+from launchers.on_ray.attempts import Progress, begin_workers, run_workers
 from launchers.on_ray.local_ray import local_ray
 from launchers.on_ray.worker_group import KeptWorkers
 from sbf_dist.errors import RunError, UserError
@@ -242,15 +242,19 @@ def test_workers_find_the_users_network_where_the_driver_works(
 
 
 def test_workers_stay_for_the_next_stage_and_others_come_where_one_has_died(
-    ray: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ray: None, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     folders = {"storage": tmp_path / "runs", "logs": tmp_path / "logs"}
     with KeptWorkers(Workers(count=2, max_failures=0, max_lost=0)) as kept:
 
         def pids(stage: str) -> list[int]:
             return run_workers(tiny_worker.pids, {}, name=stage, kept=kept, **folders)["pids"]
 
+        storage = folders["storage"]
+        begin_workers(tiny_worker.note_pid, storage=storage, kept=kept, counts=[1, 2])
         first = pids("one")
+        assert tiny_worker.noted_pids() >= set(first)  # the workers that were begun before
         assert pids("two") == first
         with pytest.raises(RunError, match=r"broken: worker [01] raised KeyError"):
             run_workers(tiny_worker.break_down, {"layer": "x"}, name="broken", kept=kept, **folders)

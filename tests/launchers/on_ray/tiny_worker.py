@@ -119,3 +119,12 @@ def pids(config: dict[str, Any]) -> dict[str, Any]:
     found: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(found, os.getpid())
     return {"pids": found}
+
+
+def note_pid(config: dict[str, Any]) -> None:
+    """Leave a file with this worker's process number where the driver works."""
+    Path(f"begun-{os.getpid()}").touch()
+
+
+def noted_pids() -> set[int]:
+    return {int(path.name.rpartition("-")[2]) for path in Path().glob("begun-*")}

@@ -9,7 +9,7 @@ from launchers.run import locks
 from launchers.run.folder import RunFolder
 from launchers.run.networks import Networks
 from launchers.run.read_files import file_digests
-from launchers.run.sequence import bind, open_folder
+from launchers.run.sequence import begins_on_workers, bind, open_folder
 from launchers.run.stages import STAGES
 from sbf_dist.errors import UserError
 from sbf_dist.recipe import validate
@@ -81,6 +81,34 @@ def test_every_setting_of_a_runs_identity_is_read_by_some_product(tmp_path: Path
             "name",
             "data.threads",  # which no result depends on
         }
+
+
+@pytest.mark.parametrize(
+    ("finished", "until", "begins"),
+    [
+        ([], "export", True),
+        ([], "prepare", False),
+        (["prepare", "teachers", "pseudo-labels"], "export", False),  # to compress may take hours
+        (["prepare", "teachers", "pseudo-labels", "compress"], "export", True),
+        (ALL, "export", False),
+    ],
+)
+def test_workers_begin_early_where_they_are_needed_first(
+    tmp_path: Path, finished: list[str], until: str, begins: bool
+) -> None:
+    networks = networks_of(tmp_path)
+    do(networks, *finished)
+    assert begins_on_workers(networks, until) is begins
+
+
+def test_teachers_that_are_given_keep_the_pseudo_labels_waiting_for_nothing(tmp_path: Path) -> None:
+    (tmp_path / "w").touch()
+    given = [
+        f"teachers.{n}.{key}" for n in (0, 1) for key in ("training=null", f"weights={tmp_path}/w")
+    ]
+    networks = networks_of(tmp_path, *given, "baselines=null")
+    assert begins_on_workers(networks, "pseudo-labels")
+    assert not begins_on_workers(networks, "teachers")
 
 
 def test_products_need_what_is_there_before_them(tmp_path: Path) -> None:
