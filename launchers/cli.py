@@ -36,7 +36,7 @@ app = typer.Typer(
 @app.callback()
 def root(
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Show the log of the libraries as well.")
+        bool, typer.Option("--verbose", "-v", help="Also show the log messages of libraries.")
     ] = False,
 ) -> None:
     """Set up logging."""
@@ -50,31 +50,31 @@ def root(
 app.command("compress", short_help="Compress a network in one shot, without training.")(
     compress.command
 )
-app.command("compare", short_help="Compare SBF with its peers at equal cost.")(compare.command)
+app.command("compare", short_help="Compare SBF with other methods at equal cost.")(compare.command)
 app.command("run", help=run.HELP, short_help="Run a recipe: from images to an exported student.")(
     run.command
 )
-app.add_typer(label.app, name="label", short_help="Write and judge the teachers' predictions.")
-app.command("evaluate", short_help="The accuracy of a student on labelled images.")(
+app.add_typer(
+    label.app, name="label", short_help="Write pseudo-labels, and report on their quality."
+)
+app.command("evaluate", short_help="Measure a student's accuracy on labelled images.")(
     evaluate.command
 )
-app.command("doctor", short_help="Whether this machine has what a run needs.")(doctor.command)
-app.command("export", short_help="Write a student as ONNX, program, safetensors, MLflow model.")(
+app.command("doctor", short_help="Check the installation.")(doctor.command)
+app.command("export", short_help="Export a student: ONNX, torch.export, safetensors, MLflow.")(
     export.command
 )
 app.command("predict", short_help="Classify images with a student.")(predict.command)
 app.command("submit", short_help="Run a recipe on a cluster.")(jobs.submit)
 app.command("jobs", short_help="List the jobs of a cluster.")(jobs.jobs)
-app.command("logs", short_help="Print what a job prints.")(jobs.logs)
-app.command("stop", short_help="End a job.")(jobs.stop)
-app.command("report", short_help="Write a page on a run, or on several side by side.")(
-    report.command
-)
-app.add_typer(plan.app, name="plan", short_help="Plans as tables.")
+app.command("logs", short_help="Print the log of a job.")(jobs.logs)
+app.command("stop", short_help="Stop a job.")(jobs.stop)
+app.command("report", short_help="Write an HTML report on one or several runs.")(report.command)
+app.add_typer(plan.app, name="plan", short_help="Show compression plans.")
 app.add_typer(
-    checkpoint.app, name="checkpoint", short_help="Checkpoints of trainings: show, verify, export."
+    checkpoint.app, name="checkpoint", short_help="Show, verify and consolidate checkpoints."
 )
-app.add_typer(data.app, name="data", short_help="Sets of images from their archives.")
+app.add_typer(data.app, name="data", short_help="Prepare, check and split data sets.")
 
 
 def main() -> None:

@@ -121,8 +121,8 @@ class Display:
 def labels_table(report: Mapping[str, Any]) -> Table:
     """Return what sbf_dist.report.labels.describe says of each part, in percent (- if unknown)."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("images", no_wrap=True)
-    for heading in ("number", "confidence", "teachers agree", "right", "ECE"):
+    table.add_column("part", no_wrap=True)
+    for heading in ("images", "confidence", "teachers agree", "accuracy", "ECE"):
         table.add_column(heading, justify="right")
     for row in report["parts"]:
         shares = (row[key] for key in ("confidence", "agreement", "accuracy", "ece"))

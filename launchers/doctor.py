@@ -103,7 +103,7 @@ def import_fault(module: str) -> str | None:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return f"not done within {_IMPORT_SECONDS:.0f} s"
+        return f"timed out after {_IMPORT_SECONDS:.0f} s"
     if done.returncode == 0:
         return None
     said = done.stderr.strip().splitlines()
@@ -131,7 +131,7 @@ def _extension() -> Finding:
             "extension",
             "broken",
             "without CUDA, and this machine has a GPU",
-            "SBF_DIST_CUDA=1 make setup, which says what is missing",
+            "SBF_DIST_CUDA=1 make setup, which reports what is missing",
         )
     return Finding("extension", "ok", "for the CPU alone")
 
@@ -146,8 +146,8 @@ def _gpu() -> Finding:
         return Finding(
             "GPU",
             "broken",
-            f"there is one, and PyTorch (CUDA {torch.version.cuda}) does not see it",
-            "install an NVIDIA driver for that CUDA; nvidia-smi shows the driver's",
+            f"found, but PyTorch (CUDA {torch.version.cuda}) cannot use it",
+            "install an NVIDIA driver for this CUDA version; nvidia-smi shows the installed one",
         )
     return Finding("GPU", "note", "none", "train on a machine with a GPU, or with workers.gpus=0")
 
@@ -155,7 +155,7 @@ def _gpu() -> Finding:
 def _ray() -> Finding:
     address = os.environ.get("RAY_ADDRESS")
     if address is None or address == "local":
-        found = f"a run starts its own: {available_cpus()} CPUs, {available_gpus()} GPUs"
+        found = f"each run starts a local Ray: {available_cpus()} CPUs, {available_gpus()} GPUs"
         return Finding("Ray", "ok", found)
     from launchers.on_ray.seen import seen_by_ray
 
@@ -175,7 +175,7 @@ def _mlflow(address: Address) -> Finding:
         "MLflow",
         "note",
         f"{address.shown}: {reason}",
-        "start that server, or set MLFLOW_TRACKING_URI; runs keep what it misses until it answers",
+        "start the server, or set MLFLOW_TRACKING_URI; until it answers, runs keep metrics on disk",
     )
 
 
@@ -186,5 +186,7 @@ def _disk(runs: Path) -> Finding:
     free = shutil.disk_usage(place).free / _GB
     found = f"{free:.1f} GB free for {runs}"
     if free < _MIN_FREE_GB:
-        return Finding("disk", "note", found, "make room, or give --runs a folder on another disk")
+        return Finding(
+            "disk", "note", found, "free some space, or give --runs a folder on another disk"
+        )
     return Finding("disk", "ok", found)

@@ -53,8 +53,8 @@ def find_exported(place: Path) -> Exported:
                 str(place), folder, run if of_run else None, onnx if onnx.is_file() else None
             )
     if (place / _RECIPE).is_file():
-        raise UserError(f"run {place} has no student yet: sbf run goes on to the stage export")
-    raise UserError(f"folder {place} is no student: it has no {CARD}")
+        raise UserError(f"run {place} has no student yet: finish the run with sbf run")
+    raise UserError(f"folder {place} is not a student: it has no {CARD}")
 
 
 def open_onnx(exported: Exported, threads: int) -> "Student":

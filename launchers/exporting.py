@@ -62,8 +62,8 @@ def open_student(
     card = load_card(exported.folder)
     if card.other_inputs:
         raise UserError(
-            f"student {exported.given} takes {1 + len(card.other_inputs)} inputs, and sbf export "
-            "knows those of one; sbf_dist.export.onnx.export_onnx writes such networks"
+            f"student {exported.given} takes {1 + len(card.other_inputs)} inputs, sbf export "
+            "supports one; sbf_dist.export.onnx.export_onnx writes such networks"
         )
     if images is not None and card.mean is not None and card.std is not None:
         images = images.seen_as(View(card.input_shape, card.mean, card.std, card.crop))

@@ -102,7 +102,7 @@ def _accuracies(
         display.say("  accuracy not measured: the images have no labels")
         return []
     if not isinstance(outputs, Tensor) or outputs.ndim != 2:
-        display.say("  accuracy not measured: the network is no classifier")
+        display.say("  accuracy not measured: the network is not a classifier")
         return []
     if outputs.shape[1] != len(index.classes):
         display.say(

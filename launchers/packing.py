@@ -26,7 +26,7 @@ def files_of(root: Path) -> list[Path]:
         listed = [path for path in listed if not any(p.startswith(".") for p in path.parts)]
     files = [path for path in listed if _is_sent(root, path)]
     if not files:
-        raise UserError(f"folder {root}: holds no file to send")
+        raise UserError(f"folder {root}: contains no file to upload")
     check_size(root, files)
     return files
 
@@ -39,7 +39,7 @@ def check_size(root: Path, files: Iterable[Path]) -> None:
         return
     largest = sorted(sizes, key=lambda path: -sizes[path])[:SHOWN]
     raise UserError(
-        f"folder {root}: {total / 2**20:,.0f} MiB would be sent, Ray takes "
+        f"folder {root}: {total / 2**20:,.0f} MiB would be uploaded, Ray's limit is "
         f"{MOST_BYTES / 2**20:.0f}; the largest files are "
         + ", ".join(f"{path} ({sizes[path] / 2**20:,.1f} MiB)" for path in largest)
         + "; move them to data/ or runs/, or list them in .gitignore"

@@ -19,7 +19,7 @@ def check_writable(option: str, folder: Path) -> None:
     """UserError if `folder`, given as `option`, cannot be made or written; nothing is left."""
     place = folder.absolute()
     if _ADDRESS_AS_PATH.match(str(folder)):
-        raise UserError(f"{option} {folder}: takes a folder of this machine, not an address")
+        raise UserError(f"{option} {folder}: must be a local folder, not an address")
     try:
         while not place.exists():
             place = place.parent

@@ -46,7 +46,7 @@ def find_pictures(places: Sequence[str], lines: Iterable[str]) -> list[str]:
             listed = [line.rstrip("\r\n") for line in lines]
             some = [line for line in listed if line.strip()]
             if not some:
-                raise UserError("the list on standard input names no image")
+                raise UserError("standard input lists no image")
         elif path.is_dir():
             some = sorted(
                 str(one)

@@ -140,7 +140,7 @@ def _incomplete(file: BinaryIO, image_format: str | None) -> str | None:
     file.seek(0)
     data = file.read()
     if image_format == "PNG" and _PNG_END not in data:
-        return "not a readable image (PNG without its end)"
+        return "not a readable image (truncated PNG)"
     if image_format == "WEBP" and not _webp_chunks_aligned(data):
         return "WebP whose EXIF block stands behind a block of odd size, which is not decoded"
     return None

@@ -46,7 +46,7 @@ def read_split(path: Path) -> list[str]:
     UserError if the file is missing, empty or not text.
     """
     if path.exists() and not path.is_file():  # of /dev/zero there is no end
-        raise UserError(f"split {path}: is no file that lists images")
+        raise UserError(f"split {path}: is not a list of images")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -23,7 +23,7 @@ class BudgetKeywords(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Budget:
-    """What the compressed network may cost: exactly one of the four is given.
+    """The cost budget of the compressed network: give exactly one of the four.
 
     macs, params: multiply-adds or parameters, as a share of the dense network's in (0, 1], or a
     whole number above 1; latency: measured time, as a share of the dense network's; latency_ms:
@@ -49,23 +49,23 @@ class Budget:
 
     @property
     def kind(self) -> str:
-        """Which of the four is given."""
+        """The name of the budget that is given."""
         (kind,) = self.given()
         return kind
 
     @property
     def value(self) -> float:
-        """What is given: a share, a number, or milliseconds."""
+        """The budget's value: a share, a number, or milliseconds."""
         (value,) = self.given().values()
         return value
 
     @property
     def unit(self) -> str:
-        """What costs are counted in: 'multiply-adds', 'parameters' or 'ms'."""
+        """The unit of costs: 'multiply-adds', 'parameters' or 'ms'."""
         return COUNTS.get(self.kind, "ms")
 
     def given(self) -> dict[str, float]:
-        """Return the budget as plans record it, e.g. {'macs': 0.5}."""
+        """Return the budget as stored in plans, e.g. {'macs': 0.5}."""
         return {key: v for key, v in dataclasses.asdict(self).items() if v is not None}
 
     def is_share(self) -> bool:
@@ -94,7 +94,7 @@ class Budget:
         """
         if reached > self.limit(dense) * (1 + ROUNDING):
             raise UserError(
-                f"{self.kind} = {_written(self.value)} is not met: the network that was found has "
+                f"{self.kind} = {_written(self.value)} is not met: the network found has "
                 f"{_written(reached)} of the dense network's {_written(dense)} {self.unit}, "
                 f"{reached / dense:.4f}"
             )

@@ -135,8 +135,8 @@ class Distill(Section):
     def _can_be_trained(self) -> Self:
         if self.features is not None and self.training.compile:
             raise ValueError(
-                "features does not suit training.compile = True, which has no modules to watch; "
-                "set one of them to null or false"
+                "features cannot be combined with training.compile = True, which has no modules "
+                "to watch; set one of them to null or false"
             )
         if self.labels_last is not None and self.training.schedule != "cosine":
             raise ValueError(

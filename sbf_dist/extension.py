@@ -30,7 +30,7 @@ def load_built(file: Path, sources: Path) -> ModuleType:
     if different or missing:
         raise ImportError(
             f"{BUILT_ELSEWHERE} = {file}: was built from another csrc/ than {sources} "
-            f"({', '.join([*different, *missing][:3])}); build it anew where it lies: {REBUILD}"
+            f"({', '.join([*different, *missing][:3])}); rebuild it where it is: {REBUILD}"
         )
     spec = importlib.util.spec_from_file_location("sbf_dist._C", file)
     assert spec is not None

@@ -33,8 +33,8 @@ class SBFConv2d(nn.Module):
     sources of z[source] cross-correlated with an m x m kernel (zero padding, stride 1), all plus
     bias (Miles and Mikolajczyk, arXiv 2110.12844).
 
-    kept: numbers of the output channels that are kept, ascending; with groups, equally many of
-    each group; or their number: then they are the first ones, of each group. sources: for each
+    kept: indices of the output channels that are kept, ascending; with groups, equally many of
+    each group; or how many: then the first ones, of each group. sources: for each
     rebuilt channel, in ascending order, the S kept channels (output channel numbers) that it is
     rebuilt from; or S alone: then all kept channels are used by turns. transform_size: m, odd.
     between: a module that maps (N, B, H, W) to the same shape, through which basis features go

@@ -34,11 +34,11 @@ def patiently(ask: Callable[[], Answer], stopped: threading.Event = _NEVER) -> A
         except StoreUnreachableError as error:
             if time.monotonic() - start + pause > PATIENCE_SECONDS:
                 raise RunError(
-                    f"{error}; it was tried for {PATIENCE_SECONDS:g} s; the same command goes on "
+                    f"{error}; gave up after {PATIENCE_SECONDS:g} s; run the same command again "
                     "once the store answers"
                 ) from error
             if not said:
-                _log.warning("%s; trying again for %g s", error, PATIENCE_SECONDS)
+                _log.warning("%s; retrying for %g s", error, PATIENCE_SECONDS)
             said = True
             if stopped.wait(pause):
                 raise RunError(str(error)) from error

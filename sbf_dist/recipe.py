@@ -139,8 +139,8 @@ class Workers(Section):
 
     count: int | tuple[int, int] = Field(
         1,
-        description="worker processes; [2, 8]: as many of 2 to 8 as have a place and divide the "
-        "batches, anew at each start",
+        description="worker processes; [2, 8]: as many of 2 to 8 as there is room for and divide "
+        "the batches, chosen at each start",
     )
     cpus: Positive = Field(1, description="CPUs (and threads) per worker")
     gpus: float = Field(0, ge=0, description="GPUs per worker")
@@ -159,14 +159,13 @@ class Workers(Section):
     hang_timeout: float = Field(
         600,
         gt=0,
-        description="seconds without a step, or without an answer, after which workers are started "
-        "again",
+        description="seconds without a step or a heartbeat, after which workers are restarted",
     )
     stop_within: float = Field(
         25, gt=0, description="seconds for a last checkpoint after SIGTERM, SIGHUP or Ctrl-C"
     )
     start_timeout: float = Field(
-        600, ge=0, description="seconds that a cluster may take to have places for the workers"
+        600, ge=0, description="seconds to wait until a cluster has room for the workers"
     )
 
     @field_validator("count", mode="before")
@@ -252,8 +251,8 @@ class Tracking(Section):
     registered_model: str | None = Field(
         None,
         exclude_if=equals(None),
-        description="name in MLflow's model registry under which the student becomes a version; "
-        "null: it is stored with the run alone",
+        description="name in MLflow's model registry under which the student is registered; "
+        "null: not registered",
     )
 
 

@@ -37,7 +37,7 @@ _TAKEN = ("data", "mlflow.db", "mlflow-artifacts", "mlruns")
 
 def _is_free(name: str) -> str:
     if name.lower() in _TAKEN or name.lower().startswith("mlflow.db"):
-        raise ValueError("must not be the name of something else under runs/, as this is")
+        raise ValueError("must not be a reserved name under runs/, as this is")
     return name
 
 
@@ -86,7 +86,7 @@ def load_as(schema: type[Whole], path: Path, overrides: typing.Sequence[str] = (
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
-            raise UserError(f"recipe {path} is longer than {MAX_BYTES} bytes, so it is none")
+            raise UserError(f"recipe {path} is larger than {MAX_BYTES} bytes: not a recipe")
         content = strict_yaml.load(data.decode())
     except FileNotFoundError:
         raise UserError(f"recipe {path} does not exist") from None
@@ -144,7 +144,7 @@ def _override(content: dict[str, Any], override: str) -> None:
         place = _step(place, part, override, ".".join(parents[:depth]))
         if place is None:
             empty = ".".join(parents[: depth + 1])
-            raise UserError(f"override {override!r}: {empty} is not set; give the whole of it")
+            raise UserError(f"override {override!r}: {empty} is not set; set the whole section")
     if isinstance(place, list):
         _step(place, last, override, ".".join(parents))
         place[int(last)] = value

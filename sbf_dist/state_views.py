@@ -55,7 +55,7 @@ class StateView:
                 return f"hold no values: {name} is on the meta device"
             if wanted.is_floating_point() and not value.is_floating_point():
                 return (
-                    f"are no floating-point numbers: {name} is {_type(value)}, the model wants "
+                    f"are not floating-point numbers: {name} is {_type(value)}, the model wants "
                     f"{_type(wanted)} (quantized weights are not read)"
                 )
         return None
@@ -95,7 +95,10 @@ class StateView:
             return
         (((theirs,), (ours,)),) = classes
         self.state |= {name: own[name] for name in own if is_within(name, layers)}
-        self.head = f"head {', '.join(layers)} drawn anew: {theirs} classes there, {ours} here"
+        self.head = (
+            f"head {', '.join(layers)} reinitialised: {theirs} classes in the file, {ours} in the "
+            "network"
+        )
 
     def place(self) -> str:
         """Say where in the file the state is."""

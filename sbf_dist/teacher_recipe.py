@@ -31,8 +31,8 @@ class Teacher(Section):
     start_from: Path | None = Field(
         None,
         exclude_if=equals(None),
-        description="file of weights that the training starts from; a head of another number of "
-        "classes is drawn anew; null: random weights",
+        description="file of weights that the training starts from; a head with another number "
+        "of classes is reinitialised; null: random weights",
     )
     pretrained: bool = Field(
         False,
@@ -49,7 +49,7 @@ class Teacher(Section):
     weights_prefix: str | None = Field(
         None,
         exclude_if=equals(None),
-        description="what stands before the names in weights or start_from, where several fit",
+        description="prefix of the names in weights or start_from, if several fit",
     )
     classes: Path | None = Field(
         None,
@@ -70,8 +70,8 @@ class Teacher(Section):
     views: Literal[1, 2] = Field(
         1,
         exclude_if=equals(1),
-        description="views of an image that its answers are averaged over; 2: the image and its "
-        "mirror image, left to right",
+        description="views of an image over which its predictions are averaged; 2: the image and "
+        "its mirror image, left to right",
     )
     weight: float = Field(1.0, gt=0, description="weight in the ensemble's mean")
 

@@ -33,7 +33,7 @@ class Training(Section):
         [],
         exclude_if=equals([]),
         description="patterns of the names of parameters that are not trained, e.g. 'layer1.*'; "
-        "nor do the statistics of their batch norms move",
+        "the statistics of their batch norms stay as they are, too",
     )
     schedule: Literal["constant", "cosine", "step", "one_cycle"] = Field(
         "cosine", description="learning rate after warm-up"
@@ -44,7 +44,9 @@ class Training(Section):
         description="of schedule 'step': when the rate falls, shares of the training",
     )
     factor: Share = Field(
-        0.1, exclude_if=equals(0.1), description="of schedule 'step': what the rate falls by"
+        0.1,
+        exclude_if=equals(0.1),
+        description="of schedule 'step': factor by which the rate falls",
     )
     warmup: int = Field(0, ge=0, description="steps of warm-up, linear (one_cycle: half a cosine)")
     warmup_epochs: float | None = Field(
@@ -55,7 +57,7 @@ class Training(Section):
         ge=0,
         lt=1,
         exclude_if=equals(0.0),
-        description="share of a label that is given to all classes alike",
+        description="label smoothing: the share of a label that is spread over all classes",
     )
     ema: float | None = Field(
         None,
@@ -86,8 +88,8 @@ class Training(Section):
         0,
         ge=0,
         exclude_if=equals(0),
-        description="steps that may be left out because their loss is not finite; above 0 the loss "
-        "is read in each step, which slows a GPU down",
+        description="steps that may be skipped because their loss is not finite; above 0 the "
+        "loss is read in each step, which slows a GPU down",
     )
 
     profile_steps: tuple[int, int] | None = Field(
@@ -137,14 +139,14 @@ class Training(Section):
     def _suits_its_stage(self) -> Self:
         if self.optimizer.name == "lamb" and self.zero_stage:
             raise ValueError(
-                f"zero_stage = {self.zero_stage} does not suit optimizer.name = lamb, which scales "
-                "each layer's step as a whole; ZeRO 1 to 3 cut layers up; set zero_stage to 0, or "
-                "take sgd or adamw"
+                f"zero_stage = {self.zero_stage} cannot be combined with optimizer.name = lamb, "
+                "which scales each layer's step as a whole; ZeRO 1 to 3 cut layers up; set "
+                "zero_stage to 0, or take sgd or adamw"
             )
         if self.compile and self.zero_stage == 3:
             raise ValueError(
-                "zero_stage = 3 does not suit compile = True, which needs the weights in one "
-                "place; set zero_stage to 0, 1 or 2"
+                "zero_stage = 3 cannot be combined with compile = True, which needs the weights "
+                "in one place; set zero_stage to 0, 1 or 2"
             )
         return self
 

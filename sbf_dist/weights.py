@@ -158,7 +158,7 @@ def _ambiguous(path: Path, fitting: list[StateView]) -> str:
             f"weights {path} hold {len(keys)} state dicts that fit, {named}: choose a weights key"
         )
     named = ", ".join(repr(view.prefix) for view in fitting)
-    return f"weights {path} fit behind {len(fitting)} prefixes, {named}: choose a weights prefix"
+    return f"weights {path} fit with {len(fitting)} prefixes, {named}: choose a weights prefix"
 
 
 # ---------------------------------------------------------------- reading
@@ -221,7 +221,7 @@ def _states(path: Path, content: Any, key: str | None) -> dict[str, State]:
     """Return the state dicts in a file's content by key, '' for the content itself."""
     found = dict(_state_dicts(content, "", DEPTH))
     if not found:
-        raise UserError(f"weights {path} are no state dict: wanted tensors by name")
+        raise UserError(f"weights {path} are not a state dict: expected tensors by name")
     if key is None:
         return found
     if key not in found:

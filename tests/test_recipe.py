@@ -219,7 +219,7 @@ def test_an_override_that_leads_nowhere_is_refused(path, override, message):
 def test_an_override_inside_of_what_is_not_set_is_refused(path):
     refused = refusal(path, "baselines=null", "baselines.optimizer.lr=1")
     assert refused == (
-        "override 'baselines.optimizer.lr=1': baselines is not set; give the whole of it"
+        "override 'baselines.optimizer.lr=1': baselines is not set; set the whole section"
     )
 
 
@@ -362,10 +362,13 @@ def test_a_key_that_is_wrongly_written_comes_before_the_one_that_is_missing_for_
         ("distill.training.milestones=[1.5]", "distill.training.milestones.0 = 1.5 must be less"),
         ("distill.training.sync_batchnorm=true", "distill.training.sync_batchnorm = True needs "
          "GPUs, workers.gpus is 0; set it to false"),
-        ("distill.training.optimizer.name=lamb", "distill.training: zero_stage = 1 does not suit "
-         "optimizer.name = lamb, which scales each layer's step as a whole;"),
-        ("distill.training={steps: 5, compile: true, zero_stage: 3}", "distill.training: zero_stage"
-         " = 3 does not suit compile = True"),
+        ("distill.training.optimizer.name=lamb", "distill.training: zero_stage = 1 cannot be "
+                                                 "combined with optimizer.name = lamb, which "
+                                                 "scales each layer's step as a whole;"),
+        ("distill.training={steps: 5, compile: true, zero_stage: 3}", "distill.training: "
+                                                                      "zero_stage = 3 cannot be "
+                                                                      "combined with compile = "
+                                                                      "True"),
         ("distill.targets=hard", "distill.targets = 'hard' must be 'auto', 'stored' or"),
         ("distill.label_weight=-1", "distill.label_weight = -1 must be a number of at least 0"),
         ("distill.label_weight=[0.1, 0.2, 0.3]", "distill.label_weight = [0.1, 0.2, 0.3] must be"),
@@ -378,8 +381,9 @@ def test_a_key_that_is_wrongly_written_comes_before_the_one_that_is_missing_for_
          "labels_last needs training.schedule = cosine, not step"),
         ("distill={training: {steps: 9, warmup: 5}, labels_last: {share: 0.5}}", "distill: labels_"
          "last leaves 5 of 9 steps before, which must be more than training.warmup = 5"),
-        ("distill={training: {steps: 9, compile: true}, features: {}}", "distill: features does not"
-         " suit training.compile = True"),
+        ("distill={training: {steps: 9, compile: true}, features: {}}", "distill: features "
+                                                                        "cannot be combined with "
+                                                                        "training.compile = True"),
         ("distill.training.zero_stage=4", "distill.training.zero_stage = 4 must be 0, 1, 2 or 3"),
         ("distill.training.precision=tf32", "distill.training.precision = 'tf32' must be 'fp32'"),
         ("distill.training.optimizer.lr=.inf", "distill.training.optimizer.lr = inf must be a f"),

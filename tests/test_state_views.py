@@ -45,7 +45,9 @@ def test_a_head_of_other_classes_stays_as_it_was_drawn_and_all_else_is_loaded(
     drawn = copy.deepcopy(model.state_dict())
     told = load_weights(model, file_of(published, tmp_path), new_head=True)
     assert told is not None
-    assert told.endswith(f"weights.pth: head {head} drawn anew: 7 classes there, 3 here")
+    assert told.endswith(
+        f"weights.pth: head {head} reinitialised: 7 classes in the file, 3 in the network"
+    )
     theirs = published.state_dict()
     for name, value in model.state_dict().items():
         assert torch.equal(value, (drawn if name.startswith(f"{head}.") else theirs)[name]), name
@@ -63,7 +65,7 @@ def test_key_prefix_and_head_are_named_together(tmp_path: Path) -> None:
     file = file_of(models.build("cifar_resnet8_w4", 7), tmp_path, "module.", "model_ema")
     told = load_weights(models.build("cifar_resnet8_w4", 3), file, new_head=True)
     assert told is not None
-    assert "taken from 'model_ema', names without 'module.', head head drawn anew" in told
+    assert "taken from 'model_ema', names without 'module.', head head reinitialised" in told
 
 
 @pytest.mark.parametrize(

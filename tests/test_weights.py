@@ -346,8 +346,8 @@ class _RunsCode:
     [
         (lambda folder: {"weight": _RunsCode(folder / "ran")}, "hold more than tensors"),
         (lambda _: nn.Linear(2, 3), "hold more than tensors"),
-        (lambda _: [torch.zeros(1)], "are no state dict"),
-        (lambda _: {"epoch": 7}, "are no state dict"),
+        (lambda _: [torch.zeros(1)], "are not a state dict"),
+        (lambda _: {"epoch": 7}, "are not a state dict"),
     ],
 )
 def test_a_pickle_of_anything_but_tensors_is_refused_and_runs_nothing(tmp_path, content, message):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sbf_dist.train.manifest import Manifest
 
 app = typer.Typer(
-    help="Look at the checkpoints of trainings, and take the weights out of one.",
+    help="Show, verify and consolidate checkpoints.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -27,7 +27,7 @@ _NETWORK = "student."  # what the task of a training calls its network
 Place = Annotated[
     str,
     typer.Argument(
-        metavar="PATH", help="A checkpoint's folder, or one with several below; or an address."
+        metavar="PATH", help="A checkpoint, or a folder of checkpoints: a path or an address."
     ),
 ]
 
@@ -39,9 +39,9 @@ class Weights(StrEnum):
     LAST = "last"
 
 
-@app.command(short_help="Print what checkpoints hold.")
+@app.command(short_help="Print the contents of checkpoints.")
 def show(place: Place) -> None:
-    """Print step, workers, ZeRO stage and size of each checkpoint, and what it belongs to."""
+    """Print step, workers, ZeRO stage, digests, MLflow run and size of each checkpoint."""
     from sbf_dist.train import checkpoint
     from sbf_dist.train.manifest import read_manifest
 
@@ -56,9 +56,9 @@ def show(place: Place) -> None:
                 print(f"  {name:<10} {value}")
 
 
-@app.command(short_help="Compare all files of checkpoints with their manifests.")
+@app.command(short_help="Verify checkpoints against their manifests.")
 def verify(place: Place) -> None:
-    """Compare size and SHA-256 of all files with what was written.
+    """Compare size and SHA-256 of all files with the manifest.
 
     Exit code 2 if a file is missing, damaged, or not listed in the manifest.
     """
@@ -75,27 +75,27 @@ def verify(place: Place) -> None:
             else:
                 print(f"checkpoint {looked.named(folder)}: whole, step {manifest.step}")
     if damaged:
-        raise UserError(f"{len(damaged)} of the checkpoints in {place} cannot be gone on from")
+        raise UserError(f"{len(damaged)} of the checkpoints in {place} cannot be resumed from")
 
 
 @app.command(short_help="Write the weights of a checkpoint as one safetensors file.")
 def consolidate(
     place: Annotated[
-        str, typer.Argument(metavar="PATH", help="A checkpoint's folder, or its address.")
+        str, typer.Argument(metavar="PATH", help="A checkpoint: a path or an address.")
     ],
     out: Annotated[Path, typer.Option(help="The safetensors file to write; it must not exist.")],
     weights: Annotated[
         Weights | None,
         typer.Option(
-            help="The moving average of the weights, or the last ones; without it the average, if "
-            "there is one."
+            help="The moving average of the weights, or the last ones; by default the average, "
+            "if there is one."
         ),
     ] = None,
 ) -> None:
-    """Put the shards of a checkpoint together, of any ZeRO stage and number of workers.
+    """Merge the shards of a checkpoint of any ZeRO stage and number of workers.
 
-    The file has the network's own names: it can be the `weights` of a teacher, or be loaded by
-    `sbf compress`.
+    The file has the network's own parameter names. Use it as `weights` of a teacher, or with
+    `sbf compress --weights`.
     """
     with looked_at(place) as looked:
         _consolidate(looked, out, weights)
@@ -148,7 +148,7 @@ def _found(place: Path) -> list[Path]:
     found = [m.parent for m in manifests if any((m.parent / name).is_dir() for name in _BESIDE)]
     if not found:
         raise UserError(
-            f"folder {place} is no checkpoint and has none below: there is no {_MANIFEST}"
+            f"folder {place} is not a checkpoint and contains none: there is no {_MANIFEST}"
         )
     return found
 

@@ -17,14 +17,14 @@ def command(
         list[str] | None,
         typer.Argument(
             metavar="KEY=VALUE",
-            help="Changes to the recipe, e.g. macs=[0.5] seeds=[0,1] recovery.steps=[100].",
+            help="Overrides of recipe keys, e.g. macs=[0.5] seeds=[0,1] recovery.steps=[100].",
         ),
     ] = None,
     runs: Annotated[Path, typer.Option(help="Folder that holds all runs and comparisons.")] = Path(
         "runs"
     ),
 ) -> None:
-    """Compare SBF with its peers at equal multiply-adds and equal training, over several seeds.
+    """Compare SBF with other methods at equal multiply-adds and training, over several seeds.
 
     Prints a table of means and deviations. Writes it to RUNS/NAME as comparison.json and as a
     chart, comparison.png. Finished trainings are kept there and not repeated: an interrupted

@@ -23,7 +23,7 @@ def command(
         ),
     ],
     weights: Annotated[
-        Path, typer.Option(help="Its weights: safetensors, or PyTorch's file of a state dict.")
+        Path, typer.Option(help="Weights: a safetensors file, or a state dict of torch.save.")
     ],
     data: Annotated[
         str,
@@ -36,10 +36,10 @@ def command(
         str,
         typer.Option(
             metavar="KEY=VALUE",
-            help="What the student may cost: macs=0.5, params=0.5, latency=0.6, latency_ms=12.5.",
+            help="Cost budget: macs=0.5, params=0.5, latency=0.6, latency_ms=12.5.",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder that the student is written to.")],
+    out: Annotated[Path, typer.Option(help="Output folder.")],
     classes: Annotated[
         int | None,
         typer.Option(
@@ -50,11 +50,11 @@ def command(
     ] = None,
     weights_key: Annotated[
         str | None,
-        typer.Option(help="Where in the file of weights the state dict is, if several fit."),
+        typer.Option(help="Key of the state dict in the weights file, if several fit."),
     ] = None,
     weights_prefix: Annotated[
         str | None,
-        typer.Option(help="What stands before the network's names there, if several prefixes fit."),
+        typer.Option(help="Prefix of the names in the weights file, if several fit."),
     ] = None,
     overrides: Annotated[
         list[str] | None,
@@ -67,8 +67,8 @@ def command(
 ) -> None:
     """Compress a network within a budget, without training, and export the student.
 
-    Writes safetensors, plan, card and ONNX to OUT. If the images have labels, the accuracy before
-    and after is measured on val/, or on a tenth of the images that is held out.
+    Writes weights (safetensors), plan, model card and ONNX to OUT. If the images have labels, the
+    accuracy before and after is measured on val/, or on a held-out tenth of the images.
     """
     settings = settings_of(model, weights, data, budget, overrides or [])
     check_writable("--out", out)

@@ -59,15 +59,15 @@ def prepare(
         Layout, typer.Option("--format", help="Class folders, or tar files for object storage.")
     ] = Layout.FOLDER,
     seed: Annotated[
-        int, typer.Option(min=0, help="Seed of the order of samples in tar files.")
+        int, typer.Option(min=0, help="Random seed of the order of samples in tar files.")
     ] = 0,
     no_checksum: Annotated[
-        bool, typer.Option("--no-checksum", help="Accept archives with another MD5 sum.")
+        bool, typer.Option("--no-checksum", help="Accept archives whose MD5 sum differs.")
     ] = False,
 ) -> None:
-    """Prepare a set of images from its archives. Nothing is downloaded.
+    """Prepare a data set from its archives. Nothing is downloaded.
 
-    After a stop or a kill the same command resumes. A finished set is left unchanged.
+    Run the same command again to resume. A finished set is left unchanged.
 
     \b
     cifar10        cifar-10-python.tar.gz or cifar-10-binary.tar.gz
@@ -106,9 +106,9 @@ def prepare(
         )
 
 
-@app.command(short_help="Compare a prepared set with its manifest.")
+@app.command(short_help="Verify a prepared set against its manifest.")
 def check(folder: Folder) -> None:
-    """Read every file of a prepared set and list what is missing, changed or superfluous."""
+    """Read every file of a prepared set and list missing, changed and unexpected files."""
     from pipelines.sources.verification import check as check_set
 
     with Display() as display:
@@ -130,18 +130,18 @@ def check(folder: Folder) -> None:
         )
 
 
-@app.command(short_help="Choose the images that have a label.")
+@app.command(short_help="Choose the labelled images.")
 def split(
     folder: Folder,
     labelled: Annotated[
         str, typer.Option(metavar="N|SHARE", help="Images per class (10), or a share (0.1).")
     ],
-    out: Annotated[Path, typer.Option(help="The list, for data.split in a recipe.")],
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice.")] = 0,
+    out: Annotated[Path, typer.Option(help="Output file, for data.split in a recipe.")],
+    seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
 ) -> None:
-    """Choose labelled training images, class by class; all others count as unlabelled.
+    """Write a list of labelled training images, drawn per class; the others are unlabelled.
 
-    With one seed, a smaller number picks a subset of what a larger one picks.
+    With the same seed, a smaller number gives a subset of a larger one.
     """
     if out.is_dir():
         raise UserError(f"--out {out}: is a folder; name a file for the list")

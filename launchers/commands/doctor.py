@@ -17,13 +17,13 @@ def command(
         str | None,
         typer.Option(
             "--tracking-uri",
-            help="MLflow's, as tracking.uri of a recipe; without it MLFLOW_TRACKING_URI, or the "
-            "database below RUNS.",
+            help="MLflow tracking URI, as tracking.uri in a recipe. Default: "
+            "MLFLOW_TRACKING_URI, or the database in RUNS.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print what is installed, built and reached, and what to do where something is not.
+    """Check packages, kernels, GPUs, Ray, MLflow and disk, and print a remedy for each problem.
 
     Exit code 1 if something that every run needs is broken.
     """

@@ -22,13 +22,15 @@ def command(
         Path,
         typer.Argument(
             metavar="RECIPE|FOLDER",
-            help="A recipe, of whose images the validation part is taken; or a folder with "
-            "CLASS/*, of whose val/ all images are taken, or all where it has none.",
+            help="A recipe (its validation images are used), or a folder with CLASS/* (the "
+            "images in val/, or all if there is no val/).",
         ),
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe, e.g. data.root=photos."),
+        typer.Argument(
+            metavar="KEY=VALUE", help="Overrides of recipe keys, e.g. data.root=photos."
+        ),
     ] = None,
     runs: Annotated[
         Path, typer.Option(help="Folder that holds all runs, and embedded sets.")
@@ -37,7 +39,7 @@ def command(
         bool, typer.Option("--json", help="Print JSON, with the accuracy of each class.")
     ] = False,
 ) -> None:
-    """Print the accuracy of a student on labelled images, by ONNX Runtime.
+    """Measure the accuracy of a student on labelled images with ONNX Runtime.
 
     Classes are matched by name. Images are prepared as in the evaluation of a run.
     """
@@ -59,7 +61,7 @@ def command(
         if student.crop is None:
             source = "" if images.is_dir() else f", as {images} says"
             display.say(
-                f"  {model} does not say which crop it was evaluated with: taking "
+                f"  {model} does not say which crop it was evaluated with: using "
                 f"{found.data.crop}{source}"
             )
         scores = evaluate(student.logits, student.classes.tolist(), found, display)

@@ -33,7 +33,7 @@ def command(
     model: Annotated[
         Path, typer.Argument(metavar="RUN|FOLDER", help="A run's or a student's folder.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder to write; it must be new, or empty.")],
+    out: Annotated[Path, typer.Option(help="Output folder; must be new or empty.")],
     form: Annotated[
         Form,
         typer.Option(
@@ -43,28 +43,28 @@ def command(
         ),
     ] = Form.ONNX,
     precision: Annotated[
-        Precision, typer.Option(help="int8: of onnx and mlflow, calibrated on the run's images.")
+        Precision, typer.Option(help="int8: for onnx and mlflow, calibrated on the run's images.")
     ] = Precision.FP32,
     data: Annotated[
         Path | None,
         typer.Option(
             metavar="RECIPE|FOLDER",
-            help="Images to calibrate and judge with; those of the run if not given.",
+            help="Images for calibration and comparison. Default: those of the run.",
         ),
     ] = None,
     build: Annotated[
         str | None,
         typer.Option(
-            help="What builds a network of your own: path/to/file.py:function or "
+            help="Function that builds your own network: path/to/file.py:function or "
             "package.module:function."
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
 ) -> None:
-    """Write a student in a form for others, with a model card, and compare it with PyTorch.
+    """Export a student with a model card, and compare it with PyTorch.
 
-    Batches may have any size; classes, normalisation and input size stand in the file. In int8,
-    layers that predictions suffer from stay in float, and are named.
+    The batch size is free; classes, normalisation and input size are stored in the file. With
+    int8, layers that would change the predictions too much stay in float, and are listed.
     """
     if precision is Precision.INT8 and form not in (Form.ONNX, Form.MLFLOW):
         raise UserError(f"--precision int8: is for --format onnx and mlflow, not for {form}")
@@ -91,7 +91,7 @@ def command(
         history = None if exported.run is None else history_of_run(exported)
         student = exporting.open_student(exported, images, history, build)
         if images is None:
-            display.say("  no images are known (--data names some): compared on noise")
+            display.say("  no images given (--data): compared on random noise")
         rows = exporting.export(student, form.value, precision.value, out, display)
         if not as_json:
             display.console.print(exporting.table_of(rows, logits=student.is_classifier))

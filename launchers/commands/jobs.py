@@ -26,9 +26,7 @@ FAILED = 1  # exit code where the job has not succeeded, and has none of its own
 
 ClusterFile = Annotated[
     Path | None,
-    typer.Option(
-        "--cluster", metavar="FILE", help="The file that `ray up` has started the cluster from."
-    ),
+    typer.Option("--cluster", metavar="FILE", help="The cluster file given to `ray up`."),
 ]
 Address = Annotated[
     str | None,
@@ -45,7 +43,7 @@ def submit(
     recipe_file: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe, as for `sbf run`."),
+        typer.Argument(metavar="KEY=VALUE", help="Overrides of recipe keys, as for `sbf run`."),
     ] = None,
     cluster: ClusterFile = None,
     address: Address = None,
@@ -63,26 +61,26 @@ def submit(
         bool, typer.Option("--wait/--no-wait", help="Follow the job's log until it ends.")
     ] = True,
 ) -> None:
-    """Run a recipe on a cluster: send this folder, start `sbf run` there, and follow its log.
+    """Run a recipe on a cluster: upload this folder, start `sbf run` there, and follow its log.
 
-    What is sent is the current folder, which must hold the recipe: the files that Git tracks or
-    would add, without data/ and runs/, 100 MiB at most. Images and the folder of runs are not sent:
-    they must lie where all machines of the cluster find them. Submitting the same run again goes on
-    with it. Ctrl-C ends the watching, not the job.
+    The current folder is uploaded, which must contain the recipe: files that Git tracks or would
+    add, without data/ and runs/, 100 MiB at most. Images and runs must be on storage that all
+    machines of the cluster share. Submit the same run again to resume it. Ctrl-C stops following
+    the log; the job continues.
     """
     recipe = recipes.load(recipe_file, overrides or ())
     root = Path.cwd()
     if not recipe_file.resolve().is_relative_to(root.resolve()):
         raise UserError(
-            f"recipe {recipe_file}: lies outside the folder that is sent, {root}; start from the "
+            f"recipe {recipe_file}: is outside the uploaded folder, {root}; start from the "
             "folder that holds it"
         )
     files = packing.files_of(root)
     inside = recipe_file.resolve().relative_to(root.resolve())
     if inside not in files:
         raise UserError(
-            f"recipe {inside}: is not sent, as it lies in {inside.parts[0]}/ or Git ignores it; "
-            "move it"
+            f"recipe {inside}: is not uploaded, as it is in {inside.parts[0]}/ or Git ignores "
+            "it; move it"
         )
     tracking = recipe.tracking.uri or (mlflow_of(cluster) if cluster else None)
     ray = os.path.relpath(Path(sys.executable).with_name("ray"))
@@ -107,7 +105,7 @@ def submit(
 
 
 def jobs(cluster: ClusterFile = None, address: Address = None) -> None:
-    """List the jobs of a cluster, the newest first."""
+    """List the jobs of a cluster, newest first."""
     from rich.console import Console
     from rich.table import Table
 
@@ -129,10 +127,10 @@ def logs(
     cluster: ClusterFile = None,
     address: Address = None,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on until the job ends.")
+        bool, typer.Option("--follow", "-f", help="Follow the log until the job ends.")
     ] = False,
 ) -> None:
-    """Print what a job has printed."""
+    """Print the log of a job."""
     with _cluster(cluster, address) as found:
         if follow:
             _follow(found, job_id)
@@ -141,10 +139,10 @@ def logs(
 
 
 def stop(job_id: JobId, cluster: ClusterFile = None, address: Address = None) -> None:
-    """End a job. Submitting its run again goes on from its last checkpoint."""
+    """Stop a job. Submit its run again to resume from the last checkpoint."""
     with _cluster(cluster, address) as found:
         if found.stop(job_id):
-            print(f"job {job_id}: asked to end")
+            print(f"job {job_id}: was asked to stop")
         else:
             print(f"job {job_id}: has ended already ({found.job(job_id).status})")
 
@@ -156,8 +154,8 @@ def _follow(cluster: "Cluster", job_id: str) -> None:
             print(text, end="", flush=True)
     except KeyboardInterrupt:
         print(
-            f"\njob {job_id} goes on; sbf logs {job_id} --follow watches it again, "
-            f"sbf stop {job_id} ends it"
+            f"\njob {job_id} is still running; sbf logs {job_id} --follow follows it, sbf stop "
+            f"{job_id} stops it"
         )
         raise
     job = cluster.job(job_id)
@@ -182,7 +180,7 @@ def _cluster(file: Path | None, address: str | None) -> Iterator["Cluster"]:
     address = address or os.environ.get(ADDRESS)
     if not address:
         raise UserError(
-            "no cluster is named: give --cluster FILE, --address URL or the variable "
-            f"{ADDRESS}; on this machine alone, sbf run needs none"
+            f"no cluster given: set --cluster FILE, --address URL or the variable {ADDRESS}; on "
+            "this machine alone, sbf run needs none"
         )
     yield Cluster(address)

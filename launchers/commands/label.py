@@ -29,8 +29,8 @@ class _WithRecipe(TyperGroup):
 
 app = typer.Typer(
     cls=_WithRecipe,
-    help="Write what the teachers of a recipe predict on all images: sbf label RECIPE "
-    "[KEY=VALUE …]. Stages before it that are not done are done first.",
+    help="Write the teachers' predictions for all images: sbf label RECIPE [KEY=VALUE …]. "
+    "Unfinished earlier stages run first.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -43,7 +43,7 @@ def write(
         list[str] | None,
         typer.Argument(
             metavar="KEY=VALUE",
-            help="Changes to the recipe, e.g. pseudo_labels.threshold=0.7 workers.count=4.",
+            help="Overrides of recipe keys, e.g. pseudo_labels.threshold=0.7 workers.count=4.",
         ),
     ] = None,
     runs: Annotated[
@@ -53,30 +53,30 @@ def write(
         StageName | None, typer.Option(help="Repeat this stage and those after it.")
     ] = None,
 ) -> None:
-    """Prepare the images, train the teachers that have to be, and write their predictions.
+    """Prepare the images, train the teachers if needed, and write their predictions.
 
-    As sbf run RECIPE --until pseudo-labels, which goes on with the other stages later.
+    The same as sbf run RECIPE --until pseudo-labels; sbf run RECIPE continues from there.
     """
     run.command(recipe_file, overrides, runs, until=_STAGE, again=again)
 
 
-@app.command(short_help="Say how good pseudo-labels are: table, picture, JSON.")
+@app.command(short_help="Report on the quality of pseudo-labels: table, picture, JSON.")
 def report(
     place: Annotated[
         str,
-        typer.Argument(metavar="DIR", help="A run's folder, or a store's; or its address."),
+        typer.Argument(
+            metavar="DIR", help="The folder of a run or of pseudo-labels: a path or an address."
+        ),
     ],
-    out: Annotated[
-        Path | None, typer.Option(help="File to write the picture to: labels.png, if none.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Output picture. Default: labels.png.")] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print the figures as JSON, and draw nothing.")
+        bool, typer.Option("--json", help="Print JSON, and draw no picture.")
     ] = False,
 ) -> None:
-    """Print number, confidence, agreement, accuracy and calibration error; draw a picture.
+    """Print count, confidence, agreement, accuracy and calibration error; draw a picture.
 
-    Images that have a known class, labelled or not, say how often the teachers are right. The
-    teachers were trained on the labelled ones: judge by the validation part.
+    Accuracy is measured on images whose class is known. The teachers were trained on the labelled
+    ones: use the figures of the validation images.
     """
     picture = out or Path("labels.png")
     if as_json and out is not None:

@@ -9,7 +9,7 @@ from launchers.storage.looking import looked_at
 from sbf_dist.errors import UserError
 
 app = typer.Typer(
-    help="Show what was planned for a network.",
+    help="Show compression plans.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -30,7 +30,7 @@ def show(
         ),
     ],
 ) -> None:
-    """Print what is kept, rebuilt and removed of each convolution, what it costs, and why."""
+    """Print kept, rebuilt and removed channels of each convolution, its cost, and the reason."""
     with looked_at(place, lambda key: key == _FILE) as looked:
         path = looked.path / _FILE if looked.path.is_dir() else looked.path
         if looked.path.is_dir() and not path.exists():

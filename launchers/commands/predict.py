@@ -27,29 +27,29 @@ def command(
         list[str],
         typer.Argument(
             metavar="IMAGES",
-            help="Files, folders, patterns in quotes ('photos/**/*.jpg'); -: a list on standard "
-            "input, one a line.",
+            help="Files, folders, patterns in quotes ('photos/**/*.jpg'); -: read a list from "
+            "standard input, one per line.",
         ),
     ],
     top: Annotated[
         int | None,
-        typer.Option(min=1, help=f"Number of classes of each image; {DEFAULT_TOP} if not given."),
+        typer.Option(min=1, help=f"Number of classes per image. Default: {DEFAULT_TOP}."),
     ] = None,
     crop: Annotated[
         float | None,
         typer.Option(
-            help="Side of the centre crop, share of the image's short side, in (0, 1]; the one of "
-            "the evaluation if not given."
+            help="Side of the centre crop, share of the image's short side, in (0, 1]. Default: "
+            "that of the evaluation."
         ),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print a line of JSON for each image.")
+        bool, typer.Option("--json", help="Print one line of JSON per image.")
     ] = False,
 ) -> None:
     """Print the most probable classes of images.
 
-    Images are prepared as in the evaluation. One that is not readable is named on standard error,
-    and the others go on; the exit code is then 1.
+    Images are prepared as in the evaluation. Unreadable images are reported on standard error and
+    skipped; the exit code is then 1.
     """
     if crop is not None and not 0 < crop <= 1:
         raise UserError(f"--crop {crop:g}: must be in (0, 1]")
@@ -67,8 +67,8 @@ def command(
         student.crop = crop
     elif student.crop is None:
         print(
-            f"sbf: {model} does not say which crop it was evaluated with: taking {DEFAULT_CROP}; "
-            "--crop names another",
+            f"sbf: {model} does not say which crop it was evaluated with: using {DEFAULT_CROP}; "
+            "set --crop to change it",
             file=sys.stderr,
         )
     found = predictions(student, pictures, min(top or DEFAULT_TOP, len(student.classes)))

@@ -21,22 +21,25 @@ def command(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="File to write. If none: report.html in the run's folder; of several runs, and of "
-            "one in an object store, in this folder."
+            help="Output file. Default: report.html in the run's folder; for several runs, or a "
+            "run in an object store, in the working directory."
         ),
     ] = None,
     layers: Annotated[
         list[str] | None,
-        typer.Option("--layer", help="A layer to look into; give it several times for several."),
+        typer.Option("--layer", help="A layer to show in detail; may be given several times."),
     ] = None,
     images: Annotated[
-        int, typer.Option(min=1, help="Validation images to classify, at most, drawn at random.")
+        int,
+        typer.Option(
+            min=1, help="Maximum number of validation images to classify, drawn at random."
+        ),
     ] = 1000,
 ) -> None:
-    """Write one HTML page on a run: results, costs, layers, training, pseudo-labels, mistakes.
+    """Write an HTML report on a run: results, costs, layers, training, pseudo-labels, errors.
 
-    It needs no network. Parts that a run does not have yet are named, the others are drawn.
-    Several runs stand side by side.
+    It works offline. Parts for which a run has no data yet are listed as missing.
+    Several runs are shown side by side.
     """
     one_here = len(places) == 1 and not is_address(places[0])
     for place in places:

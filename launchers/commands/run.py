@@ -21,8 +21,8 @@ LAST_STAGE = StageName(STAGES[-1].name)
 DEFAULT_MACHINE = "p5.48xlarge"
 HELP = f"""Run a recipe: {", ".join(stage.name for stage in STAGES)}.
 
-Finished stages are kept under RUNS/NAME and not repeated. An interrupted run resumes from the last
-checkpoint of its stage. If a setting changes that a finished stage has read, give --again STAGE.
+Finished stages are kept in RUNS/NAME and not repeated. An interrupted run resumes from the last
+checkpoint. After changing a setting that a finished stage depends on, give --again STAGE.
 
 \b
 {chr(10).join(f"{stage.name:<14} {stage.summary}" for stage in STAGES)}
@@ -35,7 +35,7 @@ def command(
         list[str] | None,
         typer.Argument(
             metavar="KEY=VALUE",
-            help="Changes to the recipe, e.g. distill.training.steps=200 workers.count=1.",
+            help="Overrides of recipe keys, e.g. distill.training.steps=200 workers.count=1.",
         ),
     ] = None,
     runs: Annotated[
@@ -64,20 +64,19 @@ def command(
     machine: Annotated[
         str | None,
         typer.Option(
-            help=f"With --dry-run: the kind of machine that the hours are for, {DEFAULT_MACHINE} "
-            "if none is given."
+            help=f"With --dry-run: machine type for the estimate. Default: {DEFAULT_MACHINE}."
         ),
     ] = None,
     price: Annotated[
         float | None,
-        typer.Option(min=0, help="With --dry-run: USD that such a machine costs in an hour."),
+        typer.Option(min=0, help="With --dry-run: price of such a machine, USD per hour."),
     ] = None,
 ) -> None:
     """Run a recipe, as HELP says."""
     if not dry_run:
         for option, value in (("--machine", machine), ("--price", price)):
             if value is not None:
-                raise UserError(f"{option} {value}: is for an estimate; give --dry-run with it")
+                raise UserError(f"{option} {value}: needs --dry-run")
     recipe = recipes.load(recipe_file, overrides or ())
     folder = RunFolder.at(runs, recipe.name)
     tracking_address(folder.runs, recipe.tracking.uri)
@@ -150,14 +149,13 @@ def check_shard_cache(images: Data, *, workers_are_here: bool) -> None:
 
 
 def check_ray_address(address: str | None) -> None:
-    """UserError for a RAY_ADDRESS that is none, which Ray would puzzle over for minutes."""
+    """UserError for a malformed RAY_ADDRESS, which Ray would try to reach for minutes."""
     if address in (None, "auto", "local"):
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port[:6]) < 2**16:
         raise UserError(
-            f"RAY_ADDRESS = {address!r} must look like HOST:6379; unset it for a Ray of the run's "
-            "own"
+            f"RAY_ADDRESS = {address!r} must look like HOST:6379; unset it to start a local Ray"
         )
 
 

@@ -64,14 +64,14 @@ def describe(
         display.say(line)
     if any(planned.is_sbf for planned in trainings):
         display.say(
-            "The SBF student is taken with all layers shrunk alike; the plan, which needs images, "
-            "shares the same cost out otherwise."
+            "The SBF student is estimated with all layers shrunk alike; the plan, which needs "
+            "images, distributes the same cost differently."
         )
     unfit = [name for name, memory in memories.items() if memory.total > kind.gpu_bytes]
     if unfit and on_gpus:
         display.say(
-            f"{', '.join(unfit)}: more than the {kind.gpu_bytes / 1e9:.0f} GB of a {kind.gpu}; set "
-            "images_at_once, or take more workers"
+            f"{', '.join(unfit)}: more than the {kind.gpu_bytes / 1e9:.0f} GB of a {kind.gpu}; "
+            "set images_at_once, or use more workers"
         )
     if not on_gpus:
         display.say("Hours are estimated for workers with GPUs; this recipe has workers.gpus = 0.")
@@ -85,7 +85,8 @@ def describe(
     console.print()
     console.print(_hours_table(recipe, run, kind, images, price))
     display.say(
-        "Estimated from compute, images, gradients and stragglers; docs/scaling.md says how well."
+        "Estimated from compute, images, gradients and stragglers; their accuracy is in "
+        "docs/scaling.md."
         + ("" if price is not None else "\n--price USD adds the price, of a machine for an hour.")
     )
 

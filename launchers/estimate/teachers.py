@@ -41,7 +41,7 @@ def by_cost(teacher_macs: float, student_macs: float) -> Choice:
     cost = teacher_macs / (TRAINING_PASSES * student_macs)
     return Choice(
         "live" if cost <= MOST_COST else "stored",
-        f"on each crop they cost {cost:.1f} of the student's step, the most is {MOST_COST:g}",
+        f"live predictions cost {cost:.1f} of the student's step, limit {MOST_COST:g}",
     )
 
 
@@ -49,8 +49,8 @@ def by_memory(needed: float, device: float) -> Choice:
     """Choose by the bytes of a training with its teachers, and those of the device."""
     return Choice(
         "live" if needed <= MOST_MEMORY * device else "stored",
-        f"with them the training takes {needed / 1e9:.1f} GB of {device / 1e9:.1f}, the most is "
-        f"{MOST_MEMORY:.0%}",
+        f"with live predictions the training takes {needed / 1e9:.1f} GB of {device / 1e9:.1f}, "
+        f"limit {MOST_MEMORY:.0%}",
     )
 
 

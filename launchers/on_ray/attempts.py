@@ -97,7 +97,7 @@ def run_workers(
                 if again:
                     local_ray.restart()
             except StoppedError:
-                failure = AttemptError(lost=True, cause="a machine is being taken away", details="")
+                failure = AttemptError(lost=True, cause="a machine is being preempted", details="")
                 log = keep_logs(logs, name, failure, began)
                 again = budget.charge(failure)
             except AttemptError as found:
@@ -112,7 +112,7 @@ def run_workers(
             if not again:
                 raise RunError(_given_up(name, failure, budget.described(failure), log))
             _log.warning(
-                "%s: %s, %s; what was logged is kept in %s; starting the workers again",
+                "%s: %s, %s; the workers' logs are in %s; restarting the workers",
                 name,
                 failure,
                 budget.described(failure),
@@ -138,8 +138,8 @@ def begin_workers(
 
 def _given_up(name: str, failure: AttemptError, budget: str, log: Path) -> str:
     return (
-        f"{name}: {failure}{budget and ', '}{budget}; what was logged is kept in {log}; the same "
-        "command goes on from the last checkpoint"
+        f"{name}: {failure}{budget and ', '}{budget}; the workers' logs are in {log}; run the "
+        "same command again to resume from the last checkpoint"
     )
 
 
@@ -179,7 +179,7 @@ def _too_few(workers: Workers, counts: Sequence[int]) -> str:
     there = places(cpus, gpus, workers.cpus, workers.gpus)
     return (
         f"workers.count = {workers.count_as_written}: there are {cpus:g} CPUs and {gpus:g} GPUs, "
-        f"places for {there} workers with workers.cpus = {workers.cpus} and workers.gpus = "
+        f"enough for {there} workers with workers.cpus = {workers.cpus} and workers.gpus = "
         f"{workers.gpus:g}; at least {min(counts)} are needed"
     )
 
@@ -196,9 +196,9 @@ def _check_used_by_others(workers: Workers, count: int) -> None:
 
     free = ray.available_resources()
     raise UserError(
-        f"workers.count = {workers.count_as_written}: no places for {count} workers within "
-        f"{workers.start_timeout:g} s (workers.start_timeout): of {cpus:g} CPUs and {gpus:g} GPUs, "
-        f"{free.get('CPU', 0):g} and {free.get('GPU', 0):g} are free; others use the rest"
+        f"workers.count = {workers.count_as_written}: no room for {count} workers within "
+        f"{workers.start_timeout:g} s (workers.start_timeout): of {cpus:g} CPUs and {gpus:g} "
+        f"GPUs, {free.get('CPU', 0):g} and {free.get('GPU', 0):g} are free; others use the rest"
     )
 
 

@@ -63,7 +63,7 @@ class Shelf:
                 aside = _free(bad.with_name(bad.name + _DAMAGED))
                 bad.rename(aside)
                 _log.warning(
-                    "checkpoint %s: %s; it is now %s, and training %s goes on from %s",
+                    "checkpoint %s: %s; renamed to %s; training %s resumes from %s",
                     bad,
                     fault,
                     aside.name,
@@ -75,7 +75,7 @@ class Shelf:
             listed = "; ".join(f"{path.name}: {fault}" for path, fault in damaged)
             raise UserError(
                 f"training {self.training}: none of its checkpoints in {self.folder} is whole "
-                f"({listed}); put one back, or begin the stage anew with --again STAGE"
+                f"({listed}); restore one, or repeat the stage with --again STAGE"
             )
         return None
 

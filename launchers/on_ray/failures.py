@@ -62,7 +62,7 @@ def judged(worker_failures: dict[int, Exception], details: str) -> AttemptError:
         ranks = ", ".join(map(str, sorted(dead)))
         hung = any("hanging" in str(error) for error in dead.values())
         machines = sorted(filter(None, map(_lost_machine, dead.values())))
-        what = "died, or did not go on in time" if hung else "died"
+        what = "died or hung" if hung else "died"
         what += f" with machine {', '.join(machines)}" if machines else ""
         return AttemptError(lost=True, cause=f"worker {ranks} {what}", details=details)
     own = [item for item in worker_failures.items() if not _PEER_IS_GONE.search(str(item[1]))]

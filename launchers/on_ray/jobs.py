@@ -54,7 +54,7 @@ class Cluster:
             "on the head the dashboard listens at 127.0.0.1:8265: forward it (ray dashboard "
             "cluster.yaml), or give --cluster FILE"
             if file is None
-            else f"does Ray run on the head? ray up {file} starts it"
+            else f"is Ray running on the head? Start it with ray up {file}"
         )
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         if _has_token():
@@ -76,8 +76,8 @@ class Cluster:
         for job in self.jobs():
             if job.run == run and job.status in AT_WORK:
                 raise UserError(
-                    f"run {run} is at work in job {job.id}: sbf logs {job.id} follows it, "
-                    f"sbf stop {job.id} ends it"
+                    f"run {run} is running in job {job.id}: sbf logs {job.id} follows it, sbf "
+                    f"stop {job.id} stops it"
                 )
         with self._errors():
             self._client.submit_job(
@@ -120,9 +120,10 @@ class Cluster:
             yield from self._followed(job_id)
         except (RuntimeError, OSError, aiohttp.ClientError) as error:
             raise UserError(
-                f"cluster {self.name}: the connection to job {job_id} is lost ({_reason(error)}); "
-                f"if the head is there, the job goes on: sbf logs {job_id} --follow; if not, start "
-                "it, and submit the run again: it goes on from its last checkpoint"
+                f"cluster {self.name}: the connection to job {job_id} is lost "
+                f"({_reason(error)}); if the head is up, the job is still running: sbf logs "
+                f"{job_id} --follow; otherwise start the head and submit the run again: it "
+                "resumes from its last checkpoint"
             ) from error
 
     def _followed(self, job_id: str) -> Iterator[str]:
@@ -150,7 +151,7 @@ class Cluster:
         try:
             yield
         except AuthenticationError as error:
-            what = "wants a token" if _UNAUTHORIZED in str(error) else "refuses the token"
+            what = "requires a token" if _UNAUTHORIZED in str(error) else "refuses the token"
             raise UserError(f"cluster {self.name}: {what}; {TOKEN_HINT}") from error
         except (ConnectionError, requests.exceptions.RequestException) as error:
             raise UserError(

@@ -34,8 +34,8 @@ _DISK = {
     errno.EDQUOT: "the quota of the disk is used up",
     errno.EROFS: "the disk is read-only",
     errno.EFBIG: "the file would be larger than the system allows",
-    errno.EACCES: "it may not be written to",
-    errno.EPERM: "it may not be written to",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
     errno.EIO: "the disk reports an error",
 }
 _PROBE_BYTES = 2**20
@@ -183,8 +183,8 @@ def _explain(error: Exception, folder: Path, step: int) -> None:
     number = error.errno if isinstance(error, OSError) else _trouble_with(folder)
     if number in _DISK:
         raise UserError(
-            f"checkpoint of step {step} in {folder}: {_DISK[number]}; the checkpoint before is "
-            "intact: make room or choose another place, and give the same command"
+            f"checkpoint of step {step} in {folder}: {_DISK[number]}; the previous checkpoint is "
+            "intact; free some space or choose another place, and run the same command again"
         ) from error
 
 

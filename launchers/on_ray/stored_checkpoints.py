@@ -97,8 +97,7 @@ class StoredShelf:
                 about = json.dumps({"fault": fault}).encode()
                 patiently(partial(self.store.write, f"{bad}/{_DAMAGED}", about))
                 _log.warning(
-                    "checkpoint %s/%s: %s; it does not count any more, and training %s goes on "
-                    "from %s",
+                    "checkpoint %s/%s: %s; it is ignored from now on; training %s resumes from %s",
                     self.store.address,
                     bad,
                     fault,
@@ -110,7 +109,7 @@ class StoredShelf:
             listed = "; ".join(f"{name}: {fault}" for name, fault in damaged)
             raise UserError(
                 f"training {self.training}: none of its checkpoints in {self.store.address} is "
-                f"whole ({listed}); put one back, or begin the stage anew with --again STAGE"
+                f"whole ({listed}); restore one, or repeat the stage with --again STAGE"
             )
         return None
 
@@ -208,7 +207,7 @@ class StoredShelf:
         for key, entry in manifest.files.items():
             found = there.get(f"{name}/{key}")
             if found is None or found.size != entry.size:
-                raise UserError(f"{key} was removed by somebody")
+                raise UserError(f"{key} was removed by another process")
         content = manifest.model_dump_json(indent=1).encode()
         patiently(lambda: self.store.write(f"{name}/{MANIFEST}", content))
         for old in self._superseded():

@@ -228,7 +228,7 @@ def _cause(error: BaseException) -> BaseException:
     if isinstance(error, train.ControllerError):
         return _cause_of_start(error)
     if isinstance(error, train.TrainingFailedError):
-        return AttemptError(lost=True, cause="a machine was taken away", details=str(error))
+        return AttemptError(lost=True, cause="a machine was preempted", details=str(error))
     if isinstance(error, RayError):
         return _cause_of_controller(error)
     return error
@@ -236,7 +236,7 @@ def _cause(error: BaseException) -> BaseException:
 
 def _cause_of_start(error: Any) -> AttemptError:
     if "StartupTimeout" in type(error.controller_failure).__name__:
-        cause = "not all workers had a place in time"
+        cause = "not all workers could be placed in time"
         return NoPlaceError(lost=True, cause=cause, details=str(error))
     return judged_start(error.controller_failure, str(error))
 
@@ -262,11 +262,11 @@ def _check(key: str, notice: Notice, stop_within: float) -> None:
         notice.raise_it()
     if ray_train.ask_for_end(key):
         _log.warning(
-            "%s: a checkpoint is written at the next step (once more: end at once)",
+            "%s: writing a checkpoint at the next step (send it again to stop at once)",
             Interrupted(notice.signum),
         )
     if time.monotonic() - notice.since > stop_within:
-        _log.warning("no checkpoint within %g s (workers.stop_within): ending now", stop_within)
+        _log.warning("no checkpoint within %g s (workers.stop_within): stopping now", stop_within)
         notice.raise_it()
 
 
@@ -280,7 +280,7 @@ def _pass_draining_on(key: str) -> None:
     leaving = ray_train.nodes(key) & draining.keys()
     if leaving and ray_train.is_stepping(key) and ray_train.ask_for_end(key):
         _log.warning(
-            "%s is being taken away: a checkpoint is written at the next step",
+            "%s is being preempted: writing a checkpoint at the next step",
             ", ".join(sorted(leaving)),
         )
 

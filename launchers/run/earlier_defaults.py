@@ -29,7 +29,7 @@ def as_begun(recipe: Recipe, folder: RunFolder) -> tuple[Recipe, list[str]]:
         return recipe, []
     named = " and ".join(f"distill.{key} = {value}" for key, value in kept.items())
     line = (
-        f"{named}: the defaults of the version that began this run are kept; another name (name=…) "
-        "begins one with today's"
+        f"{named}: this run keeps the defaults of the version that started it; use another name "
+        "(name=…) for the current defaults"
     )
     return recipe.model_copy(update={"distill": distill.model_copy(update=kept)}), [line]

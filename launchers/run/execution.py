@@ -32,7 +32,7 @@ def execute(
         with signals_raise():
             _execute(recipe, folder, until, again, output)
     except Interrupted as signal:
-        output.warn(f"sbf: ended by {signal}; the same command goes on")
+        output.warn(f"sbf: stopped by {signal}; run the same command again to resume")
         raise Ended(signal.exit_code) from None
 
 
@@ -101,7 +101,7 @@ def say_where(display: Display, folder: RunFolder, uri: str) -> None:
     display.say(f"run       {folder.place}, on this machine in {folder.root}")
     if uri.startswith("sqlite:///"):
         display.say(
-            f"MLflow    {uri}, which this machine alone has; tracking.uri names a server for all"
+            f"MLflow    {uri}, on this machine only; set tracking.uri to a server to share it"
         )
 
 

@@ -64,16 +64,16 @@ def of_place(place: Path) -> Report:
     if not (run.index / "index.json").exists():
         if "classes" not in manifest:
             raise UserError(
-                f"pseudo-labels {store}: are of a version that did not note the classes; give the "
-                "folder of their run"
+                f"pseudo-labels {store}: were written by an older version, without the classes; "
+                "give the folder of their run"
             )
         everything = {"all": stored.ids}
         return describe(stored, everything, manifest["classes"], _teachers(manifest))
     index = DataIndex.load(run.index)
     if index.digest != manifest["origin"].get("data"):
         raise UserError(
-            f"pseudo-labels {store}: are of other images than the index in {run.index}; "
-            "write them again (--again pseudo-labels)"
+            f"pseudo-labels {store}: belong to other images than the index in {run.index}; write "
+            "them again (--again pseudo-labels)"
         )
     # A store of format 1 has no validation images.
     parts = {part: np.intersect1d(ids, stored.ids) for part, ids in index.parts.items()}

@@ -66,7 +66,7 @@ def write_page(folders: Mapping[str, RunFolder], out: Path, request: Request) ->
     UserError for a folder that is no run, and for more runs than a page has letters for.
     """
     if len(folders) > MOST_RUNS:
-        raise UserError(f"{len(folders)} runs: at most {MOST_RUNS} stand on one page")
+        raise UserError(f"{len(folders)} runs: at most {MOST_RUNS} fit on one page")
     write_text(out, render([contents_of(place, run, request) for place, run in folders.items()]))
 
 
@@ -138,7 +138,7 @@ class _Reader:
         if isinstance(index.root, Path) and not index.root.is_dir():
             index = with_embedded_images(self._networks.recipe.data, self.folder.runs, index)
         if isinstance(index.root, Path) and not index.root.is_dir():
-            raise UserError(f"The images are not in {index.root} any more.")
+            raise UserError(f"The images are no longer in {index.root}.")
         return index
 
     @cached_property
@@ -160,8 +160,8 @@ class _Reader:
         curves = read_curves(self.folder.root / self.folder.tracking.stem)
         if not curves:
             raise UserError(
-                "No training has logged anything in tracking/, or the run is of a version that "
-                "kept no journals."
+                "No training has logged metrics, or the run was made by an older version without "
+                "journals."
             )
         return curves
 
@@ -196,7 +196,7 @@ class _Reader:
         for name in self.request.layers:
             if name not in converted:
                 raise WrongLayerError(
-                    f"--layer {name}: is no converted layer of {self.place}; these are: "
+                    f"--layer {name}: is not a converted layer of {self.place}; converted are: "
                     f"{', '.join(converted) or 'none'}"
                 )
         return list(self.request.layers) or chosen_layers(plan)
@@ -249,8 +249,8 @@ class _Reader:
     def _build(self, network: Network) -> nn.Module:
         if is_user_code(network.model) and not self.request.own_code:
             raise UserError(
-                f"The network {network.model} is code of your own, which is not run because a "
-                "folder names it. The page that a run writes at its end has this part."
+                f"The network {network.model} is your own code, which this command does not run. "
+                "The report that a run writes at its end has this part."
             )
         if not network.weights.exists():
             raise UserError(f"There are no weights of {network.name} yet.")

@@ -31,7 +31,9 @@ def perform(session: "Session", until: str) -> None:
     for number, stage in enumerate(wanted, 1):
         result_file = session.folder.result(stage.name)
         if result_file.exists():
-            session.display.say(f"[{number}/{len(wanted)}] {stage.name}: done before", style="bold")
+            session.display.say(
+                f"[{number}/{len(wanted)}] {stage.name}: already done", style="bold"
+            )
             continue
         with (
             session.display.stage(number, len(wanted), stage.name),
@@ -44,8 +46,8 @@ def perform(session: "Session", until: str) -> None:
         for key, digest in file_digests(session.recipe).items():
             if digest != files.get(key):
                 raise UserError(
-                    f"{locks.file_of(key)}: the file has changed while the run was at "
-                    "work; give the same command again, which says what must be repeated"
+                    f"{locks.file_of(key)}: the file changed during the run; run the same "
+                    "command again to see what must be repeated"
                 )
         reads = [key for product in stage.products(session.networks) for key in product.reads]
         read = locks.read_by(values, reads)
@@ -152,8 +154,8 @@ def _changes(networks: "Networks", products: Products) -> dict[str, list[locks.C
 
 def _going_on(change: locks.Change) -> str:
     return (
-        f"{change.key} is {change.now} instead of {change.before}: the training goes on from its "
-        f"last checkpoint, with the learning rates that one of {change.now} has from there on"
+        f"{change.key} is {change.now} instead of {change.before}: the training resumes from its "
+        f"last checkpoint, with the learning rates of a training of {change.now}"
     )
 
 
@@ -165,7 +167,7 @@ def _check_permission(
         return
     following = f" (which repeats {', '.join(begun)})" if len(begun) > 1 else ""
     word = "done" if folder.result(begun[0]).exists() else "begun"
-    longer = ", which goes on from its end," if all(c.is_longer for c in changes) else ""
+    longer = ", which resumes from its end," if all(c.is_longer for c in changes) else ""
     raise UserError(
         f"run folder {folder.root}: {begun[0]} was {word} {changes[0]}; give --again {begun[0]}"
         f"{following}{longer} or another name (name=…)"

@@ -198,7 +198,7 @@ def _are_trained(networks: "Networks") -> bool:
 
 
 STAGES = (
-    Stage("prepare", "find, check and divide the images", _prepare, _images, _never),
+    Stage("prepare", "find, check and split the images", _prepare, _images, _never),
     Stage(
         "teachers",
         "train the teachers on the labels",

@@ -25,7 +25,7 @@ def choice_for(here: Context, network: Network) -> Choice | None:
     if distill is None or not distill.asks_teachers:
         return None
     if distill.targets != "auto":
-        return Choice(distill.targets, "as distill.targets says")
+        return Choice(distill.targets, "set by distill.targets")
     found: list[Choice | None] = [_kept_or_chosen(here, network) if here.rank == 0 else None]
     if dist.is_initialized():
         dist.broadcast_object_list(found, device=here.device)

@@ -38,4 +38,4 @@ def taken_over(copy: WorkingCopy) -> Iterator[tuple[WorkingCopy, JournalMirror]]
             try:
                 own.publish_once()
             except (StoreUnreachableError, UserError) as error:
-                _log.warning("what is left stays in %s: %s", own.root, error)
+                _log.warning("unpublished files remain in %s: %s", own.root, error)

@@ -78,7 +78,7 @@ class JournalMirror:
             self._sizes = self._copy.stored_sizes()
         except (StoreUnreachableError, UserError) as error:
             if not self._away:
-                _log.warning("what is logged is not published: %s", error)
+                _log.warning("logs are not published: %s", error)
             self._away = True
         else:
             self._away = False

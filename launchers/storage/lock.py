@@ -80,7 +80,10 @@ class StoreLock:
             self._folder.remove(self._key)
         except (StoreUnreachableError, UserError) as fault:
             _log.warning(
-                "the lock of %s stays for %g s: %s", self._shown, STALE_AFTER_SECONDS, fault
+                "the lock of %s is not released, it expires in %g s: %s",
+                self._shown,
+                STALE_AFTER_SECONDS,
+                fault,
             )
 
     def check(self) -> None:
@@ -106,9 +109,9 @@ class StoreLock:
             return False
         if refuse:
             raise UserError(
-                f"run {self._shown} is in use by another sbf run, on {about.get('host')}, which "
-                f"gave a sign of life {age:.0f} s ago; wait for it, or give another name (name=…); "
-                f"had it been killed, its lock would end in {STALE_AFTER_SECONDS - age:.0f} s"
+                f"run {self._shown} is in use by another sbf run, on {about.get('host')}, last "
+                f"heartbeat {age:.0f} s ago; wait for it, or give another name (name=…); if it "
+                f"was killed, its lock expires in {STALE_AFTER_SECONDS - age:.0f} s"
             )
         return True
 
@@ -156,8 +159,8 @@ class StoreLock:
 
     def _lose(self) -> None:
         self._lost = (
-            f"run {self._shown}: another driver has taken it over, as this one gave no sign of "
-            f"life for {STALE_AFTER_SECONDS:g} s or its lock was removed; this one has ended"
+            f"run {self._shown}: another driver has taken over, as this one sent no heartbeat "
+            f"for {STALE_AFTER_SECONDS:g} s or its lock was removed; this one stops"
         )
 
 

@@ -231,8 +231,8 @@ class WorkingCopy:
                     given_up.append(name)
             if discard and given_up:
                 _log.warning(
-                    "%s: %d files of it that %s has not are given up, as another machine has gone "
-                    "on with the run: %s",
+                    "%s: %d local files that %s does not have are discarded, as another machine "
+                    "has continued the run: %s",
                     self.root,
                     len(given_up),
                     self.store.address,
@@ -273,7 +273,9 @@ class WorkingCopy:
             return  # removed by somebody in the meantime
         found = self.store.find(name)
         if found is None:
-            raise StoreUnreachableError(f"{self.store.address}/{name}: was removed by somebody")
+            raise StoreUnreachableError(
+                f"{self.store.address}/{name}: was removed by another process"
+            )
         # The file's state before: what has been written to it since is published next time.
         record.files[name] = (file, _as_file(found))
 

@@ -68,8 +68,8 @@ class StoreReads:
             data = patiently(lambda: file.read(offset, count), self.stopped)
         except FileNotFoundError:
             raise UserError(
-                f"shard {self.named(shard)}: is not there any more; restore it (sbf data check "
-                "shows what else is missing) or prepare the set again"
+                f"shard {self.named(shard)}: is missing; restore it (sbf data check shows what "
+                "else is missing) or prepare the set again"
             ) from None
         if len(data) < count:
             raise self.changed(shard)
@@ -85,7 +85,9 @@ class StoreReads:
             if self.is_image(data[:count], sample):
                 return data
             if not final:
-                _log.warning("shard %s: an image came damaged; asking again", self.named(shard))
+                _log.warning(
+                    "shard %s: received a damaged image; fetching it again", self.named(shard)
+                )
         raise self.changed(shard)
 
     def is_image(self, data: bytes, sample: int) -> bool:

@@ -298,8 +298,8 @@ def _check_class(folder: Path, name: str) -> None:
     """UserError for a class whose name no file can keep, or whose folder holds all the others."""
     if not name.isprintable():  # among them: bytes that are no UTF-8
         raise UserError(
-            f"data {folder}: the class {name!a} has unprintable characters in its name, or "
-            "bytes that are no UTF-8; rename its folder"
+            f"data {folder}: the class {name!a} has unprintable characters in its name, or bytes "
+            "that are not UTF-8; rename its folder"
         )
     place = (folder / name).resolve()
     if folder.resolve().is_relative_to(place):
@@ -356,4 +356,4 @@ def _images(root: Path, top: Path) -> Iterator[str]:
                 unread[Path(name).suffix.lower()] += 1
     if unread:
         counts = ", ".join(f"{number} {suffix}" for suffix, number in sorted(unread.items()))
-        _log.warning("%s: passed over %s, which cannot be read here", top, counts)
+        _log.warning("%s: skipped %s, which cannot be read", top, counts)

@@ -213,9 +213,9 @@ def _writing(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reasons = {
-            errno.ENOSPC: "the disk is full; free some space and give the same command again",
-            errno.EDQUOT: "the quota is used up; free some space and give the same command again",
-            errno.EFBIG: "the limit on file sizes is reached (ulimit -f); raise it and give the "
+            errno.ENOSPC: "the disk is full; free some space and run the same command again",
+            errno.EDQUOT: "the quota is used up; free some space and run the same command again",
+            errno.EFBIG: "the limit on file sizes is reached (ulimit -f); raise it and run the "
             "same command again",
             errno.EROFS: "is on a read-only disk; choose another folder",
             errno.EACCES: "is not writable; choose another folder",

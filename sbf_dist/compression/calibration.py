@@ -47,8 +47,8 @@ class Calibration:
     ) -> None:
         if isinstance(batches, Iterator):
             raise UserError(
-                f"calibration images: a {type(batches).__name__} can be iterated only once; "
-                "give an object whose iter() starts again, such as a list or a DataLoader"
+                f"calibration images: a {type(batches).__name__} can be iterated only once; give "
+                "an object that can be iterated again, such as a list or a DataLoader"
             )
         self._batches = batches
         self.device = torch.device(device)

@@ -140,11 +140,11 @@ def uses(model: nn.Module, images: Tensor, counting: Sequence[str] | None = None
 def _check_images(model: nn.Module, images: Tensor) -> None:
     if (images.ndim != 4 and packing_of(model) is None) or len(images) == 0:
         raise UserError(
-            f"calibration images have shape {tuple(images.shape)}: wanted (N, channels, height, "
-            "width) with N > 0"
+            f"calibration images have shape {tuple(images.shape)}: expected (N, channels, "
+            "height, width) with N > 0"
         )
     if not images.is_floating_point():
-        raise UserError(f"calibration images are {images.dtype}: wanted floats, normalised")
+        raise UserError(f"calibration images are {images.dtype}: expected floats, normalised")
 
 
 def forward_order(model: nn.Module, images: Tensor) -> list[str]:

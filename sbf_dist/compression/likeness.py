@@ -151,7 +151,7 @@ def _at(name: str, norm: nn.Module, inputs: Tensor) -> Distance:
 def _cause(model: nn.Module, norms: dict[str, nn.Module], sample: Tensor) -> str:
     """Name the change of the images that brings them near, if there is one."""
     rough = _roughness(sample) > NOISE
-    noise = "neighbouring pixels have nothing in common: are they noise?"
+    noise = "neighbouring pixels are uncorrelated: are they noise?"
     now = distance(model, norms, sample).nats
     for changes in (_rescalings(sample), _multiples(sample)):
         tried = [(distance(model, norms, changed).nats, name) for name, changed in changes]

@@ -32,24 +32,23 @@ def compress(
 ) -> tuple[nn.Module, Plan]:
     """Compress a trained network within a budget, without labels and without training.
 
-    model: any network with convolutions; it stays as it is. Its device is where the work is done.
-        DataParallel, torch.compile and the like are taken off: names are those of the network
+    model: any network with convolutions; it is not changed. The work is done on its device.
+        Wrappers (DataParallel, torch.compile, …) are removed: names are those of the network
         inside.
-    images: normalised calibration images, some hundreds: a tensor (N, C, H, W), a DataLoader of
-        images or of (image, label), or anything that can be gone through again and gives the same
-        batches each time. A network whose forward pass needs several inputs takes that many of a
-        batch's first tensors.
-    settings: what is kept, rebuilt and removed; None takes the defaults of Compression.
-    name: of the network, as `sbf_dist.models.build` takes it, or a `models.Architecture`, with
-        its arguments; None finds it out.
-    seed: of what is drawn at random.
-    progress: is called with (what, done, of).
-    timing: how times are measured, where the budget is one of time.
-    budget: macs, params, latency or latency_ms, as Budget has them; instead of that of `settings`.
+    images: a few hundred normalised calibration images: a tensor (N, C, H, W), a DataLoader of
+        images or of (image, label), or any iterable that can be iterated again and yields the same
+        batches. A network with several inputs takes the first tensors of each batch.
+    settings: what is kept, rebuilt and removed; default: Compression's defaults.
+    name: of the network, as `sbf_dist.models.build` takes it, or a `models.Architecture` with its
+        arguments; default: detected.
+    seed: random seed.
+    progress: called with (what, done, total).
+    timing: how times are measured, for a latency budget.
+    budget: macs, params, latency or latency_ms, see Budget; overrides that of `settings`.
 
-    Returns the student in eval mode, and its plan. Raises UserError if the budget cannot be met,
-    a weight is not finite, nothing can be converted, or the network has SBF layers already. Warns
-    (UserWarning) of images that are far from what the network's batch norms know.
+    Returns the student in eval mode and its plan. Raises UserError if the budget cannot be met, a
+    weight is not finite, nothing can be converted, or the network already has SBF layers. Warns
+    (UserWarning) about images that do not match the network's batch norm statistics.
     """
     model = unwrapped(model)
     if settings is None:

@@ -110,7 +110,8 @@ def counted(
             if not any(_is_in(one, name) for one in rows):
                 known = ", ".join(n or "a single one without a name" for n in everything)
                 raise UserError(
-                    f"outputs: {name!r} is no output of {kind} that can count; it has {known}"
+                    f"outputs: {name!r} is not an output of {kind} that can be compared; it has "
+                    f"{known}"
                 )
     # Where no output depends on weights, as under no_grad, the reasons of layers say so.
     learnt = {name: tensor for name, tensor in rows.items() if tensor.requires_grad}

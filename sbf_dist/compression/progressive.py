@@ -51,19 +51,18 @@ def shrink(
     progress: Progress | None = None,
     reference: Reference | None = None,
 ) -> tuple[nn.Module, Plan]:
-    """Bring `student`, which belongs to `plan` and may have been trained, within a smaller budget.
+    """Compress `student` further, to a smaller budget; it belongs to `plan` and may be trained.
 
-    The budget of `settings`, of multiply-adds or parameters, is of the dense network, as it was in
-    the first plan. The basis of an SBF layer loses channels, which are then rebuilt; what was
-    rebuilt stays so, and is fitted to the new basis. Dense layers may become SBF layers; layers
-    that `keep` names stay as they are. No further channels are removed, whatever `removal` says.
+    The budget of `settings`, of multiply-adds or parameters, refers to the dense network, as in the
+    first plan. SBF layers keep fewer filters: some kept channels become rebuilt ones, and all
+    rebuilt channels are fitted to the new basis. Dense layers may become SBF layers; layers named
+    by `keep` are not changed. No channels are removed, whatever `removal` says.
 
-    images: as for `compress`. reference: the network whose outputs layers are fitted to, with the
-    same layers (the student itself, as it is, if that is None). progress: is called with (what,
-    done, of).
+    images: as for `compress`. reference: a network with the same layers, to whose outputs layers
+    are fitted; default: the student itself. progress: called with (what, done, total).
 
-    Returns a network in eval mode, and its plan, which is one of the dense network. Raises
-    UserError if the budget cannot be met or is one of time, and for something between basis and
+    Returns a network in eval mode and its plan, which refers to the dense network. Raises UserError
+    if the budget cannot be met or is a latency, and for layers with something between basis and
     transformations.
     """
     budget = settings.budget

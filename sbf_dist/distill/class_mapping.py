@@ -52,7 +52,9 @@ def read_classes(path: Path) -> list[tuple[str, str]]:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
-            raise UserError(f"classes {path}: is longer than {MAX_BYTES} bytes, so it is no list")
+            raise UserError(
+                f"classes {path}: is larger than {MAX_BYTES} bytes: not a list of classes"
+            )
         lines = content.decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"classes {path}: cannot be read as text: {error}") from None
@@ -81,8 +83,8 @@ def class_mapping(path: Path, classes: Sequence[str]) -> ClassMapping:
     unknown = [other for own, other in lines if other != own and other not in places]
     if unknown:
         raise UserError(
-            f"classes {path}: {unknown[0]!r} in the second column is no class of the images"
-            f"{_nearest(unknown[0], classes)}"
+            f"classes {path}: {unknown[0]!r} in the second column is not a class of the "
+            f"images{_nearest(unknown[0], classes)}"
         )
     kept = [number for number, (_, other) in enumerate(lines) if other in places]
     targets = [places[lines[number][1]] for number in kept]
@@ -92,8 +94,8 @@ def class_mapping(path: Path, classes: Sequence[str]) -> ClassMapping:
         more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
         hint = _nearest(missing[0], [own for own, _ in lines])
         raise UserError(
-            f"classes {path}: no line is for {shown}{more} of the images' classes{hint}; write the "
-            "images' name behind the teacher's, after a tab"
+            f"classes {path}: no line is for {shown}{more} of the images' classes{hint}; add the "
+            "images' name after the teacher's, separated by a tab"
         )
     return ClassMapping(len(lines), torch.tensor(kept), torch.tensor(targets), len(classes))
 

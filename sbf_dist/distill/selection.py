@@ -34,8 +34,8 @@ def select(
         if agreement is None:
             raise UserError(
                 f"pseudo_labels.min_agreement = {settings.min_agreement:g}: the stored "
-                "pseudo-labels are of a version that did not note which teachers agree; write them "
-                "again (--again pseudo-labels)"
+                "pseudo-labels were written by an older version, without the teachers' "
+                "agreement; write them again (--again pseudo-labels)"
             )
         used = agreement >= np.float32(settings.min_agreement)
     if len(classes):

@@ -180,8 +180,7 @@ def _read_chunk(path: Path, digest: str | None = None) -> pa.Table:
     try:
         if digest is not None and sha256(path) != digest:
             raise UserError(
-                f"pseudo-labels: {path} is damaged (other bytes than when it was written); "
-                f"{_REPEAT}"
+                f"pseudo-labels: {path} is damaged (changed since it was written); {_REPEAT}"
             )
         return pq.read_table(pa.BufferReader(path.read_bytes()))
     except FileNotFoundError:

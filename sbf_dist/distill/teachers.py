@@ -42,7 +42,7 @@ class Member:
             return scaled.softmax(2).mean(0)
         if self.mapping.size != logits.shape[2]:
             raise UserError(
-                f"teacher {self.name}: answers with {logits.shape[2]} classes, its file of classes "
+                f"teacher {self.name}: predicts {logits.shape[2]} classes, its file of classes "
                 f"has {self.mapping.size}"
             )
         return torch.stack([self.mapping.probabilities(view) for view in scaled]).mean(0)
@@ -147,7 +147,7 @@ class TeacherEnsemble:
         if wrong:
             precision = "" if self.dtype is None else f" (in {str(self.dtype).split('.')[-1]})"
             raise UserError(
-                f"teacher {', '.join(wrong)}: its answers are not finite numbers{precision}; "
+                f"teacher {', '.join(wrong)}: its predictions are not finite numbers{precision}; "
                 "check its weights, mean and std, or leave it out"
             )
 

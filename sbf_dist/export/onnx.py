@@ -33,20 +33,19 @@ def export_onnx(
     std: Sequence[float] | None = None,
     dynamic_batch: bool = True,
 ) -> None:
-    """Write `model`, folded and in eval mode, as an ONNX file of standard operators.
+    """Export `model`, folded and in eval mode, as an ONNX file of standard operators.
 
-    model: a student as `compress`, `shrink`, `convert` or `load` returned it, or any network with a
-        card or an `input_shape`. classes, mean, std: what the file's metadata says of a student's
-        classes and normalisation, see `Card.of`.
+    model: a student returned by `compress`, `shrink`, `convert` or `load`, or any network with a
+        card or an `input_shape`. classes, mean, std: a student's class names and normalisation,
+        stored in the file's metadata; see `Card.of`.
 
     Input "images": float32 (N, *input_shape), (channels, height, width); N is free, or 1 if not
     `dynamic_batch`. Further inputs, of a student's plan, are "input_1", "input_2", … Output
     "logits": float32 (N, classes), or "output" where the card names no classes; several outputs
-    have the names that `outputs.named_tensors` gives them. A card gives the shape, and the mean and
-    std that the images are to be normalised with; it stands in the file's metadata under the keys
-    sbf.FIELD, as JSON. The file is checked, and replaced in one step. Raises UserError if the
-    network cannot be exported, if both `card` and `input_shape` are given, and if neither is given
-    for a network that is no student.
+    are named by `outputs.named_tensors`. A card gives the input shape, mean and std; it is stored
+    in the file's metadata under the keys sbf.FIELD, as JSON. The file is checked, and replaced in
+    one step. Raises UserError if the network cannot be exported, if both `card` and `input_shape`
+    are given, or if neither is given for a network that is not a student.
     """
     import onnx
 

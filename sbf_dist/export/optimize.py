@@ -51,19 +51,18 @@ IN_PLACE_OPERATORS = {value for name, value in vars(operator).items() if name.st
 
 
 def optimize(model: nn.Module) -> nn.Module:
-    """Return an inference copy of `model` that gives the same results, up to rounding, faster.
+    """Return a faster copy of `model` for inference, with the same results up to rounding.
 
-    Batch norms are folded (`fold_batchnorm`); a convolution, SBF or dense, becomes one operator
-    with the residual addition and the activation (ReLU, ReLU6, SiLU, hard-swish) that follow it
-    and read nothing else; weights are laid out in channels_last, and on the CPU in oneDNN's blocks
-    at the first call. The copy has no gradients, and its weights are constants. It can be compiled
-    by torch.compile, with torch._inductor.config.freezing or without, in which SBF layers stay
-    operators of their own.
+    Batch norms are folded (`fold_batchnorm`). A convolution, SBF or dense, is fused with the
+    residual addition and the activation (ReLU, ReLU6, SiLU, hard-swish) that follow it. Weights are
+    in channels_last, and on the CPU in oneDNN's blocked layout from the first call on. The copy has
+    no gradients, and its weights are constants. It can be compiled by torch.compile, with or
+    without torch._inductor.config.freezing; SBF layers stay operators of their own.
 
     Give it images in channels_last. Layers with a padding_mode other than zeros, or uneven "same"
-    padding, stay as they are. If torch.fx cannot trace the network, or its code asks how features
-    lie in memory, a warning gives the reason, layers are fused without what follows them, and
-    features lie as in `model`. `model` is not changed.
+    padding, are not changed. If torch.fx cannot trace the network, or its code depends on the
+    memory layout of features, a warning gives the reason; layers are then fused without what
+    follows them, and the layout is that of `model`. `model` is not changed.
     """
     model = unwrapped(model)
     folded = fold_batchnorm(model)

@@ -111,12 +111,12 @@ def save(
     top1: float | None = None,
     fidelity: MeasuredFidelity | None = None,
 ) -> None:
-    """Write a student into `folder`, so that `sbf_dist.load` builds it again.
+    """Save a student to `folder`; `sbf_dist.load` loads it.
 
-    student: as `compress`, `shrink`, `convert` or `load` returned it, trained or not. classes,
-    mean, std, crop: names and preprocessing, for those who use the student; see `Card.of`. top1:
-    accuracy in [0, 1], if it was measured. fidelity: how near it is to the dense network, for
-    instance `plan.fidelity` of a student that was not trained since.
+    student: returned by `compress`, `shrink`, `convert` or `load`, trained or not. classes, mean,
+    std, crop: class names and preprocessing, stored for users of the student; see `Card.of`. top1:
+    measured accuracy in [0, 1]. fidelity: how close it is to the dense network, for instance
+    `plan.fidelity` of a student that was not trained since.
 
     An older student in `folder` is replaced. Raises UserError if the folder holds other things, or
     the student does not match its plan.
@@ -202,13 +202,12 @@ def load_student(
 ) -> nn.Module:
     """Build the student that was saved in `folder`, on the CPU, in eval mode.
 
-    build: makes the dense network, with any weights: a function, for instance its class, or the
-    name of one, 'path/to/file.py:function' or 'package.module:function'. It is called with the
-    arguments that the plan keeps. It is not needed for timm's, torchvision's and our networks.
+    build: builds the dense network, with any weights: a function or class, or its name,
+    'path/to/file.py:function' or 'package.module:function'. It is called with the arguments stored
+    in the plan. Not needed for networks of timm, torchvision and this project.
 
-    Nothing is unpickled, and no code is run that the folder names: it has to be named here. Raises
-    UserError naming the file that is missing, damaged, or does not belong to the others, and where
-    `build` is needed.
+    Nothing is unpickled, and no code is run because the folder names it. Raises UserError that
+    names a missing, damaged or inconsistent file, or says that `build` is needed.
     """
     folder = Path(folder)
     card = load_card(folder)

@@ -45,12 +45,14 @@ class Student:
         missing = [key for key in ("sbf.classes", "sbf.input_shape") if key not in metadata]
         if missing:
             raise ValueError(
-                f"{path} is no exported student: it has no {missing[0]} in its metadata"
+                f"{path} is not an exported student: it has no {missing[0]} in its metadata"
             )
         self.classes = np.array(json.loads(metadata["sbf.classes"]))
         outputs = [one.name for one in self.session.get_outputs()]
         if "logits" not in outputs:
-            raise ValueError(f"{path} is no classifier: it gives {', '.join(outputs)}, no logits")
+            raise ValueError(
+                f"{path} is not a classifier: it gives {', '.join(outputs)}, no logits"
+            )
         self.input_shape = tuple(json.loads(metadata["sbf.input_shape"]))
         self.crop = json.loads(metadata.get("sbf.crop", "null"))
         mean, std = (json.loads(metadata.get(key, "null")) for key in ("sbf.mean", "sbf.std"))
@@ -85,10 +87,10 @@ class Student:
         channels, height, width = self.input_shape
         if images.ndim != 4 or images.shape[1:] != (height, width, channels):
             raise ValueError(
-                f"images have shape {images.shape}; wanted (N, {height}, {width}, {channels})"
+                f"images have shape {images.shape}; expected (N, {height}, {width}, {channels})"
             )
         if len(images) == 0:
-            raise ValueError(f"images have shape {images.shape}; wanted at least one image")
+            raise ValueError(f"images have shape {images.shape}; expected at least one image")
         if images.dtype != np.uint8:
             _check_floats(images)
         parts = np.split(images, range(self.batch_size, len(images), self.batch_size))
@@ -114,9 +116,9 @@ class Student:
 def _check_floats(images: np.ndarray) -> None:
     """Raise ValueError, in one line, for values that no image has on a scale from 0 to 1."""
     if not np.issubdtype(images.dtype, np.floating):
-        raise ValueError(f"images are {images.dtype}; wanted uint8, or floats in [0, 1]")
+        raise ValueError(f"images are {images.dtype}; expected uint8, or floats in [0, 1]")
     if not np.isfinite(images).all():
-        raise ValueError("images hold NaN or infinity; wanted uint8, or floats in [0, 1]")
+        raise ValueError("images hold NaN or infinity; expected uint8, or floats in [0, 1]")
     low, high = float(images.min()), float(images.max())
     if low >= -ROUNDING and high <= 1 + ROUNDING:
         return

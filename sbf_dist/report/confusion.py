@@ -92,8 +92,8 @@ def confusion_chart(found: Predictions, name: str) -> Chart:
     figure.update_xaxes(side="bottom", **ticks)
     figure.update_yaxes(autorange="reversed", **ticks)
     reading = (
-        "A row is a true class, a column what the network names it. Numbers are images, colours "
-        "shares of the row. What lies off the diagonal is wrong."
+        "Rows are true classes, columns predicted ones. Numbers are images, colours shares of "
+        "the row. Errors lie off the diagonal."
     )
     if len(shown) < len(found.counts):
         reading += f" Of {len(found.counts)} classes, the {len(shown)} with the most mistakes."

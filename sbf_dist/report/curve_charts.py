@@ -54,8 +54,8 @@ def curve_charts(runs: Sequence[tuple[str, Sequence[Curve]]]) -> list[Chart]:
         Chart(
             "training-loss",
             "Training loss",
-            "What each training minimises, on a logarithmic axis: lower is better. Trainings "
-            f"minimise different things, so compare a line with itself.{more}",
+            "Training loss on a logarithmic axis: lower is better. Losses of different trainings "
+            f"cannot be compared.{more}",
             _lines(runs, networks, _LOSS, "step", "loss", log=True),
         )
     ]
@@ -83,7 +83,7 @@ def curve_charts(runs: Sequence[tuple[str, Sequence[Curve]]]) -> list[Chart]:
             Chart(
                 "training-accuracy",
                 "Validation accuracy during training",
-                f"Share of the validation images that are classified rightly.{more}",
+                f"Share of the validation images that are classified correctly.{more}",
                 _lines(runs, networks, "top1", "step", "top-1 accuracy"),
             )
         )

@@ -43,8 +43,8 @@ def _confidence(report: Mapping[str, Any], name: str) -> Chart:
     return Chart(
         f"{name}-confidence",
         "Confidence of the teachers",
-        "How probable the ensemble holds the class that it names. Mass on the right: it is sure "
-        "of most images.",
+        "The ensemble's confidence in its predicted class. Mass on the right: it is sure of most "
+        "images.",
         figure,
     )
 
@@ -82,9 +82,9 @@ def _reliability(report: Mapping[str, Any], name: str) -> Chart:
     figure.update_layout(showlegend=True)
     return Chart(
         f"{name}-reliability",
-        "Are the teachers as sure as they are right?",
-        "Of images with a known class: below the grey line the teachers are too sure, above it too "
-        "modest. Larger points stand for more images.",
+        "Calibration of the teachers",
+        "Of images with a known class: below the grey line the teachers are overconfident, above "
+        "it underconfident. Larger points stand for more images.",
         figure,
     )
 
@@ -118,7 +118,7 @@ def _classes(report: Mapping[str, Any], name: str) -> Chart:
     return Chart(
         f"{name}-classes",
         "Images of each predicted class",
-        "Even bars: no class drowns the others in the student's training."
+        "Uneven bars: some classes dominate the student's training."
         + (f" The {left_out} classes with the fewest images are left out." if left_out else ""),
         figure,
     )

@@ -86,7 +86,7 @@ def _channels(rows: Sequence[LayerRow], name: str) -> Chart:
             figure.add_trace(_bar(rows, part, numbers, hue, "%{customdata}: %{x} " + part))
     return Chart(
         f"{name}-channels",
-        "What became of each layer's channels",
+        "Channels of each layer",
         "Layers in forward order. Kept channels still have a filter, rebuilt ones are made of "
         "these, removed ones are gone. Layers without a bar are as they were.",
         figure,
@@ -102,7 +102,7 @@ def _macs(rows: Sequence[LayerRow], name: str) -> Chart:
     return Chart(
         f"{name}-layer-cost",
         "What each layer costs",
-        "A whole bar is the layer before, the blue part what is left of it.",
+        "A whole bar is the layer before compression, the blue part what is left of it.",
         figure,
     )
 

@@ -134,7 +134,7 @@ class Courier:
             self.error = error
         elif not self._away:
             logger.warning(
-                "tracking store %s does not answer (%s); metrics wait in %s",
+                "tracking store %s does not answer (%s); metrics are kept in %s",
                 self._shown,
                 error,
                 self._folder,
@@ -193,7 +193,7 @@ class Courier:
             return known
         if known is not None:
             logger.warning(
-                "MLflow run %s (%s) is not in %s any more: a new one is begun",
+                "MLflow run %s (%s) is not in %s any more: starting a new one",
                 known,
                 key,
                 self._shown,

@@ -129,7 +129,7 @@ class Run:
         patient = self._courier.reached and status != "KILLED"
         if not self._courier.wait(END_SECONDS if patient else INTERRUPTED_SECONDS):
             logger.warning(
-                "%s wait in %s; they are delivered to %s at the next start of the run",
+                "%s are kept in %s; they are delivered to %s at the next start of the run",
                 self._courier.waiting(),
                 self.journals.parent,
                 self.uri,
@@ -227,7 +227,7 @@ def start(
     if not courier.first_try.wait(START_SECONDS):
         courier.first_try.set()
         logger.warning(
-            "tracking store %s has not answered for %.0f s; metrics wait in %s",
+            "tracking store %s has not answered for %.0f s; metrics are kept in %s",
             store_address.shown,
             START_SECONDS,
             run.journals.parent,

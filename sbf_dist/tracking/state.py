@@ -54,7 +54,7 @@ class State:
             known = json.loads(path.read_text())
             state = cls._of(path, known)
         except (ValueError, TypeError, AttributeError, KeyError) as error:
-            logger.warning("%s is damaged (%s): it does not count", path, error)
+            logger.warning("%s is damaged (%s): ignored", path, error)
             return nothing
         original = Path(str(known.get("folder", path.parent)))
         if not state.address and original != path.parent and _is_of(original / path.name, state.id):
@@ -134,7 +134,7 @@ def recover(path: Path, run_of_checkpoints: Callable[[], str | None]) -> None:
     if run_id is None:
         return
     state = State.load(path)
-    logger.warning("%s was lost: MLflow run %s, which a checkpoint names, goes on", path, run_id)
+    logger.warning("%s was lost: continuing MLflow run %s, which a checkpoint names", path, run_id)
     state.run_ids[WHOLE_RUN] = run_id
     state.recovered = True
     state.save()

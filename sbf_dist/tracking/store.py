@@ -96,7 +96,7 @@ class MlflowStore:
             if run.info.lifecycle_stage == "deleted":
                 raise UserError(
                     f"run {run_id} in {self._address.shown} was deleted: restore it, or remove "
-                    f"{self._folder}/tracking.json to begin a new one"
+                    f"{self._folder}/tracking.json to start a new one"
                 )
             if run.info.experiment_id == self.experiment_id:
                 return True
@@ -310,7 +310,7 @@ class _Deliveries:
     def _artifact(self, entry: Entry) -> None:
         path = self._folder / entry["path"]
         if not path.exists():
-            raise RefusedError(f"{path} is not there any more")
+            raise RefusedError(f"{path} no longer exists")
         store = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
         store(self._run_id, str(path), entry["folder"])
 
@@ -319,7 +319,7 @@ class _Deliveries:
 
         path = self._folder / entry["path"]
         if not path.exists():
-            raise RefusedError(f"{path} is not there any more")
+            raise RefusedError(f"{path} no longer exists")
         log_student(
             self._client,
             self._address.uri,
@@ -377,10 +377,10 @@ def _wait_for_lock(descriptor: int, name: str) -> None:
         except BlockingIOError:
             waited = time.monotonic() - start
             if waited > LOCK_SECONDS:
-                raise StoreAwayError(f"{name} is held by another process") from None
+                raise StoreAwayError(f"{name} is locked by another process") from None
         if not said and waited > SILENT_SECONDS:
             left = LOCK_SECONDS - waited
-            logger.warning("%s is held by another process: waiting %.0f s", name, left)
+            logger.warning("%s is locked by another process: waiting %.0f s", name, left)
             said = True
         time.sleep(0.1)
 

@@ -115,8 +115,8 @@ def build_engine(
         raise UserError(f"zero_stage {zero_stage}: must be 0, 1, 2 or 3")
     if optimizer.name == "lamb" and zero_stage:
         raise UserError(
-            f"zero_stage {zero_stage}: does not suit lamb, which scales each layer's step as a "
-            "whole; must be 0"
+            f"zero_stage {zero_stage}: cannot be combined with lamb, which scales each layer's "
+            "step as a whole; must be 0"
         )
 
     join_process_group(device)

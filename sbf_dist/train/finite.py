@@ -87,7 +87,7 @@ class LossWatch:
                 f"{bad}; skip_bad_steps = {self._allowed} allows no more; {self._last()}; {_ADVICE}"
             )
         if not dist.is_initialized() or dist.get_rank() == 0:
-            _log.warning("%s; its update is left out (%d of %d)", bad, self.left_out, self._allowed)
+            _log.warning("%s; its update is skipped (%d of %d)", bad, self.left_out, self._allowed)
 
     def first_bad(self, device: torch.device) -> Tensor:
         """The first step since the last check whose loss is not finite on this rank, or inf."""
@@ -167,8 +167,8 @@ def refuse_non_finite(engine: Any) -> None:
         dist.all_gather_object(per_rank, own)
     name = next(found for found in per_rank if found is not None)
     raise UserError(
-        f"checkpoint at step {engine.global_steps}: {name} is not finite, so nothing is saved; the "
-        f"checkpoint before stays; {_ADVICE}"
+        f"checkpoint at step {engine.global_steps}: {name} is not finite, so nothing is saved; "
+        f"the previous checkpoint is kept; {_ADVICE}"
     )
 
 

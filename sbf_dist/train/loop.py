@@ -158,7 +158,9 @@ def fit(
 def _next_batch(stream: Iterator[Batch], step: int, device: torch.device) -> Batch:
     batch = next(stream, None)
     if batch is None:
-        raise UserError(f"training data: ended at step {step}; the batches must not end")
+        raise UserError(
+            f"training data: ended at step {step}; the iterable of batches must not end"
+        )
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 

@@ -96,7 +96,9 @@ def test_outputs_are_chosen_by_their_names_numbers_and_structures():
     assert list(kinds(model, outputs=["more", "logits"])) == ["more.0", "logits"]
     pair = Ends(lambda net, x: (x, net.linear(x)))
     assert list(kinds(pair, outputs=1)) == list(kinds(pair, outputs=["1"])) == ["1"]
-    with pytest.raises(UserError, match="outputs: 'boxes' is no output of Several that can count"):
+    with pytest.raises(
+        UserError, match="outputs: 'boxes' is not an output of Several that can be compared"
+    ):
         kinds(model, outputs=["boxes"])
     with pytest.raises(UserError, match=r"Compression: outputs = 3\.5 must be names or numbers"):
         Compression(macs=0.5, outputs=3.5)

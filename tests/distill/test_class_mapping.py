@@ -37,9 +37,12 @@ def test_lines_may_end_as_on_windows(file: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("cat\nhund\n", "no line is for 'dog' of the images' classes; write the images' name"),
+        ("cat\nhund\n", "no line is for 'dog' of the images' classes; add the images' name"),
         ("Cat\ndog\n", "no line is for 'cat' of the images' classes ('Cat' is the most similar)"),
-        ("cat\nhound\tdogs\n", "'dogs' in the second column is no class of the images ('dog' is"),
+        (
+            "cat\nhound\tdogs\n",
+            "'dogs' in the second column is not a class of the images ('dog' is",
+        ),
         ("cat\n\ndog\n", "line 2 is empty; there must be a line for each"),
         ("", "is empty; it must have a line for each class"),
     ],
@@ -55,5 +58,5 @@ def test_a_file_that_leaves_something_open_is_refused(file: Path, text: str, mes
 def test_what_is_no_text_is_refused(tmp_path: Path, place: str) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match=r"cannot be read as text|is longer than"):
+    with pytest.raises(UserError, match=r"cannot be read as text|is larger than"):
         read_classes(tmp_path / place)

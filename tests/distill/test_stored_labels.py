@@ -181,7 +181,7 @@ def test_a_truncated_chunk_is_refused_and_named(complete, share):
 
 def test_a_chunk_of_another_store_is_refused_and_named(complete):
     shutil.copy(store.chunk_path(complete, 0), store.chunk_path(complete, 1))
-    refused(complete, "chunk-00001.parquet is damaged (other bytes")
+    refused(complete, "chunk-00001.parquet is damaged (changed since")
 
 
 def test_a_missing_chunk_is_refused_and_named(complete):

@@ -223,7 +223,9 @@ def test_networks_of_all_libraries_answer_together_each_in_its_own_way():
 
 def test_a_teacher_that_answers_nan_is_named():
     teachers = ensemble(Says(0, 1), Says(0, math.nan))
-    with pytest.raises(UserError, match="teacher teacher-2: its answers are not finite numbers;"):
+    with pytest.raises(
+        UserError, match="teacher teacher-2: its predictions are not finite numbers;"
+    ):
         teachers(torch.zeros(1, 3, 8, 8), PHOTO)
         teachers.check()
 
@@ -257,7 +259,7 @@ def test_a_teacher_of_another_number_of_classes_than_the_images_is_refused():
 def test_a_file_of_classes_that_is_not_the_teachers_is_refused():
     mapping = ClassMapping(4, torch.tensor([0]), torch.tensor([0]), classes=1)
     teachers = TeacherEnsemble([Member("one", Says(0, 1), PHOTO, mapping=mapping)])
-    with pytest.raises(UserError, match=r"teacher one: answers with 2 classes, its file .* has 4"):
+    with pytest.raises(UserError, match=r"teacher one: predicts 2 classes, its file .* has 4"):
         teachers(torch.zeros(1, 3, 8, 8), PHOTO)
 
 

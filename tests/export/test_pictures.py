@@ -108,5 +108,5 @@ def test_a_place_without_a_file_is_said_and_a_pipe_is_not_waited_for(tmp_path: P
 def test_other_onnx_files_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "other.onnx"
     export_onnx(nn.Conv2d(3, 4, 3).eval(), path, input_shape=(3, 8, 8))
-    with pytest.raises(ValueError, match=r"other\.onnx is no exported student"):
+    with pytest.raises(ValueError, match=r"other\.onnx is not an exported student"):
         Student(path)

@@ -58,11 +58,11 @@ def test_floats_mean_the_same_as_bytes(path: Path) -> None:
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (np.zeros((2, 3, 8, 6), np.uint8), r"\(2, 3, 8, 6\); wanted \(N, 8, 6, 3\)"),
-        (np.zeros((8, 6, 3), np.uint8), r"\(8, 6, 3\); wanted"),
-        (np.zeros((2, 8, 6, 3), np.int64), "int64; wanted uint8"),
-        (np.zeros((2, 8, 6, 3), bool), "bool; wanted uint8"),
-        (np.zeros((0, 8, 6, 3), np.uint8), "wanted at least one image"),
+        (np.zeros((2, 3, 8, 6), np.uint8), r"\(2, 3, 8, 6\); expected \(N, 8, 6, 3\)"),
+        (np.zeros((8, 6, 3), np.uint8), r"\(8, 6, 3\); expected"),
+        (np.zeros((2, 8, 6, 3), np.int64), "int64; expected uint8"),
+        (np.zeros((2, 8, 6, 3), bool), "bool; expected uint8"),
+        (np.zeros((0, 8, 6, 3), np.uint8), "expected at least one image"),
         (np.full((2, 8, 6, 3), np.nan), "hold NaN or infinity"),
         (np.full((2, 8, 6, 3), 200.0), r"floats in \[200, 200\], not in \[0, 1\]: .* as uint8"),
         (np.full((2, 8, 6, 3), -1.5), r"floats in \[-1.5, -1.5\].* normalised, leave that"),

@@ -77,7 +77,7 @@ def test_what_all_others_differ_from_is_right(sbf: Sbf) -> None:
         ("[" * 900 + "]" * 900, "recipe bad.yaml is nested deeper than 32 levels"),
         (BOMB, "recipe bad.yaml has aliases that stand for more than 100000 values"),
         (RECIPE + "name: other\n", "recipe bad.yaml says 'name' a second time in line 7"),
-        ("#" * 1_000_001, "recipe bad.yaml is longer than 1000000 bytes"),
+        ("#" * 1_000_001, "recipe bad.yaml is larger than 1000000 bytes"),
         ("\udcff", "recipe bad.yaml is not YAML: 'utf-8' codec can't decode byte 0xff"),
     ],
     ids=["self-reference", "deep", "bomb", "duplicate key", "long", "bytes"],
@@ -91,7 +91,7 @@ def test_a_text_that_is_no_recipe(sbf: Sbf, text: str, message: str) -> None:
     ("place", "message"),
     [
         ("photos", "recipe photos is not YAML: it is a folder"),
-        ("/dev/zero", "recipe /dev/zero is longer than 1000000 bytes"),
+        ("/dev/zero", "recipe /dev/zero is larger than 1000000 bytes"),
         ("x" * 300, "cannot be read: File name too long"),
         ("file/below", "recipe file/below cannot be read: Not a directory"),
     ],
@@ -105,10 +105,10 @@ def test_a_place_that_holds_no_recipe(sbf: Sbf, place: str, message: str) -> Non
     [
         (f"name={'x' * 300}", "name = 'xxx"),
         (f"name={'x' * 300}", "must have at most 100 characters"),
-        ("name=data", "name = 'data' must not be the name of something else under runs/"),
-        ("name=mlflow.db", "name = 'mlflow.db' must not be the name of something else under"),
-        ("name=mlflow.db.lock", "must not be the name of something else under runs/"),
-        ("name=MLflow-Artifacts", "must not be the name of something else under runs/"),
+        ("name=data", "name = 'data' must not be a reserved name under runs/"),
+        ("name=mlflow.db", "name = 'mlflow.db' must not be a reserved name under"),
+        ("name=mlflow.db.lock", "must not be a reserved name under runs/"),
+        ("name=MLflow-Artifacts", "must not be a reserved name under runs/"),
         (f"seed={2**64}", f"seed = {2**64} must be less than or equal to {2**63 - 1}"),
         ("data.image_size=100000", "image_size = 100000 must be less than or equal to 4096"),
         ("teachers.0.image_size=100000", "image_size = 100000 must be less than or equal to"),
@@ -235,7 +235,7 @@ def test_one_class_alone(sbf: Sbf) -> None:
 
 def test_a_list_of_labelled_images_that_has_no_end(sbf: Sbf) -> None:
     answer = sbf("run", "tiny.yaml", "data.split=/dev/zero")
-    assert_refused(answer, "split /dev/zero: is no file that lists images")
+    assert_refused(answer, "split /dev/zero: is not a list of images")
 
 
 def test_a_pipe_among_the_images_is_left_out(tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_weights_are_looked_at_before_any_image_is_read(sbf: Sbf, kind: str) -> 
             message = "teachers.0.weights = 'weights.pt' must be a file"
         case "whole numbers":
             torch.save({name: value.to(torch.int8) for name, value in state.items()}, weights)
-            message = "weights weights.pt are no floating-point numbers: conv.weight is int8"
+            message = "weights weights.pt are not floating-point numbers: conv.weight is int8"
         case "NaN":
             state["conv.weight"].fill_(torch.nan)
             torch.save(state, weights)
@@ -297,15 +297,15 @@ def test_what_teachers_start_from_is_looked_at_before_any_image_is_read(
     ("command", "message"),
     [
         ("predict nowhere photos", "model nowhere does not exist; give an ONNX file, a student's"),
-        ("predict photos photos", "folder photos is no student: it has no card.json"),
-        ("predict unfinished photos", "run unfinished has no student yet: sbf run goes on to the"),
+        ("predict photos photos", "folder photos is not a student: it has no card.json"),
+        ("predict unfinished photos", "run unfinished has no student yet: finish the run with"),
         ("predict file photos", "ONNX file file cannot be read: "),
         ("predict plain photos", "folder plain has no student.onnx: write one with sbf export pl"),
         ("predict student", "Missing argument 'IMAGES"),
         ("predict student nowhere.jpg", "image nowhere.jpg does not exist"),
         ("predict student empty", "folder empty holds no image (.jpg .jpeg"),
         ("predict student photos/*.gif", "pattern 'photos/*.gif' matches no file"),
-        ("predict student -", "the list on standard input names no image"),
+        ("predict student -", "standard input lists no image"),
         ("predict student photos --top 11", "--top 11: student has 10 classes"),
         ("predict student photos --top 0", "Invalid value for '--top'"),
         ("predict student photos --crop 1.5", "--crop 1.5: must be in (0, 1]"),

@@ -42,8 +42,8 @@ def folder(tmp_path: Path) -> RunFolder:
 def networks(folder: RunFolder) -> Networks:
     as_it_was, notes = as_begun(recipe.load(BEFORE / "before.yaml"), folder)
     assert notes == [
-        "distill.targets = stored and distill.label_weight = 0.5: the defaults of the version that "
-        "began this run are kept; another name (name=…) begins one with today's"
+        "distill.targets = stored and distill.label_weight = 0.5: this run keeps the defaults of "
+        "the version that started it; use another name (name=…) for the current defaults"
     ]
     return Networks.of(as_it_was, folder)
 
@@ -124,7 +124,7 @@ def test_nothing_of_a_run_is_done_anew_and_a_change_is_refused_with_its_way_out(
     again = sbf(*command)
     assert again.returncode == 0, again.stderr
     for stage in STAGES:
-        assert f"{stage.name}: done before" in again.stdout
+        assert f"{stage.name}: already done" in again.stdout
     changed = sbf(*command, "compress.macs=0.8")
     assert changed.returncode == 2
     assert changed.stderr.count("\n") == 1

@@ -242,7 +242,7 @@ def test_a_run_goes_on_without_a_host_that_is_cut_off(story: Story) -> None:
     _, output = story.seen["followed"]
     two = story.network["two"].address
     assert re.search(rf"teachers: worker [01] died with machine {re.escape(two)}, once", output)
-    assert "starting the workers again" in output
+    assert "restarting the workers" in output
     assert "StackTrace" not in output
     assert story.seen["noticed"] < 60
 
@@ -256,7 +256,7 @@ def test_a_head_that_dies_ends_the_watching_in_one_line(story: Story) -> None:
     code, output = story.seen["without head"]
     assert code == 2
     assert output.startswith(f"sbf: cluster {story.file}: cannot be reached (")
-    assert output.endswith(f"; does Ray run on the head? ray up {story.file} starts it\n")
+    assert output.endswith(f"; is Ray running on the head? Start it with ray up {story.file}\n")
     assert output.count("\n") == 1
 
 
@@ -268,7 +268,7 @@ def test_the_same_run_goes_on_once_the_cluster_is_up_again(story: Story) -> None
     assert "SUCCEEDED" in output.splitlines()[-1]
     code, output = story.seen["again"]
     assert code == 0, output
-    assert "[2/3] teachers: done before" in output
+    assert "[2/3] teachers: already done" in output
 
 
 def test_what_the_run_leaves_is_whole(story: Story) -> None:
@@ -289,14 +289,14 @@ def test_jobs_are_listed_and_stopped(story: Story) -> None:
     states = [line.split("\u2502")[3].strip() for line in listed.splitlines() if "\u2502" in line]
     assert states == ["STOPPED", "SUCCEEDED", "SUCCEEDED"]
     assert story.seen["stopped"][0] == 0
-    assert "asked to end" in story.seen["stopped"][1]
+    assert "was asked to stop" in story.seen["stopped"][1]
 
 
 def test_a_stranger_is_refused(story: Story) -> None:
     assert story.seen["unauthorized"] == [401, 401]
     cluster = f"sbf: cluster {story.file}: "
     for asked, begins in (
-        ("no token", f"{cluster}wants a token; "),
+        ("no token", f"{cluster}requires a token; "),
         ("wrong token", f"{cluster}refuses the token; "),
         ("no job", f"sbf: job nobody: does not exist at {story.file}; there are: digits-"),
     ):

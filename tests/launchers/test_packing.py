@@ -61,11 +61,12 @@ def test_too_much_is_refused_with_the_largest_files(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         packing.files_of(tmp_path)
     assert str(caught.value) == (
-        f"folder {tmp_path}: 100 MiB would be sent, Ray takes 100; the largest files are large.bin "
-        "(100.0 MiB), small.bin (0.0 MiB); move them to data/ or runs/, or list them in .gitignore"
+        f"folder {tmp_path}: 100 MiB would be uploaded, Ray's limit is 100; the largest files "
+        "are large.bin (100.0 MiB), small.bin (0.0 MiB); move them to data/ or runs/, or list "
+        "them in .gitignore"
     )
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no file to send"):
+    with pytest.raises(UserError, match="contains no file to upload"):
         packing.files_of(tmp_path)

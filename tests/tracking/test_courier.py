@@ -308,7 +308,7 @@ def test_a_lost_note_of_the_run_is_replaced_by_what_checkpoints_name(
     tracking.recover(note, lambda: None)  # of a version that did not name it
     assert not note.exists()
     tracking.recover(note, lambda: parent.run_id)
-    assert f"{note} was lost: MLflow run {parent.run_id}, which a checkpoint" in caplog.messages[-1]
+    assert f"{note} was lost: continuing MLflow run {parent.run_id}, which" in caplog.messages[-1]
     assert json.loads(note.read_text())["recovered"]
     with tracking.start(folder, uri=double.uri) as again, again.stage("distill") as continued:
         continued.log_metrics({"loss": 1.0}, step=2)
@@ -356,7 +356,7 @@ def test_a_held_lock_of_a_database_is_waited_for_a_shown_time_and_then_it_is_awa
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         parent = tracking.start(folder)
-        assert f"{lock} is held by another process: waiting 0 s" in caplog.text
+        assert f"{lock} is locked by another process: waiting 0 s" in caplog.text
         assert parent.run_id is None
     with parent:
         eventually(lambda: parent.run_id is not None)

@@ -89,5 +89,5 @@ def test_lamb_is_timms_without_its_own_clipping() -> None:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_lamb_is_refused_where_layers_are_cut_up(stage: int) -> None:
-    with pytest.raises(UserError, match=f"zero_stage {stage}: does not suit lamb"):
+    with pytest.raises(UserError, match=f"zero_stage {stage}: cannot be combined with lamb"):
         build_engine(TinyTask(), Optimizer(name="lamb"), micro_batch=1, zero_stage=stage)

@@ -91,7 +91,7 @@ class LatencyTable:
             where = ".".join(str(part) for part in first["loc"])
             what = f"{where}: {first['msg']}" if where else first["msg"]
             raise UserError(
-                f"latency table {self.path} is damaged ({what}): delete it, it is measured anew"
+                f"latency table {self.path} is damaged ({what}): delete it; it is measured again"
             ) from None
 
     def _add(self, machine: str, layer: str, found: dict[str, float]) -> None:
@@ -119,16 +119,16 @@ def _as_it_is(model: nn.Module) -> nn.Module:
 class Timing:
     """How layers and networks are timed, where the budget is a time.
 
-    table: keeps the layers' times, and says how many images are in a forward pass; for_inference:
-    makes of a network what is timed, for instance `sbf_dist.optimize`; by default it stays as it
-    is.
+    table: stores the layers' times, and sets the batch size of a forward pass; for_inference:
+    converts a network into the form that is timed, for instance `sbf_dist.optimize`; default:
+    unchanged.
     """
 
     table: LatencyTable = field(default_factory=LatencyTable)
     for_inference: Callable[[nn.Module], nn.Module] = _as_it_is
 
     def prepare(self, network: nn.Module) -> nn.Module:
-        """Make of `network` what is timed, which takes its inputs packed if that does."""
+        """Return the form of `network` that is timed; it takes packed inputs if `network` does."""
         prepared, packing = self.for_inference(network), packing_of(network)
         return prepared if packing is None else packing.install(prepared)
 

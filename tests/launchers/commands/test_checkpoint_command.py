@@ -135,7 +135,7 @@ def test_mistakes_are_one_line(written: Path, tmp_path: Path) -> None:
     wrong = {
         ("show", tmp_path / "none"): "does not exist",
         ("show", written / "zero0/manifest.json"): "is a file: give a checkpoint's folder",
-        ("verify", tmp_path): "is no checkpoint and has none below",
+        ("verify", tmp_path): "is not a checkpoint and contains none",
         ("consolidate", written, "--out", tmp_path / "x"): "has 3 checkpoints, give one of them: "
         "zero0, zero1, zero3",
         ("consolidate", written / "zero0", "--out", written / "zero0.expected"): "exists",

@@ -176,12 +176,12 @@ def test_a_network_of_ones_own_is_named_by_its_file_and_needs_no_classes(
     result = CliRunner().invoke(cli.app, [*words, *SMALL, *settings], catch_exceptions=False)
     assert "error" in result.output
     assert "of the outputs' variance" in " ".join(result.output.split())
-    assert "accuracy not measured: the network is no classifier" in result.output
+    assert "accuracy not measured: the network is not a classifier" in result.output
     card = load_card(Path("student"))
     assert (card.model, card.arguments, card.classes) == ("nets/two.py:Two", {"width": 12}, [])
     student = load_student("student", build="nets/two.py:Two")
     assert set(student(torch.zeros(1, 3, 20, 20))) == {"map", "mean"}
-    with pytest.raises(ValueError, match="is no classifier: it gives map, mean"):
+    with pytest.raises(ValueError, match="is not a classifier: it gives map, mean"):
         Student("student/student.onnx")
 
 

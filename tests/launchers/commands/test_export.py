@@ -99,5 +99,5 @@ def test_a_student_without_a_run_is_compared_on_noise(
     shutil.copytree(BEFORE / "student", "alone")
     code, out, err = sbf("export", "alone", "--format", "safetensors", "--out", "again")
     assert code == 0, err
-    assert "no images are known (--data names some): compared on noise" in out
+    assert "no images given (--data): compared on random noise" in out
     assert "Training images and labels: not known." in Path("again/README.md").read_text()

@@ -33,7 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_cluster_must_be_named() -> None:
-    assert answer("jobs").startswith("no cluster is named: give --cluster FILE, --address URL")
+    assert answer("jobs").startswith("no cluster given: set --cluster FILE, --address URL")
 
 
 def test_two_clusters_at_once_are_refused() -> None:
@@ -82,8 +82,8 @@ def test_a_recipe_elsewhere_is_refused(folder: Path) -> None:
     recipe = RECIPES / "digits.yaml"
     found = answer("submit", str(recipe), "--address", "http://127.0.0.1:1")
     assert found == (
-        f"recipe {recipe}: lies outside the folder that is sent, {folder}; start from the folder "
-        "that holds it"
+        f"recipe {recipe}: is outside the uploaded folder, {folder}; start from the folder that "
+        "holds it"
     )
 
 
@@ -93,7 +93,7 @@ def test_a_recipe_in_a_folder_that_is_not_sent_is_refused(folder: Path) -> None:
     (folder / "mine.py").write_text("")
     found = answer("submit", "data/digits.yaml", "--address", "http://127.0.0.1:1")
     assert found == (
-        "recipe data/digits.yaml: is not sent, as it lies in data/ or Git ignores it; move it"
+        "recipe data/digits.yaml: is not uploaded, as it is in data/ or Git ignores it; move it"
     )
 
 
@@ -128,7 +128,7 @@ MISTAKES = {
     "no token": (
         ["jobs"],
         {"/api/version": NO_TOKEN},
-        "cluster {}: wants a token; give the head's",
+        "cluster {}: requires a token; give the head's",
     ),
     "wrong token": (["jobs"], {"/api/version": BAD_TOKEN}, "cluster {}: refuses the token; give"),
     "not a dashboard": (["jobs"], {"/api/version": (200, "hello")}, "cluster {}: "),
@@ -167,8 +167,8 @@ def test_an_upload_that_is_too_large_is_refused_with_the_largest_files(
     code, _, errors = sbf("submit", "digits.yaml", "--address", "http://127.0.0.1:1")
     assert (code, errors.count("\n")) == (2, 1)
     assert errors.startswith(
-        f"sbf: folder {folder}: 3 MiB would be sent, Ray takes 1; the largest files are large.bin "
-        "(3.0 MiB), digits.yaml (0.0 MiB); move them"
+        f"sbf: folder {folder}: 3 MiB would be uploaded, Ray's limit is 1; the largest files are "
+        "large.bin (3.0 MiB), digits.yaml (0.0 MiB); move them"
     )
 
 

@@ -61,7 +61,9 @@ def test_a_store_alone_says_less(sbf, folder, tmp_path) -> None:
     alone = shutil.copytree(folder / "pseudo-labels", tmp_path / "somewhere" / "store")
     code, _, err = sbf("label", "report", alone)
     assert code == 2
-    assert "are of a version that did not note the classes; give the folder of their run" in err
+    assert (
+        "were written by an older version, without the classes; give the folder of their run" in err
+    )
     manifest = json.loads((alone / "manifest.json").read_text())
     write_json(alone / "manifest.json", manifest | {"classes": list("abcdefghij")})
     code, out, err = sbf("label", "report", alone, "--json")
@@ -94,7 +96,7 @@ def test_pseudo_labels_of_other_images_than_the_runs_are_refused(sbf, folder) ->
     write_json(folder / "pseudo-labels" / "manifest.json", manifest)
     code, _, err = sbf("label", "report", folder)
     assert code == 2
-    assert "are of other images than the index in" in err
+    assert "belong to other images than the index in" in err
 
 
 def test_a_recipe_that_is_not_there_is_one_line(sbf) -> None:

@@ -65,7 +65,7 @@ def test_checkpoints_are_verified_and_the_address_is_named(
     code, out, err = sbf("checkpoint", "verify", where)
     assert code == 2
     assert f"checkpoint {where}/one-00000020.ab: {shard} is damaged" in out
-    assert err == f"sbf: 1 of the checkpoints in {where} cannot be gone on from\n"
+    assert err == f"sbf: 1 of the checkpoints in {where} cannot be resumed from\n"
     code, _, err = sbf("checkpoint", "consolidate", where, "--out", "net.safetensors")
     assert code == 2
     assert err.startswith(f"sbf: folder {where} has 2 checkpoints, give one of them: one-00000010")
@@ -113,7 +113,7 @@ def test_the_plan_of_a_run_is_shown_by_either_address(runs: str, sbf: Sbf, tmp_p
         ),
         (
             ("compare", "tiny.yaml", "--runs", "s3://test-bucket/runs"),
-            "--runs s3:/test-bucket/runs: takes a folder of this machine, not an address",
+            "--runs s3:/test-bucket/runs: must be a local folder, not an address",
         ),
         (("plan", "show", "s3://test-bucket/none"), "s3://test-bucket/none: nothing is there"),
         (("plan", "show", "s3://no-such-bucket"), "s3://no-such-bucket: the bucket does not exist"),

@@ -110,8 +110,8 @@ def test_a_table_has_a_row_for_each_picture(sbf: Sbf, here: Path) -> None:
     assert all(row.count("%") == 2 for row in rows)
     # Of a student of an earlier version the crop is not known, and what is taken is said.
     assert (
-        err == "sbf: run does not say which crop it was evaluated with: taking 0.875; "
-        "--crop names another\n"
+        err == "sbf: run does not say which crop it was evaluated with: using 0.875; set --crop "
+        "to change it\n"
     )
 
 

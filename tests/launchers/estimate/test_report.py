@@ -89,5 +89,5 @@ def test_what_the_teachers_are_asked_is_chosen_as_in_the_run(tmp_path):
         "digits.yaml", deep, runs=tmp_path
     )
     said = printed("digits.yaml", deep, "workers.gpus=1", runs=tmp_path)
-    assert "sbf-distilled: live teachers: with them the training takes" in said
+    assert "sbf-distilled: live teachers: with live predictions the training takes" in said
     assert "teachers:" not in printed("digits.yaml", "distill.targets=live", runs=tmp_path)

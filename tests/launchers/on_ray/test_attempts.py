@@ -45,7 +45,7 @@ def test_fewer_than_the_minimum_is_one_line_with_what_is_there_and_what_was_aske
     with pytest.raises(UserError) as caught:
         attempts._number_of_workers(ELASTIC, [2, 4, 8], Notice())
     assert str(caught.value) == (
-        "workers.count = [2, 8]: there are 3 CPUs and 0 GPUs, places for 1 workers with "
+        "workers.count = [2, 8]: there are 3 CPUs and 0 GPUs, enough for 1 workers with "
         "workers.cpus = 2 and workers.gpus = 0; at least 2 are needed"
     )
     assert cluster["now"] >= ELASTIC.start_timeout
@@ -76,7 +76,7 @@ def test_places_that_others_use_are_one_line_with_what_is_free(
     with pytest.raises(UserError) as caught:
         attempts._check_used_by_others(ELASTIC, 4)
     assert str(caught.value) == (
-        "workers.count = [2, 8]: no places for 4 workers within 3 s (workers.start_timeout): of 8 "
+        "workers.count = [2, 8]: no room for 4 workers within 3 s (workers.start_timeout): of 8 "
         "CPUs and 2 GPUs, 3 and 0 are free; others use the rest"
     )
     cluster["CPU"] = 7  # a machine has gone meanwhile: the next attempt takes fewer

@@ -83,9 +83,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before_with_a_warning_tha
     (line,) = caplog.messages
     assert str(newest) in line
     assert fault in line
-    assert line.endswith(
-        "student-00000020.damaged, and training student goes on from " + before.name
-    )
+    assert line.endswith("student-00000020.damaged; training student resumes from " + before.name)
     # What the training then writes at that step takes its place; the damaged one is not counted.
     assert put(shelf(tmp_path, keep_last=2), 15).exists()
     assert shelf(tmp_path).names() == {"student-00000010", "student-00000015"}

@@ -36,8 +36,8 @@ def test_workers_write_a_checkpoint_before_their_machine_goes_and_go_on_without_
     assert ended.returncode == 0, ended.stdout + ended.stderr
     found = json.loads(ended.stdout.splitlines()[-1])
     warnings = "\n".join(found["warnings"])
-    assert "is being taken away: a checkpoint is written at the next step" in warnings
-    assert "tiny: a machine is being taken away, once without a new checkpoint" in warnings
+    assert "is being preempted: writing a checkpoint at the next step" in warnings
+    assert "tiny: a machine is being preempted, once without a new checkpoint" in warnings
     seen = [json.loads(line) for line in (tmp_path / "0.jsonl").read_text().splitlines()]
     pids = list(dict.fromkeys(pid for pid, *_ in seen))
     assert len(pids) == 2

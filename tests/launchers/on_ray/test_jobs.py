@@ -139,7 +139,7 @@ def test_a_run_is_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         too_many = ["workers.count=2", "workers.start_timeout=1", "--until", "teachers"]
         few = sbf("submit", "recipes/digits.yaml", *too_many, "--runs", str(runs))
         assert few.returncode == 2, few.stdout + few.stderr
-        there = "workers.count = 2: there are 1 CPUs and 0 GPUs, places for 1 workers with"
+        there = "workers.count = 2: there are 1 CPUs and 0 GPUs, enough for 1 workers with"
         assert f"WARNING {there}" in few.stdout
         assert f"\nsbf: {there}" in few.stdout
         assert few.stdout.splitlines()[-1].endswith(": FAILED")
@@ -147,8 +147,8 @@ def test_a_run_is_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         start_job(address, token, "sleep 60", submission_id="long", metadata={RUN: "digits"})
         busy = sbf("submit", "recipes/digits.yaml", "--runs", str(runs))
         assert busy.returncode == 2
-        assert "run digits is at work in job long" in busy.stderr
-        assert sbf("stop", "long").stdout == "job long: asked to end\n"
+        assert "run digits is running in job long" in busy.stderr
+        assert sbf("stop", "long").stdout == "job long: was asked to stop\n"
 
         monkeypatch.setenv("RAY_AUTH_TOKEN", "another")
         refused = sbf("jobs")

@@ -215,8 +215,8 @@ def test_any_other_error_arrives_with_the_workers_traceback(ray: None, tmp_path:
     log = tmp_path / "logs" / "bug-1.log"
     assert str(caught.value) == (
         "bug: worker 0 raised KeyError: 'no such layer: conv1', once without a new checkpoint "
-        f"(workers.max_failures = 0); what was logged is kept in {log}; the same command goes on "
-        "from the last checkpoint"
+        f"(workers.max_failures = 0); the workers' logs are in {log}; run the same command again "
+        "to resume from the last checkpoint"
     )
     assert re.search(r"break_down[\s\S]*KeyError: 'no such layer: conv1'", log.read_text())
 

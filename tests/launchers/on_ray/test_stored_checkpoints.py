@@ -237,7 +237,7 @@ def test_a_damaged_one_does_not_count_and_a_warning_names_it_and_the_one_before(
     (line,) = caplog.messages
     assert f"{store.address}/{key.partition('/')[0]}: " in line
     assert fault in line
-    assert "training student goes on from student-00000010." in line
+    assert "training student resumes from student-00000010." in line
     caplog.clear()
     write(store, 20)
     assert resumed(store) == (20, {"step": 20})

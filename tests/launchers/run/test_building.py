@@ -62,7 +62,7 @@ def test_a_training_and_its_baseline_start_from_the_file_and_what_follows_is_the
         said: list[str] = []
         built = build_network(network, 3, network.job.start, said.append)
         assert torch.equal(built.state_dict()["conv.weight"], wanted)
-        assert "taken from 'model_ema', head head drawn anew: 7 classes there, 3 here" in said[0]
+        assert "taken from 'model_ema', head head reinitialised: 7 classes in the file" in said[0]
         assert "teachers.1.start_from" in network.reads
     assert "teachers.1.start_from.sha256" in file_digests(networks.recipe)
 
@@ -102,7 +102,7 @@ def test_published_weights_are_fetched_once_and_kept_with_the_run(
     assert one.job.start.is_relative_to(networks.folder.root)
     said: list[str] = []
     built = build_network(one, 3, one.job.start, said.append)
-    assert "head classifier.1 drawn anew: 1000 classes there, 3 here" in said[0]
+    assert "head classifier.1 reinitialised: 1000 classes in the file, 3 in the network" in said[0]
     name = "features.0.weight"
     assert torch.equal(built.state_dict()[name], published[name])
 
@@ -161,7 +161,9 @@ def test_the_stage_says_what_each_teacher_begins_with(
     training = TRAINING | {"freeze": ["conv.*"], "optimizer": slow}
     networks = networks_of(tmp_path, training=training, start_from=start, weights_key="model")
     weights, rates, frozen = checked(networks, monkeypatch)
-    assert weights.startswith(f"  one: weights {start}: taken from 'model', head head drawn anew")
+    assert weights.startswith(
+        f"  one: weights {start}: taken from 'model', head head reinitialised"
+    )
     assert rates == "  one: learning rate 0.2 for the head, head, and 0.02 for all else"
     assert frozen.startswith("  one: 1 of ")
     (rates,) = checked(networks_of(tmp_path, training=TRAINING | {"optimizer": slow}), monkeypatch)
@@ -182,8 +184,8 @@ def test_which_part_of_a_nested_file_of_given_weights_was_taken_is_told(
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("classes", "answers with 3 classes, its file of classes has 4"),
-        ("answers", "teacher one: its answers are not finite numbers"),
+        ("classes", "predicts 3 classes, its file of classes has 4"),
+        ("answers", "teacher one: its predictions are not finite numbers"),
     ],
 )
 def test_a_teacher_that_is_taken_as_it_is_is_asked_before_it_is_used(

@@ -87,8 +87,8 @@ def test_another_budget_is_reached_without_training_the_teachers_anew(folder: Pa
     ) in refused.stderr
     done = sbf(folder, "--until", "compress", "compress.macs=0.8", "--again", "compress")
     assert done.returncode == 0, done.stderr
-    assert "teachers: done before" in done.stdout
-    assert "pseudo-labels: done before" in done.stdout
+    assert "teachers: already done" in done.stdout
+    assert "pseudo-labels: already done" in done.stdout
     after = times(folder)
     assert {name for name in before if before[name] != after[name]} == {"sbf-one-shot", "zeroed"}
     assert 0.6 < result(folder, "compress")["share"] <= 0.8
@@ -99,14 +99,14 @@ def test_more_steps_for_one_training_concern_what_depends_on_it_alone(folder: Pa
     changes = ("compress.macs=0.8", "teachers.1.training.steps=6")
     refused = sbf(folder, "--until", "compress", *changes)
     assert "with teachers.1.training.steps = 4, the recipe says 6; give --again t" in refused.stderr
-    assert "which goes on from its end" in refused.stderr
+    assert "which resumes from its end" in refused.stderr
     done = sbf(folder, "--until", "compress", *changes, "--again", "teachers")
     assert done.returncode == 0, done.stderr
-    assert "prepare: done before" in done.stdout
-    assert "teachers.1.training.steps is 6 instead of 4: the training goes on" in done.stdout
+    assert "prepare: already done" in done.stdout
+    assert "teachers.1.training.steps is 6 instead of 4: the training resumes" in done.stdout
     assert "resumed at step 4" in done.stdout
     assert "one: top-1" not in done.stdout
-    assert "compress: done before" in done.stdout  # the student comes from the other teacher
+    assert "compress: already done" in done.stdout  # the student comes from the other teacher
     after = times(folder)
     assert {name for name in before if before[name] != after[name]} == {"two"}
     assert result(folder, "pseudo-labels")["images"] == 1297
@@ -118,7 +118,7 @@ def test_a_moved_run_is_the_same_run(folder: Path) -> None:
     steps = ("compress.macs=0.8", "teachers.1.training.steps=6")
     done = sbf(folder, "--until", "compress", *steps, "--runs", "moved", "--again", "compress")
     assert done.returncode == 0, done.stderr
-    assert "teachers: done before" in done.stdout
+    assert "teachers: already done" in done.stdout
     assert not (folder / "runs").exists()
     after = json.loads((folder / "moved" / "tiny" / "tracking.json").read_text())
     assert after["id"] == before["id"]

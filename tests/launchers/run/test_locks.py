@@ -254,8 +254,8 @@ def test_a_longer_training_that_was_cut_goes_on_from_its_checkpoint(tmp_path: Pa
     kept = checkpoint(networks, "distill")
     (line,) = open_folder(changed(networks, "distill.training.steps=20"), None)
     assert line == (
-        "distill.training.steps is 20 instead of 10: the training goes on from its last "
-        "checkpoint, with the learning rates that one of 20 has from there on"
+        "distill.training.steps is 20 instead of 10: the training resumes from its last "
+        "checkpoint, with the learning rates of a training of 20"
     )
     assert kept.exists()
     assert open_folder(changed(networks, "distill.training.steps=20"), None) == []
@@ -272,11 +272,11 @@ def test_a_longer_training_that_was_done_goes_on_from_its_end(run: Networks) -> 
     with pytest.raises(UserError) as caught:
         open_folder(longer, None)
     assert (
-        "give --again distill (which repeats distill, evaluate, export), which goes on from its "
+        "give --again distill (which repeats distill, evaluate, export), which resumes from its "
         "end, or another name"
     ) in str(caught.value)
     (line,) = open_folder(longer, "distill")
-    assert "goes on" in line
+    assert "resumes" in line
     assert kept.exists()
     assert "sbf-distilled" not in weights(run)
 

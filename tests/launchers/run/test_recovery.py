@@ -158,10 +158,10 @@ def test_it_ends_with_the_bits_of_a_run_without_a_fault(whole, survived) -> None
 
 
 def test_workers_and_raylet_are_started_again_with_one_line_each(survived) -> None:
-    lines = [line for line in survived.run.output.splitlines() if "starting the workers" in line]
+    lines = [line for line in survived.run.output.splitlines() if "restarting the workers" in line]
     killed, stopped, raylet = lines
     assert "worker 1 died, once" in killed or "a worker died, once" in killed
-    assert "did not go on in time" in stopped or "died" in stopped
+    assert "hung" in stopped or "died" in stopped
     assert "Ray's raylet died" in raylet
     assert "logs/teachers-1.log" in killed
     assert not survived.frozen.is_running()
@@ -172,21 +172,23 @@ def test_a_full_disk_ends_the_run_with_its_cause_in_one_line(survived) -> None:
         pytest.skip("may not mount a small disk")
     assert survived.codes["full disk"] == 2, survived.run.output
     (line,) = [line for line in survived.run.output.splitlines() if "checkpoint of step" in line]
-    assert "the disk is full; the checkpoint before is intact" in line
+    assert "the disk is full; the previous checkpoint is intact" in line
 
 
 def test_a_truncated_shard_is_passed_over_with_a_warning_that_names_both(survived) -> None:
     (line,) = [line for line in survived.run.output.splitlines() if "damaged" in line]
     assert str(survived.truncated) in line
     step = int(survived.truncated.name.rpartition("-")[2])
-    assert line.endswith(f"goes on from {faults.TRAINING}-{step - 10:08d}")
+    assert line.endswith(f"resumes from {faults.TRAINING}-{step - 10:08d}")
 
 
 def test_signals_write_a_checkpoint_at_the_next_step_and_say_how_to_go_on(survived) -> None:
     codes = {name: survived.codes[name] for name in ("SIGTERM", "SIGINT")}
     assert codes == {"SIGTERM": 143, "SIGINT": 130}, survived.run.output
     for name in codes:
-        assert f"sbf: ended by {name}; the same command goes on" in survived.run.output
+        assert (
+            f"sbf: stopped by {name}; run the same command again to resume" in survived.run.output
+        )
     # The first went on from the checkpoint before the truncated one. Without a signal only every
     # tenth step is saved.
     step = int(survived.truncated.name.rpartition("-")[2])

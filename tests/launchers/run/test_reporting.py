@@ -77,7 +77,7 @@ def test_layers_are_those_of_the_last_round(before: RunContents) -> None:
 
 
 def test_what_an_earlier_version_did_not_keep_is_found_now_or_named(before: RunContents) -> None:
-    assert "kept no journals" in why(before.curves)
+    assert "without journals" in why(before.curves)
     assert not isinstance(before.labels, Missing)
     assert [part["part"] for part in before.labels["parts"]] == ["labelled", "unlabelled", "used"]
 
@@ -107,11 +107,11 @@ def test_code_that_a_folder_names_is_not_run(runs: Path) -> None:
     recipe["teachers"][0]["model"] = "nets.py:make"
     (own / "recipe.json").write_text(json.dumps(recipe))
     run = contents_of("own", RunFolder(runs, "own"), Request())
-    assert "nets.py:make is code of your own" in why(run.predictions)
-    assert "nets.py:make is code of your own" in why(run.layers)
+    assert "nets.py:make is your own code" in why(run.predictions)
+    assert "nets.py:make is your own code" in why(run.layers)
     trusted = contents_of("own", RunFolder(runs, "own"), Request(own_code=True))
     assert "nets.py" in why(trusted.predictions)
-    assert "code of your own" not in why(trusted.predictions)
+    assert "your own code" not in why(trusted.predictions)
 
 
 def test_damaged_files_are_named(runs: Path) -> None:
@@ -126,13 +126,13 @@ def test_damaged_files_are_named(runs: Path) -> None:
 
 
 def test_a_layer_that_is_not_converted_cannot_be_looked_into(runs: Path) -> None:
-    with pytest.raises(UserError, match=r"--layer conv: is no converted layer of runs/x; these"):
+    with pytest.raises(UserError, match=r"--layer conv: is not a converted layer of runs/x; these"):
         contents_of("runs/x", RunFolder(runs, "before"), Request(layers=["conv"]))
 
 
 def test_more_runs_than_a_page_has_letters_for_are_refused(runs: Path, tmp_path: Path) -> None:
     many = {str(number): RunFolder(runs, "before") for number in range(27)}
-    with pytest.raises(UserError, match=r"^27 runs: at most 26 stand on one page$"):
+    with pytest.raises(UserError, match=r"^27 runs: at most 26 fit on one page$"):
         write_page(many, tmp_path / "page.html", Request())
     assert not (tmp_path / "page.html").exists()
 

@@ -167,7 +167,7 @@ def lose_connections_and_the_machine(run: StoredRun, faulty_s3, after: int) -> i
     orphans = run.below("worker")
     faults.kill(run, "driver")
     psutil.wait_procs(orphans, 60)
-    assert "trying again for" in run.output
+    assert "retrying for" in run.output
     # MLflow's database stays, as on a server.
     copies = WorkingCopy.of(run.address, faults.NAME).root.parent
     database = (copies / "mlflow.db").read_bytes()

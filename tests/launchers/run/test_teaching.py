@@ -18,13 +18,13 @@ def test_on_a_cpu_teachers_are_live_up_to_a_cost_in_steps_of_the_student() -> No
     step = 3 * 10.0
     assert by_cost(MOST_COST * step, 10.0).targets == "live"
     assert by_cost(MOST_COST * step + 0.1, 10.0).targets == "stored"
-    assert "cost 1.7 of the student's step, the most is 3" in by_cost(51.0, 10.0).reason
+    assert "cost 1.7 of the student's step, limit 3" in by_cost(51.0, 10.0).reason
 
 
 def test_on_a_gpu_teachers_are_live_up_to_a_share_of_its_memory() -> None:
     assert by_memory(MOST_MEMORY * 1e9, 1e9).targets == "live"
     assert by_memory(MOST_MEMORY * 1e9 + 1, 1e9).targets == "stored"
-    assert "takes 4.0 GB of 80.0, the most is 80%" in by_memory(4e9, 80e9).reason
+    assert "takes 4.0 GB of 80.0, limit 80%" in by_memory(4e9, 80e9).reason
 
 
 def context(runs: Path, teacher: str = "cifar_resnet8", **distill: object) -> Context:

@@ -98,7 +98,7 @@ def test_a_store_that_is_away_is_one_warning_and_all_arrives_later(
     faulty_s3.add("runs/x", "refuse")
     for _ in range(3):
         mirror._mirror()
-    assert len([line for line in caplog.messages if "is not published" in line]) == 1
+    assert len([line for line in caplog.messages if "are not published" in line]) == 1
     faulty_s3.clear()
     mirror._mirror()
     assert [k for k in driver.store.objects() if k.startswith("tracking/")]

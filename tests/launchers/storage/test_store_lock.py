@@ -80,7 +80,7 @@ def test_the_second_is_refused_with_host_and_age_until_the_first_has_ended(folde
     said = str(caught.value)
     assert "run s3://b/runs/x is in use by another sbf run, on " in said
     assert os.uname().nodename in said
-    assert re.search(r"which gave a sign of life \d+ s ago", said)
+    assert re.search(r"last heartbeat \d+ s ago", said)
     assert "\n" not in said
     assert folder.objects() == {}  # neither has left anything
     lock_of(folder, "two").take()
@@ -120,7 +120,7 @@ def test_a_killed_driver_locks_for_a_while_by_the_clock_of_the_store(
     else:
         with pytest.raises(UserError) as caught:
             other.take()
-        said = re.search(r"a sign of life (\d+) s ago.* end in (\d+) s", str(caught.value))
+        said = re.search(r"last heartbeat (\d+) s ago.* expires in (\d+) s", str(caught.value))
         assert said
         age, left = map(int, said.groups())
         assert age >= seconds
@@ -170,7 +170,7 @@ def test_a_driver_that_slept_while_another_took_over_finds_out_and_writes_no_mor
     second.take()
     now = lock._now
     monkeypatch.setattr(lock, "_now", lambda: now() + STALE_AFTER_SECONDS)  # the clock went on
-    with pytest.raises(UserError, match="another driver has taken it over") as caught:
+    with pytest.raises(UserError, match="another driver has taken over") as caught:
         first.check()
     assert "\n" not in str(caught.value)
     renew(second)
@@ -184,7 +184,7 @@ def test_who_renews_late_gives_way_to_whom_did_not_see_it(folder, later) -> None
     later(STALE_AFTER_SECONDS + 1)
     folder.write("other.json", json.dumps({"host": "elsewhere", "copy": "two"}).encode())
     renew(first)
-    with pytest.raises(UserError, match="another driver has taken it over"):
+    with pytest.raises(UserError, match="another driver has taken over"):
         first.check()
     assert set(folder.objects()) == {"other.json"}
 
@@ -204,7 +204,7 @@ def test_a_driver_that_lost_its_lock_is_ended_by_a_line(folder, s3, tmp_path, mo
     copy = WorkingCopy(tmp_path, ObjectFolder.at(f"{s3.bucket}/runs/x"))
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as interruption.py does
     try:
-        refused = pytest.raises(UserError, match="another driver has taken it over")
+        refused = pytest.raises(UserError, match="another driver has taken over")
         with refused, driver.taken_over(copy):
             (key,) = folder.objects()
             for _ in range(300):  # until it is not just being renewed

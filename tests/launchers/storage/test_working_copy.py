@@ -63,7 +63,7 @@ def test_the_store_is_the_truth_for_a_copy_that_others_have_passed(machines, cap
     with caplog.at_level(logging.WARNING):
         one.take_over()
     assert files(one) == stored(two) == {"a": "of two", "c": "1", "d": "2"}
-    assert "another machine has gone on with the run: c" in caplog.text
+    assert "another machine has continued the run: c" in caplog.text
 
 
 def test_what_the_store_did_not_take_is_published_by_the_next_start_on_the_same_machine(
@@ -191,7 +191,7 @@ def test_connections_that_are_lost_are_tried_again_with_one_line(
     with caplog.at_level(logging.WARNING):
         one.publish()
     assert [m.partition(":")[0] for m in caplog.messages] == ["s3", "the store answers again"]
-    assert "trying again for 120 s" in caplog.messages[0]
+    assert "retrying for 120 s" in caplog.messages[0]
     faulty_s3.add("GET.*/runs/x/a", "drop", 2)
     two.take_over()
     assert files(two) == files(one)
@@ -205,7 +205,9 @@ def test_a_store_that_stays_away_is_one_line_and_nothing_is_lost(
     one.take_over()
     put(one, a="1")
     faulty_s3.add("runs/x", "drop")
-    with pytest.raises(RunError, match=r"tried for 0.1 s; the same command goes on") as caught:
+    with pytest.raises(
+        RunError, match=r"gave up after 0.1 s; run the same command again"
+    ) as caught:
         one.publish()
     assert "\n" not in str(caught.value)
     faulty_s3.clear()

@@ -160,7 +160,7 @@ def test_other_suffixes_of_jpeg_are_known_and_other_images_are_counted(tmp_path,
     with caplog.at_level(logging.WARNING):
         index = indexed(tmp_path)
     assert len(index) == 5
-    assert "passed over 2 .gif, 1 .heic, which cannot be read here" in caplog.text
+    assert "skipped 2 .gif, 1 .heic, which cannot be read" in caplog.text
 
 
 def test_suffixes_count_in_any_case_and_other_files_do_not(tmp_path):

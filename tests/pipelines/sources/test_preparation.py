@@ -302,7 +302,7 @@ def test_a_disk_that_is_too_small_is_reported_before_the_work(archives, tmp_path
 @pytest.mark.parametrize(
     ("number", "message"),
     [
-        (errno.ENOSPC, "the disk is full; free some space and give the same command again"),
+        (errno.ENOSPC, "the disk is full; free some space and run the same command again"),
         (errno.EROFS, "is on a read-only disk; choose another folder"),
         (errno.EACCES, "is not writable; choose another folder"),
         (errno.EIO, "cannot be written"),
@@ -341,8 +341,8 @@ def test_a_real_limit_on_files_stops_the_command_with_one_line(archives, tmp_pat
     )
     assert process.returncode == 2
     assert process.stderr == (
-        f"sbf: data {out}: the limit on file sizes is reached (ulimit -f); raise it and "
-        "give the same command again\n"
+        f"sbf: data {out}: the limit on file sizes is reached (ulimit -f); raise it and run the "
+        "same command again\n"
     )
     subprocess.run(command(archives, out, "webdataset"), check=True, timeout=120)
     assert check(out).whole
