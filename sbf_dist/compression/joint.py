@@ -13,6 +13,7 @@ from torch import nn
 from sbf_dist.budget import COUNTS, ROUNDING, Budget
 from sbf_dist.compression.calibration import Images, calibration_for, dtype_of
 from sbf_dist.compression.cost import count
+from sbf_dist.compression.dense_plan import architecture_of, dense_plan
 from sbf_dist.compression.fitting.fidelity import OutputsFor, Wanted
 from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.holding_out import split
@@ -21,7 +22,7 @@ from sbf_dist.compression.outputs import Yardstick
 from sbf_dist.compression.plan import Layer, Plan
 from sbf_dist.compression.precision import working_copy
 from sbf_dist.compression.progress import Progress, report
-from sbf_dist.compression.reconstruct import architecture_of, dense_plan, rebuild
+from sbf_dist.compression.reconstruct import rebuild
 from sbf_dist.compression.remembered import remember
 from sbf_dist.compression.removal.probe import Probe, train_briefly
 from sbf_dist.compression.removal.pruning import Criterion, Removable, find_removable, remove

@@ -4,19 +4,19 @@ The layers are fitted in forward order, each on the inputs that the layers conve
 produce, towards the dense network's outputs, so that later layers mend what earlier ones spoil.
 """
 
-from collections import Counter
 from collections.abc import Mapping
 from functools import partial
-from itertools import chain, takewhile
+from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
 
-from sbf_dist import models
 from sbf_dist.budget import ROUNDING, Budget
 from sbf_dist.compression.calibration import Calibration, Images, calibration_for, dtype_of
 from sbf_dist.compression.candidates import find_candidates, forward_order
+from sbf_dist.compression.convertible import check_dense, check_finite, nothing_to_convert
 from sbf_dist.compression.cost import Cost, count
+from sbf_dist.compression.dense_plan import dense_plan
 from sbf_dist.compression.fitting.between import insert_between
 from sbf_dist.compression.fitting.layerwise import layer_of
 from sbf_dist.compression.fitting.reference import Reference
@@ -26,9 +26,8 @@ from sbf_dist.compression.fitting.sequential import SequentialFit
 from sbf_dist.compression.fitting.settle import settle
 from sbf_dist.compression.fitting.shelf import Shelf
 from sbf_dist.compression.holding_out import split
-from sbf_dist.compression.inputs import Packing
-from sbf_dist.compression.outputs import Yardstick, number_of_classes
-from sbf_dist.compression.plan import DenseLayer, Latency, Layer, OtherInput, Plan, SBFLayer
+from sbf_dist.compression.outputs import Yardstick
+from sbf_dist.compression.plan import DenseLayer, Latency, Layer, Plan, SBFLayer
 from sbf_dist.compression.planning.allocation import Allocation, share_out
 from sbf_dist.compression.planning.explanation import Spending
 from sbf_dist.compression.planning.knapsack import Option
@@ -45,9 +44,6 @@ from sbf_dist.layers import SBFConv2d
 from sbf_dist.models import Architecture
 from sbf_dist.settings import Compression
 from sbf_dist.surgery import become, deep_copy, unwrapped, with_convolutions
-
-NEVER_REACHED = "no forward pass in evaluation mode reaches it"
-LISTED = 5  # reasons in a refusal
 
 
 @torch.no_grad()
@@ -70,8 +66,8 @@ def rebuild(
     """
     model = unwrapped(model)
     kind = (name.name if isinstance(name, Architecture) else name) or type(model).__name__
-    _check_finite(model, kind)
-    _check_dense(model, kind)
+    check_finite(model, kind)
+    check_dense(model, kind)
     check_timed(model, settings.budget)
     dense = working_copy(model)
     calibration = calibration_for(dense, images)
@@ -115,7 +111,7 @@ def rebuild_more(
     reasons, candidates = find_candidates(dense, examples, 1, settings.keep, settings.outputs)
     cost = count(network, images.shape, examples)
     if not candidates and not _fits(settings.budget, cost, plan):
-        raise _nothing_to_convert(dense, plan.model, reasons)
+        raise nothing_to_convert(dense, plan.model, reasons)
     search, timing = Search(settings, yardstick), timing or Timing()
     shapes = {name: _shape(network, plan, name, cost.layers[name]) for name in candidates}
     sbf = {n: layer for n in candidates if isinstance(layer := layer_of(network, n), SBFConv2d)}
@@ -254,64 +250,6 @@ def _sizes(
     return {name: chosen[name].size if name in chosen else 1 for name in order if is_fitted(name)}
 
 
-def dense_plan(
-    model: nn.Module,
-    images: Calibration,
-    name: str | Architecture | None,
-    settings: Compression,
-) -> Plan:
-    """Return the plan of a network, in eval mode, of which nothing is converted or removed.
-
-    `name` is the network's; None finds it out (`models.architecture_of`). Raises UserError as
-    `Yardstick.of` does.
-    """
-    examples = images.first(2)
-    order = forward_order(model, examples)
-    architecture = architecture_of(model, examples, name, settings)
-    cost = count(model, images.shape, examples)
-    layers: dict[str, Layer] = {
-        layer: DenseLayer(reason="", macs=cost.layers[layer], convertible=True) for layer in order
-    }
-    for layer, module in model.named_modules():
-        if isinstance(module, nn.Conv2d) and layer not in layers:
-            layers[layer] = DenseLayer(reason=NEVER_REACHED, macs=0, convertible=False)
-    return Plan(
-        model=architecture.name,
-        classes=architecture.classes or 0,
-        arguments=dict(architecture.arguments),
-        input_shape=images.image_shape,
-        other_inputs=_other_inputs(images.packing),
-        budget={},
-        macs_before=cost.macs,
-        macs_after=cost.macs,
-        params_before=cost.params,
-        params_after=cost.params,
-        layers=layers,
-    )
-
-
-def architecture_of(
-    model: nn.Module, examples: Tensor, name: str | Architecture | None, settings: Compression
-) -> Architecture:
-    """Return what `model` is built of, as far as `name` does not say it."""
-    if isinstance(name, Architecture) and name.classes is not None:
-        return name
-    classes = number_of_classes(model, examples, settings)
-    if isinstance(name, Architecture):
-        return Architecture(name.name, classes, name.arguments)
-    return Architecture(name, classes) if name else models.architecture_of(model, classes)
-
-
-def _other_inputs(packing: Packing | None) -> list[OtherInput]:
-    if packing is None:
-        return []
-    pairs = zip(packing.shapes[1:], packing.dtypes[1:], strict=True)
-    return [
-        OtherInput(shape=shape, dtype="float" if dtype.is_floating_point else str(dtype)[6:])
-        for shape, dtype in pairs
-    ]
-
-
 def _shape(network: nn.Module, plan: Plan, name: str, macs: int) -> Shape:
     """Describe the dense convolution that a layer of `network`, of `macs` multiply-adds, was."""
     layer, planned = layer_of(network, name), plan.layers.get(name)
@@ -418,36 +356,3 @@ def _noted(
         reason = f"{layers[name].reason}; {notes[name]}"
         layers[name] = layers[name].model_copy(update={"reason": reason})
     return layers
-
-
-def _nothing_to_convert(model: nn.Module, name: str, reasons: Mapping[str, str]) -> UserError:
-    """Return the error that lists, with counts, why no convolution can be converted."""
-    found = Counter(reasons.values())
-    unreached = sum(isinstance(module, nn.Conv2d) for module in model.modules()) - len(reasons)
-    if unreached:
-        found[NEVER_REACHED] = unreached
-    listed = [f"{number} of them: {reason}" for reason, number in found.most_common(LISTED)]
-    if len(found) > LISTED:
-        listed.append(f"{len(found) - LISTED} other reasons")
-    return UserError(
-        f"model {name!r} has no convolution that an SBF layer could replace; {'; '.join(listed)}"
-    )
-
-
-def _check_dense(model: nn.Module, name: str) -> None:
-    for layer, module in model.named_modules():
-        if isinstance(module, SBFConv2d):
-            raise UserError(
-                f"model {name!r} has an SBF layer already ({layer}): sbf_dist.shrink makes it "
-                "smaller"
-            )
-
-
-def _check_finite(model: nn.Module, name: str) -> None:
-    for key, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if not tensor.isfinite().all():
-            what = "NaN" if tensor.isnan().any() else "infinity"
-            layer, _, kind = key.rpartition(".")
-            raise UserError(
-                f"model {name!r} has {what} in layer {layer} ({kind}): its weights must be finite"
-            )

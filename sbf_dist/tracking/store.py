@@ -1,18 +1,17 @@
 """The MLflow store: reached, and given what journals say; whatever is said twice, stands once."""
 
 import contextlib
-import fcntl
 import logging
 import os
 import re
 import sqlite3
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sbf_dist.errors import UserError
 from sbf_dist.tracking.address import DATABASES, Address
+from sbf_dist.tracking.database_lock import alone
 from sbf_dist.tracking.journal import Entry
 
 if TYPE_CHECKING:
@@ -27,8 +26,6 @@ PARENT_TAG = "mlflow.parentRunId"
 MAX_PARAM_CHARS = 6000  # of a parameter, in MLflow
 MAX_REQUEST_METRICS = 1000
 MAX_REQUEST_ENTRIES = 100  # parameters or tags in one request
-LOCK_SECONDS = 45.0  # for which a lock of an SQLite database is waited for
-SILENT_SECONDS = 20.0  # of it, before a line says so: another run may be making the database
 # MLflow would go on trying one request for minutes; the courier tries again itself.
 _LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 
@@ -76,7 +73,7 @@ class MlflowStore:
         with self._errors():
             self._address.enter_credentials()
             mlflow = quiet_mlflow()
-            with self._alone():
+            with alone(self._address):
                 client = mlflow.MlflowClient(tracking_uri=self._address.uri)
                 client.search_experiments(max_results=1)  # makes or migrates a database's tables
                 self.experiment_id = self._experiment(client)
@@ -186,23 +183,6 @@ class MlflowStore:
             raise StoreAwayError(reason) from error
         except (SQLAlchemyError, sqlite3.Error, OSError) as error:
             raise StoreAwayError(self._address.hide(str(error))) from error
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Hold the lock of an SQLite database: one process at a time creates it."""
-        database = self._address.database_file
-        if database is None:
-            yield
-            return
-        try:
-            database.parent.mkdir(parents=True, exist_ok=True)
-            lock = database.with_name(database.name + ".lock").open("w")
-        except OSError as error:
-            raise UserError(f"tracking store {self._address.shown}: {error}") from error
-        with lock:
-            _wait_for_lock(lock.fileno(), lock.name)
-            _wait_for_database(database)
-            yield
 
     def _experiment(self, client: "MlflowClient") -> str:
         """Return the id of the experiment; that of NAME-2, … where the files of NAME are elsewhere.
@@ -365,40 +345,6 @@ def _metrics(entry: Entry) -> "list[Metric]":
         Metric(name, float(value), entry["time"], entry["step"])
         for name, value in entry["metrics"].items()
     ]
-
-
-def _wait_for_lock(descriptor: int, name: str) -> None:
-    start = time.monotonic()
-    said = False
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            waited = time.monotonic() - start
-            if waited > LOCK_SECONDS:
-                raise StoreAwayError(f"{name} is locked by another process") from None
-        if not said and waited > SILENT_SECONDS:
-            left = LOCK_SECONDS - waited
-            logger.warning("%s is locked by another process: waiting %.0f s", name, left)
-            said = True
-        time.sleep(0.1)
-
-
-def _wait_for_database(database: Path) -> None:
-    """StoreAwayError if somebody holds a database locked: MLflow would try for minutes."""
-    if not database.exists():
-        return
-    with contextlib.closing(sqlite3.connect(database, timeout=0)) as connection:
-        try:
-            connection.execute("BEGIN IMMEDIATE")
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error):
-                raise
-            logger.warning("%s is locked: waiting %.0f s", database, LOCK_SECONDS)
-            connection.execute(f"PRAGMA busy_timeout = {int(LOCK_SECONDS * 1000)}")
-            connection.execute("BEGIN IMMEDIATE")
-        connection.rollback()
 
 
 def cause_of(text: str) -> str:

@@ -20,7 +20,7 @@ from mlflow_double import Server, server
 
 from sbf_dist import tracking
 from sbf_dist.errors import UserError
-from sbf_dist.tracking import courier, run, store
+from sbf_dist.tracking import courier, database_lock, run
 
 ROOT = Path(__file__).parents[2]
 POINTS = [(step, float(step)) for step in range(0, 50, 5)]
@@ -42,8 +42,8 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(courier, "_WAITING_RETRY_SECONDS", 0.05)
     monkeypatch.setattr(run, "END_SECONDS", 0.5)
     monkeypatch.setattr(run, "INTERRUPTED_SECONDS", 0.3)
-    monkeypatch.setattr(store, "LOCK_SECONDS", 0.6)
-    monkeypatch.setattr(store, "SILENT_SECONDS", 0.1)
+    monkeypatch.setattr(database_lock, "LOCK_SECONDS", 0.6)
+    monkeypatch.setattr(database_lock, "SILENT_SECONDS", 0.1)
 
 
 @pytest.fixture

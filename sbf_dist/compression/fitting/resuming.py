@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sbf_dist.compression.calibration import Calibration
-from sbf_dist.compression.fitting.cuts import Cut, Keeping, Resuming, find_cuts
+from sbf_dist.compression.fitting.cuts import Cut, Keeping, Resuming
+from sbf_dist.compression.fitting.finding_cuts import find_cuts
 from sbf_dist.compression.fitting.shelf import Kept, Shelf
 from sbf_dist.hooks import registered
 

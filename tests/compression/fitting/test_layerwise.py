@@ -6,7 +6,7 @@ from small_networks import pictures, small
 
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.fitting import layerwise
-from sbf_dist.compression.fitting.cuts import find_cuts
+from sbf_dist.compression.fitting.finding_cuts import find_cuts
 from sbf_dist.compression.fitting.layerwise import Draw, Targets, draws, gather_layers, visit
 from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.fitting.resuming import Passes

@@ -7,7 +7,7 @@ from torch import nn
 
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.candidates import forward_order
-from sbf_dist.compression.fitting.cuts import find_cuts
+from sbf_dist.compression.fitting.finding_cuts import find_cuts
 from sbf_dist.compression.fitting.resuming import Passes
 from sbf_dist.compression.fitting.shelf import Shelf
 from sbf_dist.compression.fitting.statistics import measure_batch_norm, run_until

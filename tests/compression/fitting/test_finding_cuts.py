@@ -7,7 +7,7 @@ import torch
 from small_networks import pictures
 from torch import Tensor, nn
 
-from sbf_dist.compression.fitting.cuts import find_cuts
+from sbf_dist.compression.fitting.finding_cuts import find_cuts
 from sbf_dist.models import build
 
 IMAGES = pictures(3)
