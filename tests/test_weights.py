@@ -164,7 +164,7 @@ def test_two_state_dicts_that_fit_are_refused_and_a_key_chooses(tmp_path):
 def test_two_networks_in_one_state_dict_are_refused_and_a_prefix_chooses(tmp_path):
     one, other = network(), network(seed=1)
     both = prefixed(one, "student.") | prefixed(other, "teacher.")
-    assert "fit behind 2 prefixes, 'student.', 'teacher.': choose" in refused(both, tmp_path)
+    assert "fit with 2 prefixes, 'student.', 'teacher.': choose" in refused(both, tmp_path)
     loaded(both, tmp_path, one, prefix="student.")
     loaded(both, tmp_path, other, prefix="teacher")
     assert "have no name that begins with 'net'" in refused(both, tmp_path, prefix="net")

@@ -243,7 +243,7 @@ def test_a_model_without_convolutions_is_refused():
         (torch.zeros(2, 1, 10, 10), "model Small cannot take images of 1 x 10 x 10: RuntimeError:"),
         (torch.zeros(2, 3, 0, 10), "model Small cannot take images of 3 x 0 x 10: "),
         (torch.zeros(2, 3, 9, 9, dtype=torch.uint8), "images are torch.uint8: expected floats"),
-        (torch.zeros(0, 3, 10, 10), "calibration images have shape (0, 3, 10, 10): wanted"),
+        (torch.zeros(0, 3, 10, 10), "calibration images have shape (0, 3, 10, 10): expected"),
         (torch.zeros(3, 10, 10), "calibration images have shape (3, 10, 10): expected (N, chan"),
     ],
 )

@@ -116,7 +116,7 @@ def test_what_a_run_could_not_deliver_waits_a_bounded_time_and_comes_with_the_ne
         train(stage, range(25, 50))
         start = time.monotonic()
     assert time.monotonic() - start < 5
-    assert f"5 metrics and 2 other entries wait in {folder}/tracking" in caplog.messages[-1]
+    assert f"5 metrics and 2 other entries are kept in {folder}/tracking" in caplog.messages[-1]
     assert "next start" in caplog.messages[-1]
     double.start()
     with tracking.start(folder, uri=double.uri) as again:
@@ -132,7 +132,7 @@ def test_artifacts_that_cannot_be_stored_hold_up_no_metrics(
         stage.log_text("hello", "note.txt")
         train(stage, range(50))
     assert double.history("loss") == POINTS
-    assert "0 metrics and 1 other entries wait" in caplog.messages[-1]
+    assert "0 metrics and 1 other entries are kept" in caplog.messages[-1]
     double.artifacts = {}
     with tracking.start(folder, uri=double.uri):
         pass

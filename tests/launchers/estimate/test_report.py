@@ -83,9 +83,9 @@ def test_live_teachers_are_in_the_memory_and_stored_ones_are_not(tmp_path):
 
 
 def test_what_the_teachers_are_asked_is_chosen_as_in_the_run(tmp_path):
-    assert "sbf-distilled: live teachers: on each crop" in printed("digits.yaml", runs=tmp_path)
+    assert "live teachers: live predictions cost" in printed("digits.yaml", runs=tmp_path)
     deep = "teachers.1.model=cifar_resnet110"
-    assert "sbf-distilled: stored teachers: on each crop" in printed(
+    assert "sbf-distilled: stored teachers: live predictions cost" in printed(
         "digits.yaml", deep, runs=tmp_path
     )
     said = printed("digits.yaml", deep, "workers.gpus=1", runs=tmp_path)

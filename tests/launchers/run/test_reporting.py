@@ -126,7 +126,9 @@ def test_damaged_files_are_named(runs: Path) -> None:
 
 
 def test_a_layer_that_is_not_converted_cannot_be_looked_into(runs: Path) -> None:
-    with pytest.raises(UserError, match=r"--layer conv: is not a converted layer of runs/x; these"):
+    with pytest.raises(
+        UserError, match=r"--layer conv: is not a converted layer of runs/x; converted are"
+    ):
         contents_of("runs/x", RunFolder(runs, "before"), Request(layers=["conv"]))
 
 
