@@ -31,7 +31,7 @@ def away(times: int):
 def test_a_store_is_asked_again_with_one_line_at_the_start_and_one_at_the_end(caplog):
     assert patiently(away(3)) == 7
     assert caplog.messages == [
-        "s3://b/x: no answer; trying again for 0.5 s",
+        "s3://b/x: no answer; retrying for 0.5 s",
         "the store answers again",
     ]
 
@@ -42,7 +42,9 @@ def test_one_that_answers_at_once_is_not_spoken_of(caplog):
 
 
 def test_one_that_stays_away_is_given_up_through_no_mistake_of_the_users():
-    with pytest.raises(RunError, match=r"^s3://b/x: no answer; it was tried for 0\.5 s; the same "):
+    with pytest.raises(
+        RunError, match=r"^s3://b/x: no answer; gave up after 0\.5 s; run the same "
+    ):
         patiently(away(1000))
 
 
