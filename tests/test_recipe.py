@@ -1,44 +1,23 @@
 import json
-import re
 import typing
 from pathlib import Path
 
 import pytest
 import yaml
+from minimal_recipe import MINIMAL, refusal
 
 from sbf_dist import recipe, settings
 from sbf_dist.compression.planning.criteria import CRITERIA
-from sbf_dist.errors import UserError
 from sbf_dist.recipe import Recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SHIPPED = sorted(set(RECIPES.glob("*.yaml")) - set(RECIPES.glob("compare-*.yaml")))
-
-MINIMAL = """
-name: tiny
-data: {source: digits, image_size: 16}
-teachers:
-  - {name: one, model: cifar_resnet8, training: {steps: 100}}
-  - {name: two, model: cifar_resnet14, weights: two.safetensors}
-compress: {teacher: one, macs: 0.5}
-distill: {training: {steps: 50}}
-"""
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     (tmp_path / "tiny.yaml").write_text(MINIMAL)
     return tmp_path / "tiny.yaml"
-
-
-def refusal(path: Path, *overrides: str) -> str:
-    with pytest.raises(UserError) as refused:
-        recipe.load(path, overrides)
-    message = str(refused.value)
-    assert "\n" not in message
-    assert "pydantic" not in message
-    assert "nput" not in message, "pydantic's words, not the user's"
-    return message
 
 
 @pytest.mark.parametrize("shipped", SHIPPED, ids=lambda path: path.name)
@@ -119,119 +98,6 @@ def test_a_recipe_survives_json(path):
     again = Recipe.model_validate(json.loads(json.dumps(loaded.model_dump(mode="json"))))
     assert again == loaded
     assert again.digest() == loaded.digest()
-
-
-# --- identity ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "override",
-    ["workers.count=4", "workers.count=[1, 2]", "workers={gpus: 1, max_failures: 0}",
-     "checkpoints.keep_last=5", "tracking.experiment=other",
-     "tracking.uri=http://localhost:5000", "compress.latency_table=t.json"],
-)  # fmt: skip
-def test_workers_tracking_and_caches_are_no_part_of_the_identity(path, override):
-    assert recipe.load(path, [override]).digest() == recipe.load(path).digest()
-
-
-@pytest.mark.parametrize(
-    "override",
-    ["name=other", "seed=1", "data.image_size=24", "teachers.0.model=cifar_resnet20",
-     "pseudo_labels.top_k=3", "compress.macs=0.4", "compress.latency_batch=2",
-     "compress.criterion=l1", "compress.keep=[conv]", "compress.round_to=8",
-     "distill.label_weight=0.1", "baselines={steps: 9}"],
-)  # fmt: skip
-def test_all_else_is_part_of_the_identity(path, override):
-    assert recipe.load(path, [override]).digest() != recipe.load(path).digest()
-
-
-def test_the_digest_does_not_depend_on_how_the_recipe_is_written(path, tmp_path):
-    content = yaml.safe_load(MINIMAL)
-    content["compress"]["sources"] = 4  # its default
-    other = tmp_path / "other.yaml"
-    other.write_text(json.dumps(dict(reversed(content.items()))))
-    assert recipe.load(other).digest() == recipe.load(path).digest()
-    assert re.fullmatch("[0-9a-f]{64}", recipe.load(path).digest())
-
-
-# --- overrides -----------------------------------------------------------------------------------
-
-
-def test_overrides_change_what_they_name_in_the_order_given(path):
-    loaded = recipe.load(
-        path,
-        [
-            "compress.macs=0.4",
-            "compress.macs=0.3",
-            "teachers.1.name=three",
-            "data.augmentation={flip: false, rotate: 10}",
-            "distill.training.optimizer.lr=1e-3",
-            "data.mean=[0, 0.5, 1]",
-            "tracking.uri=null",
-            "seed=5",
-        ],
-    )
-    assert loaded.compress.macs == 0.3
-    assert loaded.teachers[1].name == "three"
-    assert loaded.data.augmentation.rotate == 10
-    assert not loaded.data.augmentation.flip
-    assert loaded.distill.training.optimizer.lr == 1e-3
-    assert loaded.data.mean == (0, 0.5, 1)
-    assert (loaded.tracking.uri, loaded.seed) == (None, 5)
-
-
-def test_an_override_may_hold_equals_signs(path):
-    loaded = recipe.load(path, ["tracking.experiment=a=b"])
-    assert loaded.tracking.experiment == "a=b"
-
-
-def test_an_override_changes_one_place_where_the_recipe_repeats_itself(tmp_path):
-    path = tmp_path / "anchors.yaml"
-    path.write_text(
-        MINIMAL.replace("training: {steps: 100}", "training: &t {steps: 100, optimizer: {lr: 1}}")
-        .replace("weights: two.safetensors", "training: *t")
-        .replace("distill: {training: {steps: 50}}", "distill: {training: {<<: *t, steps: 50}}")
-    )
-    loaded = recipe.load(path, ["teachers.0.training.steps=9", "distill.training.optimizer.lr=0.5"])
-    assert [teacher.training.steps for teacher in loaded.teachers] == [9, 100]
-    assert [teacher.training.optimizer.lr for teacher in loaded.teachers] == [1, 1]
-    assert loaded.distill.training.optimizer.lr == 0.5
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("steps", "override 'steps' must look like distill.training.steps=100"),
-        ("=3", "override '=3' must look like"),
-        ("compress.macs=[0.5", "'[0.5' is not a YAML value"),
-        ("teachers.2.name=x", "teachers has the entries 0 to 1"),
-        ("teachers.-1.name=x", "teachers has the entries 0 to 1"),
-        ("teachers.one.name=x", "teachers has the entries 0 to 1"),
-        ("teachers.2={}", "teachers has the entries 0 to 1"),
-        ("name.first=x", "override 'name.first=x': name has no keys"),
-        ("name.first.second=x", "name has no keys"),
-    ],
-)
-def test_an_override_that_leads_nowhere_is_refused(path, override, message):
-    assert message in refusal(path, override)
-
-
-def test_an_override_inside_of_what_is_not_set_is_refused(path):
-    refused = refusal(path, "baselines=null", "baselines.optimizer.lr=1")
-    assert refused == (
-        "override 'baselines.optimizer.lr=1': baselines is not set; set the whole section"
-    )
-
-
-def test_an_override_into_an_empty_list_is_refused(path):
-    assert "teachers has no entries" in refusal(path, "teachers=[]", "teachers.0.name=x")
-
-
-def test_a_range_of_workers_leaves_those_that_divide_the_batches(path):
-    loaded = recipe.load(path, ["workers.count=[2, 8]"])
-    assert (loaded.workers.least, loaded.workers.most) == (2, 8)
-    assert loaded.numbers_of_workers() == [2, 4, 8]
-    assert recipe.load(path, ["workers.count=2"]).numbers_of_workers() == [2]
 
 
 # --- messages ------------------------------------------------------------------------------------
@@ -450,28 +316,6 @@ def test_every_field_says_what_it_is_for():
     sections(Recipe)
 
 
-def test_what_is_cached_is_no_part_of_the_identity_and_how_images_vary_is(path):
-    plain = recipe.load(path)
-    for cache in ("cache=memory", "cache_dir=/disk", "cache_gb=5"):
-        assert recipe.load(path, [f"data.{cache}"]).digest() == plain.digest()
-    assert "cache_dir" not in plain.model_dump()["data"]  # earlier versions did not have it
-    for change in ("crop=padded", "rand_augment=2", "mixup=0.2", "cutmix=1.0"):
-        other = recipe.load(path, [f"data.augmentation.{change}"])
-        assert other.digest() != plain.digest()
-        assert other.data.augmentation.mixes == change.startswith(("mixup", "cutmix"))
-
-
-def test_images_lie_in_a_folder_or_at_an_address(path):
-    folder = recipe.load(path, ["data.source=folder", "data.root=some/where"])
-    stored = recipe.load(path, ["data.source=folder", "data.root=s3://bucket/set/"])
-    assert folder.data.root == Path("some/where")
-    assert stored.data.root == "s3://bucket/set"
-    for one in (folder, stored):
-        assert Recipe.model_validate(one.model_dump(mode="json")) == one
-    assert folder.identity()["data"]["root"] == "some/where"
-    assert stored.identity()["data"]["root"] == "s3://bucket/set"
-
-
 def test_images_are_mixed_in_pairs(path):
     odd = ("workers.count=2", "distill.training.batch_size=36", "distill.training.accumulation=2")
     assert recipe.load(path, odd).data.augmentation.mixes is False
@@ -483,37 +327,12 @@ def test_images_are_mixed_in_pairs(path):
         )
 
 
-# --- trainings -----------------------------------------------------------------------------------
-
-
-def test_keys_that_earlier_versions_did_not_have_are_not_stored_at_their_defaults(path):
-    stored = recipe.load(path).identity()["distill"]["training"]
-    assert stored.keys() == {
-        "steps",
-        "batch_size",
-        "accumulation",
-        "optimizer",
-        "schedule",
-        "warmup",
-        "precision",
-        "zero_stage",
-        "log_every",
-        "checkpoint_every",
-    }
-
-
-def test_a_weight_that_changes_is_in_the_identity_as_it_is_written(path, recwarn):
-    loaded = recipe.load(path, ["distill.label_weight=[1, 0.5]", "distill.teacher_weight=[1, 0]"])
-    assert loaded.distill.label_weight == (1.0, 0.5)
-    identity = loaded.identity()
-    assert identity["distill"]["label_weight"] == [1.0, 0.5]
-    assert type(loaded).model_validate(identity | {"workers": {}}) == loaded
-    assert not recwarn
-    assert (
-        recipe.load(path, ["distill.label_weight=1"]).identity()["distill"]["label_weight"] == 1.0
-    )
-
-
-def test_parts_that_are_off_are_not_in_the_identity(path):
-    distill = recipe.load(path).identity()["distill"]
-    assert not {"teacher_weight", "consistency", "features", "labels_last"} & distill.keys()
+def test_images_lie_in_a_folder_or_at_an_address(path):
+    folder = recipe.load(path, ["data.source=folder", "data.root=some/where"])
+    stored = recipe.load(path, ["data.source=folder", "data.root=s3://bucket/set/"])
+    assert folder.data.root == Path("some/where")
+    assert stored.data.root == "s3://bucket/set"
+    for one in (folder, stored):
+        assert Recipe.model_validate(one.model_dump(mode="json")) == one
+    assert folder.identity()["data"]["root"] == "some/where"
+    assert stored.identity()["data"]["root"] == "s3://bucket/set"
