@@ -1,26 +1,42 @@
+from functools import cache
+from pathlib import Path
+
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
+ROOT = Path(__file__).parents[1]
 LAUNCHERS = "tests/launchers/"
+
+
+@cache
+def _starts_ray(file: str) -> bool:
+    """Whether a file has tests of the launchers that start the whole system, by their mark."""
+    return file.startswith(LAUNCHERS) and "mark.slow" in (ROOT / file).read_text()
+
+
+def _file(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
 
 
 def pytest_collection_modifyitems(items):
     """Begin with what takes longest."""
-    items.sort(key=lambda item: not item.nodeid.startswith(LAUNCHERS))
+    items.sort(key=lambda item: not _starts_ray(_file(item.nodeid)))
 
 
 class _Apart(LoadFileScheduling):
-    """The tests of the launchers one after another, as Ray takes the whole machine.
+    """The files that start Ray one after another, as it takes the whole machine.
 
-    Beside them the others, file by file.
+    Beside them the others, file by file, by whichever process is free.
     """
 
     def _split_scope(self, nodeid):
-        return LAUNCHERS if nodeid.startswith(LAUNCHERS) else super()._split_scope(nodeid)
+        file = _file(nodeid)
+        return LAUNCHERS if _starts_ray(file) else file
 
 
 def pytest_xdist_make_scheduler(config, log):
-    """Share the tests out to the processes of pytest-xdist."""
+    """Share the tests out to the processes of pytest-xdist, in the order of their collection."""
+    config.option.loadscopereorder = False
     return _Apart(config, log)
 
 

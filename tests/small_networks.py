@@ -43,3 +43,10 @@ def pictures(count: int = 32, size: int = 10) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     raw = torch.randn(count, 3, size, size, generator=generator)
     return raw + nn.functional.avg_pool2d(raw, 3, 1, 1)
+
+
+def small_densenet() -> nn.Module:
+    """Two blocks of layers that read all layers before them."""
+    from torchvision.models import DenseNet  # which takes long, and is not always wanted
+
+    return DenseNet(8, (3, 3), num_init_features=16, bn_size=2, num_classes=5)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from sbf_dist.export.sbf_student import Student
 BEFORE = Path(__file__).parent / "before"
 SBF = Path(sys.executable).with_name("sbf")
 SHAPE = (3, 12, 12)
+Sbf = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -46,18 +48,6 @@ def networks(folder: RunFolder) -> Networks:
         "the version that started it; use another name (name=…) for the current defaults"
     ]
     return Networks.of(as_it_was, folder)
-
-
-def sbf(*arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    return subprocess.run(
-        [SBF, *map(str, arguments)],
-        env=environment | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
 
 
 def test_the_recipe_is_the_run_that_it_was(networks: Networks) -> None:
@@ -102,11 +92,11 @@ def test_the_student_gives_the_same_answers_as_its_exported_form(folder: RunFold
     )
 
 
-def test_the_plans_are_shown(folder: RunFolder) -> None:
+def test_the_plans_are_shown(folder: RunFolder, sbf: Sbf) -> None:
     for place in (folder.root, folder.student, folder.round_plan(1)):
-        shown = sbf("plan", "show", place)
-        assert shown.returncode == 0, shown.stderr
-        assert "0.6" in shown.stdout or "multiply-adds" in shown.stdout
+        code, out, err = sbf("plan", "show", place)
+        assert code == 0, err
+        assert "0.6" in out or "multiply-adds" in out
 
 
 def test_a_comparison_is_as_it_was(tmp_path: Path) -> None:
@@ -118,17 +108,25 @@ def test_a_comparison_is_as_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_nothing_of_a_run_is_done_anew_and_a_change_is_refused_with_its_way_out(
-    folder: RunFolder,
+    folder: RunFolder, sbf: Sbf
 ) -> None:
     command = ("run", BEFORE / "before.yaml", "--runs", folder.runs)
-    again = sbf(*command)
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    again = subprocess.run(
+        [SBF, *map(str, command)],
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
     assert again.returncode == 0, again.stderr
     for stage in STAGES:
         assert f"{stage.name}: already done" in again.stdout
-    changed = sbf(*command, "compress.macs=0.8")
-    assert changed.returncode == 2
-    assert changed.stderr.count("\n") == 1
+    code, _, err = sbf(*command, "compress.macs=0.8")
+    assert code == 2
+    assert err.count("\n") == 1
     assert (
         "before: compress was done with compress.macs = 0.6, the recipe says 0.8; give --again "
         "compress (which repeats compress, distill, evaluate, export) or another name"
-    ) in changed.stderr
+    ) in err

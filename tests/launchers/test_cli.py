@@ -1,16 +1,16 @@
-"""The `sbf` command as a user meets it: real processes, what they say and what they leave.
+"""The `sbf` command as a user meets it: what it says and what it leaves.
 
-A start costs seconds, so the processes run two at a time before the first of their tests.
+A start costs seconds: one command of each kind is a real process, all others run in this one.
 """
 
 import fcntl
+import io
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +46,7 @@ MANY_WORKERS = [
 
 @dataclass(frozen=True)
 class Answer:
-    """What a process has said, and what it has changed in its folder."""
+    """What a command has said, and what it has changed in the user's folder."""
 
     code: int
     stdout: str
@@ -103,8 +103,38 @@ COMMANDS = {
 }
 
 
+# Which of them are processes of their own: help, a mistake that is found before and one that is
+# found after what takes long is imported, and work.
+PROCESSES = {"help", "unknown key", "other recipe", "dry run"}
+
+
+def in_a_process(arguments: list[str], folder: Path) -> tuple[int, str, str]:
+    done = subprocess.run(
+        [SBF, *arguments],
+        cwd=folder,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def here(arguments: list[str], folder: Path) -> tuple[int, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(folder)
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("COLUMNS", "80")
+        patch.setattr(sys, "argv", ["sbf", *arguments])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+    return left.value.code or 0, out.getvalue(), err.getvalue()
+
+
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Answer]]:
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answer]:
     template = tmp_path_factory.mktemp("template")
     prepare(template)
 
@@ -112,19 +142,10 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Answ
         folder = tmp_path_factory.mktemp("user") / "mine"
         shutil.copytree(template, folder)
         before = content(folder)
-        done = subprocess.run(
-            [SBF, *COMMANDS[name]],
-            cwd=folder,
-            env=ENVIRONMENT,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        return Answer(done.returncode, done.stdout, done.stderr, content(folder) ^ before)
+        run = in_a_process if name in PROCESSES else here
+        return Answer(*run(COMMANDS[name], folder), content(folder) ^ before)
 
-    with ThreadPoolExecutor(2) as pool:
-        yield dict(zip(COMMANDS, pool.map(ask, COMMANDS), strict=True))
+    return {name: ask(name) for name in COMMANDS}
 
 
 @pytest.mark.parametrize("name", ["help", "help of run"])
@@ -208,18 +229,10 @@ def test_a_run_folder_in_use_is_refused_by_a_second_process(tmp_path):
     before = content(tmp_path)
     with (tmp_path / "runs" / "tiny" / ".lock").open("r") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        done = subprocess.run(
-            [SBF, "run", "tiny.yaml"],
-            cwd=tmp_path,
-            env=ENVIRONMENT,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "/runs/tiny is in use by another sbf run" in done.stderr
+        code, _, error = in_a_process(["run", "tiny.yaml"], tmp_path)
+    assert code == 2
+    assert error.count("\n") == 1
+    assert "/runs/tiny is in use by another sbf run" in error
     assert {change for change in content(tmp_path) ^ before if "/.lock " not in change} == set()
 
 

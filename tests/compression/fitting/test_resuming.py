@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_networks import pictures, small
+from small_networks import pictures, small, small_densenet
 from torch import nn
 
 from sbf_dist.compression.calibration import Calibration
@@ -21,7 +21,7 @@ NETWORKS = [
     "cifar_vgg11_w16",
     "torchvision:mobilenet_v2",
     "torchvision:shufflenet_v2_x0_5",
-    "torchvision:densenet121",
+    "small DenseNet",
     "timm:mobilenetv3_small_050",
     "timm:test_resnet",
     "small",
@@ -36,7 +36,8 @@ def _no_gradients():
 
 def network(name):
     torch.manual_seed(0)
-    return small() if name == "small" else build(name, 5).eval()
+    own = {"small": small, "small DenseNet": small_densenet}
+    return own[name]().eval() if name in own else build(name, 5).eval()
 
 
 def passes(model, layers, *, memory=2**30):

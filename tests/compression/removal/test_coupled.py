@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from small_networks import pictures, small
+from small_networks import pictures, small, small_densenet
 from torch import nn
 
 from sbf_dist import models
@@ -14,7 +14,7 @@ from sbf_dist.compression.removal.coupled import find_coupled, removed_channels,
 def built(name, seed=0):
     """A network whose every tensor matters, as after training."""
     torch.manual_seed(seed)
-    model = models.build(name, 5).eval()
+    model = (small_densenet() if name == "small DenseNet" else models.build(name, 5)).eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -28,7 +28,7 @@ NETWORKS = {
     "cifar_resnet14_w8": 16,
     "torchvision:resnet18": 32,
     "torchvision:mobilenet_v2": 32,
-    "torchvision:densenet121": 32,
+    "small DenseNet": 32,
     "torchvision:squeezenet1_1": 32,
     "timm:resnet26t": 32,
     "timm:efficientnet_lite0": 32,

@@ -26,13 +26,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("compress")
     digits.write(root / "digits")
     torch.manual_seed(0)
-    save_weights(models.build("cifar_resnet8", 10), root / "resnet8.safetensors")
+    save_weights(models.build("cifar_resnet8_w4", 10), root / "resnet8.safetensors")
     return root
 
 
 def arguments(folder: Path, **changes: str) -> list[str]:
     options = {
-        "model": "cifar_resnet8",
+        "model": "cifar_resnet8_w4",
         "weights": str(folder / "resnet8.safetensors"),
         "data": str(folder / "digits"),
         "budget": "macs=0.6",
@@ -54,7 +54,7 @@ def test_the_student_is_within_the_budget_and_is_what_is_exported(
 ) -> None:
     student = load_student(folder / "student")
     plan = Plan.load(folder / "student" / "plan.json")
-    dense = count(models.build("cifar_resnet8", 10), (3, SIZE, SIZE)).macs
+    dense = count(models.build("cifar_resnet8_w4", 10), (3, SIZE, SIZE)).macs
     assert count(student, (3, SIZE, SIZE)).macs == plan.macs_after <= 0.6 * dense
     images = torch.randint(0, 256, (4, SIZE, SIZE, 3), dtype=torch.uint8)
     mean, std = (torch.tensor(load_card(folder / "student").__dict__[k]) for k in ("mean", "std"))
@@ -93,7 +93,7 @@ def test_a_network_of_other_outputs_is_compressed_without_an_accuracy(
     output: str, folder: Path
 ) -> None:
     torch.manual_seed(0)
-    save_weights(models.build("cifar_resnet8", 7), folder / "seven.safetensors")
+    save_weights(models.build("cifar_resnet8_w4", 7), folder / "seven.safetensors")
     words = arguments(folder, weights=str(folder / "seven.safetensors"), out=str(folder / "seven"))
     result = CliRunner().invoke(cli.app, [*words, "--classes", "7", *SMALL], catch_exceptions=False)
     assert "the network has 7 outputs, the images have 10 classes" in result.output
@@ -111,7 +111,7 @@ def test_a_network_of_other_outputs_is_compressed_without_an_accuracy(
         ({"model": "cifar_resnet9"}, "depth must be 6n"),
         ({"weights": "/nowhere.safetensors"}, "weights /nowhere.safetensors do not exist"),
         ({"data": "/nowhere"}, "data /nowhere: is not a folder"),
-        ({"model": "cifar_resnet14"}, "lack stages"),
+        ({"model": "cifar_resnet14_w4"}, "lack stages"),
     ],
 )
 def test_a_mistake_is_reported_in_one_line_and_nothing_is_written(

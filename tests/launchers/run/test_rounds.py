@@ -17,6 +17,7 @@ from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.cost import count
 from sbf_dist.compression.plan import Plan
 from sbf_dist.compression.progressive import shrink
+from sbf_dist.settings import Compression
 from sbf_dist.weights import save_weights
 
 SHAPE = (3, 16, 16)
@@ -25,7 +26,7 @@ RECIPE = recipe.validate(
     {
         "name": "rounds",
         "data": {"source": "digits", "image_size": 16},
-        "teachers": [{"name": "one", "model": "cifar_resnet8", "training": {"steps": 10}}],
+        "teachers": [{"name": "one", "model": "cifar_resnet8_w4", "training": {"steps": 10}}],
         "compress": {"teacher": "one", "macs": 0.5, "sources": 2, "rounds": 3},
         "distill": {"training": {"steps": 50, "warmup": 20}},
     },
@@ -41,12 +42,13 @@ class Run:
         torch.manual_seed(0)
         self.networks = Networks.of(RECIPE, RunFolder(root, "rounds"))
         self.folder = self.networks.folder
-        self.dense = models.build("cifar_resnet8", NUM_CLASSES).eval()
+        self.dense = models.build("cifar_resnet8_w4", NUM_CLASSES).eval()
         save_weights(self.dense, self.networks.compressed.weights)
         self.images = Calibration.of(torch.randn(48, *SHAPE))
         self.trained: list[str] = []
+        self.settings: list[Compression] = []  # of each time it was shrunk again
         _, plan = make_student(
-            self.dense, self.images, RECIPE.compress, "cifar_resnet8", RECIPE.seed, Display()
+            self.dense, self.images, RECIPE.compress, "cifar_resnet8_w4", RECIPE.seed, Display()
         )
         plan.save(self.folder.plan)
 
@@ -65,9 +67,15 @@ class Run:
         return build_network(network, NUM_CLASSES, network.weights)
 
     def shrink(self) -> None:
-        rounds.shrink_in_rounds(
-            self.networks, NUM_CLASSES, self.images, Display(), train=self.train
-        )
+        def noted(student, plan, images, settings, **others):
+            self.settings.append(settings)
+            return shrink(student, plan, images, settings, **others)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rounds, "shrink", noted)
+            rounds.shrink_in_rounds(
+                self.networks, NUM_CLASSES, self.images, Display(), train=self.train
+            )
 
 
 @pytest.fixture(scope="module")
@@ -133,15 +141,8 @@ def test_what_rounds_leave_is_found(run: Run) -> None:
     assert rounds_weights <= {path.name for path in left}
 
 
-def test_later_rounds_are_given_the_whole_of_the_settings(tmp_path, monkeypatch):
-    given = []
-
-    def noted(student, plan, images, settings, **others):
-        given.append(settings)
-        return shrink(student, plan, images, settings, **others)
-
-    monkeypatch.setattr(rounds, "shrink", noted)
-    Run(tmp_path).shrink()
+def test_later_rounds_are_given_the_whole_of_the_settings(run: Run) -> None:
+    given = run.settings[: RECIPE.compress.rounds - 1]
     assert len(given) == RECIPE.compress.rounds - 1
     assert all(s.with_budget(RECIPE.compress.budget) == RECIPE.compress for s in given)
     assert given[-1].budget == RECIPE.compress.budget

@@ -65,8 +65,8 @@ TRAINING = ("steps=3", "batch_size=8", "warmup=1", "precision=fp32", "optimizer.
 SHORT = (
     "workers={}",
     "data.threads=1",
-    "teachers.0.model=cifar_resnet8",
-    "teachers.1.model=cifar_resnet8",
+    "teachers.0.model=cifar_resnet8_w4",
+    "teachers.1.model=cifar_resnet8_w4",
     "compress.images=16",
     "baselines=null",
     *(
