@@ -61,7 +61,7 @@ class Run:
             "checkpoint_every": self.checkpoint_every,
             "log_every": 5,
         }
-        arguments = {"diary": str(diary), "pause": self.pause}
+        arguments = {"diary": str(diary), "pause": self.pause, "pace": str(self.pace)}
         teacher = {
             "name": TRAINING,
             "model": f"{NETWORK}:make",
@@ -83,6 +83,11 @@ class Run:
             self.process = subprocess.Popen(
                 self.command(), stdout=log, stderr=log, text=True, cwd=ROOT, env=environment
             )
+
+    @property
+    def pace(self) -> Path:
+        """The file that slows the training down while it is there; see faults_network.py."""
+        return self.runs / "pace"
 
     @property
     def log(self) -> Path:

@@ -18,9 +18,13 @@ class Counting(nn.Sequential):
     diary  folder in which each process keeps the number of its forward passes in training mode, in
            a file that is named after it; None: they are not counted
     pause  seconds that each of them takes longer
+    pace   a file that says, while it is there, "PASSES SECONDS": how many of them a process does as
+           above; each that follows takes so many seconds longer
     """
 
-    def __init__(self, num_classes: int, diary: str | None, pause: float) -> None:
+    def __init__(
+        self, num_classes: int, diary: str | None, pause: float, pace: str | None = None
+    ) -> None:
         super().__init__(
             nn.Conv2d(3, 8, 3, stride=2, padding=1),
             nn.BatchNorm2d(8),
@@ -32,6 +36,7 @@ class Counting(nn.Sequential):
         )
         self._file = None if diary is None else Path(diary) / f"{os.getpid()}"
         self._pause = pause
+        self._pace = None if pace is None else Path(pace)
         self._passes = 0
 
     def forward(self, images: Tensor) -> Tensor:
@@ -39,11 +44,26 @@ class Counting(nn.Sequential):
             self._passes += 1
             self._file.write_text(str(self._passes))
             time.sleep(self._pause)
+            self._keep_pace()
         return super().forward(images)
 
+    def _keep_pace(self) -> None:
+        """Wait as `pace` says, but no longer than it is there."""
+        start = time.monotonic()
+        while self._pace is not None:
+            try:
+                passes, seconds = self._pace.read_text().split() or ("0", "0")
+            except FileNotFoundError:
+                return
+            if self._passes <= int(passes) or time.monotonic() - start >= float(seconds):
+                return
+            time.sleep(0.01)
 
-def make(num_classes: int, diary: str | None = None, pause: float = 0.0) -> nn.Module:
+
+def make(
+    num_classes: int, diary: str | None = None, pause: float = 0.0, pace: str | None = None
+) -> nn.Module:
     """Return the network, as recipes name it; prints TALK as Python and as C++ do."""
     print(TALK)
     os.write(2, f"{TALK}\n".encode())
-    return Counting(num_classes, diary, pause)
+    return Counting(num_classes, diary, pause, pace)

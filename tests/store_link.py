@@ -16,6 +16,7 @@ class Link:
 
     rate      bytes per second of all answers together; None: as fast as it goes
     latency   seconds that each answer takes to begin
+    flows     while it is cleared, no answer passes
     is_cut    connections end, and new ones are closed at once
     requests  method and path of each request
     sent      bytes of all answers
@@ -24,6 +25,8 @@ class Link:
     def __init__(self, port: int) -> None:
         self.rate: float | None = None
         self.latency = 0.0
+        self.flows = threading.Event()
+        self.flows.set()
         self.requests: list[tuple[str, str]] = []
         self.sent = 0
         self._target = port
@@ -86,6 +89,7 @@ class Link:
                         asked.clear()
                         time.sleep(self.latency)
                     self._wait_for(len(data))
+                    self.flows.wait()
                 else:
                     asked.set()
                     self.requests += [

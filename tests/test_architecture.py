@@ -157,7 +157,7 @@ def test_parts_do_not_know_those_above_them(part, unknown):
 def modules_after(statement: str) -> set[str]:
     program = f"{statement}\nimport sys\nprint(*sorted(sys.modules))"
     printed = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=240
     )
     return set(printed.stdout.split())
 

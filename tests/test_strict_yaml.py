@@ -50,9 +50,9 @@ def test_ordinary_yaml_is_read_as_by_anyone(text: str) -> None:
     ids=lambda value: value[:20],
 )
 def test_what_is_no_recipe_is_refused_at_once_with_one_line(text: str, reason: str) -> None:
-    start = time.monotonic()
+    start = time.thread_time()
     with pytest.raises(NotARecipeError) as caught:
         strict_yaml.load(text)
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert time.monotonic() - start < 5
+    assert time.thread_time() - start < 5

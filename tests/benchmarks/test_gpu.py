@@ -41,7 +41,7 @@ def test_without_a_device_it_says_so_in_one_line_and_exits_with_2(command, tmp_p
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=240,
         cwd=tmp_path,
     )
     assert done.returncode == 2

@@ -20,7 +20,7 @@ NETWORK = "10.77.0"
 LAPTOP = f"{NETWORK}.254"  # of the machine whose user starts a cluster; the others' way out
 USER = "root"
 HOME = "/tmp/home"
-START_SECONDS = 20.0
+START_SECONDS = 120.0
 PROGRAMS = ("ip", "nsenter", "rsync", "setpriv", "ssh", "ssh-keygen", "unshare")
 SSHD = "/usr/sbin/sshd"
 
@@ -62,7 +62,7 @@ class Host:
     def run(self, *arguments: str) -> str:
         """Return what a command prints here, which must succeed."""
         done = subprocess.run(
-            self.command(*arguments), capture_output=True, text=True, timeout=60, check=True
+            self.command(*arguments), capture_output=True, text=True, timeout=240, check=True
         )
         return done.stdout
 
@@ -185,7 +185,7 @@ def _keys(folder: Path) -> None:
 
 def _ip(host: Host, arguments: str) -> None:
     host_network = ["nsenter", "--target", str(host.outer), "--net"]
-    subprocess.run([*host_network, "ip", *arguments.split()], check=True, timeout=30)
+    subprocess.run([*host_network, "ip", *arguments.split()], check=True, timeout=120)
 
 
 def _wait_for_sshd(host: Host) -> None:

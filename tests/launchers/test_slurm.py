@@ -1,6 +1,7 @@
 """launchers/slurm.sbatch, run as Slurm's first node would, with doubles of Slurm's programs."""
 
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -20,7 +21,7 @@ SLEEP = 'if [ "$1" = 2 ]; then set -- 0.05; fi; exec /usr/bin/sleep "$@"'  # the
 RAY = """
     stat -c "token %a $(cat "$RAY_AUTH_TOKEN_PATH" | wc -c)" "$RAY_AUTH_TOKEN_PATH" >> "$CALLED"
     if [ "$1" = start ]; then
-        sleep 60 & trap 'kill $!; echo "ended $*" >> "$CALLED"; exit' TERM
+        sleep 600 & trap 'kill $!; echo "ended $*" >> "$CALLED"; exit' TERM
         echo "up" >> "$CALLED"; wait
     fi
     if [ "$1" = health-check ]; then grep -q ^up "$CALLED"; fi
@@ -72,7 +73,7 @@ class Allocation:
         return self.called.read_text().splitlines() if self.called.exists() else []
 
     def wait_for(self, beginning: str) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while not any(call.startswith(beginning) for call in self.calls()):
             assert time.monotonic() < deadline, self.calls()
             time.sleep(0.05)
@@ -91,7 +92,7 @@ def test_a_run_starts_on_ray_with_a_token_and_everything_ends_with_it(allocation
         echo "at $RAY_ADDRESS, arguments $#" >> "$CALLED"; exit {code}""",
     )
     process = allocation.start()
-    printed, _ = process.communicate(timeout=30)
+    printed, _ = process.communicate(timeout=120)
     assert process.returncode == code, printed
     calls = allocation.calls()
     ray = [call for call in calls if call.startswith("ray start")]
@@ -112,19 +113,31 @@ def test_a_run_starts_on_ray_with_a_token_and_everything_ends_with_it(allocation
     assert not any("requeue" in call for call in calls)
 
 
+def wait_until_caught(process: subprocess.Popen[str], signum: signal.Signals) -> None:
+    """Wait until the script has set its trap, which it does after it has started the run."""
+    deadline = time.monotonic() + 120
+    while True:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        if int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16) >> (signum - 1) & 1:
+            return
+        assert time.monotonic() < deadline, status
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize(("sent", "again"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
 def test_before_its_time_is_over_the_run_ends_in_order_and_is_queued_again(allocation, sent, again):
     allocation.program(
         "sbf",
-        """sleep 60 &
+        """sleep 600 &
         trap 'kill $!; sleep 0.5; echo "checkpoint written" >> "$CALLED"; exit 143' TERM
         until [ "$(grep -c ^up "$CALLED")" = 2 ]; do sleep 0.05; done
         echo "at work" >> "$CALLED"; wait""",
     )
     process = allocation.start()
     allocation.wait_for("at work")
+    wait_until_caught(process, sent)
     process.send_signal(sent)
-    printed, _ = process.communicate(timeout=30)
+    printed, _ = process.communicate(timeout=120)
     assert process.returncode == 143, printed
     calls = allocation.calls()
     assert "checkpoint written" in calls
@@ -141,7 +154,7 @@ def test_a_head_that_does_not_start_ends_the_job_with_a_line(allocation):
     allocation.program("ray", "exit 1")
     allocation.program("sbf", "")
     process = allocation.start()
-    printed, _ = process.communicate(timeout=30)
+    printed, _ = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "Ray's head on node1 has ended" in printed
     assert not any(call.startswith("sbf") for call in allocation.calls())

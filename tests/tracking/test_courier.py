@@ -1,153 +1,26 @@
-"""A store that is away, comes back, forgets or is cut off: none lost, none twice."""
+"""A store that forgets, is cut off or has a past: nothing is lost, and nothing stands twice."""
 
-import fcntl
 import json
 import logging
 import os
 import shutil
 import signal
-import socket
-import sqlite3
 import subprocess
 import sys
 import textwrap
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from mlflow_double import Server, server
+from logged_training import POINTS, train
+from mlflow_double import Server
+from waiting import eventually
 
 from sbf_dist import tracking
 from sbf_dist.errors import UserError
-from sbf_dist.tracking import courier, database_lock, run
+from sbf_dist.tracking import courier
 
 ROOT = Path(__file__).parents[2]
-POINTS = [(step, float(step)) for step in range(0, 50, 5)]
-
-
-@pytest.fixture
-def double() -> Iterator[Server]:
-    with server() as found:
-        yield found
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    monkeypatch.setattr(courier, "_POLL_SECONDS", 0.05)
-    monkeypatch.setattr(courier, "_RETRY_SECONDS", 0.1)
-    monkeypatch.setattr(courier, "_WAITING_RETRY_SECONDS", 0.05)
-    monkeypatch.setattr(run, "END_SECONDS", 0.5)
-    monkeypatch.setattr(run, "INTERRUPTED_SECONDS", 0.3)
-    monkeypatch.setattr(database_lock, "LOCK_SECONDS", 0.6)
-    monkeypatch.setattr(database_lock, "SILENT_SECONDS", 0.1)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    found = tmp_path / "runs" / "mine"
-    found.mkdir(parents=True)
-    return found
-
-
-def eventually(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def train(stage: tracking.Run, steps: range, worker: tracking.Series | None = None) -> None:
-    worker = worker or tracking.attach(str(stage.journals))
-    for step in steps:
-        if step % 5 == 0:
-            worker.log_metrics({"loss": float(step)}, step)
-    worker.flush()
-
-
-def test_a_server_that_is_away_at_the_start_gets_everything_once_it_answers(
-    folder: Path, double: Server, caplog: pytest.LogCaptureFixture
-) -> None:
-    double.stop()
-    with tracking.start(folder, uri=double.uri, tags={"seed": 3}) as parent:
-        assert parent.run_id is None
-        ours = [r for r in caplog.records if r.name.startswith("sbf_dist.tracking")]
-        (warning,) = (record.getMessage() for record in ours)
-        assert "does not answer" in warning
-        assert "\n" not in warning
-        with parent.stage("distill") as stage:
-            stage.log_params({"lr": 0.1})
-            train(stage, range(50))
-        double.start()
-        eventually(lambda: len(double.metrics) == len(POINTS))
-    assert double.history("loss") == POINTS
-    assert double.tags("mine")["seed"] == "3"
-    assert (double.status("mine"), double.status("distill")) == ("FINISHED", "FINISHED")
-    assert double.tags("distill")["mlflow.parentRunId"] == parent.run_id
-
-
-def test_a_server_that_goes_in_the_middle_is_warned_of_once_and_gets_the_rest_later(
-    folder: Path, double: Server, caplog: pytest.LogCaptureFixture
-) -> None:
-    with tracking.start(folder, uri=double.uri) as parent, parent.stage("distill") as stage:
-        worker = tracking.attach(str(stage.journals))
-        train(stage, range(25), worker)
-        assert parent.flush()
-        double.stop()
-        train(stage, range(25, 50), worker)
-        time.sleep(0.5)
-        assert len(caplog.messages) == 1
-        double.start()
-        eventually(lambda: len(caplog.messages) == 2)  # of a closed courier nothing is heard
-    assert double.history("loss") == POINTS
-    assert caplog.messages[1].endswith("answers again")
-
-
-def test_what_a_run_could_not_deliver_waits_a_bounded_time_and_comes_with_the_next_start(
-    folder: Path, double: Server, caplog: pytest.LogCaptureFixture
-) -> None:
-    with tracking.start(folder, uri=double.uri) as parent, parent.stage("distill") as stage:
-        train(stage, range(25))
-        assert parent.flush()
-        double.stop()
-        train(stage, range(25, 50))
-        start = time.monotonic()
-    assert time.monotonic() - start < 5
-    assert f"5 metrics and 2 other entries are kept in {folder}/tracking" in caplog.messages[-1]
-    assert "next start" in caplog.messages[-1]
-    double.start()
-    with tracking.start(folder, uri=double.uri) as again:
-        assert again.run_id == parent.run_id
-    assert double.history("loss") == POINTS
-
-
-def test_artifacts_that_cannot_be_stored_hold_up_no_metrics(
-    folder: Path, double: Server, caplog: pytest.LogCaptureFixture
-) -> None:
-    double.artifacts = None
-    with tracking.start(folder, uri=double.uri) as parent, parent.stage("distill") as stage:
-        stage.log_text("hello", "note.txt")
-        train(stage, range(50))
-    assert double.history("loss") == POINTS
-    assert "0 metrics and 1 other entries are kept" in caplog.messages[-1]
-    double.artifacts = {}
-    with tracking.start(folder, uri=double.uri):
-        pass
-    assert list(double.artifacts.values()) == [b"hello"]
-
-
-def test_a_server_that_hangs_holds_up_neither_the_start_nor_the_end(
-    folder: Path, double: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(run, "START_SECONDS", 0.3)
-    double.silent = 30
-    start = time.monotonic()
-    with tracking.start(folder, uri=double.uri) as parent, parent.stage("distill") as stage:
-        train(stage, range(50))
-    assert time.monotonic() - start < 10
+pytestmark = pytest.mark.usefixtures("soon_again")
 
 
 def test_a_batch_that_was_taken_but_not_answered_is_not_sent_twice(
@@ -156,7 +29,7 @@ def test_a_batch_that_was_taken_but_not_answered_is_not_sent_twice(
     with tracking.start(folder, uri=double.uri) as parent, parent.stage("distill") as stage:
         double.cut_after = 0
         train(stage, range(50))
-        assert parent.flush(10)
+        assert parent.flush(240)
     assert double.history("loss") == POINTS
 
 
@@ -170,7 +43,7 @@ with tracking.start(Path(folder), uri=uri) as parent, parent.stage("distill") as
     for step in range(0, 50, 5):
         worker.log_metrics({"loss": float(step)}, step)
     worker.flush()
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
@@ -232,7 +105,7 @@ def test_a_stage_that_is_done_anew_has_a_run_of_its_own(folder: Path, double: Se
         "distill-2",
     }
     with tracking.start(folder, uri=double.uri) as parent, parent.stage("evaluate"):
-        assert parent.flush()
+        assert parent.flush(240)
     assert double.status("evaluate") == "FINISHED"  # the first of its kind
 
 
@@ -349,36 +222,6 @@ def test_the_run_of_an_earlier_version_is_continued(folder: Path, double: Server
     assert (again.run_id, continued.run_id) == (parent.run_id, stage.run_id)
 
 
-def test_a_held_lock_of_a_database_is_waited_for_a_shown_time_and_then_it_is_away(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    lock = folder.parent / "mlflow.db.lock"
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        parent = tracking.start(folder)
-        assert f"{lock} is locked by another process: waiting 0 s" in caplog.text
-        assert parent.run_id is None
-    with parent:
-        eventually(lambda: parent.run_id is not None)
-
-
-def test_a_locked_database_does_not_hold_up_a_run(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with tracking.start(folder):
-        pass
-    database = sqlite3.connect(folder.parent / "mlflow.db", isolation_level=None)
-    database.execute("BEGIN EXCLUSIVE")
-    with tracking.start(folder) as parent, parent.stage("distill") as stage:
-        train(stage, range(50))
-        assert "mlflow.db is locked: waiting" in caplog.text
-        assert "database is locked" in caplog.text
-        database.execute("ROLLBACK")
-        database.close()
-        assert parent.flush(20)
-    assert stage.run_id is not None
-
-
 def test_a_line_that_a_full_disk_has_cut_is_left_out_and_the_next_ones_are_not(
     folder: Path, double: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -388,7 +231,7 @@ def test_a_line_that_a_full_disk_has_cut_is_left_out_and_the_next_ones_are_not(
         with worker._journal.path.open("a") as file:
             file.write('{"kind": "metr\n')
         worker.log_metrics({"loss": 5.0}, 5)
-        assert parent.flush()
+        assert parent.flush(240)
     assert double.history("loss") == POINTS[:2]
     assert "refuses an entry (damaged)" in caplog.text
 
@@ -408,6 +251,7 @@ def test_a_disk_that_cannot_be_written_loses_metrics_with_one_warning_and_stops_
 SECRET = "pass%20word-4711"
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_password_in_the_uri_works_and_is_in_no_file_and_no_message(
     folder: Path, double: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -417,7 +261,7 @@ def test_a_password_in_the_uri_works_and_is_in_no_file_and_no_message(
     with tracking.start(folder, uri=uri) as parent, parent.stage("distill") as stage:
         stage.log_params({"tracking": {"uri": uri}})
         train(stage, range(50))
-        assert parent.flush(10)
+        assert parent.flush(240)
         double.stop()
         train(stage, range(50, 60))
     assert double.history("loss") == POINTS
@@ -437,61 +281,7 @@ def test_wrong_credentials_are_the_users_mistake(folder: Path, double: Server) -
     assert "wr0ng" not in str(caught.value)
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-@pytest.mark.slow
-def test_mlflows_own_server_is_killed_in_the_middle_and_misses_nothing(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(run, "END_SECONDS", 60)
-    port = free_port()
-    command = [
-        *(sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"),
-        *("--backend-store-uri", f"sqlite:///{tmp_path}/server.db"),
-        *("--artifacts-destination", str(tmp_path / "artifacts")),
-    ]
-
-    def serve() -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            command,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        )
-
-    def kill(process: subprocess.Popen[bytes]) -> None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-    process = serve()
-    try:
-        # A slow machine: the run begins while the server does.
-        parent = tracking.start(folder, uri=f"http://127.0.0.1:{port}")
-        with parent, parent.stage("distill") as stage:
-            worker = tracking.attach(str(stage.journals))
-            train(stage, range(25), worker)
-            assert parent.flush(240)
-            kill(process)
-            train(stage, range(25, 50), worker)
-            stage.log_text("hello", "note.txt")
-            time.sleep(1)
-            process = serve()
-        import mlflow
-
-        client = mlflow.MlflowClient(f"http://127.0.0.1:{port}")
-        history = client.get_metric_history(str(stage.run_id), "loss")
-        assert [(m.step, m.value) for m in history] == POINTS
-        assert client.get_run(str(parent.run_id)).info.status == "FINISHED"
-        assert len(list((tmp_path / "artifacts").rglob("note.txt"))) == 1
-    finally:
-        kill(process)
-
-
+@pytest.mark.usefixtures("impatient")
 def test_only_what_is_kept_elsewhere_too_is_delivered(folder: Path, double: Server) -> None:
     """As a run in an object store asks for: a driver elsewhere must know what was delivered."""
     sizes: dict[Path, int] = {}
@@ -510,7 +300,7 @@ def test_only_what_is_kept_elsewhere_too_is_delivered(folder: Path, double: Serv
             eventually(lambda: double.history("loss") == POINTS[:5])
             assert not parent.flush(0.3)
             keep()
-            assert parent.flush()
+            assert parent.flush(240)
             assert double.history("loss") == POINTS
         keep()
 
@@ -522,12 +312,12 @@ def test_a_state_that_is_behind_by_many_requests_doubles_nothing(
     monkeypatch.setattr(courier, "MAX_REQUEST_METRICS", 2)
     with tracking.start(folder, uri=double.uri) as parent, parent.stage("distill") as stage:
         train(stage, range(0))
-        assert parent.flush()
+        assert parent.flush(240)
         before = (folder / "tracking.json").read_text()
         train(stage, range(50))
     (folder / "tracking.json").write_text(before)
     with tracking.start(folder, uri=double.uri) as parent:
-        assert parent.flush()
+        assert parent.flush(240)
     assert double.history("loss") == POINTS
 
 
@@ -535,10 +325,10 @@ def test_copies_of_a_run_in_an_object_store_are_one_run(
     folder: Path, double: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     with tracking.start(folder, uri=double.uri, address="s3://bucket/runs/mine") as first:
-        assert first.flush()
+        assert first.flush(240)
     other = folder.parents[1] / "other machine" / "mine"
     shutil.copytree(folder, other)
     with tracking.start(other, uri=double.uri, address="s3://bucket/runs/mine") as second:
-        assert second.flush()
+        assert second.flush(240)
         assert second.run_id == first.run_id
     assert not caplog.messages

@@ -108,7 +108,7 @@ def test_stored_student_predicts_the_same_in_a_process_without_torch(
         text=True,
         check=False,
         env=os.environ | {"MLFLOW_TRACKING_URI": run.uri},
-        timeout=120,
+        timeout=240,
     )
     assert result.returncode == 0, result.stderr
     found = json.loads(Path(output).read_text())
@@ -157,7 +157,7 @@ def served(folder: Path) -> Iterator[str]:
         yield address
     finally:
         os.killpg(process.pid, 15)
-        process.wait(timeout=60)
+        process.wait(timeout=120)
 
 
 def _answers(address: str) -> bool:

@@ -1,4 +1,5 @@
 import multiprocessing
+import os
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -122,9 +123,8 @@ def test_a_quiet_machine_gives_figures(fake):
     assert latencies_if_quiet([Takes(0.5), Takes(0.25)], (1, 1, 1)) == [500, 250]
 
 
-def spin(seconds):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+def spin():
+    while True:
         pass
 
 
@@ -132,13 +132,17 @@ def spin(seconds):
 def test_waiting_for_a_processor_is_seen():
     before = timing._seconds_waited()
     context = multiprocessing.get_context("fork")
-    others = [context.Process(target=spin, args=(0.5,)) for _ in range(torch.get_num_threads() * 4)]
+    cpus = len(os.sched_getaffinity(0))
+    others = [context.Process(target=spin, daemon=True) for _ in range(2 * cpus)]
     for other in others:
         other.start()
-    spin(0.5)
-    for other in others:
-        other.join()
-    assert timing._seconds_waited() > before
+    end = time.monotonic() + 120
+    try:
+        while timing._seconds_waited() <= before:
+            assert time.monotonic() < end
+    finally:
+        for other in others:
+            other.kill()
 
 
 @settings(max_examples=25, deadline=None)

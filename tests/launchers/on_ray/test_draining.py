@@ -30,7 +30,7 @@ def test_workers_write_a_checkpoint_before_their_machine_goes_and_go_on_without_
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr

@@ -23,7 +23,7 @@ from launchers.on_ray.jobs import RUN
 
 pytestmark = pytest.mark.slow
 ROOT = Path(sbf_dist.__file__).parents[1]
-STARTED_SECONDS = 90.0
+STARTED_SECONDS = 240.0
 
 
 def free_ports(count: int) -> list[str]:
@@ -71,7 +71,7 @@ def head(token: str) -> Iterator[str]:
         finally:
             started = psutil.Process(process.pid).children(recursive=True)
             process.terminate()
-            process.wait(timeout=30)
+            process.wait(timeout=120)
             _, alive = psutil.wait_procs(started, timeout=10)
             for left in alive:
                 left.send_signal(signal.SIGKILL)
@@ -90,7 +90,7 @@ def start_job(address: str, token: str, entrypoint: str, **values: object) -> No
     deadline = time.monotonic() + STARTED_SECONDS
     while True:
         try:
-            urllib.request.urlopen(request, timeout=30).close()
+            urllib.request.urlopen(request, timeout=60).close()
         except (OSError, urllib.error.HTTPError):
             if time.monotonic() > deadline:
                 raise
@@ -107,7 +107,7 @@ def sbf(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=600,
         check=False,
     )
 
@@ -144,7 +144,7 @@ def test_a_run_is_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert f"\nsbf: {there}" in few.stdout
         assert few.stdout.splitlines()[-1].endswith(": FAILED")
 
-        start_job(address, token, "sleep 60", submission_id="long", metadata={RUN: "digits"})
+        start_job(address, token, "sleep 600", submission_id="long", metadata={RUN: "digits"})
         busy = sbf("submit", "recipes/digits.yaml", "--runs", str(runs))
         assert busy.returncode == 2
         assert "run digits is running in job long" in busy.stderr
@@ -156,4 +156,4 @@ def test_a_run_is_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert refused.stderr.startswith(f"sbf: cluster {address}: refuses the token")
         assert "another" not in refused.stderr
         with pytest.raises(urllib.error.HTTPError, match="401"):
-            urllib.request.urlopen(f"{address}/api/jobs/", timeout=10)
+            urllib.request.urlopen(f"{address}/api/jobs/", timeout=120)

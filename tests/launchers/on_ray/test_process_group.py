@@ -27,7 +27,7 @@ def test_the_rendezvous_listens_at_the_address_of_the_node_alone() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(120)
     stores[0].set("key", "value")
     assert stores[1].get("key") == b"value"
     connections = psutil.Process().net_connections("tcp")

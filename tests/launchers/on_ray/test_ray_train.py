@@ -81,7 +81,7 @@ def test_what_an_attempt_has_left_behind_is_given_back(ray: None) -> None:
     from ray.util import placement_group, placement_group_table
 
     left = placement_group([{"CPU": 2}])
-    assert left.wait(60)
+    assert left.wait(120)
     asked = placement_group([{"CPU": 1}])
     held_places.give_back()
     assert {group["state"] for group in placement_group_table().values()} == {"REMOVED"}
@@ -261,7 +261,7 @@ def test_workers_stay_for_the_next_stage_and_others_come_where_one_has_died(
         third = pids("three")
         assert not set(third) & set(first)
         os.kill(third[1], signal.SIGKILL)
-        gone = psutil.wait_procs([psutil.Process(third[0])], timeout=60)[0]
+        gone = psutil.wait_procs([psutil.Process(third[0])], timeout=120)[0]
         assert gone, "Ray Train ends the others"
         assert not set(pids("four")) & set(third)
     assert caplog.messages == []

@@ -9,12 +9,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
 from launchers.on_ray import saving as module
+from launchers.on_ray import stopping
 from launchers.on_ray.checkpoints import Shelf
 from launchers.on_ray.failures import StoppedError
 from launchers.on_ray.saving import Saving
@@ -66,13 +68,13 @@ def test_a_training_goes_on_while_its_checkpoint_is_written_and_the_next_one_wai
 
     def slowly(*arguments: Any, **options: Any) -> None:
         started.set()
-        assert let_go.wait(30)
+        assert let_go.wait(240)
         plain(*arguments, **options)
 
     monkeypatch.setattr(module.checkpoint, "publish", slowly)
     with opened(tmp_path) as saving:
         save(saving, 10)  # it returns, although nothing is published
-        assert started.wait(30)
+        assert started.wait(120)
         assert steps(tmp_path) == []
         second = threading.Thread(target=save, args=[saving, 20])
         second.start()
@@ -175,15 +177,12 @@ from pathlib import Path
 import torch.distributed as dist
 from launchers.on_ray.stopping import Stopping
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-def waits_for_ever():
-    time.sleep(60)
+def waits_for_ever(stopping):
+    stopping.after_step()
+    time.sleep(600)
 with Stopping(nullcontext(lambda: False), 1.0, Path(sys.argv[1])) as stopping:
-    stopping.after_step()
-    stopping.pause()
-    time.sleep(1.5)  # between steps, and allowed
-    stopping.after_step()
     print("steps", flush=True)
-    waits_for_ever()
+    waits_for_ever(stopping)
 """
 
 
@@ -191,10 +190,29 @@ def test_a_process_that_makes_no_step_ends_and_leaves_where_it_was(tmp_path: Pat
     stacks = tmp_path / "logs" / "stacks.txt"
     ended = subprocess.run(
         [sys.executable, "-c", HANGING, str(stacks)],
-        timeout=50,
+        timeout=240,
         check=False,
         capture_output=True,
         text=True,
     )
     assert (ended.returncode, ended.stdout) == (1, "steps\n"), ended.stderr
     assert "waits_for_ever" in stacks.read_text()
+
+
+def test_what_comes_between_two_steps_may_take_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    armed: list[float | None] = []
+    timer = SimpleNamespace(
+        dump_traceback_later=lambda seconds, **_: armed.append(seconds),
+        cancel_dump_traceback_later=lambda: armed.append(None),
+    )
+    monkeypatch.setattr(stopping, "faulthandler", timer)
+    with Stopping(nullcontext(lambda: False), 60, tmp_path / "stacks.txt") as steps:
+        steps.after_step()
+        assert armed == [60]
+        steps.pause()
+        assert armed == [60, None]
+        steps.after_step()
+        assert armed == [60, None, 60]
+    assert armed[-1] is None

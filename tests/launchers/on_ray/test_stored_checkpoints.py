@@ -112,13 +112,13 @@ def test_a_training_goes_on_while_its_checkpoint_is_uploaded_and_the_next_one_wa
 
     def slowly(self: ObjectFolder, path: Path, key: str) -> None:
         started.set()
-        assert let_go.wait(30)
+        assert let_go.wait(240)
         put(self, path, key)
 
     monkeypatch.setattr(ObjectFolder, "put", slowly)
     with opened(store) as saving:
         save(saving, 10)
-        assert started.wait(30)
+        assert started.wait(120)
         second = threading.Thread(target=save, args=[saving, 20])
         second.start()
         second.join(0.2)

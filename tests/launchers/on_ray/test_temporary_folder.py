@@ -17,7 +17,7 @@ import sys, time
 from launchers.on_ray.temporary_folder import temporary_folder
 with temporary_folder() as folder:
     print(folder, flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 RAYS_PATH = "r/session_2026-11-26_22-10-37_123456_1234567/sockets/plasma_store"
 

@@ -77,7 +77,7 @@ def both(tmp_path: Path, store: ObjectFolder, *steps: int) -> list[dict]:
         )
     answers = []
     for process in started:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=240)
         assert process.returncode == 0, err
         answers.append(json.loads(out))
     return answers

@@ -49,7 +49,7 @@ def answer(version: str) -> dict:
         [sys.executable, "-c", DRIVER, version],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr

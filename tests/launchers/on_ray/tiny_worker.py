@@ -31,7 +31,10 @@ CHECKPOINT_EVERY = 10
 
 
 def train(config: dict[str, Any]) -> dict[str, Any]:
-    """Train; note each sample seen; on rank 1, do config["at"][step] once: raise, or a signal."""
+    """Train; note each sample seen; on rank 1, do config["at"][step] once: raise, or a signal.
+
+    With config["announced"] several workers wait for that file after the first checkpoint.
+    """
     stacks = Path(config["diary"], f"stacks-{dist.get_rank()}.txt")
     stopping = Stopping(ray_train.listening(), config.get("hang_timeout", 600), stacks)
     with Saving(Shelf(Path(config["checkpoints"]), "tiny"), stopping) as saving:
@@ -55,6 +58,10 @@ def _train(config: dict[str, Any], saving: Saving) -> dict[str, Any]:
         step = int(batch["id"][0]) // 32
         with (diary / f"{rank}.jsonl").open("a") as file:
             print(json.dumps([os.getpid(), step, batch["id"].tolist()]), file=file)
+        if "announced" in config and step >= CHECKPOINT_EVERY + 5 and dist.get_world_size() > 1:
+            while not Path(config["announced"]).exists():
+                time.sleep(0.1)
+            time.sleep(1)  # until the announcement has come here
         what = config.get("at", {}).get(str(step))
         done = diary / f"done-{step}"
         if rank == dist.get_world_size() - 1 and what is not None and not done.exists():

@@ -20,8 +20,8 @@ from launchers.on_ray.worker_group import KeptWorkers
 from sbf_dist.recipe import Workers
 
 
-def drain(node: str, checkpoints: Path) -> None:
-    """Once there is a checkpoint, announce that a node will be taken away."""
+def drain(node: str, checkpoints: Path, announced: Path) -> None:
+    """Once there is a checkpoint, announce that a node will be taken away; then make a file."""
     while not list(checkpoints.glob("*/manifest.json")):
         time.sleep(0.1)
     subprocess.run(
@@ -37,6 +37,7 @@ def drain(node: str, checkpoints: Path) -> None:
         check=True,
         capture_output=True,
     )
+    announced.touch()
 
 
 def main(folder: Path) -> None:
@@ -53,12 +54,12 @@ def main(folder: Path) -> None:
     os.environ["RAY_ADDRESS"] = cluster.address
     storage = folder / "runs"
     with local_ray(workers=1, most=2):
-        arguments = (other.node_id, storage / "tiny")
+        arguments = (other.node_id, storage / "tiny", folder / "announced")
         threading.Thread(target=drain, args=arguments, daemon=True).start()
         with KeptWorkers(Workers(count=(1, 2), cpus=1)) as kept:
             result = run_workers(
                 tiny_worker.train,
-                {"diary": str(folder), "pause": 1.5},
+                {"diary": str(folder), "announced": str(folder / "announced")},
                 name="tiny",
                 storage=storage,
                 logs=folder / "logs",

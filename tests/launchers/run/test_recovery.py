@@ -5,10 +5,10 @@ import importlib.util
 import os
 import re
 import signal
-import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +16,7 @@ import pytest
 
 from launchers.display import SECONDS_BETWEEN_LINES
 from launchers.machine import available_cpus
+from sbf_dist.tracking import journal
 
 spec = importlib.util.spec_from_file_location(
     "faults", Path(__file__).parents[3] / "benchmarks" / "faults.py"
@@ -31,13 +32,15 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(available_cpus() < 2, reason="two workers need two CPUs"),
 ]
+STEPS = 120
 BETWEEN = 14  # steps between two faults; a checkpoint is written every 10
+PACE = f"{BETWEEN} 1.0"  # after these a step takes a second: faults have time to happen
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory):
     """A run without a fault."""
-    run = faults.Run(tmp_path_factory.mktemp("whole"))
+    run = faults.Run(tmp_path_factory.mktemp("whole"), steps=STEPS, pause=0.0)
     run.start()
     assert run.finish() == 0, run.output
     return run
@@ -46,7 +49,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(scope="module")
 def survived(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A run through all faults; what was seen of it."""
-    run = faults.Run(tmp_path_factory.mktemp("survived"), extra=["workers.hang_timeout=8"])
+    run = faults.Run(
+        tmp_path_factory.mktemp("survived"),
+        steps=STEPS,
+        pause=0.0,
+        extra=["workers.hang_timeout=20"],  # longer than a busy machine lets a process wait
+    )
+    run.pace.write_text(PACE)
     seen = SimpleNamespace(run=run, codes={}, saved={})
 
     def reach() -> None:
@@ -82,11 +91,12 @@ def survived(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         shard = next(seen.truncated.glob("deepspeed/state/*rank_1*optim*"))
         os.truncate(shard, 100)
         end_by(signal.SIGTERM)
-        seen.killed = status(run)
+        seen.killed = ends(run)
         end_by(signal.SIGINT)
         run.start()
         reach()
         faults.kill(run, "driver")
+        run.pace.unlink()
         run.start()
         ended("end")
         yield seen
@@ -101,7 +111,9 @@ def fill_the_disk(seen: SimpleNamespace, ended: Callable[[str], None]) -> None:
     filler = seen.run.checkpoints / "filler"
     fill(filler)
     before = seen.run.saved()
+    seen.run.pace.unlink()  # it ends by itself
     ended("full disk")
+    seen.run.pace.write_text(PACE)
     assert seen.saved["full disk"] >= before
     filler.unlink()
 
@@ -119,17 +131,21 @@ def fill(path: Path) -> None:
             file.write(bytes(2**12))
 
 
-def status(run) -> set[str]:
-    """The states of all MLflow runs."""
-    with sqlite3.connect(run.runs / "mlflow.db") as database:
-        return {row[0] for row in database.execute("select status from runs")}
+def ends(run) -> set[str]:
+    """How the runs of MLflow have ended at last, as far as the run folder says so."""
+    found = set()
+    for folder in (run.runs / faults.NAME / "tracking").iterdir():
+        entries = [entry for file in journal.files(folder) for entry, _ in journal.read(file)]
+        last = max((entry for entry in entries if entry["kind"] == "end"), key=itemgetter("time"))
+        found.add(last["status"])
+    return found
 
 
 OUR_LINES = (
     r"\[[12]/2\] (prepare|teachers)|  done in [\d.]+ s|"
     r"  \S+: 10 classes, 100 labelled, 1197 unlabelled, 500 validation|"
     rf"  {faults.TRAINING}: top-1 [\d.]+ %|"
-    rf"  {faults.TRAINING} \(1 of 1\): \d+/150  loss [\d.]+  \d+ images/s  \d+ s left|"
+    rf"  {faults.TRAINING} \(1 of 1\): \d+/{STEPS}  loss [\d.]+  \d+ images/s  \d+ s left|"
     r"  images: \d+/1797(  [\d.,]+/s  \d+ s left)?"
 )
 

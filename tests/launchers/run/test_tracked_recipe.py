@@ -4,20 +4,24 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 from mlflow_double import server
+from waiting import eventually
 
 SBF = Path(sys.executable).with_name("sbf")
-RECIPE = """
+NETWORK = Path(__file__).parents[3] / "benchmarks" / "faults_network.py"
+RECIPE = f"""
 name: tiny
-data: {source: digits, image_size: 12, labelled_per_class: 5, crop: 1.0}
+data: {{source: digits, image_size: 12, labelled_per_class: 5, crop: 1.0}}
 teachers:
-  - {name: one, model: cifar_resnet8_w4, training: {steps: 6, batch_size: 16, log_every: 2}}
-compress: {teacher: one, macs: 0.6, sources: 2, images: 32}
-distill: {training: {steps: 4, batch_size: 16}}
+  - name: one
+    model: {NETWORK}:make
+    arguments: {{diary: ., pace: pace}}
+    training: {{steps: 6, batch_size: 16, log_every: 2}}
+compress: {{teacher: one, macs: 0.6, sources: 2, images: 32}}
+distill: {{training: {{steps: 4, batch_size: 16}}}}
 """
 SECRET = "hunter-4711"
 pytestmark = pytest.mark.slow
@@ -27,6 +31,7 @@ def test_a_training_begins_without_its_server_and_its_password_is_in_no_file(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "tiny.yaml").write_text(RECIPE)
+    (tmp_path / "pace").write_text("3 240")  # the rest waits until the server is there
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     with server() as double:
         double.credentials = f"me:{SECRET}"
@@ -45,12 +50,14 @@ def test_a_training_begins_without_its_server_and_its_password_is_in_no_file(
         reading = threading.Thread(target=lambda: lines.extend(process.stdout or []))
         reading.start()
         try:
-            deadline = time.monotonic() + 240
-            while not any("does not answer" in line for line in lines):
-                assert process.poll() is None, lines
-                assert time.monotonic() < deadline, lines
-                time.sleep(0.1)
+            eventually(
+                lambda: (
+                    any("does not answer" in line for line in lines) or process.poll() is not None
+                )
+            )
             double.start()
+            eventually(lambda: double.history("one/loss") or process.poll() is not None)
+            (tmp_path / "pace").unlink()
             assert process.wait(timeout=240) == 0, lines
         finally:
             process.kill()

@@ -97,7 +97,7 @@ def test_of_two_processes_that_start_at_once_at_most_one_takes_it(folder) -> Non
             )
             for each in arguments
         ]
-        said = [process.communicate(timeout=60)[0] for process in started]
+        said = [process.communicate(timeout=240)[0] for process in started]
         taken.append(said.count("taken\n"))
         assert all(s == "taken\n" or "is in use by another sbf run" in s for s in said), said
         assert len(folder.objects()) == taken[-1]
@@ -149,7 +149,7 @@ def test_the_thread_renews_it(folder, monkeypatch) -> None:
 
     monkeypatch.setattr(StoreLock, "_write", write)
     with first:
-        assert all(writes.acquire(timeout=20) for _ in range(3))
+        assert all(writes.acquire(timeout=120) for _ in range(3))
     assert HEARTBEAT_SECONDS * 4 < STALE_AFTER_SECONDS
 
 

@@ -6,9 +6,14 @@ from urllib.parse import urlsplit
 
 import pytest
 from archive_makers import cifar10_python
+from remote_batches import SELECTION
 from store_link import link_to
 
+from pipelines.index import DataIndex
+from pipelines.remote import remote_shards
+from pipelines.remote.shard_cache import ShardCache
 from pipelines.sources import units
+from pipelines.sources.folder import index_folder
 from pipelines.sources.preparation import prepare
 from sbf_dist import object_storage, patience
 from sbf_dist.object_storage import ObjectFolder
@@ -46,3 +51,27 @@ def link(s3, monkeypatch):
     with link_to(port) as link:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{link.port}")
         yield link
+
+
+@pytest.fixture
+def index(address) -> DataIndex:
+    return index_folder(address, **SELECTION)
+
+
+@pytest.fixture
+def cache(tmp_path) -> ShardCache:
+    return ShardCache(tmp_path / "cache", gigabytes=1.0)
+
+
+@pytest.fixture
+def small(index, tmp_path) -> ShardCache:
+    """Room for two of the shards."""
+    largest = max(index.contents.shard_bytes)
+    return ShardCache(tmp_path / "small", gigabytes=2.5 * largest / 1e9)
+
+
+@pytest.fixture
+def only_whole(monkeypatch):
+    """Batches wait for their shards: no image is read by itself meanwhile."""
+    monkeypatch.setattr(remote_shards, "SINGLE_SHARE", 0.0)
+    monkeypatch.setattr(remote_shards, "PATIENCE", 240.0)

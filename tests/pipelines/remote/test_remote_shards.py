@@ -11,78 +11,18 @@ import time
 
 import numpy as np
 import pytest
-import torch
+from remote_batches import NUM_SHARDS, SELECTION, VIEW, evaluated, same, taken, training
 
 from pipelines.index import DataIndex
-from pipelines.loader import EvalLoader, TrainLoader
+from pipelines.loader import TrainLoader
 from pipelines.reader import Reader
 from pipelines.remote import fetching, remote_shards
 from pipelines.remote.shard_cache import Outcome, ShardCache
 from pipelines.remote.store_reads import StoreReads
 from pipelines.sources.folder import index_folder
-from sbf_dist import patience
-from sbf_dist.errors import RunError, UserError
+from sbf_dist.errors import UserError
 from sbf_dist.object_storage import ObjectFolder
-from sbf_dist.settings import Augmentation, View
-
-VIEW = View(image_size=16, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-NUM_SHARDS = 6
-SELECTION = {"labelled_per_class": 2, "validation": None, "seed": 1}
-
-
-@pytest.fixture
-def index(address) -> DataIndex:
-    return index_folder(address, **SELECTION)
-
-
-@pytest.fixture
-def cache(tmp_path) -> ShardCache:
-    return ShardCache(tmp_path / "cache", gigabytes=1.0)
-
-
-@pytest.fixture
-def small(index, tmp_path) -> ShardCache:
-    """Room for two of the shards."""
-    largest = max(index.contents.shard_bytes)
-    return ShardCache(tmp_path / "small", gigabytes=2.5 * largest / 1e9)
-
-
-def training(index, cache, *, parts=("labelled", "unlabelled"), pixels="none"):
-    reader = Reader(shard_cache=cache, cache=pixels)
-    return TrainLoader(
-        index,
-        parts,
-        reader,
-        batch_size=7,
-        view=VIEW,
-        augmentation=Augmentation(),
-        seed=3,
-    )
-
-
-def taken(loader, count):
-    return [{key: value.clone() for key, value in next(loader).items()} for _ in range(count)]
-
-
-def same(one, other):
-    return len(one) == len(other) and all(
-        a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-        for a, b in zip(one, other, strict=True)
-    )
-
-
-def evaluated(index, cache):
-    loader = EvalLoader(index, "validation", Reader(shard_cache=cache), batch_size=4, view=VIEW)
-    return [{key: value.clone() for key, value in batch.items()} for batch in loader]
-
-
-def change(address, name, at=None):
-    """Give a shard in the store another content of the same size; all of it, or one byte."""
-    folder = ObjectFolder.at(address)
-    data = bytearray(folder.read(name))
-    for place in range(len(data)) if at is None else (at,):
-        data[place] ^= 255
-    folder.write(name, bytes(data))
+from sbf_dist.settings import Augmentation
 
 
 def test_the_index_is_the_one_of_the_folder(index, shards, tmp_path):
@@ -154,12 +94,6 @@ def test_unlabelled_images_may_lie_beside_the_set_in_the_bucket(s3, shards, tmp_
             index_folder(f"{s3.bucket}/sets/one", **SELECTION, unlabelled=other)
 
 
-@pytest.fixture
-def only_whole(monkeypatch):
-    """Batches wait for their shards: no image is read by itself meanwhile."""
-    monkeypatch.setattr(remote_shards, "SINGLE_SHARE", 0.0)
-
-
 @pytest.mark.usefixtures("only_whole")
 def test_every_shard_is_asked_for_once_and_the_second_epoch_asks_for_nothing(
     address, link, tmp_path
@@ -203,7 +137,7 @@ def test_large_images_come_once_and_become_the_shards_of_all_processes(index, ca
 
     monkeypatch.setattr(StoreReads, "read", counted)
     monkeypatch.setattr(
-        StoreReads, "wait_until_idle", lambda self: begin_shards.wait(60) and wait(self)
+        StoreReads, "wait_until_idle", lambda self: begin_shards.wait(240) and wait(self)
     )
     ranks = list(ranks_of(index, cache))
     for _ in range(5):  # an epoch
@@ -214,7 +148,7 @@ def test_large_images_come_once_and_become_the_shards_of_all_processes(index, ca
     assert {path.stem for path in objects.iterdir()} == set(kept)
     assert not any((objects / digest).exists() for digest in kept)
     begin_shards.set()
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while {path.name for path in objects.iterdir()} != set(kept):
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -238,7 +172,7 @@ print("ready", flush=True)
 input()
 fetcher.ask(range(len(index.shards)))
 fetcher.wait(range(len(index.shards)), float(sys.argv[3]))
-print(int(fetcher.here.sum()))
+print(int(fetcher.here.sum()), flush=True)
 """
 
 
@@ -253,13 +187,13 @@ def started(tmp_path, seconds) -> subprocess.Popen:
 
 def test_the_processes_of_a_machine_fetch_each_shard_once(address, link, tmp_path):
     index_folder(address, **SELECTION).save(tmp_path / "index")
-    processes = [started(tmp_path, 60) for _ in range(2)]
+    processes = [started(tmp_path, 240) for _ in range(2)]
     link.rate = 400_000  # so slow that they meet
     for process in processes:
         process.stdin.write("\n")
         process.stdin.flush()
     for process in processes:
-        assert process.communicate(timeout=60) == (f"{NUM_SHARDS}\n", "")
+        assert process.communicate(timeout=240) == (f"{NUM_SHARDS}\n", "")
         assert process.returncode == 0
     for number in range(NUM_SHARDS - 1):
         assert link.asked("GET", f"train-{number:06}.tar") == 1
@@ -268,8 +202,12 @@ def test_the_processes_of_a_machine_fetch_each_shard_once(address, link, tmp_pat
 def test_a_program_that_ends_does_not_wait_for_all_that_it_asked_for(address, link, tmp_path):
     index_folder(address, **SELECTION).save(tmp_path / "index")
     process = started(tmp_path, 0.5)
-    link.rate = 60_000  # four shards are on their way
-    assert process.communicate("\n", timeout=60) == ("0\n", "")
+    link.flows.clear()
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "0\n"
+    link.flows.set()  # for the four shards that are on their way
+    assert process.communicate(timeout=240) == ("", "")
     assert process.returncode == 0
     assert sum(link.asked("GET", f"train-{number:06}.tar") for number in range(5)) <= 4
 
@@ -305,21 +243,6 @@ def test_loaders_that_are_gone_leave_their_room_to_others(index, small):
     taken(training(index, small), 4)
 
 
-def test_a_batch_does_not_wait_forever_for_its_shards(index, cache, shards, monkeypatch):
-    monkeypatch.setattr(remote_shards, "PATIENCE", 0.1)
-    go_on = threading.Event()
-    fetch = fetching.ShardFetcher._fetch
-    monkeypatch.setattr(
-        fetching.ShardFetcher, "_fetch", lambda self, shard: go_on.wait(60) and fetch(self, shard)
-    )
-    loader = training(index, cache)
-    local = training(index_folder(shards, **SELECTION), None)
-    assert same(taken(loader, 3), taken(local, 3))
-    assert not list((cache.folder / "objects").glob("*"))
-    go_on.set()
-    assert same(taken(loader, 6), taken(local, 6))
-
-
 def test_while_shards_come_images_are_read_with_a_share_of_what_comes(
     index, cache, shards, monkeypatch
 ):
@@ -342,87 +265,6 @@ def test_while_shards_come_images_are_read_with_a_share_of_what_comes(
     threading.Timer(0.3, go_on.release, (9,)).start()
     assert same(taken(loader, 9), taken(local, 9))
     assert fetcher.read_bytes <= 0.5 * fetcher.fetched_bytes
-
-
-@pytest.mark.usefixtures("only_whole")
-def test_a_changed_shard_is_named_after_a_second_try(address, link, cache, caplog):
-    index = index_folder(address, **SELECTION)
-    change(address, "train-000002.tar")
-    link.requests.clear()
-    with pytest.raises(UserError) as caught:
-        taken(training(index, cache), 8)
-    assert str(caught.value) == (
-        f"shard {address}/train-000002.tar: has another content than when it was indexed; restore "
-        "it (sbf data check shows what else has changed) or prepare the set again"
-    )
-    assert link.asked("GET", "train-000002.tar") == 2
-    assert any("fetching it again" in record.getMessage() for record in caplog.records)
-    digest = index.contents.shard_digests[2]
-    assert not (cache.folder / "objects" / digest).exists()
-
-
-def test_a_changed_image_is_found_without_a_cache_as_well(index, address):
-    sample = int(index.parts["labelled"][0])
-    name = index.shards[index.shard[sample]]
-    change(address, name, at=int(index.offset[sample]) + 30)
-    with pytest.raises(UserError, match=f"{name}: has another content than when it was indexed"):
-        taken(training(index, None, parts=["labelled"]), 8)
-
-
-def test_a_shard_that_is_gone_or_has_another_size_is_named(index, address, cache):
-    ObjectFolder.at(address).remove("train-000001.tar")
-    with pytest.raises(UserError, match=r"train-000001.tar: is missing; restore it"):
-        taken(training(index, cache), 8)
-    ObjectFolder.at(address).write("train-000001.tar", b"short")
-    with pytest.raises(UserError, match=r"train-000001.tar: has another content than when it was"):
-        taken(training(index, None), 8)
-
-
-def test_a_lost_connection_is_waited_for(address, link, cache, shards, caplog, monkeypatch):
-    monkeypatch.setattr(patience, "PATIENCE_SECONDS", 20)
-    index = index_folder(address, **SELECTION)
-    link.cut()
-    loader = training(index, cache)
-    threading.Timer(0.7, link.mend).start()
-    local = index_folder(shards, **SELECTION)
-    assert same(taken(loader, 8), taken(training(local, None), 8))
-    lines = [line for line in caplog.messages if line.endswith("; retrying for 20 s")]
-    assert lines
-    assert all(line.startswith(f"{address}/train-00000") for line in lines)
-    assert "the store answers again" in caplog.messages
-
-
-@pytest.mark.parametrize("cached", [True, False])
-def test_a_store_that_stays_away_is_one_line_that_names_the_shard(address, link, cache, cached):
-    index = index_folder(address, **SELECTION)
-    link.cut()
-    with pytest.raises(RunError) as caught:
-        taken(training(index, cache if cached else None), 1)
-    line = str(caught.value)
-    assert line.startswith(f"{address}/train-00000")
-    assert line.endswith("; run the same command again once the store answers")
-    assert "\n" not in line
-    link.mend()
-    assert len(taken(training(index, cache if cached else None), 2)) == 2
-
-
-def test_a_cache_that_somebody_empties_is_filled_again(index, shards, cache):
-    loader = training(index, cache)
-    taken(loader, 8)
-    loader.close()
-    for path in (cache.folder / "objects").iterdir():
-        path.unlink()
-    local = training(index_folder(shards, **SELECTION), None)
-    taken(local, 8)
-    assert same(taken(loader, 8), taken(local, 8))
-    assert len(list((cache.folder / "objects").iterdir())) == NUM_SHARDS - 1
-
-
-def test_a_cache_smaller_than_one_shard_is_refused(index, tmp_path):
-    largest = max(index.contents.shard_bytes)
-    cache = ShardCache(tmp_path, gigabytes=0.9 * largest / 1e9)
-    with pytest.raises(UserError, match=r"data.cache_gb = .* is less than the largest shard"):
-        taken(training(index, cache), 1)
 
 
 def test_few_images_are_read_by_themselves_and_kept(address, link):

@@ -4,10 +4,8 @@ import json
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -213,26 +211,34 @@ def command(archives: Path, out: Path, layout: str) -> list[str]:
     ]  # fmt: skip
 
 
+# In the middle of a unit: some files, or a part of a tar file, are there.
+KILLED = """
+import os, signal, threading, time
+from pathlib import Path
+
+def kill():
+    written = Path(os.environ["WRITTEN"])
+    while not any(path.is_file() for path in written.rglob("*")):
+        time.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+threading.Thread(target=kill, daemon=True).start()
+"""
+
+
 @pytest.mark.parametrize("layout", ["folder", "webdataset"])
 def test_a_kill_in_the_middle_changes_nothing_of_the_result(tmp_path, layout):
     cifar10_python(tmp_path / "archives", per_batch=300)
     out = tmp_path / "out"
-    kill = None
-    process = subprocess.Popen(command(tmp_path / "archives", out, layout))
     written = out / WORK / "made"
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        # In the middle of a unit: some files, or a part of a tar file, are there.
-        if written.is_dir() and any(path.is_file() for path in written.rglob("*")):
-            os.kill(process.pid, signal.SIGKILL)
-            kill = process.wait()
-            break
-        time.sleep(0.001)
-    assert kill == -signal.SIGKILL
+    program, *arguments = command(tmp_path / "archives", out, layout)[2:]
+    killed = [sys.executable, "-c", KILLED + program, *arguments]
+    environment = os.environ | {"WRITTEN": str(written)}
+    assert subprocess.run(killed, env=environment, check=False, timeout=240).returncode == -9
     assert not is_prepared(out)
     left = len(list(written.rglob("*")))
     assert left
-    subprocess.run(command(tmp_path / "archives", out, layout), check=True, timeout=120)
+    subprocess.run(command(tmp_path / "archives", out, layout), check=True, timeout=240)
     uncut = tmp_path / "uncut"
     prepare("cifar10", tmp_path / "archives", uncut, layout=layout, checksum=False)
     assert content(out) == content(uncut)
@@ -336,7 +342,7 @@ def test_a_real_limit_on_files_stops_the_command_with_one_line(archives, tmp_pat
         check=False,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)),
     )
     assert process.returncode == 2
@@ -344,7 +350,7 @@ def test_a_real_limit_on_files_stops_the_command_with_one_line(archives, tmp_pat
         f"sbf: data {out}: the limit on file sizes is reached (ulimit -f); raise it and run the "
         "same command again\n"
     )
-    subprocess.run(command(archives, out, "webdataset"), check=True, timeout=120)
+    subprocess.run(command(archives, out, "webdataset"), check=True, timeout=240)
     assert check(out).whole
 
 
