@@ -43,7 +43,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> worker.Context:
             },
             "workers": {"count": 2, "max_lost": 1},
             "teachers": [
-                {"name": f"teacher-{n}", "model": "cifar_resnet8", "training": TRAINING} | view
+                {"name": f"teacher-{n}", "model": "cifar_resnet8_w4", "training": TRAINING} | view
                 for n, view in enumerate(VIEWS)
             ],
             "pseudo_labels": {"top_k": 3},

@@ -25,6 +25,7 @@ REPORT = {
     "reliability": {},
     "agreement": [],
 }
+LIMIT_MS = 240_000
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 
 
@@ -153,7 +154,9 @@ def browser() -> Iterator[Any]:
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with api.sync_playwright() as playwright:
         # Without its sandbox, which root does not get.
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox"], timeout=LIMIT_MS
+        )
         yield browser
         browser.close()
 
@@ -164,12 +167,13 @@ def test_a_browser_draws_all_charts_without_network_and_complaint(
 ) -> None:
     viewport = {"width": width, "height": 800}
     context = browser.new_context(color_scheme=scheme, viewport=viewport, offline=True)
+    context.set_default_timeout(LIMIT_MS)
     tab = context.new_page()
     complaints: list[str] = []
     tab.on("console", lambda message: complaints.append(message.text))
     tab.on("pageerror", lambda error: complaints.append(str(error)))
     tab.goto(page.as_uri())
-    tab.wait_for_selector("html[data-drawn]", timeout=120_000)
+    tab.wait_for_selector("html[data-drawn]")
     charts = tab.locator("[data-chart]")
     assert charts.count() == len(re.findall("data-chart=", page.read_text()))
     marks = ".scatterlayer .trace path, .barlayer .trace path, .heatmaplayer image"

@@ -57,7 +57,7 @@ def begin(images, tmp_path):
                 }
                 | data,
                 "teachers": [
-                    {"name": name, "model": "cifar_resnet8", "training": TRAINING}
+                    {"name": name, "model": "cifar_resnet8_w4", "training": TRAINING}
                     for name in ("one", "two")
                 ],
                 "compress": {"teacher": "one", "macs": 0.5},
