@@ -33,7 +33,8 @@ CHECKPOINT_EVERY = 10
 def train(config: dict[str, Any]) -> dict[str, Any]:
     """Train; note each sample seen; on rank 1, do config["at"][step] once: raise, or a signal.
 
-    With config["announced"] several workers wait for that file after the first checkpoint.
+    With config["announced"] several workers wait for that file after the first checkpoint; with
+    config["seen_at"] they wait after that step's record for the file "seen" of the diary.
     """
     stacks = Path(config["diary"], f"stacks-{dist.get_rank()}.txt")
     stopping = Stopping(ray_train.listening(), config.get("hang_timeout", 600), stacks)
@@ -75,7 +76,8 @@ def _train(config: dict[str, Any], saving: Saving) -> dict[str, Any]:
     def on_log(record: LogRecord) -> None:
         losses.append(record.parts["loss"])
         ray_train.progress(asdict(record))
-        time.sleep(config.get("pause", 0))
+        while record.step == config.get("seen_at") and not (diary / "seen").exists():
+            time.sleep(0.05)
 
     def on_checkpoint(step: int) -> None:
         state, digests = loader.state_dict(), {"training": "tiny"}
