@@ -11,7 +11,7 @@ from logged_training import train
 from waiting import eventually
 
 from sbf_dist import tracking
-from sbf_dist.tracking import store
+from sbf_dist.tracking import database_lock
 
 pytestmark = pytest.mark.usefixtures("soon_again")
 
@@ -25,12 +25,12 @@ def test_a_held_lock_of_a_database_is_waited_for_a_shown_time_and_then_it_is_awa
         time.sleep(0.01)
         clock.now += 30
 
-    monkeypatch.setattr(store, "time", clock)
+    monkeypatch.setattr(database_lock, "time", clock)
     lock = folder.parent / "mlflow.db.lock"
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         parent = tracking.start(folder)
-        assert f"{lock} is held by another process: waiting 15 s" in caplog.text
+        assert f"{lock} is locked by another process: waiting 15 s" in caplog.text
         assert parent.run_id is None
     with parent:
         eventually(lambda: parent.run_id is not None)
@@ -39,7 +39,7 @@ def test_a_held_lock_of_a_database_is_waited_for_a_shown_time_and_then_it_is_awa
 def test_a_locked_database_does_not_hold_up_a_run(
     folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "LOCK_SECONDS", 0.6)
+    monkeypatch.setattr(database_lock, "LOCK_SECONDS", 0.6)
     with tracking.start(folder):
         pass
     database = sqlite3.connect(folder.parent / "mlflow.db", isolation_level=None)

@@ -85,7 +85,7 @@ def test_what_a_run_could_not_deliver_waits_a_bounded_time_and_comes_with_the_ne
         monkeypatch.setattr(run, "END_SECONDS", 0.5)
         start = time.monotonic()
     assert time.monotonic() - start < 120
-    assert f"5 metrics and 2 other entries wait in {folder}/tracking" in caplog.messages[-1]
+    assert f"5 metrics and 2 other entries are kept in {folder}/tracking" in caplog.messages[-1]
     assert "next start" in caplog.messages[-1]
     monkeypatch.setattr(run, "END_SECONDS", 240)
     double.start()

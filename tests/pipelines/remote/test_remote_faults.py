@@ -56,7 +56,7 @@ def test_a_changed_image_is_found_without_a_cache_as_well(index, address):
 
 def test_a_shard_that_is_gone_or_has_another_size_is_named(index, address, cache):
     ObjectFolder.at(address).remove("train-000001.tar")
-    with pytest.raises(UserError, match=r"train-000001.tar: is not there any more; restore it"):
+    with pytest.raises(UserError, match=r"train-000001.tar: is missing; restore it"):
         taken(training(index, cache), 8)
     ObjectFolder.at(address).write("train-000001.tar", b"short")
     with pytest.raises(UserError, match=r"train-000001.tar: has another content than when it was"):
@@ -77,7 +77,7 @@ def test_a_lost_connection_is_waited_for(address, link, cache, shards, caplog, m
     threading.Thread(target=mend, daemon=True).start()
     local = index_folder(shards, **SELECTION)
     assert same(taken(loader, 8), taken(training(local, None), 8))
-    lines = [line for line in caplog.messages if line.endswith("; trying again for 120 s")]
+    lines = [line for line in caplog.messages if line.endswith("; retrying for 120 s")]
     assert lines
     assert all(line.startswith(f"{address}/train-00000") for line in lines)
     assert "the store answers again" in caplog.messages
@@ -91,7 +91,7 @@ def test_a_store_that_stays_away_is_one_line_that_names_the_shard(address, link,
         taken(training(index, cache if cached else None), 1)
     line = str(caught.value)
     assert line.startswith(f"{address}/train-00000")
-    assert line.endswith("; the same command goes on once the store answers")
+    assert line.endswith("; run the same command again once the store answers")
     assert "\n" not in line
     link.mend()
     assert len(taken(training(index, cache if cached else None), 2)) == 2
