@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from functools import partial
 
 from launchers.run.folder import RunFolder
-from launchers.storage.patience import patiently
 from sbf_dist import tracking
 from sbf_dist.errors import UserError
 from sbf_dist.object_storage import ObjectFolder, is_address
+from sbf_dist.patience import patiently
 from sbf_dist.train.manifest import MANIFEST, parsed_manifest
 
 
