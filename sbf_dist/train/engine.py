@@ -19,6 +19,7 @@ from torch import nn
 from sbf_dist.errors import UserError
 from sbf_dist.heads import head_of, is_within
 from sbf_dist.settings import Optimizer
+from sbf_dist.strided_convolutions import keep_inputs_contiguous
 from sbf_dist.train import shards
 from sbf_dist.train.average import WeightAverage
 from sbf_dist.train.lean_deepspeed import load_deepspeed
@@ -122,6 +123,7 @@ def build_engine(
     join_process_group(device)
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed insists on it
     deepspeed = quiet_deepspeed(device)
+    keep_inputs_contiguous(task)
     for buffer in task.buffers():  # DeepSpeed broadcasts the parameters, but no buffers
         dist.broadcast(buffer, src=0)
     reads_norm = optimizer.clip is not None or skip_bad_steps > 0

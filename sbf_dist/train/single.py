@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from torch import Tensor, nn
 
 from sbf_dist.settings import Optimizer
+from sbf_dist.strided_convolutions import keep_inputs_contiguous
 from sbf_dist.train.engine import torch_optimizer
 
 Batch = dict[str, Tensor]
@@ -24,6 +25,7 @@ class SingleEngine:
         self.device = next(task.parameters()).device
         self.optimizer = torch_optimizer(task, optimizer)
         self.module = task.train()
+        keep_inputs_contiguous(task)
         self._clip = optimizer.clip
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from sbf_dist.compression.calibration import BATCH, Calibration
 from sbf_dist.compression.fitting.statistics import measure_batch_norm
 from sbf_dist.compression.outputs import LOGITS, Yardstick
+from sbf_dist.hooks import registered
+from sbf_dist.strided_convolutions import keep_inputs_contiguous
 from sbf_dist.surgery import deep_copy
 
 
@@ -45,7 +47,7 @@ def train_briefly(
         trained.parameters(), lr=probe.rate, momentum=0.9, nesterov=True, weight_decay=1e-4
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, probe.steps)
-    with torch.enable_grad():
+    with registered(keep_inputs_contiguous(trained)), torch.enable_grad():
         for _, x in zip(range(probe.steps), _augmented(images, probe, seed), strict=False):
             with torch.no_grad():
                 wanted = dense(x)

@@ -1,0 +1,35 @@
+"""Keeps trainings on a CPU from a kernel of oneDNN's that writes past its buffer.
+
+The gradient of the weights of a strided 1 x 1 convolution with fewer input channels than a vector
+register holds numbers (16 with AVX-512), of an input in channels_last, is wrong, and damages other
+memory: https://github.com/uxlfoundation/oneDNN/issues/6035. Contiguous inputs take another kernel.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+_FEWEST = 16  # input channels of a group that are safe with all of oneDNN's kernels
+
+
+def keep_inputs_contiguous(model: nn.Module) -> list[RemovableHandle]:
+    """Let the convolutions of `model` that would meet the kernel make their inputs contiguous.
+
+    Returns the handles of their hooks.
+    """
+    return [
+        module.register_forward_pre_hook(_contiguous)
+        for module in model.modules()
+        if isinstance(module, nn.Conv2d)
+        and module.kernel_size == (1, 1)
+        and max(module.stride) > 1
+        and module.in_channels // module.groups < _FEWEST
+    ]
+
+
+def _contiguous(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    first = inputs[0] if inputs else None
+    if not isinstance(first, Tensor) or first.device.type != "cpu":
+        return None
+    return (first.contiguous(), *inputs[1:])
