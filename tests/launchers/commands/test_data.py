@@ -35,7 +35,6 @@ def test_a_set_is_prepared_checked_and_divided(sbf, archives, tmp_path):
     order = ("data", "prepare", "cifar10", "--archives", archives, "--out", out, "--no-checksum")
     code, output, _ = sbf(*order)
     assert code == 0
-    assert "images: 60/60" in output
     assert f"{out}: cifar10, 10 classes, 50 images in train, 10 in val\n" in output
     code, output, _ = sbf(*order)
     assert code == 0
@@ -134,10 +133,7 @@ def test_progress_says_rate_and_time_left_in_plain_lines(capsys, monkeypatch):
     progress("images", 50, 1000, "images")
     now = 110.0
     progress("images", 550, 1000, "images")
-    assert capsys.readouterr().out.splitlines() == [
-        "  images: 50/1000",
-        "  images: 550/1000  50 images/s  9 s left",
-    ]
+    assert capsys.readouterr().out == "  images: 550/1000  50 images/s  9 s left\n"
 
 
 def test_recipes_that_are_shipped_are_valid_without_the_data(tmp_path, monkeypatch):

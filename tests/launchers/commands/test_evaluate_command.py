@@ -60,7 +60,7 @@ def test_of_a_folder_val_is_taken_or_all_where_there_is_none(
     code, out, err = sbf("evaluate", "run", "photos")
     assert code == 0, err
     assert f"{count} images" in out
-    assert "taking 0.875" in out
+    assert "using 0.875" in out
 
 
 def test_classes_are_matched_by_name() -> None:
