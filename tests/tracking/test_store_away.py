@@ -118,7 +118,7 @@ def test_artifacts_that_cannot_be_stored_hold_up_no_metrics(
         train(stage, range(50))
         ending = parent
     assert double.history("loss") == POINTS
-    assert f"{all_else} wait" in caplog.messages[-1]
+    assert f"{all_else} are kept" in caplog.messages[-1]
     ending = None
     double.artifacts = {}
     with tracking.start(folder, uri=double.uri):
