@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TOP = 5
 UNREADABLE = 1  # exit code
+_ANY_WIDTH = 10_000  # characters
 
 
 def command(
@@ -111,7 +112,10 @@ def _print_table(found: Iterable["Prediction"]) -> int:
         columns = max(columns, len(one.top))
         table.add_row(one.image, *(f"{name} {100 * p:.1f} %" for name, p in one.top))
     if table.row_count:
-        Console(highlight=False, markup=False).print(table)
+        console = Console(highlight=False, markup=False)
+        if not console.is_terminal:  # a file or a pipe has no width to break lines for
+            console.width = _ANY_WIDTH
+        console.print(table)
     return unreadable
 
 

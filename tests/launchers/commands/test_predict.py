@@ -115,6 +115,14 @@ def test_a_table_has_a_row_for_each_picture(sbf: Sbf, here: Path) -> None:
     )
 
 
+def test_a_line_is_not_broken_where_there_is_no_terminal(sbf: Sbf, here: Path) -> None:
+    long = here / ("a-long-name-" * 8) / "a.png"
+    long.parent.mkdir()
+    long.write_bytes((here / "photos" / "a.png").read_bytes())
+    _, out, _ = sbf("predict", "run", long)
+    assert [line.split()[0] for line in out.splitlines()] == ["image", str(long)]
+
+
 def test_no_pytorch_is_needed(here: Path) -> None:
     code = """
         import sys
