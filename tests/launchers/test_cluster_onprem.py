@@ -20,6 +20,7 @@ import hosts
 import pytest
 import yaml
 from hosts import Host
+from waiting import eventually
 
 import sbf_dist
 
@@ -242,6 +243,7 @@ def tell(story: Story) -> None:
     last = re.search(r"job (\S+): submitted", story.seen["started"][1])
     assert last is not None, story.seen["started"]
     story.seen["stopped"] = story.sbf("stop", last[1])
+    eventually(lambda: "RUNNING" not in story.sbf("jobs")[1])  # it is asked to stop, and then does
     story.seen["jobs"] = story.sbf("jobs")
     story.seen["no token"] = story.answer(story.start("jobs", home="/tmp"))
     story.seen["wrong token"] = story.answer(story.start("jobs", token="another"))
