@@ -34,15 +34,14 @@ class SBFConv2d(nn.Module):
     bias (Miles and Mikolajczyk, arXiv 2110.12844).
 
     kept: indices of the output channels that are kept, ascending; with groups, equally many of
-    each group; or how many: then the first ones, of each group. sources: for each
-    rebuilt channel, in ascending order, the S kept channels (output channel numbers) that it is
-    rebuilt from; or S alone: then all kept channels are used by turns. transform_size: m, odd.
-    between: a module that maps (N, B, H, W) to the same shape, through which basis features go
-    before they are transformed; kept channels are the basis features themselves (after Miles and
-    Mikolajczyk, ICCVW 2023). pad: a module that pads the input, where `padding` cannot say how
-    (`sbf_dist.padding`). The other
-    arguments are nn.Conv2d's; padding_mode concerns the basis convolution only. Raises ValueError,
-    naming the argument and its value, if these do not fit together.
+    each group; or how many: then the first ones, of each group. sources: for each rebuilt channel,
+    in ascending order, the S kept channels (output channel numbers) that it is rebuilt from; or S
+    alone: then all kept channels are used by turns. transform_size: m, odd. between: a module that
+    maps (N, B, H, W) to the same shape, through which basis features go before they are
+    transformed; kept channels are the basis features themselves (after Miles and Mikolajczyk, ICCVW
+    2023). pad: a module that pads the input, where `padding` cannot say how (`sbf_dist.padding`).
+    The other arguments are nn.Conv2d's; padding_mode concerns the basis convolution only. Raises
+    ValueError, naming the argument and its value, if these do not fit together.
 
     Parameters: basis.weight (B, in_channels / groups, k, k), transforms (P, S, m, m), bias
     (out_channels,) or None. Initially the basis and bias are nn.Conv2d's, and a transform is

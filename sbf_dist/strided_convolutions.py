@@ -7,6 +7,7 @@ memory: https://github.com/uxlfoundation/oneDNN/issues/6035. Contiguous inputs t
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -16,7 +17,7 @@ _FEWEST = 16  # input channels of a group that are safe with all of oneDNN's ker
 def keep_inputs_contiguous(model: nn.Module) -> list[RemovableHandle]:
     """Let the convolutions of `model` that would meet the kernel make their inputs contiguous.
 
-    Returns the handles of their hooks.
+    Only where their weights get gradients: inference is as before. Returns the handles of hooks.
     """
     return [
         module.register_forward_pre_hook(_contiguous)
@@ -28,8 +29,10 @@ def keep_inputs_contiguous(model: nn.Module) -> list[RemovableHandle]:
     ]
 
 
-def _contiguous(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+def _contiguous(conv: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
     first = inputs[0] if inputs else None
     if not isinstance(first, Tensor) or first.device.type != "cpu":
+        return None
+    if not torch.is_grad_enabled() or not conv.weight.requires_grad:
         return None
     return (first.contiguous(), *inputs[1:])

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from conv2d_problems import LAYOUTS, TOLERANCES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,14 +22,6 @@ GPU = pytest.param(
 )
 DEVICES = ["cpu", GPU]
 SHAPES = [(2, 6, 5, 4, 7), (1, 1, 1, 1, 1), (0, 3, 2, 4, 4), (2, 4, 0, 3, 3)]
-LAYOUTS = [torch.contiguous_format, torch.channels_last]
-# Largest error allowed, relative to the largest value.
-TOLERANCES = {
-    torch.float64: 1e-12,
-    torch.float32: 1e-5,
-    torch.float16: 3e-3,
-    torch.bfloat16: 2e-2,
-}
 
 
 def arguments(

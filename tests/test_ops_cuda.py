@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conv2d_problems import LAYOUTS, TOLERANCES
 
 from sbf_dist.ops import (
     ACTIVATIONS,
@@ -15,15 +16,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-
-LAYOUTS = [torch.contiguous_format, torch.channels_last]
-# Largest error allowed, relative to the largest value.
-TOLERANCES = {
-    torch.float64: 1e-12,
-    torch.float32: 1e-5,
-    torch.float16: 3e-3,
-    torch.bfloat16: 2e-2,
-}
 
 
 @pytest.fixture(autouse=True)

@@ -57,3 +57,6 @@ def test_a_training_takes_care_of_it() -> None:
     images = torch.randn(2, 4, 8, 8).contiguous(memory_format=torch.channels_last)
     engine.backward(engine({"image": images})["loss"])
     assert seen[0].is_contiguous()
+    with torch.no_grad():
+        engine({"image": images})
+    assert not seen[1].is_contiguous()  # inference is as it was

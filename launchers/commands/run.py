@@ -108,7 +108,7 @@ def check_surroundings(recipe: Recipe, *, indexed: bool) -> int | None:
     Returns the number of classes, where it is known without writing an embedded set.
     """
     from launchers.machine import check_machine
-    from pipelines.sources.folder import check_folder
+    from launchers.run.listed_images import check_images
 
     check_ray_address(os.environ.get("RAY_ADDRESS"))
     here = not os.environ.get("RAY_ADDRESS")
@@ -117,16 +117,7 @@ def check_surroundings(recipe: Recipe, *, indexed: bool) -> int | None:
         check_machine(workers.least, workers.cpus, workers.gpus)
     images = recipe.data
     if (images.source == "folder" or images.expected) and not indexed:
-        assert images.root is not None
-        classes = check_folder(
-            images.root,
-            labelled_per_class=images.labelled_per_class,
-            validation=images.validation,
-            seed=recipe.seed,
-            split=images.split,
-            unlabelled=images.unlabelled,
-            expected=images.expected,
-        )
+        classes = check_images(images, recipe.seed)
         check_shard_cache(images, workers_are_here=here)
         return classes
     return None

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from rich.table import Table
 
@@ -14,6 +15,7 @@ from launchers.estimate.timing import step_time
 from launchers.estimate.trainings import Planned, PlannedRun, planned_run
 from launchers.run.batches import sizes
 from launchers.run.folder import RunFolder
+from launchers.run.listed_images import check_images
 from launchers.run.networks import Networks
 from launchers.run.stages import STAGES
 from pipelines.index import DataIndex
@@ -35,13 +37,17 @@ _ASSUMED_CLASSES = 1000
 def describe(
     recipe: Recipe, folder: RunFolder, machine: str, price: float | None, display: Display
 ) -> None:
-    """Print what a run will do and need. UserError: there is no such kind of machine."""
+    """Print what a run will do and need.
+
+    UserError: there is no such kind of machine, or a folder of images that is there is laid out
+    wrongly.
+    """
     if machine not in MACHINES:
         known = ", ".join(MACHINES)
         raise UserError(f"--machine {machine} is not known; {known} are (docs/scaling.md)")
+    images, classes = _images(recipe, folder), _classes(recipe, folder)
     display.say(f"recipe {recipe.name} is valid ({recipe.digest()[:12]})")
     display.say(f"stages: {', '.join(stage.name for stage in STAGES)}")
-    images, classes = _images(recipe, folder), _classes(recipe, folder)
     if classes is None:
         display.say(f"the number of classes is not known yet: {_ASSUMED_CLASSES} are assumed")
     networks = Networks.of(recipe, folder)
@@ -97,6 +103,8 @@ def _classes(recipe: Recipe, folder: RunFolder) -> int | None:
         return int(json.loads(prepared.read_text())["classes"])
     if recipe.data.source == "digits":
         return digits.NUM_CLASSES
+    if isinstance(recipe.data.root, Path) and recipe.data.root.is_dir():
+        return check_images(recipe.data, recipe.seed)
     return CLASSES.get(recipe.data.source)
 
 

@@ -52,10 +52,10 @@ def _execute(
         from launchers.images import find_again
         from launchers.run import continued_tracking, sequence
         from launchers.run.building import fetch_published
-        from launchers.run.crew import Crew
         from launchers.run.earlier_defaults import as_begun
         from launchers.run.networks import Networks
         from launchers.run.session import Session
+        from launchers.run.worker_pool import WorkerPool
         from sbf_dist import tracking
 
         torch.set_num_threads(available_cpus())
@@ -66,9 +66,9 @@ def _execute(
         find_again(recipe.data, folder.runs, folder.index, recipe.seed)
         output.keep_in(folder.library_log)
         display = Display(output.console)
-        crew = resources.enter_context(Crew(recipe, folder))
+        pool = resources.enter_context(WorkerPool(recipe, folder))
         if sequence.begins_on_workers(networks, until):
-            crew.begin()
+            pool.begin()
         tracker = resources.enter_context(
             tracking.start(
                 folder.root,
@@ -79,7 +79,7 @@ def _execute(
                 address=folder.place if folder.copy is not None else "",
             )
         )
-        resources.callback(crew.end)  # before the MLflow run
+        resources.callback(pool.end)  # before the MLflow run
         if folder.copy is not None:
             resources.callback(mirror.hurry)
         tracker.log_params(recipe.model_dump(mode="json"))
@@ -91,7 +91,7 @@ def _execute(
             say_where(display, folder, tracker.uri)
         for note in notes:
             display.say(note)
-        sequence.perform(Session(networks, display, tracker, crew), until)
+        sequence.perform(Session(networks, display, tracker, pool), until)
     if folder.summary.exists():
         show_results(display, folder, tracker.uri, tracker.page)
 

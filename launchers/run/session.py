@@ -7,9 +7,9 @@ from functools import cached_property
 from typing import Any
 
 from launchers.display import Display
-from launchers.run.crew import Crew
 from launchers.run.folder import RunFolder
 from launchers.run.networks import Networks
+from launchers.run.worker_pool import WorkerPool
 from sbf_dist import tracking
 from sbf_dist.recipe import Recipe
 
@@ -23,7 +23,7 @@ class Session:
     networks: Networks
     display: Display
     tracker: tracking.Run
-    crew: Crew
+    pool: WorkerPool
 
     @property
     def recipe(self) -> Recipe:
@@ -50,10 +50,10 @@ class Session:
 
         reached  says how far it is, if it writes no checkpoints (see attempts.run_workers)
         """
-        if not self.crew.has_begun:
+        if not self.pool.has_begun:
             self.display.wait("starting the workers")
-        kept = self.crew.kept()
-        # They import Ray, which reads what Crew has set.
+        kept = self.pool.kept()
+        # They import Ray, which reads what WorkerPool has set.
         from launchers.on_ray import attempts
         from launchers.on_ray.local_ray import take_printed
 

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from itertools import chain
 
 from torch import nn
 
@@ -34,15 +33,4 @@ def check_dense(model: nn.Module, name: str) -> None:
             raise UserError(
                 f"model {name!r} has an SBF layer already ({layer}): sbf_dist.shrink makes it "
                 "smaller"
-            )
-
-
-def check_finite(model: nn.Module, name: str) -> None:
-    """UserError that names a weight that is not finite, if there is one."""
-    for key, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if not tensor.isfinite().all():
-            what = "NaN" if tensor.isnan().any() else "infinity"
-            layer, _, kind = key.rpartition(".")
-            raise UserError(
-                f"model {name!r} has {what} in layer {layer} ({kind}): its weights must be finite"
             )

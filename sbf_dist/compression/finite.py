@@ -1,7 +1,8 @@
-"""Refuses a network whose outputs for the calibration images are not numbers."""
+"""Refuses a network whose weights, or outputs for the calibration images, are not numbers."""
 
 from collections.abc import Iterable
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -9,6 +10,17 @@ from torch import Tensor, nn
 
 from sbf_dist.errors import UserError
 from sbf_dist.hooks import registered
+
+
+def check_weights(model: nn.Module, name: str) -> None:
+    """UserError that names a weight that is not finite, if there is one."""
+    for key, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if not tensor.isfinite().all():
+            what = "NaN" if tensor.isnan().any() else "infinity"
+            layer, _, kind = key.rpartition(".")
+            raise UserError(
+                f"model {name!r} has {what} in layer {layer} ({kind}): its weights must be finite"
+            )
 
 
 def check_outputs(model: nn.Module, images: Tensor, outputs: Iterable[Tensor]) -> None:

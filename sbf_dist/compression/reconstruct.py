@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from sbf_dist.budget import ROUNDING, Budget
 from sbf_dist.compression.calibration import Calibration, Images, calibration_for, dtype_of
 from sbf_dist.compression.candidates import find_candidates, forward_order
-from sbf_dist.compression.convertible import check_dense, check_finite, nothing_to_convert
+from sbf_dist.compression.convertible import check_dense, nothing_to_convert
 from sbf_dist.compression.cost import Cost, count
 from sbf_dist.compression.dense_plan import dense_plan
+from sbf_dist.compression.finite import check_weights
 from sbf_dist.compression.fitting.between import insert_between
 from sbf_dist.compression.fitting.layerwise import layer_of
 from sbf_dist.compression.fitting.reference import Reference
@@ -66,7 +67,7 @@ def rebuild(
     """
     model = unwrapped(model)
     kind = (name.name if isinstance(name, Architecture) else name) or type(model).__name__
-    check_finite(model, kind)
+    check_weights(model, kind)
     check_dense(model, kind)
     check_timed(model, settings.budget)
     dense = working_copy(model)

@@ -57,6 +57,24 @@ def test_images_of_known_sets_are_counted_without_them():
     assert images("data.split=list.txt") is None
 
 
+def test_classes_are_counted_in_a_folder_that_is_there(tmp_path):
+    images = tmp_path / "photos"
+    for kind in ("cat", "dog", "owl"):
+        (images / kind).mkdir(parents=True)
+        for number in range(5):
+            (images / kind / f"{number}.jpg").write_bytes(b"not read")
+    root = f"data.root={images}"
+    known = printed("folder-laptop.yaml", root, runs=tmp_path)
+    assert "the number of classes is not known yet" not in known
+    parameters = float(next(x for x in known.splitlines() if x.startswith("resnet18")).split()[2])
+    assert parameters == pytest.approx(11.18, abs=0.005)  # 11.69 with 1,000 classes
+    with pytest.raises(UserError, match=r"has one class only, 'x'"):
+        (tmp_path / "one" / "x").mkdir(parents=True)
+        for number in range(5):
+            (tmp_path / "one" / "x" / f"{number}.jpg").write_bytes(b"not read")
+        printed("folder-laptop.yaml", f"data.root={tmp_path / 'one'}", runs=tmp_path)
+
+
 def test_of_a_range_of_workers_the_largest_that_divides_the_batches_is_described(tmp_path):
     text = printed("digits.yaml", "workers.count=[1, 7]", runs=tmp_path)
     assert "Memory of one of 4 workers" in text

@@ -4,55 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny_run import ALL, checkpoint, do, done, networks_of
 
 from launchers.run import locks
 from launchers.run.folder import RunFolder
 from launchers.run.networks import Networks
-from launchers.run.read_files import file_digests
-from launchers.run.sequence import begins_on_workers, bind, open_folder
+from launchers.run.sequence import begins_on_workers, open_folder
 from launchers.run.stages import STAGES
 from sbf_dist.errors import UserError
-from sbf_dist.recipe import validate
-
-CONTENT = {
-    "name": "tiny",
-    "data": {"source": "digits", "image_size": 16},
-    "teachers": [
-        {"name": "one", "model": "cifar_resnet8", "training": {"steps": 10}},
-        {"name": "two", "model": "cifar_resnet8", "training": {"steps": 10}},
-    ],
-    "compress": {"teacher": "one", "macs": 0.5},
-    "distill": {"training": {"steps": 10}},
-    "baselines": {"steps": 10},
-}
-ALL = [stage.name for stage in STAGES]
-
-
-def networks_of(runs: Path, *overrides: str) -> Networks:
-    return Networks.of(validate(CONTENT, overrides, "recipe"), RunFolder(runs, "tiny"))
-
-
-def do(networks: Networks, *stages: str, note: bool = True, digests: bool = True) -> None:
-    """Leave all files that the stages leave, and their results."""
-    values = locks.values_of(networks.recipe.identity())
-    if digests:
-        values |= file_digests(networks.recipe)
-    for stage in STAGES:
-        if stage.name not in stages:
-            continue
-        products = stage.products(networks)
-        for path in (path for product in products for path in product.files):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-        reads = [key for product in products for key in product.reads]
-        result = networks.folder.result(stage.name)
-        result.parent.mkdir(parents=True, exist_ok=True)
-        result.write_text(json.dumps({"read": locks.read_by(values, reads)} if note else {}))
-    bind(networks)
-
-
-def done(networks: Networks) -> list[str]:
-    return [name for name in ALL if networks.folder.result(name).exists()]
 
 
 def weights(networks: Networks) -> set[str]:
@@ -226,14 +185,6 @@ def test_what_workers_and_tracking_say_locks_nothing(run: Networks) -> None:
     assert done(run) == ALL
 
 
-def checkpoint(networks: Networks, stage: str) -> Path:
-    """Leave a checkpoint of a training that was cut."""
-    manifest = networks.folder.checkpoints / stage / "checkpoint-3" / "manifest.json"
-    manifest.parent.mkdir(parents=True)
-    manifest.touch()
-    return manifest
-
-
 def test_a_recipe_is_not_the_folders_before_its_images_are_prepared(tmp_path: Path) -> None:
     networks = networks_of(tmp_path)
     open_folder(networks, None)
@@ -292,86 +243,6 @@ def test_a_repeated_training_begins_anew(run: Networks) -> None:
     kept = checkpoint(run, "distill")
     assert open_folder(run, "distill") == []
     assert not kept.exists()
-
-
-def test_weights_that_were_overwritten_are_another_teacher(tmp_path: Path) -> None:
-    given = tmp_path / "given.safetensors"
-    given.write_text("first")
-    networks = networks_of(tmp_path, "teachers.1.training=null", f"teachers.1.weights={given}")
-    do(networks, *ALL)
-    open_folder(networks, None)
-    given.write_text("second")
-    with pytest.raises(UserError) as caught:
-        open_folder(networks, None)
-    assert (
-        "teachers was done with another content of teachers.1.weights; give --again teachers"
-    ) in str(caught.value)
-    open_folder(networks, "teachers")
-    assert done(networks) == ["prepare", "compress"]
-    given.unlink()
-    with pytest.raises(UserError, match=r"teachers\.1\.weights = '.*' does not exist"):
-        open_folder(networks, None)
-
-
-def test_weights_of_a_run_of_an_earlier_version_are_taken_to_be_the_same(tmp_path: Path) -> None:
-    given = tmp_path / "given.safetensors"
-    given.write_text("first")
-    networks = networks_of(tmp_path, "teachers.1.training=null", f"teachers.1.weights={given}")
-    do(networks, *ALL, digests=False)
-    open_folder(networks, None)
-    assert done(networks) == ALL
-
-
-def own_network(folder: Path) -> tuple[str, Path]:
-    """A network of the user's own in a file that imports another one: its name, and that file."""
-    (folder / "nets").mkdir()
-    (folder / "nets" / "mine.py").write_text("import blocks\ndef net(num_classes): ...\n")
-    (folder / "nets" / "blocks.py").write_text("WIDTH = 8\n")
-    return f"teachers.1.model={folder}/nets/mine.py:net", folder / "nets" / "blocks.py"
-
-
-def test_edited_code_of_a_network_is_another_teacher(tmp_path: Path) -> None:
-    model, blocks = own_network(tmp_path)
-    networks = networks_of(tmp_path, model)
-    do(networks, *ALL)
-    open_folder(networks, None)
-    blocks.write_text("WIDTH = 12\n")
-    with pytest.raises(UserError) as caught:
-        open_folder(networks, None)
-    assert str(caught.value) == (
-        f"run folder {networks.folder.root}: teachers was done with another content of blocks.py "
-        "(code of teachers.1.model); give --again teachers (which repeats teachers, "
-        "pseudo-labels, distill, evaluate, export) or another name (name=…)"
-    )
-    open_folder(networks, "teachers")
-    assert done(networks) == ["prepare", "compress"]
-
-
-def test_code_of_a_run_of_an_earlier_version_is_taken_to_be_the_same(tmp_path: Path) -> None:
-    networks = networks_of(tmp_path, own_network(tmp_path)[0])
-    do(networks, *ALL, digests=False)
-    networks.folder.read_files.unlink()
-    open_folder(networks, None)
-    assert done(networks) == ALL
-
-
-@pytest.mark.parametrize("kind", ["code", "weights"])
-def test_a_file_that_changes_while_a_stage_is_cut_is_noticed(tmp_path: Path, kind: str) -> None:
-    if kind == "code":
-        change, file = own_network(tmp_path)
-    else:
-        file = tmp_path / "start.safetensors"
-        file.touch()
-        change = f"teachers.1.start_from={file}"
-    networks = networks_of(tmp_path, change)
-    do(networks, "prepare")
-    open_folder(networks, None)
-    checkpoint(networks, "teachers")
-    file.write_text("WIDTH = 12\n")
-    with pytest.raises(UserError, match=r"teachers was begun with another content of .*teachers.1"):
-        open_folder(networks, None)
-    open_folder(networks, "teachers")
-    assert open_folder(networks, None) == []
 
 
 def test_a_removal_that_is_cut_leaves_no_stage_without_its_basis(

@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # of Ray, which reads the environment that local_ray sets whe
     from launchers.on_ray.worker_group import KeptWorkers
 
 
-class Crew:
+class WorkerPool:
     """The workers of a run, which stay until the context ends, or until end()."""
 
     def __init__(self, recipe: Recipe, folder: RunFolder) -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from launchers.on_ray import attempts, local_ray, worker_group
-from launchers.run.crew import Crew
 from launchers.run.first_imports import import_libraries
 from launchers.run.folder import RunFolder
+from launchers.run.worker_pool import WorkerPool
 from sbf_dist.recipe import validate
 
 CONTENT = {
@@ -40,7 +40,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     said: list[str] = []
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(local_ray, "local_ray", lambda *_, **__: Entered("Ray", said))
-    monkeypatch.setattr(worker_group, "KeptWorkers", lambda _: Entered("crew", said))
+    monkeypatch.setattr(worker_group, "KeptWorkers", lambda _: Entered("pool", said))
 
     def begin(first, *, storage, kept, counts):
         said.append(f"{first.__name__} on {counts} in {storage.name}")
@@ -49,25 +49,25 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return said
 
 
-def crew(folder: Path) -> Crew:
-    return Crew(validate(CONTENT, (), "recipe"), RunFolder(folder, "tiny"))
+def pool(folder: Path) -> WorkerPool:
+    return WorkerPool(validate(CONTENT, (), "recipe"), RunFolder(folder, "tiny"))
 
 
 def test_workers_of_this_machine_begin_early_and_are_ended_once(said, tmp_path: Path) -> None:
-    with crew(tmp_path) as own:
+    with pool(tmp_path) as own:
         own.begin()
         own.kept()
         own.end()
-    begun = ["Ray begins", "crew begins", f"{import_libraries.__name__} on [1, 2] in checkpoints"]
-    assert said == [*begun, "crew ends", "Ray ends"]
+    begun = ["Ray begins", "pool begins", f"{import_libraries.__name__} on [1, 2] in checkpoints"]
+    assert said == [*begun, "pool ends", "Ray ends"]
 
 
 def test_a_cluster_is_joined_when_its_workers_are_needed(
     said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    with crew(tmp_path) as own:
+    with pool(tmp_path) as own:
         own.begin()
         assert said == []
         own.kept()
-    assert said == ["Ray begins", "crew begins", "crew ends", "Ray ends"]
+    assert said == ["Ray begins", "pool begins", "pool ends", "Ray ends"]
