@@ -172,7 +172,7 @@ def logged_steps(head: Host, metric: str) -> list[int]:
         "    request = urllib.request.Request(\n"
         "        'http://127.0.0.1:5000/api/2.0/mlflow/' + path, data,\n"
         "        {'Content-Type': 'application/json'})\n"
-        "    return json.load(urllib.request.urlopen(request, timeout=60))\n"
+        "    return json.load(urllib.request.urlopen(request, timeout=240))\n"
         "found = ask('experiments/search', max_results=10)['experiments']\n"
         "ids = [one['experiment_id'] for one in found]\n"
         "steps = set()\n"

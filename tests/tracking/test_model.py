@@ -184,7 +184,7 @@ def test_a_served_student_answers_a_picture_over_http(
                 json.dumps(body).encode(),
                 {"Content-Type": "application/json"},
             )
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with urllib.request.urlopen(request, timeout=240) as answer:
                 return json.load(answer)["predictions"]
 
         found = post(pictures[:2])

@@ -90,7 +90,7 @@ def start_job(address: str, token: str, entrypoint: str, **values: object) -> No
     deadline = time.monotonic() + STARTED_SECONDS
     while True:
         try:
-            urllib.request.urlopen(request, timeout=60).close()
+            urllib.request.urlopen(request, timeout=240).close()
         except (OSError, urllib.error.HTTPError):
             if time.monotonic() > deadline:
                 raise

@@ -73,7 +73,13 @@ def run(folder: Path, how: str = "", level: str = "WARNING") -> tuple[list[str],
     environment = {**os.environ, "PYTHONPATH": str(Path.cwd()), "LEVEL": level}
     command = [sys.executable, "-c", PROGRAM, how]
     done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=True, timeout=60
+        command,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=240,
     )
     log = folder / "logs" / "libraries.log"
     text = log.read_text() if log.exists() else ""
