@@ -42,6 +42,14 @@ fi
 cd "$built" || exit 1
 part tests "$python" -m pytest -m gpu -c "$root/pyproject.toml" --rootdir "$root" \
     -p no:cacheprovider --durations=8 \
-    "$root/tests/test_ops.py" "$root/tests/test_ops_cuda.py" "$root/tests/test_ops_devices.py"
+    "$root/tests/test_ops.py" "$root/tests/test_ops_cuda.py" "$root/tests/test_ops_devices.py" \
+    "$root/tests/test_ops_matrix_product.py" "$root/tests/test_layers_gpu.py"
+# With all of the package's dependencies, the loader's and the trainings' tests, and a training step:
+# PARTS="tests training measured steps".
+part training "$python" -m pytest -m gpu -c "$root/pyproject.toml" --rootdir "$root" \
+    -p no:cacheprovider "$root/tests/train/test_training_on_gpu.py" "$root/tests/compression/test_compression_on_gpu.py" \
+    "$root/tests/pipelines/test_loader.py"
 part measured "$python" "$root/benchmarks/gpu.py" --built "$built" --json "$results/gpu.json"
+part steps env PYTHONPATH="$built:$root" "$python" "$root/benchmarks/gpu_training.py" \
+    --json "$results/gpu-training.json"
 exit $failed

@@ -68,7 +68,7 @@ def describe(
         console.print(table)
     for line in choices:
         display.say(line)
-    if any(planned.is_sbf for planned in trainings):
+    if any(planned.replaced for planned in trainings):
         display.say(
             "The SBF student is estimated with all layers shrunk alike; the plan, which needs "
             "images, distributes the same cost differently."

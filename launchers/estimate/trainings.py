@@ -19,9 +19,10 @@ from launchers.run.shares import epoch_steps
 from sbf_dist import models
 from sbf_dist.compression.cost import Cost, count
 
-# Seconds of a training step of SBF layers, of those of the convolutions that they stand for, on an
-# H100: all layers of a ResNet-50 at half (benchmarks/results/gpu.json, 2026-11-26).
-SBF_STEP = 1.6
+# A training step of a ResNet-50 at half its multiply-adds, in steps of the dense one: 1.6 with one
+# source of a rebuilt channel (layers on an H100, benchmarks/results/gpu.json), 3.3 with four (whole
+# steps on an H200, gpu-training.json). The time of the kernels is in proportion to the sources.
+SBF_STEP_OF_ONE_SOURCE, MORE_FOR_EACH_SOURCE = 1.6, 0.55
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Traced:
 class Planned:
     """A training that a run will do.
 
+    replaced  the dense network, of an SBF student
+    sources   of its rebuilt channels, at most
     teachers  that are run beside it
     towards   what it is trained towards
     steps     of `batch` images, all workers together; None: the images would have to be counted
@@ -53,8 +56,9 @@ class Planned:
     job: Job
     trained: Traced
     teachers: tuple[Traced, ...]
-    is_sbf: bool
     steps: int | None
+    replaced: Traced | None = None
+    sources: int = 1
     towards: str = "live"
 
     @property
@@ -67,10 +71,18 @@ class Planned:
         """Images of a step."""
         return self.job.training.batch_size
 
+    @property
+    def timed_macs(self) -> float:
+        """Multiply-adds of a dense network whose steps take as long."""
+        if self.replaced is None:
+            return self.trained.cost.macs
+        ratio = SBF_STEP_OF_ONE_SOURCE + MORE_FOR_EACH_SOURCE * (self.sources - 1)
+        return ratio * self.replaced.cost.macs
+
     def work(self) -> Work:
         """What a step of it has to do."""
         return Work(
-            trained_macs=self.views * self.trained.cost.macs * (SBF_STEP if self.is_sbf else 1.0),
+            trained_macs=self.views * self.timed_macs,
             frozen_macs=sum(teacher.cost.macs for teacher in self.teachers),
             trained_layers=self.trained.layers,
             frozen_layers=sum(teacher.layers for teacher in self.teachers),
@@ -150,7 +162,8 @@ def planned_run(networks: Networks, classes: int, images: Mapping[str, int] | No
                 job=job,
                 trained=trained,
                 teachers=tuple(beside),
-                is_sbf=is_sbf,
+                replaced=dense if is_sbf else None,
+                sources=recipe.compress.sources,
                 steps=_steps(job, images, pairs=recipe.data.augmentation.mixes),
                 towards=towards,
             )

@@ -56,7 +56,6 @@ def _kept_or_chosen(here: Context, network: Network) -> Choice:
         job=network.job,
         trained=trained,
         teachers=tuple(teachers),
-        is_sbf=True,
         steps=None,
     )
     memory = None

@@ -23,7 +23,13 @@ from sbf_dist.strided_convolutions import keep_inputs_contiguous
 from sbf_dist.train import shards
 from sbf_dist.train.average import WeightAverage
 from sbf_dist.train.lean_deepspeed import load_deepspeed
-from sbf_dist.train.resharding import gradient_scaler, names_of_groups, put, shared_names
+from sbf_dist.train.loss_scale import (
+    INITIAL_SCALE,
+    LEAST_SCALE,
+    STEPS_BETWEEN_DOUBLINGS,
+    loss_scale,
+)
+from sbf_dist.train.resharding import names_of_groups, put, shared_names
 
 _LARGEST_BUCKET = 500_000_000  # DeepSpeed's own, in numbers
 _WITHOUT_NORM = {"compute_grad_norm": False}
@@ -136,12 +142,39 @@ def build_engine(
             | {"zero_optimization": _zero(zero_stage, numbers, reads_norm=reads_norm)},
             dist_init_required=False,
         )
+    engine.scales_losses = precision == "fp16"
+    set_loss_scale(engine)
     engine.average = WeightAverage(engine, ema) if ema is not None else None
     engine.skip_bad_steps = skip_bad_steps
     engine.timed_communication = timed_communication
     engine.reads = {}  # the values of a recipe that the training depends on, for its checkpoints
     engine.checkpoint_engine = _restricted_checkpoint_engine()
     return engine
+
+
+def set_loss_scale(engine: Any) -> None:
+    """Let ZeRO stages 1 to 3 scale losses at fp16 as DeepSpeed does for networks in half.
+
+    Under torch_autocast DeepSpeed gives them a GradScaler: it clips gradients before they are
+    unscaled, so that nothing is learned; looks for overflows per rank and group of parameters, so
+    that some step and others do not; and gives one to an fp32 training that follows an fp16
+    training in the same process. At stage 0 its GradScaler is used as it should be.
+    """
+    if engine.zero_optimization_stage() == 0:
+        return
+    zero = engine.optimizer
+    zero.torch_autocast_gradscaler = None
+    if engine.scales_losses:
+        scaler = importlib.import_module("deepspeed.runtime.fp16.loss_scaler").DynamicLossScaler(
+            init_scale=INITIAL_SCALE,
+            scale_window=STEPS_BETWEEN_DOUBLINGS,
+            min_scale=LEAST_SCALE / 2,  # finite.LossWatch ends the training there
+            delayed_shift=1,
+            consecutive_hysteresis=False,
+            raise_error_at_min_scale=False,
+        )
+        zero.loss_scaler, zero.dynamic_loss_scale = scaler, True
+        zero.check_grad_overflow = True  # stages 1 and 2; stage 3 looks at the gradient's norm
 
 
 @contextmanager
@@ -277,13 +310,13 @@ def _restricted_checkpoint_engine() -> Any:
 
 def save_shards(engine: Any, folder: Path, tag: str) -> None:
     """Write this rank's shards below folder/tag; every rank calls it with the same tag."""
-    scaler = gradient_scaler(engine)
+    scale = loss_scale(engine)
     added: dict[str, Any] = {
         shards.NAMES: names_of_groups(engine),
         shards.SHARED: shared_names(engine),
     }
-    if scaler is not None:
-        added[shards.SCALER] = scaler.state_dict()
+    if scale is not None:
+        added[shards.SCALER] = scale.state_dict()
     if engine.average is not None:
         added[shards.EMA_BUFFERS] = engine.average.buffers
     engine.save_checkpoint(str(folder), tag=tag, client_state=added, save_latest=False)
@@ -301,14 +334,15 @@ def load_shards(engine: Any, folder: Path, tag: str, *, ranks: int) -> None:
     if ranks != dist.get_world_size() and engine.zero_optimization_stage() > 0:
         whole = shards.read(folder / tag, ranks)
         put(engine, whole)
-        saved_scaler, averaged = whole.scaler, whole.ema_buffers
+        saved_scale, averaged = whole.scaler, whole.ema_buffers
     else:
         path, added = engine.load_checkpoint(str(folder), tag=tag)
         if path is None:  # DeepSpeed only warns
             raise UserError(f"checkpoint {folder / tag}: DeepSpeed finds nothing to load there")
-        saved_scaler, averaged = added.get(shards.SCALER), added.get(shards.EMA_BUFFERS, {})
-    scaler = gradient_scaler(engine)
-    if scaler is not None and saved_scaler is not None:
-        scaler.load_state_dict(saved_scaler)
+        saved_scale, averaged = added.get(shards.SCALER), added.get(shards.EMA_BUFFERS, {})
+        set_loss_scale(engine)  # DeepSpeed has put the saved one in its place
+    scale = loss_scale(engine)
+    if scale is not None and saved_scale is not None:
+        scale.load_state_dict(saved_scale)
     if engine.average is not None:
         engine.average.buffers = {n: value.to(engine.device) for n, value in averaged.items()}

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sbf_dist.errors import UserError
-from sbf_dist.train.resharding import base_optimizer, gradient_scaler, named_parts, state_of
+from sbf_dist.train.loss_scale import LEAST_SCALE, loss_scale
+from sbf_dist.train.resharding import base_optimizer, named_parts, state_of
 
 _IDS_SHOWN = 8
 _ADVICE = (
@@ -102,13 +103,14 @@ class LossWatch:
         """UserError: `first_bad`, of all ranks, is a step, or the engine left out others.
 
         Above ZeRO stage 0 DeepSpeed leaves out a step whose gradient is not finite, and says so
-        nowhere.
+        nowhere. At fp16 that is no fault as long as a lower scale of the loss may help.
         """
         if first_bad != float("inf"):
             raise UserError(f"{self._describe(int(first_bad))}; {self._last()}; {_ADVICE}")
         skipped = self._skipped_by_engine()
-        # With a scaled loss (fp16) a step that overflows is left out, and the scale is lowered.
-        if skipped > self._skipped_before and gradient_scaler(self._engine) is None:
+        scale = loss_scale(self._engine)
+        lost = skipped > self._skipped_before if scale is None else scale.get_scale() < LEAST_SCALE
+        if lost:
             raise UserError(
                 f"gradient: is not a finite number at a step from {self._seen[0].step} to "
                 f"{self._seen[-1].step}; {self._last()}; {_ADVICE}"

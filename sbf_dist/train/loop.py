@@ -206,7 +206,8 @@ class _Meter:
         names = list(self._sums)
         # What the device knows comes in one message, and is read once.
         sums = torch.stack(list(self._sums.values()))
-        counts = sums.new_tensor([*self._batches.values(), self._images])
+        counts = torch.tensor([*self._batches.values(), self._images], dtype=sums.dtype)
+        counts = counts.to(self._device, non_blocking=True)
         faults = sums.new_empty(0) if self._teachers is None else self._teachers.faults().to(sums)
         totals = torch.cat([sums, counts, faults])
         first_bad = watch.first_bad(self._device)

@@ -138,9 +138,3 @@ def _groups(engine: Any) -> Iterator[tuple[Shapes, Tensor]]:
 
 def _part(stage: int, tensors: list[Any], own: Tensor) -> Tensor:
     return cut(stage, tensors, rank=dist.get_rank(), ranks=dist.get_world_size(), size=own.numel())
-
-
-def gradient_scaler(engine: Any) -> torch.amp.GradScaler | None:
-    """What scales the loss at fp16, which DeepSpeed does not save; None at other precisions."""
-    undivided = getattr(engine, "torch_autocast_z0_gradscaler", None)
-    return undivided or getattr(engine.optimizer, "torch_autocast_gradscaler", None)
