@@ -25,6 +25,7 @@ from distillation_table import draw, summarise, table
 from rich.console import Console
 from timing import machine
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import sbf_dist
 from launchers.display import Display
@@ -68,6 +69,7 @@ class Method:
     distill: Distill | None  # None: labels alone
     members: tuple[int, ...] = ENSEMBLE
     macs: float = HALF
+    ema: float | None = None  # decay of a moving average of the student's weights, which counts
 
 
 def taught(targets: str = "live", **settings: object) -> Distill:
@@ -75,6 +77,10 @@ def taught(targets: str = "live", **settings: object) -> Distill:
     own = {"label_weight": 0.2, "targets": targets} | settings
     return Distill.model_validate({"training": {"steps": 1}} | own)
 
+
+# Self-training takes over from the teachers.
+FADING = taught(label_weight=1.0, teacher_weight=(1.0, 0.0), consistency=Consistency())
+EMA_DECAY = 0.98  # of the last 50 of 300 steps
 
 METHODS = {
     "supervised": Method(None),
@@ -84,11 +90,10 @@ METHODS = {
     "FixMatch": Method(taught(label_weight=1.0, teacher_weight=0.0, consistency=Consistency())),
     "ensemble, live + features": Method(taught(features=Features())),
     "ensemble, live + labels last": Method(taught(labels_last=LabelsLast(share=0.2))),
-    # Self-training takes over from the teachers.
-    "ensemble fading, live + consistency": Method(
-        taught(label_weight=1.0, teacher_weight=(1.0, 0.0), consistency=Consistency())
-    ),
+    "ensemble fading, live + consistency": Method(FADING),
+    "ensemble fading, live + consistency, EMA": Method(FADING, ema=EMA_DECAY),
     "ensemble, live, a quarter": Method(taught(), macs=QUARTER),
+    "ensemble fading, live + consistency, a quarter": Method(FADING, macs=QUARTER),
 }
 REFERENCES = ("teacher 1", "teacher 2", "ensemble")
 
@@ -235,8 +240,16 @@ class Setting:
         if last is not None:
             lr_at = followed_by(lr_at, lr_of(self.lr * last.lr, steps - first, 0), at=first)
         batches = self.batches(method, steps, self.seed + seed)
+        engine = SingleEngine(task, optimizer.model_copy(update={"lr": self.lr}))
+        averaged = None
+        if method.ema is not None:
+            average = get_ema_multi_avg_fn(method.ema)
+            averaged = AveragedModel(task.student, multi_avg_fn=average, use_buffers=True)
+            engine.optimizer.register_step_post_hook(
+                lambda *_: averaged.update_parameters(task.student)
+            )
         fit(
-            SingleEngine(task, optimizer.model_copy(update={"lr": self.lr})),
+            engine,
             with_progress(batches, start=0, steps=steps, passes=1),
             steps=steps,
             lr_at=lr_at,
@@ -244,6 +257,8 @@ class Setting:
             annotate=self.annotate(method, task.features),
         )
         batches.close()
+        if averaged is not None:
+            task.student.load_state_dict(averaged.module.state_dict())
 
     def taught(self, method: Method) -> dict[str, float]:
         """Train a student in one way; its accuracy after it and before."""

@@ -24,6 +24,7 @@ STAGE_TAG = "sbf.stage"
 FOLDER_TAG = "sbf.folder"  # of a whole run: the id of its folder
 PARENT_TAG = "mlflow.parentRunId"
 MAX_PARAM_CHARS = 6000  # of a parameter, in MLflow
+_CONTEXT_CHARS, _EXCERPT_CHARS = 30, 60  # of a parameter that is shown because it has changed
 MAX_REQUEST_METRICS = 1000
 MAX_REQUEST_ENTRIES = 100  # parameters or tags in one request
 # MLflow would go on trying one request for minutes; the courier tries again itself.
@@ -280,7 +281,7 @@ class _Deliveries:
         changed = {n: v for n, v in values.items() if n in known and known[n] != v}
         for name, value in changed.items():
             if there.tags.get(f"resumed.{name}") != value:
-                before, after = _shortened(known[name], 60), _shortened(value, 60)
+                before, after = _differing(known[name], value)
                 logger.warning("%s was %s, is %s now", name, before, after)
         self._set_tags({f"resumed.{name}": value for name, value in changed.items()})
         new = [Param(name, value) for name, value in values.items() if name not in known]
@@ -355,3 +356,12 @@ def cause_of(text: str) -> str:
 
 def _shortened(value: str, most: int = MAX_PARAM_CHARS) -> str:
     return value if len(value) <= most else value[: most - 1] + "…"
+
+
+def _differing(before: str, after: str) -> tuple[str, str]:
+    """Shorten two texts to where they first differ, and some of what stands before it."""
+    same = len(os.path.commonprefix([before, after]))
+    begin = max(0, same - _CONTEXT_CHARS)
+    lead = "…" if begin else ""
+    first, second = (lead + _shortened(text[begin:], _EXCERPT_CHARS) for text in (before, after))
+    return first, second

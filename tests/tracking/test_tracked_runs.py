@@ -153,7 +153,7 @@ def test_long_parameter_is_cut_and_many_fit(parent: tracking.Run) -> None:
     assert params["long"].endswith("…")
 
 
-def test_parameter_that_changes_on_resume_is_told(
+def test_a_parameter_that_changes_on_resume_is_reported(
     parent: tracking.Run, caplog: pytest.LogCaptureFixture
 ) -> None:
     with parent.stage("changed") as run:
@@ -162,6 +162,18 @@ def test_parameter_that_changes_on_resume_is_told(
     assert stored(run).data.params["epochs"] == "10"
     assert stored(run).data.tags["resumed.epochs"] == "20"
     assert "epochs was 10, is 20 now" in caplog.text
+
+
+def test_of_a_long_parameter_that_changes_the_place_is_shown(
+    parent: tracking.Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    with parent.stage("changed inside") as run:
+        for pretrained in ("true", "false"):
+            run.log_params({"teachers": f"[{'x' * 100}, pretrained: {pretrained}, steps: 200]"})
+    stored(run)  # waits until all is there
+    before, _, after = caplog.text.partition(", is ")
+    assert "pretrained: true, steps: 200]" in before and "pretrained: false, st" in after
+    assert "x" * 50 not in caplog.text
 
 
 def test_what_the_store_refuses_does_not_hold_up_what_comes_after(
