@@ -93,6 +93,7 @@ METHODS = {
     "ensemble fading, live + consistency": Method(FADING),
     "ensemble fading, live + consistency, EMA": Method(FADING, ema=EMA_DECAY),
     "ensemble, live, a quarter": Method(taught(), macs=QUARTER),
+    "ensemble, stored, a quarter": Method(taught("stored"), macs=QUARTER),
     "ensemble fading, live + consistency, a quarter": Method(FADING, macs=QUARTER),
 }
 REFERENCES = ("teacher 1", "teacher 2", "ensemble")

@@ -11,7 +11,7 @@ from sbf_dist import _C
 from sbf_dist.export.fold import UnscaledSBFConv2d
 from sbf_dist.export.whole_basis import basis_weights
 from sbf_dist.layers import SBFConv2d, is_recorded
-from sbf_dist.ops import Activation, Pair, pack_filters, sbf_conv2d
+from sbf_dist.ops import Activation, Pair, expand, pack_filters, sbf_conv2d
 from sbf_dist.padding import pad_of
 
 # What oneDNN's fused convolution calls our activations: name, and its scalars.
@@ -23,6 +23,12 @@ ONEDNN_UNARY: dict[Activation, tuple[str, list[float]]] = {
     "hardswish": ("hardswish", []),
 }
 
+# Filters of more numbers than these do not stay in the cache of a core, and tiles read all of them
+# again and again: oneDNN's convolution of the basis and another operator are faster then, up to
+# twice (docs/kernels.md). A product with the whole basis is cheap beside oneDNN's: from fewer on.
+MOST_TILE_WEIGHTS = 1 << 19
+MOST_TILE_WEIGHTS_OF_WHOLE_BASIS = 3 << 16
+
 
 class FusedSBFConv2d(nn.Module):
     """activation(SBF layer + bias + residual) by `sbf_dist.ops.sbf_conv2d`; no gradients.
@@ -30,7 +36,8 @@ class FusedSBFConv2d(nn.Module):
     It shares the parameters of the folded layer that it comes from; the filters of a float32 layer
     on the CPU are packed once, so they count as constant until `pack` or load_state_dict. A
     residual that has not exactly the output's shape and dtype is added by broadcasting, after the
-    operator.
+    operator. Where the filters are large, on a CPU, the basis features come from oneDNN's
+    convolution (`basis`), with weights that are put into blocks once.
     """
 
     sources: Tensor
@@ -57,6 +64,8 @@ class FusedSBFConv2d(nn.Module):
         self.padding = padding
         self.groups = layer.basis.groups
         self.activation = activation
+        is_large = self.weight.numel() > MOST_TILE_WEIGHTS and self.weight[0, 0].numel() > 1
+        self.basis = FusedConv2d(layer.basis, "none") if is_large else None
         self.register_buffer("packed", None, persistent=False)
         self.pack()
         self.register_load_state_dict_post_hook(_pack_loaded)
@@ -64,11 +73,13 @@ class FusedSBFConv2d(nn.Module):
     def pack(self) -> None:
         """Pack the filters anew: after they were changed."""
         packable = self.weight.device.type == "cpu" and self.weight.dtype == torch.float32
-        packable = packable and self.groups == 1
+        packable = packable and self.groups == 1 and self.basis is None
         self.packed = pack_filters(self.weight.detach()) if packable else None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Map (N, C_in, H, W), and a residual that broadcasts to the output, to the output."""
+        if self.basis is not None and self.basis.onednn_takes(x):
+            return self._by_two_operators(self.basis(x), residual)
         x = x if self.pad is None else self.pad(x)
         outside = None  # what is added after the operator
         if residual is not None and not self._adds_inside(residual, x):
@@ -92,6 +103,12 @@ class FusedSBFConv2d(nn.Module):
         if self.hidden:
             y = y[:, : self.out_channels]
         return y if outside is None else activate(y + outside, self.activation)
+
+    def _by_two_operators(self, z: Tensor, residual: Tensor | None) -> Tensor:
+        y = expand(z, self.transforms, self.sources, self.order, self.bias)
+        if self.hidden:
+            y = y[:, : self.out_channels]
+        return activate(y if residual is None else y + residual, self.activation)
 
     def _adds_inside(self, residual: Tensor, x: Tensor) -> bool:
         if self.hidden or is_recorded():
@@ -152,7 +169,7 @@ class FusedConv2d(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Map (N, C_in, H, W), and a residual that broadcasts to the output, to the output."""
         x = x if self.pad is None else self.pad(x)
-        if not self._onednn_takes(x):
+        if not self.onednn_takes(x):
             y = F.conv2d(
                 x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
             )
@@ -184,7 +201,8 @@ class FusedConv2d(nn.Module):
         )
         return y if residual is None else activate(y + residual, self.activation)
 
-    def _onednn_takes(self, x: Tensor) -> bool:
+    def onednn_takes(self, x: Tensor) -> bool:
+        """Whether oneDNN's fused convolution is called for such an input."""
         return (
             not torch.compiler.is_compiling()
             and not is_recorded()
@@ -241,9 +259,9 @@ class FusedWholeBasis(nn.Module):
             product.bias = nn.Parameter(bias, requires_grad=False)
         self.product = FusedConv2d(product, activation)
         # Of the input, so that a call costs one product: borders do not matter here.
-        self.most_pixels = (
-            _C.MAX_TILE_MULTIPLY_ADDS * math.prod(self.basis.stride) // weight.numel()
-        )
+        is_large = layer.basis.weight.numel() > MOST_TILE_WEIGHTS_OF_WHOLE_BASIS
+        most = 0 if is_large else _C.MAX_TILE_MULTIPLY_ADDS
+        self.most_pixels = most * math.prod(self.basis.stride) // weight.numel()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Map (N, C_in, H, W), and a residual that broadcasts to the output, to the output."""
