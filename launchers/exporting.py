@@ -202,8 +202,8 @@ def _latencies(written: Sequence[Written]) -> list[float | None]:
     if len(timers) < len(written):
         return [None] * len(written)
     try:
-        # Not by turns: a session's threads spin for a while after a run, and would keep those of the
-        # next from a processor.
+        # Not by turns: a session's threads spin for a while after a run, and would keep those of
+        # the next from a processor.
         return [round(timed([timer], strict=True)[0], 4) for timer in timers]
     except MachineBusyError:
         return [None] * len(written)
