@@ -121,7 +121,7 @@ class Run:
         return self.process is not None and self.process.poll() is None
 
     def below(self, victim: str) -> list[psutil.Process]:
-        """Return the processes of one kind, which may have ended in the meantime."""
+        """Return the processes of one kind, the oldest first; some may have ended by now."""
         assert self.process is not None
         driver = psutil.Process(self.process.pid)
         if victim == "driver":
@@ -131,10 +131,10 @@ class Run:
         for process in driver.children(recursive=True):
             try:
                 if wanted in " ".join(process.cmdline()[:1] or [process.name()]):
-                    found.append(process)
+                    found.append((process.create_time(), process.pid, process))
             except psutil.NoSuchProcess:
                 continue
-        return found
+        return [process for _, _, process in sorted(found)]
 
     def wait_for_step(self, step: int) -> bool:
         """Wait until the newest workers have done so many steps; False if the run ends before."""

@@ -67,12 +67,12 @@ class Problem:
         return Calibration(self.images.split(BATCH), sources=self.sources)
 
 
-def problem(folder: Path, name: str, images: int, others: int) -> Problem:
-    """Load a network and make its crops."""
+def problem(folder: Path, name: str, images: int, others: int, more: list[Path]) -> Problem:
+    """Load a network and make its crops; `more` are further pictures to calibrate on."""
     network = NETWORKS[name](folder)
     network.model.to(memory_format=LAYOUT)
     paths = photographs(folder)
-    seen, sources = crops(paths[::2], images, seed=0)
+    seen, sources = crops([*paths[::2], *more], images, seed=0)
     unseen, _ = crops(paths[1::2], others, seed=1)
     return Problem(
         network,
@@ -199,6 +199,12 @@ def main() -> None:
     parser.add_argument("--macs", type=float, nargs="+", default=[0.9, 0.8, 0.65, 0.5])
     parser.add_argument("--images", type=int, nargs="+", default=[128])
     parser.add_argument("--others", type=int, default=384)
+    parser.add_argument(
+        "--more",
+        type=Path,
+        metavar="FOLDER",
+        help="further pictures to calibrate on: those of more_photographs.py",
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
     which = parser.add_mutually_exclusive_group()
@@ -207,6 +213,7 @@ def main() -> None:
     options = parser.parse_args()
     kept = options.folder / "rows"
     kept.mkdir(exist_ok=True)
+    more = [] if options.more is None else sorted(options.more.glob("*.jpg"))
     rows = []
     for name in options.networks:
         for images in options.images:
@@ -214,12 +221,14 @@ def main() -> None:
             for macs in options.macs:
                 for method in options.methods:
                     key = f"{name} {method} {macs:g} {images} {options.others}"
+                    key += f" with {len(more)} more" if more else ""
                     path = kept / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
                     if options.kept and not path.exists():
                         continue
                     if options.again or not path.exists():
-                        given = given or problem(options.folder, name, images, options.others)
+                        given = given or problem(options.folder, name, images, options.others, more)
                         found = row(given, name, method, macs, images)
+                        found |= {"photographs": len(set(given.sources))}
                         path.write_text(json.dumps(found))
                         print(json.dumps(found), flush=True)
                     rows.append(json.loads(path.read_text()))

@@ -77,7 +77,7 @@ def survived(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         reach()
         run.below("worker")[1].send_signal(signal.SIGKILL)
         reach()
-        seen.frozen = run.below("worker")[0]
+        seen.frozen = run.below("worker")[-1]  # one of those before may not be gone yet
         seen.frozen.send_signal(signal.SIGSTOP)
         reach()
         faults.kill(run, "raylet")
