@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
 from sbf_dist.compression.calibration import Calibration, Images, calibration_for
 from sbf_dist.compression.candidates import forward_order
@@ -130,11 +131,27 @@ def _scores(dense: nn.Module, image: Tensor, importance: Importance) -> dict[str
     found = {}
     for group in _groups(graph, network):
         values = score(group)
-        if values is not None:
-            found[names[group[0].dep.target.module]] = values.detach().cpu()
+        name = names[group[0].dep.target.module]
+        if values is not None and not _reaches_outputs(dense, image, name):
+            found[name] = values.detach().cpu()
     if not found:
         raise UserError("pruning: the network has no channels that could be removed")
     return found
+
+
+def _reaches_outputs(dense: nn.Module, image: Tensor, name: str) -> bool:
+    """Whether the outputs lose a channel with the group of a layer: those of a network of features.
+
+    Those of a classifier are a linear layer's, which stay.
+    """
+    if any(isinstance(module, nn.Linear) for module in dense.modules()):
+        return False
+    with torch.no_grad():
+        before, after = (
+            [x.shape for x in tree_leaves(network(image)) if isinstance(x, Tensor)]
+            for network in (dense, _without(dense, image, [(name, 0)]))
+        )
+    return before != after
 
 
 def _without(dense: nn.Module, image: Tensor, removed: Sequence[Removal]) -> nn.Module:

@@ -139,3 +139,20 @@ def test_statistics_that_are_moved_are_the_networks_own_where_nothing_goes():
     dense = network("resnet")
     small = prune(dense, 1.0, images(), importance="l1", everywhere=False, statistics="moved")
     torch.testing.assert_close(small(images()), dense(images()), rtol=1e-5, atol=1e-6)
+
+
+def test_a_network_of_features_keeps_all_of_them():
+    torch.manual_seed(0)
+    features = nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.Conv2d(12, 20, 3, padding=1, bias=False),
+        nn.BatchNorm2d(20),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    ).eval()
+    small = prune(features, 0.7, images(), importance="depgraph", everywhere=False)
+    assert small(images()).shape == features(images()).shape
+    assert small[0].out_channels < 12 and small[3].out_channels == 20
