@@ -74,7 +74,7 @@ def compress_once(
         )
         rows = _rows(settings, plan, [dense, student], top1)
         if fidelity is not None:
-            rows[1] |= {"agreement": fidelity.agreement, "kl": fidelity.kl}
+            rows[1] |= fidelity.model_dump(include={"agreement", "kl", "error"})
         display.console.print(results_table(rows))
         display.say(f"student   {out}/ ({ONNX}, {WEIGHTS}, {PLAN})")
         display.say(f"plan      sbf plan show {out}")

@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from launchers import display as module
-from launchers.display import SECONDS_BETWEEN_LINES, Display
+from launchers.display import SECONDS_BETWEEN_LINES, Display, results_table
 
 
 @pytest.fixture
@@ -89,3 +89,22 @@ def test_waiting_brings_no_line_without_a_terminal(clock) -> None:
     clock[0] += 60
     display.wait("starting the workers")
     assert text.getvalue() == ""
+
+
+def test_networks_without_classes_are_compared_by_their_error() -> None:
+    row = {"name": "dense", "top1": None, "macs": 2e6, "params": 3e3, "latency_ms": 1.5}
+    student = row | {"name": "student", "agreement": None, "kl": None, "error": 0.0068}
+    text = io.StringIO()
+    console = Console(file=text, width=100)
+    console.print(results_table([row, student]))
+    assert "error %" in text.getvalue() and "agrees" not in text.getvalue()
+    assert text.getvalue().splitlines()[-1].split() == [
+        "student",
+        "-",
+        "0.68",
+        "2.00",
+        "3.0",
+        "1.50",
+    ]
+    console.print(results_table([row, row | {"agreement": 0.9, "kl": 0.01}]))
+    assert text.getvalue().splitlines()[-1].split()[2:4] == ["90.0", "0.010"]
