@@ -72,10 +72,11 @@ def measure(shape: tuple[int, int, int, int, int], share: float, rounds: int) ->
 
     whole_basis = layer(outputs, 1)
     fused = FusedWholeBasis(whole_basis, "relu")
+    in_tiles = FusedSBFConv2d(whole_basis, "relu")
     dense, four_sources = FusedConv2d(conv, "relu"), FusedSBFConv2d(layer(4, 3), "relu")
     calls = {
         "dense": lambda: dense(x),
-        "one operator": lambda: fused.tiles(x),
+        "one operator": lambda: in_tiles(x),
         "two calls": lambda: fused.product(fused.basis(x)),
         "optimize": lambda: fused(x),
         "m = 3, S = 4": lambda: four_sources(x),

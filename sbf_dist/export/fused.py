@@ -241,13 +241,14 @@ class FusedWholeBasis(nn.Module):
     """activation(SBF layer + bias + residual) of channels from the whole basis, the faster way.
 
     Where the product with the basis features is small, on a CPU, one operator (`tiles`, a
-    FusedSBFConv2d); else two convolutions, `basis` and the 1 x 1 `product`, each by oneDNN with
-    weights that are put into blocks once.
+    FusedSBFConv2d; None where the filters are large); else two convolutions, `basis` and the 1 x 1
+    `product`, each by oneDNN with weights that are put into blocks once.
     """
 
     def __init__(self, layer: SBFConv2d | UnscaledSBFConv2d, activation: Activation) -> None:
         super().__init__()
-        self.tiles = FusedSBFConv2d(layer, activation)
+        is_large = layer.basis.weight.numel() > MOST_TILE_WEIGHTS_OF_WHOLE_BASIS
+        self.tiles = None if is_large else FusedSBFConv2d(layer, activation)
         self.basis = FusedConv2d(layer.basis, "none")
         weight = basis_weights(layer)
         product = nn.utils.skip_init(
@@ -259,18 +260,18 @@ class FusedWholeBasis(nn.Module):
             product.bias = nn.Parameter(bias, requires_grad=False)
         self.product = FusedConv2d(product, activation)
         # Of the input, so that a call costs one product: borders do not matter here.
-        is_large = layer.basis.weight.numel() > MOST_TILE_WEIGHTS_OF_WHOLE_BASIS
-        most = 0 if is_large else _C.MAX_TILE_MULTIPLY_ADDS
-        self.most_pixels = most * math.prod(self.basis.stride) // weight.numel()
+        self.most_pixels = (
+            _C.MAX_TILE_MULTIPLY_ADDS * math.prod(self.basis.stride) // weight.numel()
+        )
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Map (N, C_in, H, W), and a residual that broadcasts to the output, to the output."""
-        if self._takes_tiles(x):
+        if self.tiles is not None and self._is_small(x, self.tiles):
             return self.tiles(x, residual)
         return self.product(self.basis(x), residual)
 
-    def _takes_tiles(self, x: Tensor) -> bool:
-        if is_recorded() or self.tiles.packed is None or x.dtype != torch.float32:
+    def _is_small(self, x: Tensor, tiles: FusedSBFConv2d) -> bool:
+        if is_recorded() or tiles.packed is None or x.dtype != torch.float32:
             return False
         batch, _, height, width = x.shape
         return batch * height * width <= self.most_pixels

@@ -361,7 +361,8 @@ def _shortened(value: str, most: int = MAX_PARAM_CHARS) -> str:
 def _differing(before: str, after: str) -> tuple[str, str]:
     """Shorten two texts to where they first differ, and some of what stands before it."""
     pairs = enumerate(zip(before, after, strict=False))
-    same = next((place for place, (one, other) in pairs if one != other), 0)
+    shorter = min(len(before), len(after))
+    same = next((place for place, (one, other) in pairs if one != other), shorter)
     begin = max(0, same - _CONTEXT_CHARS)
     lead = "…" if begin else ""
     first, second = (lead + _shortened(text[begin:], _EXCERPT_CHARS) for text in (before, after))

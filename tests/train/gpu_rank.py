@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ranks
 import torch
 import torch.multiprocessing as mp
 from tiny import CLASSES, TinyLoader, TinyTask
@@ -58,16 +59,7 @@ def make_engine(task: nn.Module | None = None, **options: Any) -> Any:
 
 def train(engine: Any, loader: Any, start: int = 0, steps: int = STEPS) -> list[float]:
     """Return the loss of each step."""
-    records: list[LogRecord] = []
-    fit(
-        engine,
-        loader,
-        steps=steps,
-        start_step=start,
-        lr_at=lambda step: 0.05,
-        log=Every(1, records.append),
-    )
-    return [record.parts["loss"] for record in records]
+    return ranks.train(engine, loader, start, steps)
 
 
 def losses(_: Path) -> dict[str, list[float]]:
