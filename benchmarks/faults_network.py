@@ -61,7 +61,7 @@ class Counting(nn.Sequential):
 
 
 def _overwrite(path: Path, text: str) -> None:
-    """Write a file anew by a text as long as the one there: whoever reads it never finds it empty."""
+    """Put a text in the place of one as long: a reader never finds the file empty."""
     number = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
     try:
         os.pwrite(number, text.encode(), 0)

@@ -1,8 +1,11 @@
 """The CPUs and GPUs of this machine, and whether they are enough."""
 
+import logging
 import os
 
 from sbf_dist.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 
 def available_cpus() -> int:
@@ -34,6 +37,17 @@ def check_machine(workers: int, cpus_per_worker: int, gpus_per_worker: float = 0
         raise UserError(
             f"workers.count = {workers} with workers.gpus = {gpus_per_worker:g}: needs "
             f"{workers * gpus_per_worker:g} GPUs, this machine has {gpus}; ask for fewer, or for 0"
+        )
+
+
+def warn_of_idle_gpus(gpus_per_worker: float) -> None:
+    """Log a warning where workers get no GPU although this machine has some."""
+    gpus = available_gpus() if gpus_per_worker == 0 else 0
+    if gpus:
+        _log.warning(
+            "workers.gpus = 0: all work is done on CPUs, but this machine has %s; workers.gpus=1 "
+            "gives each worker one",
+            "a GPU" if gpus == 1 else f"{gpus} GPUs",
         )
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from launchers.machine import check_machine, warn_of_idle_gpus
 from launchers.places import check_store, check_writable
 from launchers.run.folder import RunFolder
 from launchers.run.library_output import kept_apart
@@ -95,6 +96,8 @@ def command(
         classes = check_surroundings(recipe, indexed=again != prepare and folder.is_done(prepare))
         check_models(recipe)
         check_weights(recipe, folder, classes)
+        if not os.environ.get("RAY_ADDRESS"):
+            warn_of_idle_gpus(recipe.workers.gpus)
         # These take seconds to import: not before the command line is known to be right.
         from launchers.run.execution import execute
 
@@ -107,7 +110,6 @@ def check_surroundings(recipe: Recipe, *, indexed: bool) -> int | None:
 
     Returns the number of classes, where it is known without writing an embedded set.
     """
-    from launchers.machine import check_machine
     from launchers.run.listed_images import check_images
 
     check_ray_address(os.environ.get("RAY_ADDRESS"))
