@@ -288,9 +288,9 @@ def markdown(report: dict) -> str:
         'the size "planned at"; multiply-adds (M) are those at the network\'s own size. A loaded '
         "student gives exactly the outputs that were saved. Those of the optimized network differ "
         f"by at most {fused:.1e} of the largest output, those of the ONNX file in ONNX Runtime by "
-        f"at most {worst:.1e}. Larger differences than {TOLERANCE:g} are rounding: the student "
-        f"itself differs by up to {own:.1e} between float32 and double. In double, the optimized "
-        f"network differs by no more than {EXACT:g} ({len(doubles)} networks were compared)."
+        f"at most {worst:.1e}. The student itself differs by up to {own:.1e} between float32 and "
+        f"double. In double, the optimized network differs by no more than {EXACT:g} "
+        f"({len(doubles)} networks were compared)."
     )
     lines = [
         "# Which networks work",
