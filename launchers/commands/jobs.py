@@ -15,8 +15,10 @@ import typer
 from launchers import packing
 from launchers.commands.run import LAST_STAGE, StageName
 from launchers.on_ray.cluster_file import how_to_open, mlflow_of
+from launchers.run.stages import check_order
 from sbf_dist import recipe as recipes
 from sbf_dist.errors import UserError
+from sbf_dist.object_storage import is_address
 
 if TYPE_CHECKING:
     from launchers.on_ray.jobs import Cluster
@@ -48,11 +50,12 @@ def submit(
     cluster: ClusterFile = None,
     address: Address = None,
     runs: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Folder that holds all runs, which all machines share, or s3://BUCKET/runs."
+            help="Folder that holds all runs, an absolute path that all machines share, or "
+            "s3://BUCKET/runs.  [required]"
         ),
-    ] = "runs",
+    ] = None,
     until: Annotated[StageName, typer.Option(help="Stop after this stage.")] = LAST_STAGE,
     again: Annotated[
         StageName | None, typer.Option(help="Repeat this stage and those after it.")
@@ -82,6 +85,12 @@ def submit(
             f"recipe {inside}: is not uploaded, as it is in {inside.parts[0]}/ or Git ignores "
             "it; move it"
         )
+    if runs is None or not (is_address(runs) or Path(runs).is_absolute()):
+        raise UserError(
+            f"--runs {runs or ''}: must be the absolute path of a folder that all machines of the "
+            "cluster share, or s3://BUCKET/runs"
+        )
+    check_order(until.value, again.value if again else None)
     tracking = recipe.tracking.uri or (mlflow_of(cluster) if cluster else None)
     ray = os.path.relpath(Path(sys.executable).with_name("ray"))
     job_id = f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"

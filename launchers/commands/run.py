@@ -11,7 +11,7 @@ from launchers.machine import check_machine, warn_of_idle_gpus
 from launchers.places import check_store, check_writable
 from launchers.run.folder import RunFolder
 from launchers.run.library_output import kept_apart
-from launchers.run.stages import STAGES
+from launchers.run.stages import STAGES, check_order
 from sbf_dist import recipe as recipes
 from sbf_dist.errors import UserError
 from sbf_dist.recipe import Data, Recipe
@@ -78,6 +78,7 @@ def command(
         for option, value in (("--machine", machine), ("--price", price)):
             if value is not None:
                 raise UserError(f"{option} {value}: needs --dry-run")
+    check_order(until.value, again.value if again else None)
     recipe = recipes.load(recipe_file, overrides or ())
     folder = RunFolder.at(runs, recipe.name)
     tracking_address(folder.runs, recipe.tracking.uri)

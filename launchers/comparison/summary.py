@@ -80,6 +80,10 @@ def _check_identity(recipe: Comparison, folder: Path) -> None:
         write_json(path, now)
         return
     before = json.loads(path.read_text())
+    if "distill" in before:
+        raise UserError(
+            f"comparison folder {folder}: holds a run (sbf run); give another name (name=…)"
+        )
     for key, value in now.items():
         if before.get(key) != value:
             raise UserError(

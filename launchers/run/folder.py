@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -82,6 +83,19 @@ class RunFolder:
         if self.copy is not None:
             return self.copy.has(self.checkpoints / group)
         return any((self.checkpoints / group).glob("*/manifest.json"))
+
+    def remove_checkpoints(self, group: str, training: str) -> None:
+        """Remove the checkpoints of one training of a stage or round, and what was cut of them."""
+        place = self.checkpoints / group
+        if self.copy is not None:
+            names = self.copy.names_in(place)
+        else:
+            names = {path.name for path in place.iterdir()} if place.is_dir() else set()
+        for name in names:
+            # Earlier versions named them checkpoint_N, whatever the training.
+            own = re.fullmatch(rf"\.?{re.escape(training)}-\d+(\..*)?", name)
+            if own or name.startswith("checkpoint_"):
+                self.remove(place / name)
 
     @property
     def root(self) -> Path:

@@ -96,6 +96,7 @@ def open_folder(networks: "Networks", again: str | None) -> list[str]:
     the first change. Returns lines on what goes on.
     """
     folder = networks.folder
+    _check_kind(folder)
     products = [(stage, product) for stage in STAGES for product in stage.products(networks)]
     changes = _changes(networks, products)
     longer = {
@@ -131,13 +132,23 @@ def open_folder(networks: "Networks", again: str | None) -> list[str]:
         # From the last stage back: what is cut in the middle has no stage whose basis is gone.
         for stage in reversed(STAGES):
             if anew[stage.name]:
-                _remove_results(folder, stage, anew[stage.name], longer)
+                kept = {p.name for s, p in products if s is stage} - (stale - longer)
+                _remove_results(folder, stage, anew[stage.name], kept)
     bind(networks)
     folder.publish()
     return [_going_on(changes[name][0]) for name in going_on]
 
 
 Products = list[tuple[Stage, locks.Product]]
+
+
+def _check_kind(folder: RunFolder) -> None:
+    """UserError where the folder is that of a comparison, whose recipe has another form."""
+    if folder.recipe.exists() and "distill" not in json.loads(folder.recipe.read_text()):
+        raise UserError(
+            f"run folder {folder.root}: holds a comparison (sbf compare); give another name "
+            "(name=…)"
+        )
 
 
 def _changes(networks: "Networks", products: Products) -> dict[str, list[locks.Change]]:
@@ -204,12 +215,19 @@ def _is_begun(folder: RunFolder, stage: Stage, product: locks.Product) -> bool:
 
 
 def _remove_results(
-    folder: RunFolder, stage: Stage, products: list[locks.Product], longer: set[str]
+    folder: RunFolder, stage: Stage, products: list[locks.Product], kept: set[str]
 ) -> None:
+    """Remove what there is of products of a stage.
+
+    Checkpoints of those that are `kept`, of all of the stage, stay: a training that is not
+    concerned, or only longer, goes on from them.
+    """
     # The result first: without it the stage is not done, whatever else is left of it.
     folder.remove(folder.result(stage.name))
-    if not all(product.name in longer for product in products):
+    if not kept:
         folder.remove(folder.checkpoints / stage.name)
     for product in products:
+        if kept and product.name not in kept:
+            folder.remove_checkpoints(stage.name, product.name)
         for path in product.files:
             folder.remove(path)

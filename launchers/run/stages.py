@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from launchers.run.locks import Product
+from sbf_dist.errors import UserError
 
 if TYPE_CHECKING:  # they take seconds to import, and the command line reads this list
     from launchers.run.networks import Network, Networks
@@ -219,6 +220,16 @@ STAGES = (
     Stage("evaluate", "measure all networks", _evaluate, _table_of_results, _always),
     Stage("export", "write the student as ONNX and safetensors", _export, _exported, _never),
 )
+
+
+def check_order(until: str, again: str | None) -> None:
+    """UserError where the stage to repeat comes after the last one that is wanted."""
+    names = [stage.name for stage in STAGES]
+    if again is not None and names.index(again) > names.index(until):
+        raise UserError(
+            f"--again {again}: the command ends at stage {until}, before it; its results would be "
+            "removed and not made again"
+        )
 
 
 def _trained(network: "Network", *needs: str) -> Product:

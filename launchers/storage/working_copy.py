@@ -178,6 +178,12 @@ class WorkingCopy:
             lambda: self.store.find(name) is not None or bool(self.store.objects(name))
         )
 
+    def names_in(self, path: Path) -> set[str]:
+        """Return the names of the files and folders that a folder of the run has in the store."""
+        start = f"{self._name(path)}/"
+        found = patiently(lambda: self.store.objects(start.rstrip("/")))
+        return {key.removeprefix(start).partition("/")[0] for key in found if key.startswith(start)}
+
     # --- everybody ---
 
     def publish(self, *parts: str) -> None:

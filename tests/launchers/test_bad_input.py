@@ -71,6 +71,19 @@ def test_what_all_others_differ_from_is_right(sbf: Sbf) -> None:
 
 
 @pytest.mark.parametrize(
+    "command", [("label", "tiny.yaml"), ("run", "tiny.yaml", "--until", "pseudo-labels")]
+)
+def test_a_stage_to_repeat_that_the_command_does_not_come_to(
+    sbf: Sbf, command: tuple[str, ...]
+) -> None:
+    assert_refused(
+        sbf(*command, "--again", "distill"),
+        "--again distill: the command ends at stage pseudo-labels, before it; its results would "
+        "be removed and not made again",
+    )
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         (RECIPE + "extra: &a [*a]\n", "recipe bad.yaml has an alias of itself in line 7"),

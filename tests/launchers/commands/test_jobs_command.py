@@ -15,6 +15,7 @@ from launchers.on_ray import tunnel
 from sbf_dist.errors import UserError
 
 RECIPES = Path(__file__).parents[3] / "recipes"
+RUNS = ("--runs", "s3://bucket/runs")
 
 
 def answer(*arguments: str) -> str:
@@ -49,7 +50,7 @@ def test_an_address_must_be_a_url(address: str) -> None:
 
 
 def test_a_cluster_that_does_not_answer_is_reported() -> None:
-    found = answer("submit", "digits.yaml", "--address", "http://127.0.0.1:1")
+    found = answer("submit", "digits.yaml", *RUNS, "--address", "http://127.0.0.1:1")
     assert found.startswith("cluster http://127.0.0.1:1: cannot be reached (")
     assert "\n" not in found
 
@@ -76,6 +77,21 @@ def test_a_cluster_that_was_not_started_is_reported(
 def test_a_wrong_recipe_is_refused_before_anything_is_sent() -> None:
     found = answer("submit", "digits.yaml", "no=1", "--address", "http://127.0.0.1:1")
     assert found.startswith("recipe digits.yaml: no is not a known key")
+
+
+@pytest.mark.parametrize("place", [(), ("--runs", "runs"), ("--runs", "../runs")])
+def test_a_place_for_runs_that_no_other_machine_sees_is_refused(place: tuple[str, ...]) -> None:
+    found = answer("submit", "digits.yaml", *place, "--address", "http://127.0.0.1:1")
+    assert found == (
+        f"--runs {''.join(place[1:])}: must be the absolute path of a folder that all machines of "
+        "the cluster share, or s3://BUCKET/runs"
+    )
+
+
+def test_a_stage_to_repeat_that_is_behind_the_last_one_is_refused() -> None:
+    options = ("--until", "teachers", "--again", "distill")
+    found = answer("submit", "digits.yaml", *RUNS, *options, "--address", "http://127.0.0.1:1")
+    assert found.startswith("--again distill: the command ends at stage teachers, before it")
 
 
 def test_a_recipe_elsewhere_is_refused(folder: Path) -> None:
@@ -164,7 +180,7 @@ def test_an_upload_that_is_too_large_is_refused_with_the_largest_files(
 ) -> None:
     monkeypatch.setattr(packing, "MOST_BYTES", 2**20)
     (folder / "large.bin").write_bytes(b"0" * 3 * 2**20)
-    code, _, errors = sbf("submit", "digits.yaml", "--address", "http://127.0.0.1:1")
+    code, _, errors = sbf("submit", "digits.yaml", *RUNS, "--address", "http://127.0.0.1:1")
     assert (code, errors.count("\n")) == (2, 1)
     assert errors.startswith(
         f"sbf: folder {folder}: 3 MiB would be uploaded, Ray's limit is 1; the largest files are "
@@ -174,6 +190,6 @@ def test_an_upload_that_is_too_large_is_refused_with_the_largest_files(
 
 def test_a_cluster_file_that_is_none_is_refused_before_anything_is_reached(folder: Path) -> None:
     (folder / "list.yaml").write_text("- a\n")
-    assert answer("submit", "digits.yaml", "--cluster", "list.yaml") == (
+    assert answer("submit", "digits.yaml", *RUNS, "--cluster", "list.yaml") == (
         "cluster file list.yaml: must be a mapping, as `ray up` takes it"
     )

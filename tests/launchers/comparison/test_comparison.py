@@ -101,6 +101,13 @@ def test_a_folder_of_other_settings_is_refused(runs):
         compare(recipe(model="cifar_resnet14"), runs, quiet())
 
 
+def test_the_folder_of_a_run_is_refused(tmp_path):
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "recipe.json").write_text('{"distill": {}}')
+    with pytest.raises(UserError, match=r"holds a run \(sbf run\); give another name"):
+        compare(recipe(), tmp_path, quiet())
+
+
 def test_an_unknown_model_is_refused_before_anything_is_read(tmp_path):
     with pytest.raises(UserError, match="model 'cifar_resnet9'"):
         compare(recipe(model="cifar_resnet9"), tmp_path, quiet())

@@ -39,9 +39,9 @@ def at(s3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return on
 
 
-def do(folder: RunFolder, *stages: str) -> None:
+def do(folder: RunFolder, *stages: str, recipe: Recipe = RECIPE) -> None:
     """Leave behind what some stages leave, as the driver does."""
-    networks = Networks.of(RECIPE, folder)
+    networks = Networks.of(recipe, folder)
     for stage in sequence.STAGES:
         if stage.name in stages:
             for product in stage.products(networks):
@@ -137,3 +137,39 @@ def test_checkpoints_in_the_store_make_a_training_begun(at) -> None:
         sequence.open_folder(networks, None)
     sequence.open_folder(networks, "teachers")
     assert store.objects() == {}
+
+
+@pytest.mark.parametrize("where", ["here", "in the store"])
+def test_trainings_that_are_not_concerned_keep_their_checkpoints(
+    where: str, at, tmp_path: Path
+) -> None:
+    folder = at("one") if where == "in the store" else RunFolder.at(str(tmp_path), "tiny")
+    one = CONTENT["teachers"][0]
+    content = CONTENT | {"teachers": [one, one | {"name": "two"}, one | {"name": "one-2"}]}
+    do(folder, "prepare", recipe=Recipe.model_validate(content))
+    suffix = ".ab" if where == "in the store" else ""
+    names = [f"{name}-00000005{suffix}" for name in ("one", "two", "one-2")]
+    for name in names:
+        place = f"teachers/{name}/manifest.json"
+        if where == "here":
+            write_json(folder.checkpoints / place, {})
+        else:
+            ObjectFolder.at(str(folder.place_of_checkpoints)).write(place, b"{}")
+    longer = one | {"name": "two", "training": {"steps": 20}}
+    other = one | {"model": "cifar_resnet8_w8"}
+    changed = content | {"teachers": [other, longer, content["teachers"][2]]}
+    sequence.open_folder(Networks.of(Recipe.model_validate(changed), folder), "teachers")
+    if where == "here":
+        left = {path.name for path in (folder.checkpoints / "teachers").iterdir()}
+    else:
+        store = ObjectFolder.at(str(folder.place_of_checkpoints))
+        left = {key.split("/")[1] for key in store.objects("teachers")}
+    assert left == set(names[1:])
+
+
+def test_the_folder_of_a_comparison_is_refused(tmp_path: Path) -> None:
+    folder = RunFolder.at(str(tmp_path), "tiny")
+    write_json(folder.recipe, {"seeds": 3})
+    with pytest.raises(UserError, match=r"tiny: holds a comparison .*give another name"):
+        sequence.open_folder(Networks.of(RECIPE, folder), None)
+    assert folder.recipe.read_text().count("seeds") == 1
