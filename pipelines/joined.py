@@ -81,7 +81,8 @@ class LoadersInTurn:
     """Batches of one loader, and after `samples` samples, over all ranks, those of another.
 
     A batch of the second says so: it has the entry `mark`. The state is that of both: which of them
-    comes next follows from what the first has given.
+    comes next follows from what both have given. With a larger `samples` than before the first one
+    goes on, until both together have given as many.
     """
 
     def __init__(self, first: JoinedLoader, then: JoinedLoader, *, samples: int, mark: str) -> None:
@@ -93,7 +94,7 @@ class LoadersInTurn:
         return self
 
     def __next__(self) -> Batch:
-        if self._first.samples_seen < self._samples:
+        if self._first.samples_seen + self._then.samples_seen < self._samples:
             return next(self._first)
         self._first.close()
         return next(self._then) | {self._mark: torch.ones(())}

@@ -138,9 +138,13 @@ def _joined(
 def with_progress(
     batches: Iterable[Batch], *, start: int, steps: int, passes: int
 ) -> Iterator[Batch]:
-    """Add "progress" to batches, the share of the training that is over: `passes` make a step."""
+    """Add "progress" to batches: 0 in the first of `steps` steps, 1 in the last and after it.
+
+    `passes` batches make a step.
+    """
     for number, batch in enumerate(batches, start * passes):
-        yield batch | {"progress": torch.tensor(number // passes / steps)}
+        share = min(1.0, number // passes / max(1, steps - 1))
+        yield batch | {"progress": torch.tensor(share)}
 
 
 def steps_per_epoch(here: Context, network: Network, index: DataIndex) -> float:

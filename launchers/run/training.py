@@ -261,7 +261,9 @@ def _scheduled(
     if job.distill is None or not job.distill.weights_change:
         return batches
     passes = engine.gradient_accumulation_steps()
-    return with_progress(batches, start=start, steps=steps, passes=passes)
+    # Of the part that has teachers: labels alone have no weights that could change.
+    taught = job.distill.steps_with_teachers(steps)
+    return with_progress(batches, start=start, steps=taught, passes=passes)
 
 
 def _watched(

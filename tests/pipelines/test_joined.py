@@ -139,6 +139,16 @@ def test_after_so_many_samples_come_the_batches_of_the_other_loader(joined):
         assert bool((batch["label"] >= 0).all())
 
 
+def test_a_longer_training_goes_on_with_the_first_loader_until_its_step_of_change(joined):
+    short = in_turn(joined)
+    for _ in range(3):  # one of them with labelled images alone
+        next(short)
+    longer = LoadersInTurn(joined(), joined(7, 0), samples=35, mark="alone")
+    longer.load_state_dict(short.state_dict())
+    found = ["alone" in next(longer) for _ in range(3)]
+    assert found == [False, False, True]  # 21 samples were given, 14 are left until the 35th
+
+
 @pytest.mark.parametrize("cut", [1, 2, 3])
 def test_loaders_in_turn_go_on_where_their_state_was_taken(joined, cut):
     whole = in_turn(joined)
