@@ -81,8 +81,9 @@ class LossWatch:
         for buffer, before in self._statistics:
             buffer.copy_(before)
         self.left_out += 1
-        bad = self._describe(self._seen[-1].step)
-        self._seen = []
+        step = self._seen[-1].step
+        bad = self._describe(step)
+        self._seen = [seen for seen in self._seen if seen.step != step]
         if self.left_out > self._allowed:
             raise UserError(
                 f"{bad}; skip_bad_steps = {self._allowed} allows no more; {self._last()}; {_ADVICE}"

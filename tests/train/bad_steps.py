@@ -23,6 +23,7 @@ def all_of_it(folder: Path) -> dict[str, Any]:
     return {
         "nan": loss_turns_nan_on_one_rank(),
         "left_out": bad_steps_are_left_out(),
+        "gradient": a_gradient_is_bad_before_a_loss_is(),
         "refused": what_is_not_finite_is_not_saved(folder),
         "reads": reads_of_the_device(),
     }
@@ -99,6 +100,29 @@ def bad_steps_are_left_out() -> dict[str, Any]:
     except UserError as error:
         answer["error"] = str(error)
     return answer
+
+
+def a_gradient_is_bad_before_a_loss_is() -> str | None:
+    """At step 1 the loss is finite, its gradient is not; at step 2 the loss is NaN on rank 1."""
+    engine = make_engine(1, skip_bad_steps=3)
+    loader = _NanOnRank1(dist.get_rank(), 2)
+    loader.bad_steps = (2,)
+
+    def spoil(gradient: Tensor) -> Tensor:
+        return gradient * (float("inf") if engine.global_steps == 1 else 1.0)
+
+    engine.module.student[5].weight.register_hook(spoil)
+    try:
+        fit(
+            engine,
+            loader,
+            steps=6,
+            lr_at=lambda step: 0.05,
+            log=Every(4, lambda record: None),
+        )
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _digest(engine: Any) -> str:

@@ -51,6 +51,15 @@ def test_a_bad_step_more_than_is_allowed_stops_the_training(answers: Answers) ->
         assert "skip_bad_steps = 1 allows no more" in answer["left_out"]["error"]
 
 
+def test_a_bad_gradient_is_reported_also_where_a_bad_loss_was_skipped_after_it(
+    answers: Answers,
+) -> None:
+    for answer in answers:
+        assert answer["gradient"].startswith(
+            "gradient: is not a finite number at a step from 0 to 3; there is no checkpoint yet"
+        )
+
+
 @pytest.mark.parametrize(
     ("what", "name"),
     [
