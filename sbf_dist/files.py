@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sbf_dist.errors import UserError
+
 
 def cache_folder() -> Path:
     """Return the folder for what can be had again: $SBF_DIST_CACHE, or sbf-dist in the user's own.
@@ -30,7 +32,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
     At any moment, a loss of power included, `path` is the old file or the new one. Where the body
     raises, the old one stays and what was written is removed. The folder of `path` must exist.
+    UserError where `path` is a folder or a device, which a file would replace.
     """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is no file, and would be replaced by one; give another place")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from sbf_dist.errors import UserError
 from sbf_dist.files import cache_folder, flush_below, replacing, sha256, write_json, write_text
 
 
@@ -31,6 +32,16 @@ def test_the_old_file_stays_where_writing_fails(tmp_path):
         raise RuntimeError
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_and_a_device_are_not_replaced_by_a_file(tmp_path):
+    device = tmp_path / "device"
+    device.symlink_to("/dev/null")
+    for place in (tmp_path, device):
+        with pytest.raises(UserError, match="is no file, and would be replaced"):
+            write_text(place, "text")
+    assert device.resolve() == Path("/dev/null")
+    assert Path("/dev/null").is_char_device()
 
 
 def test_a_kill_while_writing_leaves_the_old_file(tmp_path):

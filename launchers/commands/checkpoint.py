@@ -144,7 +144,12 @@ def _found(place: Path) -> list[Path]:
         raise UserError(f"{place} is a file: give a checkpoint's folder")
     if (place / _MANIFEST).is_file():
         return [place]
-    manifests = sorted(place.rglob(_MANIFEST))
+    # Hidden are those that a kill has left unfinished: nothing resumes from them.
+    manifests = sorted(
+        path
+        for path in place.rglob(_MANIFEST)
+        if not any(part.startswith(".") for part in path.relative_to(place).parts)
+    )
     found = [m.parent for m in manifests if any((m.parent / name).is_dir() for name in _BESIDE)]
     if not found:
         raise UserError(

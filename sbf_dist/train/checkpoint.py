@@ -14,14 +14,13 @@ file with it before anything is read. Our own files are JSON and safetensors; De
 are read with weights_only, so that a checkpoint from a stranger cannot run code.
 """
 
-import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sbf_dist.errors import UserError
 from sbf_dist.files import flush, move_durably, sha256, write_text
@@ -37,6 +36,7 @@ from sbf_dist.train.manifest import (
 )
 from sbf_dist.train.rank_state import (
     read_loader_state,
+    read_state,
     restore,
     shared_statistics,
     write_rank_state,
@@ -338,9 +338,20 @@ def read_whole(folder: Path) -> Whole:
 
 
 def written(folder: Path) -> Written | None:
-    """By what the checkpoint in `folder` was written; None if a version before did not note it."""
-    state = json.loads((folder / "ranks" / "00000.json").read_text())
-    return Written.model_validate(state["written"]) if "written" in state else None
+    """By what the checkpoint in `folder` was written; None if a version before did not note it.
+
+    UserError if the file that says so is missing or damaged.
+    """
+    state = read_state(folder / "ranks", 0)
+    if "written" not in state:
+        return None
+    try:
+        return Written.model_validate(state["written"])
+    except ValidationError as error:
+        raise UserError(
+            f"checkpoint {folder}/ranks/00000.json: is damaged: written: "
+            f"{error.errors()[0]['msg']}; use an earlier checkpoint"
+        ) from error
 
 
 def loader_state(folder: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sbf_dist.errors import UserError
 from sbf_dist.train.evaluate import batchnorm_statistics, synchronise_batchnorm
 
 _STATISTICS, _AVERAGES = "batchnorm/", "average/"  # begin names in the tensors' files
@@ -81,14 +82,14 @@ def write_rank_state(
 
 
 def read_loader_state(folder: Path, rank: int) -> dict[str, Any]:
-    """Where the images of a rank were."""
-    return _state(folder, rank)["loader"]
+    """Where the images of a rank were. UserError if the file is missing or damaged."""
+    return read_state(folder, rank)["loader"]
 
 
 def restore(folder: Path, engine: Any) -> None:
     """Put back what was this rank's own: random states, batch norm statistics of its images."""
     rank = _rank()
-    state, tensors = _state(folder, rank), load_file(folder / f"{rank:05d}.safetensors")
+    state, tensors = read_state(folder, rank), load_file(folder / f"{rank:05d}.safetensors")
     version, integers, gauss = state["python_random"]
     random.setstate((version, tuple(integers), gauss))
     name, position, has_gauss, cached = state["numpy_random"]
@@ -100,8 +101,19 @@ def restore(folder: Path, engine: Any) -> None:
     _put_statistics(engine, tensors)
 
 
-def _state(folder: Path, rank: int) -> dict[str, Any]:
-    return json.loads((folder / f"{rank:05d}.json").read_text())
+def read_state(folder: Path, rank: int) -> dict[str, Any]:
+    """What a rank noted beside its tensors. UserError if the file is missing or damaged."""
+    path = folder / f"{rank:05d}.json"
+    try:
+        state = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"no JSON: {error}"
+        raise UserError(
+            f"checkpoint {path}: cannot be read: {reason}; use an earlier checkpoint"
+        ) from error
+    if not isinstance(state, dict) or not isinstance(state.get("loader"), dict):
+        raise UserError(f"checkpoint {path}: is damaged: loader; use an earlier checkpoint")
+    return state
 
 
 def _rank() -> int:

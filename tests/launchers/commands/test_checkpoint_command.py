@@ -106,6 +106,35 @@ def test_verify_names_what_is_damaged_and_goes_on(written: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read: No such file"),
+        ("{", "cannot be read: no JSON"),
+        ("[]", "is damaged: loader"),
+        ('{"loader": {}, "written": {"optimizer": 1}}', "is damaged: written"),
+    ],
+)
+def test_show_names_a_file_that_is_damaged(
+    written: Path, tmp_path: Path, content: str | None, message: str
+) -> None:
+    damaged = tmp_path / "a"
+    shutil.copytree(written / "zero1", damaged)
+    (damaged / "ranks/00000.json").unlink()
+    if content is not None:
+        (damaged / "ranks/00000.json").write_text(content)
+    with pytest.raises(UserError, match=rf"a/ranks/00000.json: {message}.*use an earlier"):
+        _sbf("show", damaged)
+
+
+def test_what_a_kill_left_unfinished_is_no_checkpoint(written: Path, tmp_path: Path) -> None:
+    shutil.copytree(written / "zero1", tmp_path / "one-00000003")
+    unfinished = tmp_path / ".one-00000006.partial"
+    shutil.copytree(written / "zero1", unfinished)
+    (unfinished / "ranks/00000.json").unlink()
+    assert _sbf("verify", tmp_path) == f"checkpoint {tmp_path}/one-00000003: whole, step 3\n"
+
+
+@pytest.mark.parametrize(
     ("stage", "option", "expected"),
     [(0, [], "last"), (1, [], "average"), (1, ["--weights", "last"], "last"), (3, [], "average"),
      (3, ["--weights", "last"], "last")],
