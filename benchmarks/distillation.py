@@ -78,8 +78,10 @@ def taught(targets: str = "live", **settings: object) -> Distill:
     return Distill.model_validate({"training": {"steps": 1}} | own)
 
 
-# Self-training takes over from the teachers.
+# Self-training takes over from the teachers. A quarter of a step's images are labelled, or half.
 FADING = taught(label_weight=1.0, teacher_weight=(1.0, 0.0), consistency=Consistency())
+FADING_HALF = FADING.model_copy(update={"labelled_share": 0.5})
+STORED_HALF = taught("stored", label_weight=1.0, labelled_share=0.5)
 EMA_DECAY = 0.98  # of the last 50 of 300 steps
 
 METHODS = {
@@ -92,9 +94,15 @@ METHODS = {
     "ensemble, live + labels last": Method(taught(labels_last=LabelsLast(share=0.2))),
     "ensemble fading, live + consistency": Method(FADING),
     "ensemble fading, live + consistency, EMA": Method(FADING, ema=EMA_DECAY),
+    "ensemble fading, live + consistency, half labelled": Method(FADING_HALF),
+    "ensemble, stored, half labelled": Method(STORED_HALF),
     "ensemble, live, a quarter": Method(taught(), macs=QUARTER),
     "ensemble, stored, a quarter": Method(taught("stored"), macs=QUARTER),
     "ensemble fading, live + consistency, a quarter": Method(FADING, macs=QUARTER),
+    "ensemble fading, live + consistency, half labelled, a quarter": Method(
+        FADING_HALF, macs=QUARTER
+    ),
+    "ensemble, stored, half labelled, a quarter": Method(STORED_HALF, macs=QUARTER),
 }
 REFERENCES = ("teacher 1", "teacher 2", "ensemble")
 
