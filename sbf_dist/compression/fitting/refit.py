@@ -91,6 +91,41 @@ def drawn_patches(conv: nn.Conv2d, inputs: Tensor, draw: Draw, start: int) -> Te
     return patches(padded, conv.kernel_size, positions, conv.stride, conv.dilation)  # type: ignore[arg-type]
 
 
+class NormalEquations:
+    """What solving the filters of a layer anew has in common for all ridges: see `solve`."""
+
+    def __init__(
+        self,
+        moments: Moments,
+        weight: Tensor,
+        *,
+        centred: bool = True,
+        prior: Tensor | None = None,
+    ) -> None:
+        self._means = moments.z_mean, moments.y_mean
+        self._shape = weight.shape
+        self._old = weight.detach().flatten(1).double().cpu()
+        gram, cross = moments.zz, moments.zy
+        if not centred:
+            gram = gram.addr(moments.z_mean, moments.z_mean)
+            cross = cross.addr(moments.z_mean, moments.y_mean)
+        self._gram = gram
+        self._left = cross - gram @ self._old.T
+        variance = floored(gram.diagonal().view(weight.shape[1], -1).mean(1), prior)
+        self._floor = FLOOR * variance.mean() + torch.finfo(torch.double).tiny ** 0.5
+        self._variance = variance.repeat_interleave(weight[0, 0].numel())
+
+    def solution(self, ridge: float) -> tuple[Tensor, Tensor]:
+        """Return weight and bias; with an infinite `ridge` the weight is the old one."""
+        new = self._old
+        if ridge < math.inf:
+            matrix = self._gram.clone()
+            matrix.diagonal().add_(ridge * self._variance + self._floor)
+            new = new + torch.cholesky_solve(self._left, torch.linalg.cholesky(matrix)).T
+        z_mean, y_mean = self._means
+        return new.view(self._shape), y_mean - new @ z_mean
+
+
 def solve(
     moments: Moments,
     weight: Tensor,
@@ -105,43 +140,31 @@ def solve(
     behind ReLU6 they differ by ten thousand. With `centred`, means are left to the bias; else the
     filters have to explain them too.
     """
-    old = weight.detach().flatten(1).double().cpu()
-    new = old
-    if ridge < math.inf:
-        gram, cross = moments.zz, moments.zy
-        if not centred:
-            gram = gram.addr(moments.z_mean, moments.z_mean)
-            cross = cross.addr(moments.z_mean, moments.y_mean)
-        variance = gram.diagonal().view(weight.shape[1], -1).mean(1)
-        variance = floored(variance, prior)[:, None]
-        floor = FLOOR * variance.mean() + torch.finfo(torch.double).tiny ** 0.5
-        added = (ridge * variance + floor).expand(-1, weight[0, 0].numel()).flatten()
-        left = cross - gram @ old.T
-        factor = torch.linalg.cholesky(gram + torch.diag(added))
-        new = old + torch.cholesky_solve(left, factor).T
-    return new.view_as(weight), moments.y_mean - new @ moments.z_mean
+    return NormalEquations(moments, weight, centred=centred, prior=prior).solution(ridge)
 
 
-def best_ridge(
+def best_solution(
     fit: Moments,
     held: Moments,
     weight: Tensor,
     *,
     centred: bool = True,
     prior: Tensor | None = None,
-) -> float:
-    """Return the ridge of which the filters solved on `fit` leave the least error on `held`.
+) -> tuple[Tensor, Tensor]:
+    """Return what `solve` gives on `fit` with that of RIDGES that leaves the least error on `held`.
 
     Channels count alike, as shares of their variance: norms and filters behind them scale them.
     """
     scale = held.yy + 0.01 * held.yy.mean() + torch.finfo(torch.double).tiny ** 0.5
-
-    def lost(ridge: float) -> float:
-        solution = solve(fit, weight, centred=centred, ridge=ridge, prior=prior)
-        return float((_errors(solution, held) / scale).sum())
-
-    # Of equals the last: nothing is changed without a gain.
-    return min(reversed(RIDGES), key=lost)
+    equations = NormalEquations(fit, weight, centred=centred, prior=prior)
+    best, least = None, math.inf
+    for ridge in reversed(RIDGES):  # of equals the last: nothing is changed without a gain
+        solution = equations.solution(ridge)
+        lost = float((_errors(solution, held) / scale).sum())
+        if best is None or lost < least:
+            best, least = solution, lost
+    assert best is not None
+    return best
 
 
 @torch.no_grad()
@@ -190,8 +213,7 @@ def _from_held(
             sums.add(inputs.clone(), reference.select(name, outputs))
         moments.append(sums.moments())
     weight = sides[0].student.model.get_submodule(name).get_parameter("weight")
-    ridge = best_ridge(moments[0], moments[1], weight, prior=prior)
-    return solve(moments[0], weight, ridge=ridge, prior=prior)
+    return best_solution(moments[0], moments[1], weight, prior=prior)
 
 
 def _from_halves(
@@ -205,11 +227,12 @@ def _from_halves(
     if halves[1].count == 0:
         return None
     one, other = (half.moments() for half in halves)
+    of_one, of_other = (NormalEquations(half, weight) for half in (one, other))
 
     def lost(ridge: float) -> float:
         return float(
-            _errors(solve(one, weight, ridge=ridge), other).sum()
-            + _errors(solve(other, weight, ridge=ridge), one).sum()
+            _errors(of_one.solution(ridge), other).sum()
+            + _errors(of_other.solution(ridge), one).sum()
         )
 
     shares = [half.count / images.count for half in halves]

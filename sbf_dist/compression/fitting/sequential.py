@@ -12,8 +12,7 @@ from sbf_dist.compression.fitting.norms import movable
 from sbf_dist.compression.fitting.prior import with_prior
 from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.fitting.refit import (
-    RIDGE,
-    best_ridge,
+    best_solution,
     filter_moments,
     obstacle,
     solve,
@@ -152,11 +151,11 @@ class SequentialFit:
     ) -> tuple[Tensor, Tensor]:
         conv = as_plain(convolution(self._student, name))
         moments = filter_moments(conv, batches, batches.draw)
-        ridge, prior = RIDGE, self._priors.get(name)
-        if held is not None:
-            apart = filter_moments(conv, held, held.draw)
-            ridge = best_ridge(moments, apart, conv.weight, centred=centred, prior=prior)
-        return solve(moments, conv.weight, centred=centred, ridge=ridge, prior=prior)
+        prior = self._priors.get(name)
+        if held is None:
+            return solve(moments, conv.weight, centred=centred, prior=prior)
+        apart = filter_moments(conv, held, held.draw)
+        return best_solution(moments, apart, conv.weight, centred=centred, prior=prior)
 
     def _candidates(self, name: str, batches: "_Batches") -> Moments:
         """Gather what the filters of a convolution give, as candidates for its basis."""

@@ -17,8 +17,10 @@ from sbf_dist.compression.fitting.layerwise import Draw
 from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.fitting.refit import (
     RIDGES,
+    NormalEquations,
+    _errors,
     _joined,
-    best_ridge,
+    best_solution,
     drawn_patches,
     filter_moments,
     is_mended,
@@ -152,8 +154,7 @@ def test_filters_stay_where_images_held_out_gain_nothing_by_new_ones():
         # What the layer lacks has nothing to do with its inputs: it can only be learnt by heart.
         noisy = conv(inputs) + torch.randn(10, 4, 2, 2)
         held = moments_of(others, conv(others) + torch.randn(200, 4, 2, 2))
-    assert best_ridge(moments_of(inputs, noisy), held, conv.weight) == RIDGES[-1]
-    weight, _ = solve(moments_of(inputs, noisy), conv.weight, ridge=RIDGES[-1])
+    weight, _ = best_solution(moments_of(inputs, noisy), held, conv.weight)
     assert torch.equal(weight, conv.weight.double())
 
 
@@ -163,7 +164,63 @@ def test_filters_are_solved_where_images_held_out_gain_by_it():
     inputs, others = torch.randn(100, 6, 2, 2), torch.randn(100, 6, 2, 2)
     with torch.no_grad():
         fit, held = moments_of(inputs, wanted(inputs)), moments_of(others, wanted(others))
-    assert best_ridge(fit, held, conv.weight) == RIDGES[0]
+    found = best_solution(fit, held, conv.weight)
+    torch.testing.assert_close(found, solve(fit, conv.weight, ridge=RIDGES[0]))
+
+
+def solved_directly(moments, weight, ridge, *, centred, prior):
+    """Weight and bias by a general solve of the normal equations, written out."""
+    old, taps = weight.flatten(1).double().numpy(), weight[0, 0].numel()
+    gram, cross = moments.zz.numpy(), moments.zy.numpy()
+    z_mean, y_mean = moments.z_mean.numpy(), moments.y_mean.numpy()
+    if not centred:
+        gram = gram + np.outer(z_mean, z_mean)
+        cross = cross + np.outer(z_mean, y_mean)
+    variance = gram.diagonal().reshape(-1, taps).mean(1)
+    if prior is not None:
+        variance = np.maximum(variance, prior.numpy())
+    added = np.diag((ridge * variance + refit.FLOOR * variance.mean()).repeat(taps))
+    new = np.linalg.solve(gram + added, cross + added @ old.T).T
+    return new, y_mean - new @ z_mean
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("with_prior", [True, False])
+@pytest.mark.parametrize("centred", [True, False])
+def test_every_ridge_gives_the_solution_of_its_normal_equations(centred, with_prior):
+    torch.manual_seed(0)
+    conv, wanted = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+    inputs = pictures(12) + 0.5
+    moments = filter_moments(conv, batches(inputs, wanted(inputs), 5), EVERYTHING)
+    prior = torch.tensor([0.1, 9.0, 2.0], dtype=torch.double) if with_prior else None
+    given = {"centred": centred, "prior": prior}
+    equations = NormalEquations(moments, conv.weight, **given)
+    for ridge in RIDGES:
+        weight, bias = equations.solution(ridge)
+        again = solve(moments, conv.weight, ridge=ridge, **given)
+        torch.testing.assert_close((weight, bias), again, rtol=1e-9, atol=1e-12)
+        if ridge < np.inf:
+            new, shift = solved_directly(moments, conv.weight, ridge, **given)
+            np.testing.assert_allclose(weight.flatten(1), new, rtol=1e-9, atol=1e-9)
+            np.testing.assert_allclose(bias, shift, rtol=1e-9, atol=1e-9)
+        else:
+            assert torch.equal(weight, conv.weight.double())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("noise", [0.0, 1.0, 3.0, 20.0])
+@pytest.mark.parametrize("centred", [True, False])
+def test_of_all_ridges_the_one_with_the_least_error_on_images_held_out_is_taken(centred, noise):
+    torch.manual_seed(0)
+    conv, wanted = nn.Conv2d(6, 4, 1), nn.Conv2d(6, 4, 1)
+    inputs, others = torch.randn(10, 6, 2, 2), torch.randn(100, 6, 2, 2)
+    fit = moments_of(inputs, wanted(inputs) + noise * torch.randn(10, 4, 2, 2))
+    held = moments_of(others, wanted(others))
+    found = best_solution(fit, held, conv.weight, centred=centred)
+    scale = held.yy + 0.01 * held.yy.mean()
+    solutions = [solve(fit, conv.weight, centred=centred, ridge=ridge) for ridge in RIDGES]
+    best = min(reversed(solutions), key=lambda one: float((_errors(one, held) / scale).sum()))
+    torch.testing.assert_close(found, best, rtol=1e-9, atol=1e-12)
 
 
 class Heads(nn.Module):
