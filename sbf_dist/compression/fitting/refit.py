@@ -73,6 +73,25 @@ def filter_moments(
     return sums.moments()
 
 
+def output_moments(seen: Moments, weight: Tensor) -> Moments:
+    """Return the moments of what filters give without a bias, as candidates for the same targets.
+
+    seen: what the filters see, as `filter_moments` gathers it; weight: (C, C_in, k, k), of as many
+    filters as there are targets.
+    """
+    filters = weight.detach().flatten(1).double().cpu()
+    zz, zy = filters @ seen.zz @ filters.T, filters @ seen.zy
+    return Moments(
+        zz=zz,
+        zy=zy,
+        yy=seen.yy.clone(),
+        z_mean=filters @ seen.z_mean,
+        y_mean=seen.y_mean.clone(),
+        drift=(seen.yy + zz.diagonal() - 2 * zy.diagonal()).clamp(min=0),
+        size=1,
+    )
+
+
 def drawn_patches(conv: nn.Conv2d, inputs: Tensor, draw: Draw, start: int) -> Tensor:
     """Lay out what the filters of `conv` see at the positions of `draw` as rows (n, C·k·k)."""
     inputs = inputs[: max(0, draw.images - start)]

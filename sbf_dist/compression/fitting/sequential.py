@@ -15,6 +15,7 @@ from sbf_dist.compression.fitting.refit import (
     best_solution,
     filter_moments,
     obstacle,
+    output_moments,
     solve,
 )
 from sbf_dist.compression.fitting.resuming import Passes, Route
@@ -93,7 +94,8 @@ class SequentialFit:
             return
         centred = conv.bias is not None or norm is not None
         held = None if self._held is None else self._held.batches(name)
-        weight, bias = self._solved(name, self._fit.batches(name), held, centred=centred)
+        seen = self._seen(name, self._fit.batches(name), held)
+        weight, bias = self._solved(name, seen, centred=centred)
         conv.weight.copy_(weight)
         if conv.bias is not None:
             conv.bias.copy_(bias)
@@ -138,24 +140,33 @@ class SequentialFit:
         held = None
         if self._held is not None and (solves or with_held):  # else a pass for nothing
             held = self._held.batches(name)
+        sides = [batches] if held is None or not with_held else [batches, held]
+        found: list[Moments] = []
         if solves:
-            weight, bias = self._solved(name, batches, held, centred=True)
+            seen = self._seen(name, batches, held)
+            weight, bias = self._solved(name, seen, centred=True)
             conv.weight.copy_(weight)
             if conv.bias is not None:
                 conv.bias.copy_(bias)
-        moments = with_prior(self._candidates(name, batches), conv.weight, self._priors.get(name))
-        return moments, None if held is None or not with_held else self._candidates(name, held)
+            if self._sizes[name] == 1:  # they follow from what the filters see: no pass is needed
+                found = [output_moments(side, conv.weight) for side in seen[: len(sides)]]
+            del seen  # hundreds of megabytes in a wide layer
+        found = found or [self._candidates(name, side) for side in sides]
+        moments = with_prior(found[0], conv.weight, self._priors.get(name))
+        return moments, found[1] if len(sides) > 1 else None
 
-    def _solved(
-        self, name: str, batches: "_Batches", held: "_Batches | None", *, centred: bool
-    ) -> tuple[Tensor, Tensor]:
+    def _seen(self, name: str, batches: "_Batches", held: "_Batches | None") -> list[Moments]:
+        """Gather what a layer's filters see, with their targets: of images to fit to, and held."""
         conv = as_plain(convolution(self._student, name))
-        moments = filter_moments(conv, batches, batches.draw)
+        sides = [batches] if held is None else [batches, held]
+        return [filter_moments(conv, side, side.draw) for side in sides]
+
+    def _solved(self, name: str, seen: list[Moments], *, centred: bool) -> tuple[Tensor, Tensor]:
+        weight = as_plain(convolution(self._student, name)).weight
         prior = self._priors.get(name)
-        if held is None:
-            return solve(moments, conv.weight, centred=centred, prior=prior)
-        apart = filter_moments(conv, held, held.draw)
-        return best_solution(moments, apart, conv.weight, centred=centred, prior=prior)
+        if len(seen) == 1:
+            return solve(seen[0], weight, centred=centred, prior=prior)
+        return best_solution(seen[0], seen[1], weight, centred=centred, prior=prior)
 
     def _candidates(self, name: str, batches: "_Batches") -> Moments:
         """Gather what the filters of a convolution give, as candidates for its basis."""

@@ -25,10 +25,11 @@ from sbf_dist.compression.fitting.refit import (
     filter_moments,
     is_mended,
     obstacle,
+    output_moments,
     refit_heads,
     solve,
 )
-from sbf_dist.compression.fitting.statistics import gather_moments
+from sbf_dist.compression.fitting.statistics import MomentSums, gather_moments
 
 EVERYTHING = Draw("conv", images=10**6, per_image=10**6)
 
@@ -72,6 +73,31 @@ def test_patches_times_filters_are_the_convolution(shape):
         draw = Draw("conv", images=4, per_image=3)
         some = drawn_patches(conv, images, draw, 0) @ conv.weight.flatten(1).T
         torch.testing.assert_close(some, draw.rows(outputs, 1, 0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("draw", [EVERYTHING, Draw("conv", images=9, per_image=7)], ids=str)
+def test_what_filters_give_follows_from_what_they_see(draw):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+    images = pictures(12, 11) + 0.5
+    targets = conv(images) + 0.1 * torch.randn(12, 4, 6, 6)
+    given = [
+        (start, images[start : start + 5], draw.rows(targets[start : start + 5], 1, start))
+        for start in (0, 5, 10)
+    ]
+    sums = MomentSums(1)
+    for start, inputs, rows in given:
+        candidates = conv._conv_forward(inputs, conv.weight, None)
+        sums.add(draw.rows(candidates, 1, start), rows)
+    passed = sums.moments()
+    found = output_moments(filter_moments(conv, given, draw), conv.weight)
+    for field in ("zz", "zy", "yy", "z_mean", "y_mean", "drift"):
+        wanted = getattr(passed, field)
+        assert getattr(found, field).shape == wanted.shape
+        largest = float(wanted.abs().max())
+        torch.testing.assert_close(getattr(found, field), wanted, rtol=1e-4, atol=1e-4 * largest)
+    torch.testing.assert_close(found.drift, passed.drift, rtol=1e-4, atol=0)
 
 
 def rows_of(inputs):

@@ -9,9 +9,10 @@ from torch import nn
 
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.fitting import layerwise, sequential
+from sbf_dist.compression.fitting.mixture import best_space
 from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.fitting.sequential import SequentialFit
-from sbf_dist.compression.fitting.statistics import run_until
+from sbf_dist.compression.fitting.statistics import gather_moments, run_until
 from sbf_dist.compression.fitting.transforms import rank_channels
 
 IMAGES = pictures(40)
@@ -125,3 +126,46 @@ def test_filters_with_more_weights_than_samples_stay_as_they_are():
     fit = SequentialFit(student, Reference(model), {"conv2": 1}, few, refit=True)
     fit.mend("conv2")
     assert torch.equal(student.conv2.weight, model.conv2.weight)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_what_filters_that_are_solved_anew_give_needs_no_pass_of_its_own(norm, monkeypatch):
+    model = small(norm=norm)
+    student = copy.deepcopy(model)
+    parts = IMAGES.split([30, 10])
+    images, held = map(Calibration.of, parts)
+    sizes = {"conv1": 3, "conv2": 1}
+    fit = SequentialFit(student, Reference(model), sizes, images, refit=True, held=held)
+    passes, compared = [], []
+    gather = fit._candidates
+    monkeypatch.setattr(
+        fit, "_candidates", lambda name, of: passes.append(name) or gather(name, of)
+    )
+
+    def compare(moments, apart, weights, kept):
+        assert not torch.equal(student.conv2.weight, model.conv2.weight)
+        for part, found in zip(parts, (moments, apart), strict=True):
+            inputs = run_until(student, "conv2", part, output=False)
+            candidates = student.conv2._conv_forward(inputs, student.conv2.weight, None)
+            wanted = gather_moments([(candidates, run_until(model, "conv2", part, output=True))], 1)
+            for field in ("zz", "zy", "yy", "z_mean", "y_mean", "drift"):
+                value = getattr(wanted, field)
+                least = 1e-4 * float(value.abs().max())
+                torch.testing.assert_close(getattr(found, field), value, rtol=1e-4, atol=least)
+        compared.append(kept)
+        return best_space(moments, apart, weights, kept)
+
+    monkeypatch.setattr(sequential, "best_space", compare)
+    fit.convert("conv1", rank, 4, 1, 1000)
+    plan = fit.convert_whole_basis("conv2", 8, torch.ones(16, dtype=torch.double), None, 1000)
+    assert compared == [8] and passes == ["conv1"]
+    assert plan.error == pytest.approx(error(model, student, "conv2"), rel=0.2)
+
+
+def test_filters_that_are_not_solved_are_seen_in_a_pass(monkeypatch):
+    model = small()
+    fit = SequentialFit(
+        copy.deepcopy(model), Reference(model), {"conv2": 1}, Calibration.of(IMAGES), refit=False
+    )
+    monkeypatch.setattr(sequential, "output_moments", None)
+    assert fit.convert("conv2", rank, 8, 2, 1000).kept
