@@ -8,6 +8,7 @@ compression of low rank matrices). A low-rank factorisation of rank B gives the 
 has all channels to make of its B features: kept channels cost no more than their filters.
 """
 
+import copy
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -59,12 +60,20 @@ class MixtureSpace:
         self._moments = moments
         weights = weights.double()
         self._scale = weights.clamp(min=LEAST_WEIGHT * float(weights.mean())).add(1e-30).sqrt()
-        self._matrix = torch.eye(len(moments.zz), dtype=torch.double)
-        if ridge < math.inf:
-            variance = moments.zz.diagonal()
-            added = ridge * variance + RIDGE * variance.mean()
-            gram = moments.zz + torch.diag(added.clamp(min=torch.finfo(torch.double).tiny ** 0.5))
-            self._matrix = self._matrix + torch.linalg.solve(gram, moments.zy - moments.zz).T
+        factor = _factor(self._scale[:, None] * moments.zz * self._scale)
+        # What fewer inputs than channels give lies in a space of their number.
+        self._factor = factor if factor.shape[1] <= LOW * len(self._scale) else None
+        self._regress(ridge)
+
+    def with_ridge(self, ridge: float) -> "MixtureSpace":
+        """Return the space of the same moments and weights with another ridge."""
+        other = copy.copy(self)
+        other._regress(ridge)
+        return other
+
+    def _regress(self, ridge: float) -> None:
+        # Where each target is its candidate, the matrix is the identity: no products with it.
+        self._matrix = _regression(self._moments, ridge) if ridge < math.inf else None
         self._values, self._vectors = self._decomposed()
 
     def losses(self) -> Tensor:
@@ -76,32 +85,36 @@ class MixtureSpace:
 
     def error_on(self, moments: Moments, kept: int) -> float:
         """Return the weighted error on other moments that `kept` dimensions leave."""
-        leading = self._leading(kept)
-        matrix = (leading / self._scale[:, None]) @ ((leading.T * self._scale) @ self._matrix)
-        bias = self._moments.y_mean - matrix @ self._moments.z_mean
-        explained = 2 * (matrix * moments.zy.T).sum(1) - ((matrix @ moments.zz) * matrix).sum(1)
-        shift = moments.y_mean - matrix @ moments.z_mean - bias
-        return float((self._scale.square() * (moments.yy - explained + shift.square())).sum())
+        span, inner = self._maps(kept)
+        shift = moments.y_mean - self._moments.y_mean
+        shift = shift - span @ (inner @ (moments.z_mean - self._moments.z_mean))
+        left = moments.yy - _explained(span, inner, moments) + shift.square()
+        return float((self._scale.square() * left).sum())
 
     def fit(self, kept: int, among: Collection[int] | None = None) -> Mixture:
         """Return the mixture of `kept` dimensions; `among` are the channels that may be kept."""
         moments = self._moments
-        leading = self._leading(kept)
-        span = leading / self._scale[:, None]  # of the outputs, one row each
-        inner = (leading.T * self._scale) @ self._matrix
+        span, inner = self._maps(kept)
         chosen = self._coordinates(span, among)
         others = sorted(set(range(len(span))) - set(chosen))
         transforms = _solved(span[chosen].T, span[others].T).T
         matrix = span @ inner
-        explained = 2 * (matrix * moments.zy.T).sum(1) - ((matrix @ moments.zz) * matrix).sum(1)
         return Mixture(
             kept=chosen,
             basis=matrix[chosen],
             transforms=transforms,
             bias=moments.y_mean - matrix @ moments.z_mean,
             matrix=matrix,
-            error=(moments.yy - explained).clamp(min=0),
+            error=(moments.yy - _explained(span, inner, moments)).clamp(min=0),
         )
+
+    def _maps(self, kept: int) -> tuple[Tensor, Tensor]:
+        """Return (C, B) from `kept` dimensions to outputs, and (B, C) from candidates to these."""
+        leading = self._leading(kept)
+        inner = leading.T * self._scale
+        if self._matrix is not None:
+            inner = inner @ self._matrix
+        return leading / self._scale[:, None], inner
 
     def _leading(self, kept: int) -> Tensor:
         """The `kept` directions, orthonormal columns, that explain most of the scaled outputs."""
@@ -110,19 +123,22 @@ class MixtureSpace:
         return self._vectors[:, :kept]
 
     def _of_outputs(self) -> Tensor:
-        explained = self._matrix @ self._moments.zz @ self._matrix.T
+        explained = self._moments.zz
+        if self._matrix is not None:
+            explained = self._matrix @ explained @ self._matrix.T
         return self._scale[:, None] * explained * self._scale
 
     def _decomposed(self) -> tuple[Tensor, Tensor]:
         """Variances, the largest first, and the directions that have them.
 
-        What fewer inputs than channels give lies in a space of their number: then the others are
-        left out, for a small part of the time.
+        Where candidates lie in a small space, other directions are left out, for a small part of
+        the time.
         """
-        factor = _factor(self._scale[:, None] * self._moments.zz * self._scale)
-        if factor.shape[1] > LOW * len(self._scale):
+        if self._factor is None:
             return _largest_first(self._of_outputs())
-        outputs = self._scale[:, None] * (self._matrix @ (factor / self._scale[:, None]))
+        outputs = self._factor
+        if self._matrix is not None:
+            outputs = self._scale[:, None] * (self._matrix @ (outputs / self._scale[:, None]))
         basis, inner = torch.linalg.qr(outputs)
         values, vectors = _largest_first(inner @ inner.T)
         return values, basis @ vectors
@@ -138,14 +154,39 @@ class MixtureSpace:
 
 def best_space(fit: Moments, held: Moments, weights: Tensor, kept: int) -> MixtureSpace:
     """Return the space fitted to `fit` whose ridge leaves the least error on `held`."""
-    best, least = None, math.inf
-    for ridge in reversed(RIDGES):  # of equals the one that changes the least
-        space = MixtureSpace(fit, weights, ridge)
+    best = MixtureSpace(fit, weights, RIDGES[-1])
+    least = best.error_on(held, kept)
+    for ridge in reversed(RIDGES[:-1]):  # of equals the one that changes the least
+        space = best.with_ridge(ridge)
         lost = space.error_on(held, kept)
-        if best is None or lost < least:
+        if lost < least:
             best, least = space, lost
-    assert best is not None
     return best
+
+
+def _regression(moments: Moments, ridge: float) -> Tensor:
+    """Return the matrix (C, C) of all outputs from the candidates, near to the identity."""
+    variance = moments.zz.diagonal()
+    added = ridge * variance + RIDGE * variance.mean()
+    gram = moments.zz.clone()
+    gram.diagonal().add_(added.clamp(min=torch.finfo(torch.double).tiny ** 0.5))
+    missing = moments.zy - moments.zz
+    lower, failed = torch.linalg.cholesky_ex(gram)
+    if int(failed) == 0:
+        found = torch.cholesky_solve(missing, lower)
+    else:
+        # Moments are of images in single precision: with the least ridge, rounding may leave them
+        # with negative variances.
+        found = torch.linalg.solve(gram, missing)
+    matrix = found.T
+    matrix.diagonal().add_(1)
+    return matrix
+
+
+def _explained(span: Tensor, inner: Tensor, moments: Moments) -> Tensor:
+    """Return the variance (C,) of targets that the matrix `span` @ `inner` explains."""
+    crossed = (span * (inner @ moments.zy).T).sum(1)
+    return 2 * crossed - ((span @ (inner @ moments.zz @ inner.T)) * span).sum(1)
 
 
 def _largest_first(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,6 @@
 import copy
+import dataclasses
+import math
 
 import pytest
 import torch
@@ -8,7 +10,16 @@ from small_networks import pictures, small
 
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.fitting.layerwise import gather_layers
-from sbf_dist.compression.fitting.mixture import MixtureSpace, install_mixture
+from sbf_dist.compression.fitting.mixture import (
+    LEAST_WEIGHT,
+    LOW,
+    RIDGE,
+    RIDGES,
+    MixtureSpace,
+    _regression,
+    best_space,
+    install_mixture,
+)
 from sbf_dist.compression.fitting.statistics import MomentSums, run_until
 from sbf_dist.compression.planning.divergence import MixtureTrial
 from sbf_dist.peers.low_rank import reduced_regression
@@ -91,6 +102,75 @@ def test_a_channel_that_never_varies_is_no_obstacle():
     assert fit.bias[2] == pytest.approx(7)
     assert fit.error[2] == pytest.approx(0, abs=1e-6)
     assert fit.transforms.isfinite().all()
+
+
+def regressed(moments, ridge):
+    """The matrix of a space, by a general solve."""
+    variance = moments.zz.diagonal()
+    added = torch.diag(ridge * variance + RIDGE * variance.mean())
+    return torch.linalg.solve(moments.zz + added, moments.zy + added).T
+
+
+def written_out(moments, weights, ridge, kept):
+    """The product of a space's maps, of the symmetric eigenproblem as it is defined."""
+    scale = weights.clamp(min=LEAST_WEIGHT * float(weights.mean())).sqrt()
+    matrix = torch.eye(len(scale), dtype=torch.double)
+    if ridge < math.inf:
+        matrix = regressed(moments, ridge)
+    outputs = scale[:, None] * (matrix @ moments.zz @ matrix.T) * scale
+    _, vectors = torch.linalg.eigh(outputs)
+    leading = vectors.flip(1)[:, :kept]
+    return leading @ leading.T * scale / scale[:, None] @ matrix
+
+
+def error_written_out(matrix, moments, held, weights):
+    scale = weights.clamp(min=LEAST_WEIGHT * float(weights.mean()))
+    shift = held.y_mean - moments.y_mean - matrix @ (held.z_mean - moments.z_mean)
+    explained = 2 * (matrix * held.zy.T).sum(1) - ((matrix @ held.zz) * matrix).sum(1)
+    return float((scale * (held.yy - explained + shift.square())).sum())
+
+
+def pair_of_moments(channels, rows, seed):
+    fit, *_ = random_moments(channels, channels // 2, seed, rows)
+    held, *_ = random_moments(channels, channels // 2, seed + 1, 100)
+    return fit, held, torch.rand(channels, dtype=torch.double) + 0.1
+
+
+# As many rows as channels and more, or less: then what the candidates span is smaller.
+@pytest.mark.parametrize("rows", [400, 10])
+@pytest.mark.parametrize("ridge", RIDGES)
+def test_a_space_of_any_ridge_is_what_its_definition_gives(rows, ridge):
+    torch.manual_seed(0)
+    fit, held, weights = pair_of_moments(16, rows, seed=0)
+    first = MixtureSpace(fit, weights, RIDGES[-1])
+    assert (first._factor is None) == (rows > LOW * 16)
+    space = first.with_ridge(ridge)
+    for kept in (1, 6):
+        matrix = written_out(fit, weights, ridge, kept)
+        torch.testing.assert_close(space.fit(kept).matrix, matrix, rtol=1e-8, atol=1e-8)
+        error = error_written_out(matrix, fit, held, weights)
+        assert space.error_on(held, kept) == pytest.approx(error, rel=1e-8)
+    again = MixtureSpace(fit, weights, ridge)
+    assert torch.equal(again.fit(6).matrix, space.fit(6).matrix)
+    assert torch.equal(again.losses(), space.losses())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_best_space_is_that_of_least_error_on_moments_held_out(seed):
+    torch.manual_seed(0)
+    fit, held, weights = pair_of_moments(12, 14, seed=2 * seed)
+    spaces = [MixtureSpace(fit, weights, ridge) for ridge in RIDGES]
+    wanted = min(reversed(spaces), key=lambda space: space.error_on(held, 5))
+    found = best_space(fit, held, weights, 5)
+    assert torch.equal(found.fit(5).matrix, wanted.fit(5).matrix)
+
+
+def test_moments_that_rounding_has_left_indefinite_are_regressed_on_all_the_same():
+    moments, *_ = random_moments(6, 3, seed=0)
+    values, vectors = torch.linalg.eigh(moments.zz)
+    values[0] = -0.1 * values[-1]
+    spoiled = dataclasses.replace(moments, zz=vectors @ torch.diag(values) @ vectors.T)
+    torch.testing.assert_close(_regression(spoiled, RIDGE), regressed(spoiled, RIDGE))
 
 
 @torch.no_grad()
