@@ -173,6 +173,7 @@ def rebuild_more(
             refit=settings.refit,
             yardstick=yardstick,
             route=route,
+            priors=found.priors,
         )
     after = count(student, images.shape, examples)
     latency = None

@@ -13,10 +13,12 @@ from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.candidates import forward_order
 from sbf_dist.compression.convert import convert
 from sbf_dist.compression.cost import count
+from sbf_dist.compression.fitting import refit
 from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.fitting.statistics import measure_batch_norm, run_until
 from sbf_dist.compression.holding_out import split
 from sbf_dist.compression.plan import Plan, SBFLayer
+from sbf_dist.compression.planning import option_table
 from sbf_dist.compression.removal.zeroed import zero_channels
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
@@ -349,6 +351,20 @@ def test_filters_solved_anew_bring_the_predictions_nearer():
     unseen = pictures(200)[64:]
     assert divergence(model, mended, unseen) < 0.9 * divergence(model, plain, unseen)
     assert torch.equal(plain.head.weight, model.head.weight)
+
+
+def test_what_inputs_varied_by_in_training_is_measured_once_for_all_layers(monkeypatch):
+    asked, own = [], option_table.prior_variances
+
+    def measure(model, names, images):
+        asked.append(names)
+        return own(model, names, images)
+
+    for module in (option_table, refit):
+        monkeypatch.setattr(module, "prior_variances", measure)
+    _, plan = shrink(small())
+    assert any("Linear layers solved anew" in line for line in plan.explanation)
+    assert asked == [["conv1", "conv2", "head"]]
 
 
 def test_without_refit_kept_filters_are_the_dense_networks_own():

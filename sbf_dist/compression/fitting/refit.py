@@ -5,7 +5,7 @@ they are fitted to what the dense network's layer gives, whatever their inputs n
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -192,6 +192,7 @@ def refit_heads(
     reference: Reference,
     images: Calibration,
     sides: tuple[Side, Side] | None = None,
+    priors: Mapping[str, Tensor] | None = None,
 ) -> list[str]:
     """Fit the linear layers of `student` that read vectors, in place; return their names.
 
@@ -199,10 +200,13 @@ def refit_heads(
     `student` gives it. An image is one sample, and there may be fewer of them than weights. So how
     near to the old weights the new ones stay is chosen on images that are held out: `sides` are
     passes over `images` and over these, which have not gone beyond the first such layer. Without
-    them it is chosen by what solutions of one half of the batches are worth on the other.
+    them it is chosen by what solutions of one half of the batches are worth on the other. `priors`
+    say how much the layers' inputs varied in training; by default it is measured on `student`,
+    where there are `sides`.
     """
     names = linear_heads(student, images.first(2))
-    priors = {} if sides is None else prior_variances(student, names, images)
+    if priors is None:
+        priors = {} if sides is None else prior_variances(student, names, images)
     for name in names:
         head = student.get_submodule(name)
         assert isinstance(head, nn.Linear)

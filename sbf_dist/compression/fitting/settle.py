@@ -1,6 +1,8 @@
 """What follows the fit of all layers: batch norms and heads, each judged on images held out."""
 
-from torch import nn
+from collections.abc import Mapping
+
+from torch import Tensor, nn
 
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.fitting.fidelity import Judge, Wanted
@@ -21,13 +23,15 @@ def settle(
     refit: bool,
     yardstick: Yardstick,
     route: Route | None = None,
+    priors: Mapping[str, Tensor] | None = None,
 ) -> Judge | None:
     """Move batch norm statistics and solve linear layers anew, in place, each if that is a gain.
 
     A step is kept only if the outputs for the images that are `held` out come nearer to the
     reference's by it, as `yardstick` measures. Where none are, nothing is changed, and None is
     returned. `route` says where passes can go on: what they come to before the first linear layer
-    is not computed again.
+    is not computed again. `priors` say how much the inputs of linear layers varied in training
+    (`prior_variances`), where that has been measured.
     """
     if held is None:
         return None
@@ -50,7 +54,7 @@ def settle(
     if heads:
         judge.keep_if_nearer(
             "Linear layers solved anew",
-            lambda: refit_heads(student, reference, images, (fit, apart)),
+            lambda: refit_heads(student, reference, images, (fit, apart), priors),
             apart.student.outputs(),
         )
     return judge

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.fitting.layerwise import gather_layers, layer_of
 from sbf_dist.compression.fitting.prior import prior_variances, with_prior
+from sbf_dist.compression.fitting.refit import linear_heads
 from sbf_dist.compression.fitting.resuming import Passes
 from sbf_dist.compression.fitting.statistics import Moments, output_sensitivity
 from sbf_dist.compression.planning.criteria import Ranking, rankings
@@ -27,7 +28,8 @@ class OptionTable:
 
     shapes: what the layers' costs follow from; rows: the options, the layer as it is first, with
     multiply-adds as costs; rankings: the orders of channels; sensitivity: (C,) of each layer;
-    priors: (C_in,), the variances of its inputs (`prior_variances`).
+    priors: (C_in,), the variances of its inputs (`prior_variances`), and of those of linear layers
+    that can be solved anew.
     """
 
     shapes: Mapping[str, Shape]
@@ -71,7 +73,8 @@ def measure_options(
     sensitivity = output_sensitivity(model, names, batches, seed, yardstick)
     sizes = {name: search.size(layer_of(model, name)) for name in names}
     estimated: dict[str, Estimated] = {}
-    priors = prior_variances(model, names, images)
+    # Those of linear layers are wanted last, but cost nothing here.
+    priors = prior_variances(model, names + linear_heads(model, images.first(2)), images)
     for index, (name, gathered) in enumerate(gather_layers(model, sizes, images, passes), 1):
         report(progress, "measure layers", index, len(sizes))
         layer, moments = layer_of(model, name), gathered

@@ -7,7 +7,9 @@ import torch
 from small_networks import pictures, small
 
 from sbf_dist.compression.calibration import Calibration
+from sbf_dist.compression.fitting import refit
 from sbf_dist.compression.fitting.fidelity import Wanted
+from sbf_dist.compression.fitting.prior import prior_variances
 from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.fitting.resuming import Route
 from sbf_dist.compression.fitting.settle import settle
@@ -47,6 +49,28 @@ def test_what_is_reached_is_what_the_student_then_is(noise, count):
         found[way] = student, judge.steps
     assert found["whole"][1] == found["going on"][1]
     one, other = (student.state_dict() for student, _ in found.values())
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+@torch.no_grad()
+def test_priors_that_are_given_are_not_measured_again(monkeypatch):
+    model = small()
+    images, held = split(Calibration.of(pictures(60)))
+    students, measured = [spoiled(model, 0.1), spoiled(model, 0.1)], []
+
+    def measure(*given):
+        # On the student as it then is.
+        measured.append(prior_variances(*given))
+        return measured[-1]
+
+    monkeypatch.setattr(refit, "prior_variances", measure)
+    for student in students:
+        priors = measured[0] if measured else None
+        given = {"refit": True, "yardstick": LOGITS, "priors": priors}
+        judge = settle(student, Reference(model), images, held, **given)
+        assert not torch.equal(student.head.weight, model.head.weight), judge.steps
+    assert len(measured) == 1 and list(measured[0]) == ["head"]
+    one, other = (student.state_dict() for student in students)
     assert all(torch.equal(value, other[key]) for key, value in one.items())
 
 
