@@ -20,6 +20,7 @@ from sbf_dist.layers import SBFConv2d
 
 LEAST = 1e-3  # of the mean variance: channels that vary less say nothing about a ratio
 MOST = 2.0  # by which a channel's standard deviation may have changed
+MOST_IMAGES = 128  # to compare: all their positions count, more images hardly move a mean
 
 
 def following_norms(model: nn.Module, images: Tensor) -> dict[str, str]:
@@ -91,6 +92,16 @@ def move_variance(norm: _BatchNorm, dense: Statistics, now: Statistics) -> None:
     norm.running_var *= ratio.clamp(MOST**-2, MOST**2).to(norm.running_var)
 
 
+def compared_parts(images: Calibration) -> list[int]:
+    """Numbers of the parts of `images` that `move_batch_norms` looks at, MOST_IMAGES in all.
+
+    They are spread evenly: neighbours are often alike, of one class or cut from one photograph.
+    """
+    sizes = images.part_sizes(images.part)
+    wanted = min(len(sizes), max(1, MOST_IMAGES // max(sizes)))
+    return [(2 * index + 1) * len(sizes) // (2 * wanted) for index in range(wanted)]
+
+
 @torch.no_grad()
 def move_batch_norms(
     student: nn.Module,
@@ -101,8 +112,9 @@ def move_batch_norms(
     """Move the statistics of all batch norms of `student`, in place and in forward order.
 
     Each batch norm is moved on what those before it then give: batch by batch, and in the end by
-    the mean of all. `reference` names the channels of a batch norm that are left by its name;
-    `outputs` runs it on the parts of `images`, one after the other, as it is gone through.
+    the mean of all. Of many images some are looked at, those of `compared_parts`. `reference` names
+    the channels of a batch norm that are left by its name; `outputs` runs it on these parts, one
+    after the other, as it is gone through.
     """
     modules_of_reference = dict(reference.module.named_modules())
     norms = {
@@ -145,16 +157,25 @@ def move_batch_norms(
             yield dense.get_submodule(name).register_forward_pre_hook(look(name))
             yield norm.register_forward_pre_hook(move(name))
 
-    outputs = outputs or (dense(batch) for batch in images.parts(images.part))
+    outputs = outputs or (dense(batch) for batch in _compared(images))
+    count = 0
     with registered(hooks()):
-        for _, batch in zip(outputs, images.parts(images.part), strict=True):
+        for _, batch in zip(outputs, _compared(images), strict=True):
             student(batch)
+            count += len(batch)
     for name, norm in norms.items():
         mean, variance = old[name]
         # The tensors that there were: others may hold them.
         norm.running_mean, norm.running_var = mean, variance
-        mean.copy_(sums[name][0] / images.count)
-        variance.copy_(sums[name][1] / images.count)
+        mean.copy_(sums[name][0] / count)
+        variance.copy_(sums[name][1] / count)
+
+
+def _compared(images: Calibration) -> Iterator[Tensor]:
+    wanted = compared_parts(images)
+    for index, part in enumerate(images.parts(images.part)):
+        if index in wanted:
+            yield part
 
 
 def _of(features: Tensor) -> Statistics:

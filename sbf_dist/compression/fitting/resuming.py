@@ -5,7 +5,7 @@ first layer each time, that would take time that grows with the square of the de
 network gives up to a point is kept, and the next pass goes on from there (`cuts`).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -167,13 +167,16 @@ class Passes:
             assert not missing, f"{sorted(missing)} are not reached by a forward pass"
 
     @torch.no_grad()
-    def outputs(self, then: str | None = None) -> Iterator[Any]:
+    def outputs(
+        self, then: str | None = None, chosen: Collection[int] | None = None
+    ) -> Iterator[Any]:
         """Give what the network gives, part by part, from where they are.
 
         `then` is the layer that will be asked for next; without it the parts stay where they are.
+        `chosen` are numbers of parts, by default all: the others stay where they are.
         """
         cut = None if then is None else self._cuts.get(then)
-        for part, batch in self._batches(self.images.count):
+        for part, batch in self._batches(self.images.count, chosen):
             yield self._run(part, batch, self._keeping(part, cut))
 
     def _keeping(self, part: _Part, cut: Cut | None) -> Keeping | None:
@@ -208,13 +211,17 @@ class Passes:
             part.cut = keeping.cut
         return output
 
-    def _batches(self, first: int) -> Iterator[tuple[_Part, Tensor | None]]:
+    def _batches(
+        self, first: int, chosen: Collection[int] | None = None
+    ) -> Iterator[tuple[_Part, Tensor | None]]:
         """Give the parts that the `first` images are in, with the images of those at the start."""
         fresh: Iterator[Tensor] | None = None
         passed = 0
         for index, part in enumerate(self._parts):
             if part.start >= first:
                 return
+            if chosen is not None and index not in chosen:
+                continue
             if part.cut is not None:
                 yield part, None
                 continue

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.fitting.fidelity import Judge, Wanted
-from sbf_dist.compression.fitting.norms import move_batch_norms
+from sbf_dist.compression.fitting.norms import compared_parts, move_batch_norms
 from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.fitting.refit import linear_heads, refit_heads
 from sbf_dist.compression.fitting.resuming import Passes, Route, Side
@@ -44,7 +44,7 @@ def settle(
     judge = Judge(student, wanted, apart.student.outputs(first))
     # Batch norms are everywhere: what the student has come to counts no more, if they move.
     moved = Side(Passes(student, held, route.student, Shelf(route.memory)), apart.reference)
-    dense = fit.reference.outputs(first)
+    dense = fit.reference.outputs(first, compared_parts(images))
     if judge.keep_if_nearer(
         "Statistics of batch norms moved",
         lambda: move_batch_norms(student, reference, images, dense),

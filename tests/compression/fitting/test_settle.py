@@ -31,19 +31,22 @@ def spoiled(model, noise):
 
 @pytest.mark.parametrize("noise", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("count", [16, 60])
+@pytest.mark.parametrize("compared", [128, 16])
 @torch.no_grad()
-def test_what_is_reached_is_what_the_student_then_is(noise, count):
+def test_what_is_reached_is_what_the_student_then_is(noise, count, compared, monkeypatch):
+    monkeypatch.setattr("sbf_dist.compression.calibration.PIXELS", 6 * 100)
+    monkeypatch.setattr("sbf_dist.compression.fitting.norms.MOST_IMAGES", compared)
     model = small()
     images, held = split(Calibration.of(pictures(count)))
     found = {}
     for way in ("whole", "going on"):
         student = spoiled(model, noise)
-        before = Wanted.of(model, held).compare([student(held.first(held.count))])
+        before = Wanted.of(model, held).compare(map(student, held.parts(held.part)))
         route = Route() if way == "whole" else Route.of(model, model, pictures(3), LAYERS, 2**20)
         judge = settle(
             student, Reference(model), images, held, refit=True, yardstick=LOGITS, route=route
         )
-        after = Wanted.of(model, held).compare([student(held.first(held.count))])
+        after = Wanted.of(model, held).compare(map(student, held.parts(held.part)))
         assert judge.fidelity.kl == pytest.approx(after.kl, rel=1e-4, abs=1e-7)
         assert after.kl <= before.kl + 1e-7
         found[way] = student, judge.steps
