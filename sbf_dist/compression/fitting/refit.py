@@ -138,11 +138,15 @@ class NormalEquations:
         """Return weight and bias; with an infinite `ridge` the weight is the old one."""
         new = self._old
         if ridge < math.inf:
-            matrix = self._gram.clone()
-            matrix.diagonal().add_(ridge * self._variance + self._floor)
-            new = new + torch.cholesky_solve(self._left, torch.linalg.cholesky(matrix)).T
+            new = new + torch.cholesky_solve(self._left, self._factor(ridge)).T
         z_mean, y_mean = self._means
         return new.view(self._shape), y_mean - new @ z_mean
+
+    def _factor(self, ridge: float) -> Tensor:
+        # Wide layers' matrices take 170 MB each: that of the equations is freed before solving.
+        matrix = self._gram.clone()
+        matrix.diagonal().add_(ridge * self._variance + self._floor)
+        return torch.linalg.cholesky(matrix)
 
 
 def solve(
