@@ -1,11 +1,12 @@
 """Copying networks, and exchanging modules of them."""
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.optim.swa_utils import AveragedModel
 from torch.overrides import TorchFunctionMode
 
@@ -70,10 +71,26 @@ def deep_copy(module: M, shared: Iterable[Tensor] = ()) -> M:
     """Return a deep copy of `module`, also where it holds tensors that it computed from others.
 
     weight_norm, spectral_norm and pruning masks of torch.nn.utils keep such tensors: their hooks
-    compute them anew in the next forward pass. Tensors in `shared` are not copied.
+    compute them anew in the next forward pass. Tensors in `shared` are not copied. Each module of
+    the copy is in the mode of its original.
     """
     with _DetachedCopies():
-        return copy.deepcopy(module, {id(tensor): tensor for tensor in shared})
+        copied = copy.deepcopy(module, {id(tensor): tensor for tensor in shared})
+    _set_modes(copied, {name: part.training for name, part in module.named_modules()})
+    return copied
+
+
+def _set_modes(model: nn.Module, training: Mapping[str, bool]) -> None:
+    """Put the modules of these names in their modes, each by itself.
+
+    Traced networks are built anew when they are copied, and are in training mode then.
+    """
+    for name, part in model.named_modules():
+        # torchvision's have a graph for each mode, which their `train` exchanges.
+        if isinstance(part, GraphModule) and part.training != training.get(name, part.training):
+            part.train(training[name])
+    for name, part in model.named_modules():
+        part.training = training.get(name, part.training)
 
 
 def sharing_modules(model: nn.Module) -> dict[str, list[str]]:

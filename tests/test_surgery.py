@@ -3,12 +3,13 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from sbf_dist.export.fold import fold_batchnorm
 from sbf_dist.export.optimize import optimize
 from sbf_dist.export.standard_operators import with_standard_operators
 from sbf_dist.layers import SBFConv2d
-from sbf_dist.surgery import become, to_convolution, with_convolutions
+from sbf_dist.surgery import become, deep_copy, to_convolution, with_convolutions
 
 
 def sbf():
@@ -100,3 +101,30 @@ def test_a_convolution_that_stands_for_an_sbf_layer_has_the_filters_that_are_lef
     assert type(stand_in[0]) is nn.Conv2d
     assert network[0] is sbf, "the network stays as it is"
     assert stand_in.state_dict().keys() == nn.Sequential(conv).state_dict().keys()
+
+
+class Dropping(nn.Module):
+    """A traced one has a graph for each mode: dropout's is a constant of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return nn.functional.dropout(self.norm(self.conv(x)), 0.5, self.training)
+
+
+@pytest.mark.parametrize("wrap", [lambda traced: traced, nn.Sequential])
+def test_the_copy_of_a_traced_network_is_in_its_mode(wrap):
+    traced = create_feature_extractor(Dropping(), {"norm": "features", "dropout": "out"})
+    x = torch.randn(4, 3, 8, 8)
+    model = wrap(traced).eval()
+    copied = deep_copy(model)
+    assert [part.training for part in copied.modules()] == [False] * len(list(model.modules()))
+    assert torch.equal(copied(x)["out"], model(x)["out"])
+    model.train()
+    traced.norm.eval()
+    modes = {name: part.training for name, part in deep_copy(model).named_modules()}
+    assert modes == {name: part.training for name, part in model.named_modules()}
+    assert not deep_copy(model).eval().training
+    assert torch.equal(deep_copy(model).eval()(x)["out"], copied(x)["out"])
