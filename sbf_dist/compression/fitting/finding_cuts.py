@@ -71,6 +71,7 @@ def find_cuts(model: nn.Module, images: Tensor, layers: Sequence[str]) -> dict[s
 def _proven(model: nn.Module, images: Tensor, cuts: list[Cut]) -> list[Cut]:
     """Return those of `cuts`, in forward order, from which the network gives what it gives."""
     expected = _tensors(model(images))
+    others = _others(images)
     proven: list[Cut] = []
     last: tuple[Cut, State] | None = None
     for proposed in cuts:
@@ -78,6 +79,8 @@ def _proven(model: nn.Module, images: Tensor, cuts: list[Cut]) -> list[Cut]:
         for solid in (False, True):
             cut = dataclasses.replace(proposed, solid=solid)
             try:
+                # What modules keep as attributes is then not of `images`, as in any later pass.
+                model(others)
                 with Resuming(model, cut, _copied(state), len(images)) as blank:
                     found = _tensors(model(blank))
             except Exception as error:  # whatever the network's own code makes of blanks
@@ -88,6 +91,12 @@ def _proven(model: nn.Module, images: Tensor, cuts: list[Cut]) -> list[Cut]:
                 last = cut, state
             break
     return proven
+
+
+def _others(images: Tensor) -> Tensor:
+    """Return images that differ from `images` (N, C, H, W), or (N, L), each from its own."""
+    turned = images.flip(0, -1) if images.ndim == 4 else images.flip(0)
+    return (0.5 * turned).to(images.dtype)  # what were indices are indices still
 
 
 def _copied(state: State) -> State:

@@ -264,3 +264,34 @@ def test_a_pass_is_watched_without_changing_the_network():
     find_cuts(model, IMAGES, ["stages.1.0.conv1"])
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+class Keeps(nn.Module):
+    """A convolution that keeps what it gives as an attribute."""
+
+    def __init__(self, inputs):
+        super().__init__()
+        self.conv, self.kept = nn.Conv2d(inputs, 8, 3, padding=1), None
+
+    def forward(self, x):
+        self.kept = self.conv(x)
+        return self.kept
+
+
+SYMMETRIC = torch.arange(100.0).view(10, 10).add(1).expand(3, 3, 10, 10)
+
+
+@pytest.mark.parametrize(
+    "images", [IMAGES, IMAGES[:1], SYMMETRIC + SYMMETRIC.flip(-1)], ids=["3", "1", "symmetric"]
+)
+def test_what_a_module_keeps_and_another_reads_is_computed_in_each_pass(images):
+    class Kept(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.three = Keeps(3), Keeps(8), Keeps(8)
+
+        def forward(self, x):
+            y = self.three(self.two(self.one(x)))
+            return (y + self.one.kept).mean((2, 3))
+
+    assert cuts_of(Kept(), ["one.conv", "two.conv", "three.conv"], images) == {}
