@@ -214,8 +214,10 @@ def output_sensitivity(
     totals: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[nn.Module], RemovableHandle]:
+        # Linear layers may give (N, H, W, C): the number of axes says nothing.
+        channels = -1 if isinstance(model.get_submodule(name), nn.Linear) else 1
+
         def backward(gradient: Tensor) -> None:
-            channels = 1 if gradient.ndim == 4 else -1  # of a linear layer
             total = gradient.double().square().movedim(channels, 0).flatten(1).sum(1)
             totals[name] = totals[name] + total if name in totals else total
 

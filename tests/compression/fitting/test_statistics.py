@@ -202,3 +202,29 @@ def test_large_feature_maps_are_sampled_and_their_covariance_is_kept():
     expected = torch.cov(y.transpose(0, 1).flatten(1).double())
     torch.testing.assert_close(moments.zz, expected, atol=0.06, rtol=0)
     assert not torch.equal(moments.zz, expected), "all positions were used"
+
+
+class ChannelsLast(nn.Module):
+    """A linear layer that gives (N, H, W, C), as those of ConvNeXt do."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 7)
+
+    def forward(self, x):
+        return self.linear(x.permute(0, 2, 3, 1)).mean((1, 2))
+
+
+def test_the_channels_of_a_linear_layer_are_its_last_axis_however_many_there_are():
+    linear, conv = ChannelsLast(), nn.Sequential(nn.Conv2d(3, 7, 1), nn.AdaptiveAvgPool2d(1))
+    conv.append(nn.Flatten())
+    conv[0].load_state_dict(
+        {"weight": linear.linear.weight[..., None, None], "bias": linear.linear.bias}
+    )
+    images = torch.randn(8, 3, 5, 6)
+    one, other = (
+        output_sensitivity(model, [name], lambda: iter([images]), seed=0)[name]
+        for model, name in ((linear, "linear"), (conv, "0"))
+    )
+    assert one.shape == (7,)
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-8)
