@@ -80,6 +80,12 @@ def deep_copy(module: M, shared: Iterable[Tensor] = ()) -> M:
     return copied
 
 
+def in_eval_mode(module: M) -> M:
+    """Put `module` in eval mode, in place; return it, whatever a `train` of its own returns."""
+    module.eval()
+    return module
+
+
 def _set_modes(model: nn.Module, training: Mapping[str, bool]) -> None:
     """Put the modules of these names in their modes, each by itself.
 

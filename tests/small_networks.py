@@ -25,6 +25,28 @@ class Small(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Merging(nn.Conv2d):
+    """A low-rank update that `train` adds to the weight for evaluation, as loralib's."""
+
+    def __init__(self, *args, **settings) -> None:
+        super().__init__(*args, **settings)
+        self.down = nn.Parameter(torch.randn(2, self.weight[0].numel()))
+        self.up = nn.Parameter(torch.randn(len(self.weight), 2))
+        self.merged = False
+
+    def train(self, mode: bool = True) -> "Merging":
+        super().train(mode)
+        if mode == self.merged:
+            update = (self.up @ self.down).view_as(self.weight)
+            self.weight.data += -update if mode else update
+            self.merged = not mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        update = (self.up @ self.down).view_as(self.weight)
+        return self._conv_forward(x, self.weight if self.merged else self.weight + update, None)
+
+
 def small(*, seed: int = 0, **settings) -> nn.Module:
     """A Small in eval mode whose batch norms know `pictures`."""
     torch.manual_seed(seed)

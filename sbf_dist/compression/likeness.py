@@ -8,7 +8,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.hooks import registered
+from sbf_dist.surgery import deep_copy, in_eval_mode
 
 logger = logging.getLogger(__name__)
 
@@ -90,25 +91,25 @@ def warn_of_unlike(model: nn.Module, images: Calibration) -> None:
 def what_is_unlike(model: nn.Module, images: Calibration) -> str | None:
     """Say in one line what about `images` is not what `model` knows, and the likely cause.
 
-    None where nothing is, or nothing can be known: without batch norms that have seen images. The
-    network's mode is put back.
+    None where nothing is, or nothing can be known: without batch norms that have seen images.
+    It is asked of a copy: modes may be more than flags, which `train` may change weights for.
     """
     sample = _sample(images)
     constant = _what_is_constant(sample)
     if constant is not None:
         return f"calibration images: {constant}"
-    with _in_eval_mode(model):
-        norms = _first_norms(model, sample[:1])
-        if not norms:
-            return None
-        found = distance(model, norms, sample)
-        if found.nats > FAR:
-            return (
-                f"calibration images: their statistics are far from what the network knows "
-                f"({found.nats:.2g} nats at {found.at}); "
-                f"{_cause(model, norms, sample[:: max(1, len(sample) // TRIED)])}"
-            )
-        swapped = _swapped(model, norms, sample, found)
+    model = in_eval_mode(deep_copy(model))
+    norms = _first_norms(model, sample[:1])
+    if not norms:
+        return None
+    found = distance(model, norms, sample)
+    if found.nats > FAR:
+        return (
+            f"calibration images: their statistics are far from what the network knows "
+            f"({found.nats:.2g} nats at {found.at}); "
+            f"{_cause(model, norms, sample[:: max(1, len(sample) // TRIED)])}"
+        )
+    swapped = _swapped(model, norms, sample, found)
     if swapped is None:
         return None
     return (
@@ -275,14 +276,3 @@ def _statistic(norm: nn.Module, key: str) -> Tensor:
     value = getattr(norm, key)
     assert isinstance(value, Tensor)
     return value
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was in training:
-            module.training = was

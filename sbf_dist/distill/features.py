@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from sbf_dist.errors import UserError
 from sbf_dist.hooks import registered
+from sbf_dist.surgery import deep_copy, in_eval_mode
 
 KEY = "features:"  # of a batch's entries that hold a teacher's features, before the layer's name
 _SMALLEST = 1e-6  # variance of features that are the same everywhere
@@ -114,11 +115,10 @@ def feature_channels(network: nn.Module, input_shape: tuple[int, int, int]) -> d
 
         return hook
 
-    modes = {module: module.training for module in network.modules()}
+    # Changing modes may change weights: of a copy, then.
+    network = in_eval_mode(deep_copy(network))
     device = next(network.parameters()).device
     hooks = (m.register_forward_hook(look(n)) for n, m in network.named_modules() if n)
     with registered(hooks):
-        network.eval()(torch.zeros(1, *input_shape, device=device))
-    for module, training in modes.items():
-        module.training = training
+        network(torch.zeros(1, *input_shape, device=device))
     return found

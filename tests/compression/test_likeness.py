@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from small_networks import Small, small
+from small_networks import Merging, Small, pictures, small
 from torch import nn
 
 from sbf_dist.compression.calibration import Calibration
@@ -104,6 +104,18 @@ def test_images_of_one_channel_can_be_on_another_scale():
 def test_a_network_that_has_not_seen_images_says_nothing():
     assert told(Small().eval(), 255 * scenes()) is None
     assert told(small(norm=False), 255 * scenes()) is None
+
+
+@pytest.mark.filterwarnings("ignore::sbf_dist.compression.likeness.UnlikeImages")
+def test_a_network_whose_weights_change_with_its_mode_stays_as_it_was():
+    model = small()
+    model.conv1 = Merging(8, 16, 3, padding=1, bias=False)
+    model.train()
+    weight = model.conv1.weight.clone()
+    compress(model, pictures(64), macs=0.6, name="small")
+    assert model.conv1.training
+    assert not model.conv1.merged
+    assert torch.equal(model.conv1.weight, weight)
 
 
 def test_the_network_stays_as_it_was(network):

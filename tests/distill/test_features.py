@@ -1,5 +1,6 @@
 import pytest
 import torch
+from small_networks import Merging
 from torch import nn
 
 from sbf_dist import models
@@ -80,3 +81,11 @@ def test_a_layer_that_has_no_features_is_named_with_those_that_have():
     flat = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 2))
     with pytest.raises(UserError, match="no features"):
         feature_loss(flat, flat, [], SHAPE)
+
+
+def test_a_network_whose_weights_change_with_its_mode_stays_as_it_was():
+    network = nn.Sequential(Merging(3, 8, 3))
+    weight = network[0].weight.clone()
+    assert feature_channels(network, SHAPE) == {"0": 8}
+    assert not network[0].merged
+    assert torch.equal(network[0].weight, weight)
