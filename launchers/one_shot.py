@@ -26,6 +26,7 @@ from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import check_folder
 from sbf_dist.export.student_files import ONNX, PLAN, WEIGHTS
 from sbf_dist.models import Architecture
+from sbf_dist.surgery import in_eval_mode
 from sbf_dist.train.evaluate import accuracy, likeness
 from sbf_dist.weights import load_weights
 
@@ -97,7 +98,7 @@ def _accuracies(
     ids = index.parts["validation"]
     probe = torch.zeros(1, 3, settings.data.image_size, settings.data.image_size)
     with torch.no_grad():
-        outputs = networks[0].eval()(probe)
+        outputs = in_eval_mode(networks[0])(probe)
     if not index.classes:
         display.say("  accuracy not measured: the images have no labels")
         return []

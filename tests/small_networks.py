@@ -47,6 +47,13 @@ class Merging(nn.Conv2d):
         return self._conv_forward(x, self.weight if self.merged else self.weight + update, None)
 
 
+class Silent(nn.Sequential):
+    """Its `train` returns nothing, as that of mmdetection's backbones."""
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+
+
 def small(*, seed: int = 0, **settings) -> nn.Module:
     """A Small in eval mode whose batch norms know `pictures`."""
     torch.manual_seed(seed)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten
 
-from sbf_dist.surgery import deep_copy
+from sbf_dist.surgery import deep_copy, in_eval_mode
 from sbf_dist.train.engine import Precision
 
 FLOAT_BYTES = 4  # of a number in fp32, which weights, gradients and the optimizer are kept in
@@ -70,7 +70,7 @@ def frozen_bytes(
 ) -> int:
     """Trace what a network takes that is only run forward: its weights, and its largest layer."""
     mode = FakeTensorMode()
-    fake = _without_data(mode, model).eval()
+    fake = in_eval_mode(_without_data(mode, model))
     with mode:
         largest = 0
 
@@ -92,7 +92,8 @@ def _kept_bytes(
     model: nn.Module, input_shape: tuple[int, ...], images: int, precision: Precision
 ) -> int:
     mode = FakeTensorMode()
-    fake = _without_data(mode, model).train()
+    fake = _without_data(mode, model)
+    fake.train()
     with mode:
         own = {parameter.untyped_storage()._cdata for parameter in fake.parameters()}
         kept: dict[int, Tensor] = {}

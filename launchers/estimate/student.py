@@ -8,7 +8,7 @@ from sbf_dist.compression.cost import count
 from sbf_dist.compression.planning.options import Shape
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.recipe import Compress
-from sbf_dist.surgery import become, deep_copy
+from sbf_dist.surgery import become, deep_copy, in_eval_mode
 
 _HALVINGS = 30
 
@@ -21,7 +21,7 @@ def even_student(
     A budget of time is taken for one of multiply-adds: a share as it is, milliseconds as a half.
     The plan that images lead to has another share for each layer, at the same cost.
     """
-    student = deep_copy(dense).eval()
+    student = in_eval_mode(deep_copy(dense))
     cost = count(dense, input_shape)
     _, names = find_candidates(
         student, torch.zeros(1, *input_shape), settings.transform_size, settings.keep

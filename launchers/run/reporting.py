@@ -38,6 +38,7 @@ from sbf_dist.report.contents import (
 from sbf_dist.report.curve_charts import read_curves
 from sbf_dist.report.layer_views import chosen_layers, view_layers
 from sbf_dist.report.page import MOST_RUNS, render
+from sbf_dist.surgery import in_eval_mode
 
 IMAGES = 1000  # of the validation part that are classified for the page
 _EXAMPLES = 24
@@ -254,7 +255,7 @@ class _Reader:
             )
         if not network.weights.exists():
             raise UserError(f"There are no weights of {network.name} yet.")
-        return build_network(network, len(self._index.classes), network.weights).eval()
+        return in_eval_mode(build_network(network, len(self._index.classes), network.weights))
 
     def _first_image(self) -> Tensor:
         return self._images(self._index.parts["validation"][:1])

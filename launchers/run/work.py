@@ -33,6 +33,7 @@ from sbf_dist.export.student_files import MODEL_CARD, ONNX
 from sbf_dist.files import write_json
 from sbf_dist.heads import head_of
 from sbf_dist.report.chart import accuracy_and_cost
+from sbf_dist.surgery import in_eval_mode
 from sbf_dist.train.freezing import frozen_names
 from sbf_dist.weights import save_weights
 
@@ -252,7 +253,7 @@ def export(session: Session, log: tracking.Run) -> Result:
     session.display.wait("ONNX")
     difference = export_student(
         folder.student,
-        build_network(student, session.num_classes, student.weights).eval(),
+        in_eval_mode(build_network(student, session.num_classes, student.weights)),
         Plan.load(student.plan),
         session.recipe.data,
         classes=index.classes,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sbf_dist.compression.calibration import device_of, dtype_of
-from sbf_dist.surgery import deep_copy
+from sbf_dist.surgery import deep_copy, in_eval_mode
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +32,9 @@ def dry_run(
     with torch.no_grad():
         try:
             on_meta = torch.empty(1, *input_shape, device="meta", dtype=dtype)
-            return run(deep_copy(model).to("meta").eval(), on_meta)
+            return run(in_eval_mode(deep_copy(model)).to("meta"), on_meta)
         except Exception as error:  # whatever the network's own code raises without values
             logger.debug("%s needs a real image: %s", type(model).__name__, error)
         if image is None:
             image = torch.randn(1, *input_shape, generator=torch.Generator().manual_seed(0))
-        return run(deep_copy(model).eval(), image[:1].to(device_of(model), dtype))
+        return run(in_eval_mode(deep_copy(model)), image[:1].to(device_of(model), dtype))

@@ -30,7 +30,7 @@ from sbf_dist.compression.removal.widths import Measure, cost_of
 from sbf_dist.errors import UserError
 from sbf_dist.models import Architecture
 from sbf_dist.settings import Compression
-from sbf_dist.surgery import unwrapped
+from sbf_dist.surgery import in_eval_mode, unwrapped
 
 SHARES = (0.0, 0.5, 1.0)
 REMOVED_ONLY = "the whole saving comes from removing channels"
@@ -152,7 +152,7 @@ class JointPlanner:
 
     def _divergence(self, student: nn.Module) -> float:
         """Measure on the images held out, or on all where none are, in evaluation mode."""
-        outputs = OutputsFor(student.eval(), self.held or self.images)
+        outputs = OutputsFor(in_eval_mode(student), self.held or self.images)
         return self.wanted.compare(outputs).divergence
 
     @functools.cached_property

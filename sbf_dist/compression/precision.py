@@ -7,7 +7,7 @@ from sbf_dist.budget import Budget
 from sbf_dist.compression.calibration import dtype_of
 from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.errors import UserError
-from sbf_dist.surgery import deep_copy
+from sbf_dist.surgery import deep_copy, in_eval_mode
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -18,7 +18,7 @@ def working_copy(model: nn.Module) -> nn.Module:
     Layers are fitted to features, of which half precision would leave three digits. Networks in
     float32 and float64 stay as they are.
     """
-    copied = deep_copy(model).eval()
+    copied = in_eval_mode(deep_copy(model))
     return copied.float() if dtype_of(model) in HALF_PRECISION else copied
 
 

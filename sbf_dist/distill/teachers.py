@@ -66,7 +66,8 @@ class TeacherEnsemble:
         assert members
         self.members = list(members)
         for member in self.members:
-            member.network.eval().requires_grad_(False)
+            member.network.eval()
+            member.network.requires_grad_(False)
             where = next((p.device for p in member.network.parameters()), None)
             if member.mapping is not None and where is not None:
                 member.mapping = member.mapping.to(where)

@@ -13,7 +13,7 @@ from sbf_dist.compression.recognition import make_all_plain
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.peers.shrinking import in_proportion, longest_within
-from sbf_dist.surgery import deep_copy
+from sbf_dist.surgery import deep_copy, in_eval_mode
 
 MIN_KEPT_SHARE = 0.0625  # share of a layer's filters that is left
 TRANSFORM_SIZE = 3  # of the cheap transformations
@@ -29,7 +29,7 @@ def ghost(model: nn.Module, macs_share: float, images: Tensor, *, seed: int = 0)
     be trained. The stem and layers that would not get cheaper stay. Batch norm is measured again on
     `images` (N, C, H, W). Returns the network in eval mode. UserError if the budget cannot be met.
     """
-    dense = deep_copy(model).eval()
+    dense = in_eval_mode(deep_copy(model))
     make_all_plain(dense)
     shape = (images.shape[1], images.shape[2], images.shape[3])
     cost = count(dense, shape)

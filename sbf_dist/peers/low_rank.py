@@ -21,7 +21,7 @@ from sbf_dist.compression.recognition import make_all_plain
 from sbf_dist.errors import UserError
 from sbf_dist.padding import PaddedConv2d, pad_of
 from sbf_dist.peers.batch_norms import Statistics, settle_batch_norms
-from sbf_dist.surgery import deep_copy
+from sbf_dist.surgery import deep_copy, in_eval_mode
 
 Basis = Literal["filters", "responses"]
 RIDGE = 1e-6  # of the mean variance
@@ -80,7 +80,7 @@ def low_rank(
     stem stays dense, and so does what would not get cheaper. Batch norm is measured again, or moved
     (`statistics`). Returns the network in eval mode. UserError if the budget cannot be met.
     """
-    dense = deep_copy(model).eval()
+    dense = in_eval_mode(deep_copy(model))
     make_all_plain(dense)
     calibration = calibration_for(dense, images)
     cost = count(dense, calibration.shape)

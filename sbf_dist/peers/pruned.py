@@ -19,7 +19,7 @@ from sbf_dist.compression.fitting.sequential import SequentialFit
 from sbf_dist.errors import UserError
 from sbf_dist.peers.batch_norms import Statistics, settle_batch_norms
 from sbf_dist.peers.shrinking import in_proportion, longest_within
-from sbf_dist.surgery import deep_copy
+from sbf_dist.surgery import deep_copy, in_eval_mode
 
 FEATURES = 512 * 2**20  # bytes of features that are kept between passes
 Importance = Literal["l1", "l2", "depgraph"]
@@ -51,7 +51,7 @@ def prune(
     2602.23795). Batch norm is then measured again on these, or moved (`statistics`). Returns the
     smaller network in eval mode. UserError if the budget cannot be met.
     """
-    dense = deep_copy(model).eval()
+    dense = in_eval_mode(deep_copy(model))
     calibration = calibration_for(dense, images)
     image, shape = calibration.first(1), calibration.shape
     limit = macs_share * count(dense, shape).macs

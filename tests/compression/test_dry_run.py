@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from small_networks import pictures, small
+from small_networks import Silent, pictures, small
 from torch import nn
 
 from sbf_dist.compression.cost import count
@@ -87,3 +87,12 @@ def test_nothing_is_computed_where_that_is_possible_and_the_error_of_the_real_ru
     assert devices == ["meta"]
     with pytest.raises(ValueError, match="on cpu"):
         dry_run(small(), (3, 10, 10), run)
+
+
+def test_a_network_whose_train_returns_nothing_is_run_with_and_without_values():
+    def form(network, image):
+        return tuple(network(image).shape)
+
+    assert dry_run(Silent(small()), (3, 10, 10), form) == (1, 5)
+    needing = Silent(computing(NEED_VALUES["item"]))
+    assert dry_run(needing, (3, 10, 10), form) == (1, 5)

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from small_networks import Small, pictures, small
+from small_networks import Silent, Small, pictures, small
 from torch import nn
 
 from sbf_dist.compression.calibration import Calibration
@@ -236,3 +236,11 @@ def test_one_share_needs_no_images_to_compare_on():
     assert plan.removed
     assert plan.macs_after <= 0.7 * plan.macs_before
     assert "held out" not in plan.explanation[0]
+
+
+def test_a_network_whose_train_returns_nothing_is_compressed():
+    student, plan = plan_jointly(
+        Silent(small()), pictures(80), Compression(macs=0.5, removal="auto", probe_steps=2)
+    )
+    assert not student.training
+    assert plan.macs_after <= 0.5 * plan.macs_before * (1 + 1e-6)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_networks import Silent
 from torch import nn
 
 from sbf_dist import models
@@ -273,3 +274,9 @@ def test_what_answers_cost_is_measured_when_asked_for():
     cost = teachers.costs()["teacher-2"]
     assert cost.ms_per_image > 0
     assert cost.peak_mb is None
+
+
+def test_a_teacher_whose_train_returns_nothing_will_do():
+    teachers = ensemble(Silent(Says(0, 0)))
+    probabilities = teachers(torch.rand(2, 3, 8, 8), PHOTO)
+    torch.testing.assert_close(probabilities, torch.full((2, 2), 0.5))

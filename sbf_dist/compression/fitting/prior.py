@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.fitting.statistics import Moments
 from sbf_dist.hooks import registered
-from sbf_dist.surgery import deep_copy
+from sbf_dist.surgery import deep_copy, in_eval_mode
 
 IMAGES = 128  # on which the variances are measured
 SHARE = 0.1  # of the calibration images: how many images the prior counts as
@@ -36,7 +36,7 @@ def prior_variances(
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms or images.count < 2 or not names:
         return {}
-    twin = deep_copy(model).eval()
+    twin = in_eval_mode(deep_copy(model))
     shown = _input_variances(twin, names, images)
     for module in twin.modules():
         if isinstance(module, _BatchNorm) and module.track_running_stats:

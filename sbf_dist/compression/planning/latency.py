@@ -16,7 +16,7 @@ from sbf_dist.compression.recognition import as_plain
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.layout import needs_contiguous
-from sbf_dist.surgery import deep_copy
+from sbf_dist.surgery import deep_copy, in_eval_mode
 
 # It loads a module that warns of a CUDA toolkit without a GPU, which is no fault.
 _LOADED_BY_TIMER = logging.getLogger("torch.utils.cpp_extension")
@@ -149,7 +149,7 @@ def _seconds_waited() -> float:
 
 def _timer(model: nn.Module, input_shape: tuple[int, ...], batch: int) -> Timer:
     parameter = next(model.parameters())
-    shadow = deep_copy(model).eval()
+    shadow = in_eval_mode(deep_copy(model))
     images = torch.randn(batch, *input_shape, device=parameter.device, dtype=parameter.dtype)
     last = torch.channels_last
     # Inputs that are packed lie as they do.

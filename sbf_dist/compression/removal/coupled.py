@@ -16,7 +16,7 @@ from sbf_dist.compression.outputs import named_tensors
 from sbf_dist.compression.plan import Removed
 from sbf_dist.compression.recognition import freeze
 from sbf_dist.errors import UserError
-from sbf_dist.surgery import deep_copy, sharing_modules
+from sbf_dist.surgery import deep_copy, in_eval_mode, sharing_modules
 
 TRIALS = 3  # of a group: with one, channels may fit by chance
 TOLERANCE = 1e-8  # of the largest output, in double precision
@@ -162,7 +162,7 @@ def _shadow(model: nn.Module) -> nn.Module:
     Trained weights may hide what belongs together: a branch that ends in a batch norm of zeros
     says nothing.
     """
-    shadow = deep_copy(model).double().eval()
+    shadow = in_eval_mode(deep_copy(model)).double()
     for module in list(shadow.modules()):
         freeze(module)  # as `narrow` does: filters that are computed hide what they consist of
     generator = torch.Generator().manual_seed(0)

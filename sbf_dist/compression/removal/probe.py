@@ -40,7 +40,8 @@ def train_briefly(
     yardstick: Yardstick = LOGITS,
 ) -> nn.Module:
     """Return a copy of `student` that was trained as `probe` says, in evaluation mode."""
-    trained = deep_copy(student).train()
+    trained = deep_copy(student)
+    trained.train()
     for parameter in trained.parameters():
         parameter.requires_grad_()
     optimizer = torch.optim.SGD(

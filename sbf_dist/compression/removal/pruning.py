@@ -39,7 +39,7 @@ from sbf_dist.compression.removal.widths import Measure, Widths, choose_channels
 from sbf_dist.errors import UserError
 from sbf_dist.hooks import registered
 from sbf_dist.settings import Compression
-from sbf_dist.surgery import deep_copy
+from sbf_dist.surgery import deep_copy, in_eval_mode
 
 Criterion = Importance | Literal["reconstruction"]
 
@@ -106,7 +106,7 @@ def find_removable(
     """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     kept_dense(model, [pattern for pattern in keep if not fnmatch.filter(linear, pattern)])
-    dense = deep_copy(model).eval()
+    dense = in_eval_mode(deep_copy(model))
     calibration = Calibration.of(images, device=device_of(model))
     groups, left = find_coupled(dense, calibration.first(2))
     groups, kept = _without(groups, keep)

@@ -13,7 +13,7 @@ from sbf_dist.compression.calibration import BATCH
 from sbf_dist.compression.fitting.norms import following_norms
 from sbf_dist.compression.fitting.statistics import measure_batch_norm
 from sbf_dist.hooks import registered
-from sbf_dist.surgery import deep_copy
+from sbf_dist.surgery import deep_copy, in_eval_mode
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def zero_channels(
     calibration images. Returns the network in eval mode, its multiply-adds and its parameters,
     both without what is zero.
     """
-    dense = deep_copy(model).eval()
+    dense = in_eval_mode(deep_copy(model))
     norms = following_norms(dense, images[:2])
     most = max(_convolution(dense, name).out_channels for name in layers)
     budget = macs * effective_cost(dense, images[:BATCH]).macs

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_networks import Silent
 from torch import nn
 
 from sbf_dist.compression.planning import latency as timing
@@ -184,3 +185,7 @@ def test_the_forms_of_a_layer_are_measured_at_its_input(monkeypatch):
     conv = nn.Conv2d(3, 8, 3)
     assert layer_latencies(conv, (5, 6), [Form(8), Form(2, 1, 3)], batch=7) == [2, 3]
     assert seen == [((3, 5, 6), 7, True)]
+
+
+def test_a_network_whose_train_returns_nothing_is_measured():
+    assert latency(Silent(nn.Conv2d(3, 4, 3)), (3, 8, 9), seconds=0.01) > 0

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from small_networks import Small, pictures, small
+from small_networks import Silent, Small, pictures, small
 from torch import nn
 
 from sbf_dist import models
@@ -140,3 +140,9 @@ def test_grouped_convolutions_count_all_that_they_read():
     images = torch.randn(2, 4, 5, 5)
     images[:, 0] = 0
     assert effective_cost(model, images).macs == 9 * 8 * 9
+
+
+def test_a_network_whose_train_returns_nothing_is_zeroed():
+    network, macs, _ = zero_channels(Silent(small()), ["0.conv1", "0.conv2"], pictures(), 0.5)
+    assert not network.training
+    assert macs > 0
