@@ -20,7 +20,7 @@ from sbf_dist.compression.holding_out import split
 from sbf_dist.compression.inputs import without_packing
 from sbf_dist.compression.outputs import Yardstick
 from sbf_dist.compression.plan import Layer, Plan
-from sbf_dist.compression.precision import working_copy
+from sbf_dist.compression.precision import without_autocast, working_copy
 from sbf_dist.compression.progress import Progress, report
 from sbf_dist.compression.reconstruct import rebuild
 from sbf_dist.compression.remembered import remember
@@ -219,6 +219,7 @@ class JointPlanner:
         return plan.model_copy(update={"layers": layers})
 
 
+@without_autocast()
 def plan_jointly(
     model: nn.Module,
     images: Images,

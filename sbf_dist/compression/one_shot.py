@@ -11,6 +11,7 @@ from sbf_dist.compression.joint import plan_jointly
 from sbf_dist.compression.likeness import warn_of_unlike
 from sbf_dist.compression.plan import Plan
 from sbf_dist.compression.planning.latency_table import Timing
+from sbf_dist.compression.precision import without_autocast
 from sbf_dist.compression.progress import Progress
 from sbf_dist.compression.reconstruct import rebuild
 from sbf_dist.compression.remembered import remember
@@ -19,6 +20,7 @@ from sbf_dist.settings import Compression
 from sbf_dist.surgery import unwrapped
 
 
+@without_autocast()
 def compress(
     model: nn.Module,
     images: Images,

@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.finite import check_outputs
 from sbf_dist.compression.inputs import input_shapes
+from sbf_dist.compression.precision import widened
 from sbf_dist.errors import UserError
 from sbf_dist.hooks import leaves, registered
 from sbf_dist.settings import Compression, Divergence, DivergenceFunction
@@ -132,6 +133,7 @@ class Output:
 
     def distances(self, found: Tensor, wanted: Tensor) -> Tensor:
         """Return how far `found` is from the dense network's `wanted`, of each image, (N,)."""
+        found, wanted = widened(found), widened(wanted)
         if self.kind == "error":
             return (found - wanted).square().reshape(len(found), -1).mean(1) / self.variance
         logs = wanted.log_softmax(1)
@@ -146,6 +148,7 @@ class Output:
         normally distributed direction: a square root of the generalised Gauss-Newton matrix
         (Martens, arXiv 1412.1193, sections 5 and 9).
         """
+        output = widened(output)
         if self.kind == "error":
             for _ in range(draws):
                 direction = torch.randn(output.shape, generator=generator).to(output)

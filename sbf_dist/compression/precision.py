@@ -1,7 +1,10 @@
 """The floating-point types in which networks are compressed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sbf_dist.budget import Budget
 from sbf_dist.compression.calibration import dtype_of
@@ -20,6 +23,24 @@ def working_copy(model: nn.Module) -> nn.Module:
     """
     copied = in_eval_mode(deep_copy(model))
     return copied.float() if dtype_of(model) in HALF_PRECISION else copied
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Turn the caller's autocast off in a `with` block, or in a function that this decorates.
+
+    That of a network's own forward stays, but keeps no casts of weights: they are changed in place.
+    """
+    with (
+        torch.autocast("cpu", enabled=False, cache_enabled=False),
+        torch.autocast("cuda", enabled=False, cache_enabled=False),
+    ):
+        yield
+
+
+def widened(features: Tensor) -> Tensor:
+    """Return features in float32 if they are in half precision, as autocast gives them."""
+    return features.float() if features.dtype in HALF_PRECISION else features
 
 
 def working_reference(reference: Reference) -> Reference:

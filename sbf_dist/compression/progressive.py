@@ -8,7 +8,7 @@ from sbf_dist.compression.calibration import Images, calibration_for, dtype_of
 from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.inputs import Packing, without_packing
 from sbf_dist.compression.plan import Plan, SBFLayer
-from sbf_dist.compression.precision import working_copy, working_reference
+from sbf_dist.compression.precision import without_autocast, working_copy, working_reference
 from sbf_dist.compression.progress import Progress
 from sbf_dist.compression.reconstruct import rebuild_more
 from sbf_dist.compression.remembered import remember
@@ -41,6 +41,7 @@ def round_budgets(final: Budget, rounds: int, dense: float | None = None) -> lis
 
 
 @torch.no_grad()
+@without_autocast()
 def shrink(
     student: nn.Module,
     plan: Plan,

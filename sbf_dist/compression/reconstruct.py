@@ -37,7 +37,12 @@ from sbf_dist.compression.planning.latency_budget import TimedChoice
 from sbf_dist.compression.planning.latency_table import Timing, environment
 from sbf_dist.compression.planning.option_table import OptionTable, measure_options
 from sbf_dist.compression.planning.options import Search, Shape
-from sbf_dist.compression.precision import check_timed, working_copy, working_reference
+from sbf_dist.compression.precision import (
+    check_timed,
+    without_autocast,
+    working_copy,
+    working_reference,
+)
 from sbf_dist.compression.progress import Progress, report
 from sbf_dist.compression.recognition import Recognised, recognise
 from sbf_dist.errors import UserError
@@ -48,6 +53,7 @@ from sbf_dist.surgery import become, deep_copy, unwrapped, with_convolutions
 
 
 @torch.no_grad()
+@without_autocast()
 def rebuild(
     model: nn.Module,
     images: Images,

@@ -173,8 +173,9 @@ class SequentialFit:
         conv, size = convolution(self._student, name), self._sizes[name]
         sums = MomentSums(size)
         for start, inputs, rows in batches:
-            # The basis of an SBF layer has no bias, so the candidates have none either.
-            candidates = conv._conv_forward(inputs, conv.weight, None)
+            # The basis of an SBF layer has no bias, so the candidates have none either. Inputs are
+            # of another type where the network runs under an autocast of its own.
+            candidates = conv._conv_forward(inputs.to(conv.weight), conv.weight, None)
             sums.add(batches.draw.rows(candidates, size, start), rows)
         return sums.moments()
 

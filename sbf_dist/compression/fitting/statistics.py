@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.outputs import LOGITS, Yardstick, run_backward
+from sbf_dist.compression.precision import widened
 from sbf_dist.hooks import registered
 
 BLOCK = 1024  # rows of a Gram matrix at a time
@@ -143,6 +144,7 @@ class MomentSums:
 
         Both are as `neighbourhoods` lays them out, targets without shifts.
         """
+        columns, targets = widened(columns), widened(targets)
         width, centre = columns.shape[1], self.size**2 // 2
         if not self._sums:
             # Covariances do not depend on the origin. One near the means keeps the difference of

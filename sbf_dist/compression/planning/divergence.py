@@ -13,6 +13,7 @@ from sbf_dist.compression.fitting.layerwise import layer_of
 from sbf_dist.compression.fitting.mixture import Mixture
 from sbf_dist.compression.fitting.transforms import Fit
 from sbf_dist.compression.outputs import LOGITS, Yardstick, run_backward
+from sbf_dist.compression.precision import widened
 from sbf_dist.ops import expand
 
 
@@ -89,7 +90,7 @@ def divergences(
 
         def hook(_: nn.Module, __: tuple[Tensor, ...], outputs: Tensor) -> Tensor:
             # A hook that knew `outputs` would keep the graph that keeps the hook.
-            features = outputs.detach()
+            features = widened(outputs.detach())
 
             def backward(gradient: Tensor) -> None:
                 with torch.no_grad():

@@ -169,7 +169,8 @@ def _divergences(
 
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             # A hook that knew `output` would keep the graph that keeps the hook.
-            features = inputs[0].detach()
+            # Under an autocast of the network's own, they are of another type than the weights.
+            features = inputs[0].detach().to(module.get_parameter("weight"))
 
             def backward(gradient: Tensor) -> None:
                 with torch.no_grad():
