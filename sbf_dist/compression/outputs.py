@@ -14,6 +14,7 @@ Several outputs count alike.
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -297,8 +298,8 @@ def _kinds(
 ) -> dict[str, tuple[Kind, int]]:
     """Map what counts to its kind of divergence, and to what would be its number of classes."""
     linear = _LinearOutputs()
-    with torch.enable_grad(), linear:
-        given = run_on(dense, examples.detach().requires_grad_())
+    with torch.enable_grad(), linear, _all_learning(dense):
+        given = run_on(dense, examples.detach())
     tensors = counted(dense, given, len(examples), names)
     check_outputs(dense, examples, tensors.values())
     own_classes = getattr(dense, "num_classes", None)
@@ -316,6 +317,19 @@ def _kinds(
         else:
             kinds[name] = "error", classes
     return kinds
+
+
+@contextmanager
+def _all_learning(model: nn.Module) -> Iterator[None]:
+    """Let all parameters have gradients in a `with` block, so that what depends on them has."""
+    frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_()
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 class _LinearOutputs(TorchFunctionMode):

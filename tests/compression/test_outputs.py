@@ -90,6 +90,25 @@ def test_only_floats_that_depend_on_weights_and_have_a_row_for_each_image_count(
     assert kinds(ready(Several())) == {"logits": "kl", "box": "error", "more.0": "error"}
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_images_that_are_passed_on_do_not_count(frozen):
+    model = Ends(lambda net, x: {"features": x, "out": net.linear(x)})
+    passing = Passing(model).requires_grad_(not frozen)
+    assert kinds(passing) == {"out.features": "error", "out.out": "kl"}
+    assert [p.requires_grad for p in passing.parameters()] == [not frozen] * 4
+
+
+class Passing(nn.Module):
+    """Gives its images, and others made of them, beside its outputs."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return {"image": x, "out": self.net(x), "small": F.avg_pool2d(x, 2)}
+
+
 def test_outputs_are_chosen_by_their_names_numbers_and_structures():
     model = ready(Several())
     assert list(kinds(model, outputs="box")) == ["box"]
