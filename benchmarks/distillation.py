@@ -31,7 +31,8 @@ import sbf_dist
 from launchers.display import Display
 from launchers.images import calibration_images, evaluation_loader, index_images
 from launchers.run.batches import with_progress
-from pipelines.joined import JoinedLoader, LoadersInTurn, shares_of_batch
+from pipelines.batch_shares import shares_of_batch
+from pipelines.joined import JoinedLoader, LoadersInTurn
 from pipelines.loader import TrainLoader
 from pipelines.reader import Reader
 from sbf_dist import compare_recipe, models

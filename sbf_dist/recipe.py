@@ -317,16 +317,18 @@ class Recipe(Section):
         return self
 
     def numbers_of_workers(self) -> list[int]:
-        """Return the numbers in the range of workers.count that divide the batches of all."""
-        found = []
-        for count in range(self.workers.least, self.workers.most + 1):
-            try:
-                for where, training in self.trainings().items():
-                    self._check_batch(where, training, count)
-            except ValueError:
-                continue
-            found.append(count)
-        return found
+        """Return the numbers in the range of workers.count that divide the batches of all.
+
+        Where steps have images with and without labels, some of these do not divide both: see
+        launchers.run.shares.
+        """
+        return [n for n in range(self.workers.least, self.workers.most + 1) if self.divides(n)]
+
+    def divides(self, workers: int) -> bool:
+        """Whether so many workers divide the batches of all trainings."""
+        pairs = self.data.augmentation.mixes
+        trainings = self.trainings().values()
+        return all(one.division_fault(workers, pairs=pairs) is None for one in trainings)
 
     def trainings(self) -> dict[str, Training]:
         """All trainings, by their place in the recipe."""

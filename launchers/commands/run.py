@@ -96,6 +96,10 @@ def command(
         prepare = STAGES[0].name
         classes = check_surroundings(recipe, indexed=again != prepare and folder.is_done(prepare))
         check_models(recipe)
+        if again != prepare:  # what is known of the images is of the run before
+            from launchers.run.shares import expected_numbers_of_workers
+
+            expected_numbers_of_workers(recipe, folder)
         check_weights(recipe, folder, classes)
         if not os.environ.get("RAY_ADDRESS"):
             warn_of_idle_gpus(recipe.workers.gpus)

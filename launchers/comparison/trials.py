@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from launchers.comparison.shared_batches import SharedBatches
 from launchers.display import Display
 from launchers.images import calibration_images, evaluation_loader, shard_cache
+from pipelines.batch_shares import shares_of_batch
 from pipelines.index import DataIndex
-from pipelines.joined import JoinedLoader, shares_of_batch
+from pipelines.joined import JoinedLoader
 from pipelines.loader import TrainLoader
 from pipelines.reader import Reader
 from sbf_dist import models

@@ -17,6 +17,7 @@ from launchers.run.batches import sizes
 from launchers.run.folder import RunFolder
 from launchers.run.listed_images import check_images
 from launchers.run.networks import Networks
+from launchers.run.shares import expected_numbers_of_workers, numbers_of_workers
 from launchers.run.stages import STAGES
 from pipelines.index import DataIndex
 from pipelines.sources import digits
@@ -39,20 +40,21 @@ def describe(
 ) -> None:
     """Print what a run will do and need.
 
-    UserError: there is no such kind of machine, or a folder of images that is there is laid out
-    wrongly.
+    UserError: there is no such kind of machine, a folder of images that is there is laid out
+    wrongly, or the workers do not divide the steps.
     """
     if machine not in MACHINES:
         known = ", ".join(MACHINES)
         raise UserError(f"--machine {machine} is not known; {known} are (docs/scaling.md)")
     images, classes = _images(recipe, folder), _classes(recipe, folder)
+    workers = max(_numbers_of_workers(recipe, folder, images))
     display.say(f"recipe {recipe.name} is valid ({recipe.digest()[:12]})")
     display.say(f"stages: {', '.join(stage.name for stage in STAGES)}")
     if classes is None:
         display.say(f"the number of classes is not known yet: {_ASSUMED_CLASSES} are assumed")
     networks = Networks.of(recipe, folder)
     run = planned_run(networks, classes or _ASSUMED_CLASSES, images)
-    workers, kind = max(recipe.numbers_of_workers()), MACHINES[machine]
+    kind = MACHINES[machine]
     pairs, on_gpus = recipe.data.augmentation.mixes, recipe.workers.gpus > 0
     memory = kind.gpu_bytes if on_gpus else None
     run, choices = settled(run, workers=workers, pairs=pairs, device_bytes=memory)
@@ -89,7 +91,7 @@ def describe(
         )
         return
     console.print()
-    console.print(_hours_table(recipe, run, kind, images, price))
+    console.print(_hours_table(recipe, run, kind, images, price, workers))
     display.say(
         "Estimated from compute, images, gradients and stragglers; their accuracy is in "
         "docs/scaling.md."
@@ -113,6 +115,14 @@ def _images(recipe: Recipe, folder: RunFolder) -> dict[str, int] | None:
     if folder.result("prepare").exists():
         return sizes(DataIndex.load(folder.index))
     return images_of_known_set(recipe.data)
+
+
+def _numbers_of_workers(
+    recipe: Recipe, folder: RunFolder, images: Mapping[str, int] | None
+) -> list[int]:
+    if images is None:
+        return expected_numbers_of_workers(recipe, folder)
+    return numbers_of_workers(recipe, unlabelled=images["unlabelled"] > 0)
 
 
 def images_of_known_set(data: Data) -> dict[str, int] | None:
@@ -197,10 +207,11 @@ def _hours_table(
     machine: Machine,
     images: Mapping[str, int],
     price: float | None,
+    workers: int,
 ) -> Table:
     """Return a row for each number of GPUs; the last columns are with batches that grow."""
     longest = max(run.trainings, key=lambda planned: planned.steps or 0)
-    per_gpu = max(1, longest.batch // max(recipe.numbers_of_workers()))
+    per_gpu = max(1, longest.batch // workers)
     times = 1 + (recipe.self_training.rounds if recipe.self_training is not None else 0)
     labelling = float(times * (images["labelled"] + images["unlabelled"]))
     paid = ["USD"] if price is not None else []

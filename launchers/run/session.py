@@ -9,6 +9,7 @@ from typing import Any
 from launchers.display import Display
 from launchers.run.folder import RunFolder
 from launchers.run.networks import Networks
+from launchers.run.shares import has_unlabelled, numbers_of_workers
 from launchers.run.worker_pool import WorkerPool
 from sbf_dist import tracking
 from sbf_dist.recipe import Recipe
@@ -37,6 +38,11 @@ class Session:
     def num_classes(self) -> int:
         """The outputs of all networks, one for each class of the images."""
         return int(json.loads(self.folder.result("prepare").read_text())["classes"])
+
+    def numbers_of_workers(self) -> list[int]:
+        """How many workers there may be, once the images are prepared. UserError if none fits."""
+        unlabelled = bool(has_unlabelled(self.recipe, self.folder))
+        return numbers_of_workers(self.recipe, unlabelled=unlabelled)
 
     def launch(
         self,
@@ -78,7 +84,7 @@ class Session:
             name=name,
             storage=self.folder.place_of_checkpoints,
             logs=self.folder.logs,
-            counts=self.recipe.numbers_of_workers(),
+            counts=self.numbers_of_workers(),
             progress=attempts.Progress(show, reached),
             kept=kept,
         )

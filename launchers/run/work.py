@@ -13,6 +13,7 @@ from launchers.run.building import build_member, build_network
 from launchers.run.networks import Network, labels_of
 from launchers.run.read_files import weights_digests
 from launchers.run.session import Result, Session
+from launchers.run.shares import numbers_of_workers
 from launchers.student import NUM_VERIFIED_IMAGES, export_student, make_student
 from pipelines.index import DataIndex
 from sbf_dist import tracking
@@ -52,6 +53,8 @@ def prepare(session: Session, log: tracking.Run) -> Result:
     log.log_params({"data": {"root": str(index.root), "digest": index.digest, **counts}})
     if index.skipped:
         log.log_text("\n".join(index.skipped) + "\n", "skipped.txt")
+    # The workers would refuse it where they share the images of a step out, after other stages.
+    numbers_of_workers(recipe, unlabelled=counts["unlabelled"] > 0)
     return {"digest": index.digest, "classes": len(index.classes), **counts}
 
 

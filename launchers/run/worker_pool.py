@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Self
 
 from launchers.run.first_imports import import_libraries
 from launchers.run.folder import RunFolder
+from launchers.run.shares import expected_numbers_of_workers
 from sbf_dist.recipe import Recipe
 
 if TYPE_CHECKING:  # of Ray, which reads the environment that local_ray sets when it is imported
@@ -70,5 +71,5 @@ class WorkerPool:
             import_libraries,
             storage=self._folder.files_of_ray,
             kept=kept,
-            counts=self._recipe.numbers_of_workers(),
+            counts=expected_numbers_of_workers(self._recipe, self._folder),
         )

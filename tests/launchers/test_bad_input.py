@@ -375,3 +375,11 @@ def test_a_comparison_that_another_process_works_on(sbf: Sbf) -> None:
         assert_refused(
             sbf("compare", "compared.yaml"), "compared is in use by another sbf compare; wait for"
         )
+
+
+def test_workers_that_do_not_divide_labelled_and_unlabelled_images_are_refused(sbf: Sbf) -> None:
+    write_images(Path("more"))
+    given = ("data.unlabelled=more", "distill.training.batch_size=40", "workers.count=8")
+    trained = ("teachers.0.training.batch_size=40", "workers.gpus=0", *given)
+    message = "workers.count = 8 must divide the 10 labelled and 30 unlabelled images of a step"
+    assert_refused(sbf("run", "tiny.yaml", *trained, "--dry-run"), message)
