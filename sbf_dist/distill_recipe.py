@@ -23,6 +23,10 @@ def _weight(value: Any) -> float | tuple[float, float]:
     return float(value[0]), float(value[1])
 
 
+def _shown(weight: float | tuple[float, float]) -> str:
+    return f"{weight:g}" if not isinstance(weight, tuple) else str(list(weight))
+
+
 # A number, or two: from the first to the second over the training, in a straight line.
 Weight = Annotated[float | tuple[float, float], BeforeValidator(_weight)]
 STRONG_OPERATIONS, STRONG_MAGNITUDE = 2, 10  # of RandAugment, as FixMatch has them
@@ -143,13 +147,51 @@ class Distill(Section):
                 f"labels_last needs training.schedule = cosine, not {self.training.schedule}: its "
                 "steps begin where the rate has come down"
             )
-        steps = self.training.steps
-        if steps is not None and self.training.warmup >= self.steps_with_teachers(steps):
-            raise ValueError(
-                f"labels_last leaves {self.steps_with_teachers(steps)} of {steps} steps before, "
-                f"which must be more than training.warmup = {self.training.warmup}"
-            )
+        fault = self.labels_last_fault(self.training)
+        if fault is not None:
+            raise ValueError(fault)
         return self
+
+    @model_validator(mode="after")
+    def _has_a_loss(self) -> Self:
+        parts = [self.teacher_weight]
+        if self.labelled_share:
+            parts.append(self.label_weight)
+        parts += [part.weight for part in (self.consistency, self.features) if part is not None]
+        if any(weight not in (0, (0, 0)) for weight in parts):
+            return self
+        labels = "labelled_share" if not self.labelled_share else "label_weight"
+        raise ValueError(
+            f"teacher_weight = {_shown(self.teacher_weight)} and {labels} = "
+            f"{_shown(getattr(self, labels))} leave nothing to train on; one of them must be above "
+            "0, or set consistency or features"
+        )
+
+    def labels_last_fault(self, training: Training) -> str | None:
+        """Why labels_last leaves a training no steps after its warm-up, as far as it is known."""
+        if self.labels_last is None:
+            return None
+        if training.steps is not None:
+            left, length = float(self.steps_with_teachers(training.steps)), training.steps * 1.0
+            unit, key, warmup = "steps", "warmup", float(training.warmup)
+        else:
+            assert training.epochs is not None
+            left, length = training.epochs * (1 - self.labels_last.share), training.epochs
+            unit, key, warmup = "epochs", "warmup_epochs", training.warmup_epochs or 0.0
+        if warmup < left:
+            return None
+        return (
+            f"labels_last leaves {left:g} of {length:g} {unit} before, which must be more than "
+            f"training.{key} = {warmup:g}"
+        )
+
+    def round_training(self) -> Training:
+        """The training between two rounds, which is shorter; so is its warm-up."""
+        shorter = self.training.shortened(1 / 5, self.round_steps)
+        if shorter.steps is None or self.labels_last_fault(shorter) is None:
+            return shorter
+        warmup = self.steps_with_teachers(shorter.steps) // 5
+        return shorter.model_copy(update={"warmup": warmup})
 
     @property
     def asks_teachers(self) -> bool:

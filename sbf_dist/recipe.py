@@ -299,6 +299,15 @@ class Recipe(Section):
                 raise ValueError(
                     f"{where}.sync_batchnorm = True needs GPUs, workers.gpus is 0; set it to false"
                 )
+            if training.precision == "fp16" and not self.workers.gpus:
+                raise ValueError(
+                    f"{where}.precision = 'fp16' needs GPUs, workers.gpus is 0; take 'bf16' or "
+                    "'fp32'"
+                )
+        if self.compress.rounds > 1:
+            fault = self.distill.labels_last_fault(self.distill.round_training())
+            if fault is not None:
+                raise ValueError(f"distill: between rounds, {fault}")
         return self
 
     def _check_batch(self, where: str, training: Training, workers: int) -> None:

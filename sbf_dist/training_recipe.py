@@ -218,14 +218,19 @@ class Training(Section):
         """The same training with `steps` steps, or with `share` of its length."""
         if steps is None and self.epochs is not None:
             warmup_epochs = self.warmup_epochs and self.warmup_epochs * share
-            return self.model_copy(
-                update={"epochs": self.epochs * share, "warmup_epochs": warmup_epochs}
-            )
+            warmup = {"warmup": int(self.warmup * share), "warmup_epochs": warmup_epochs}
+            return self.model_copy(update={"epochs": self.epochs * share} | warmup)
         if steps is None:
             assert self.steps is not None
             steps = max(1, int(self.steps * share))
-        warmup = {"warmup": min(self.warmup, steps // 5), "warmup_epochs": None}
-        return self.model_copy(update={"steps": steps, "epochs": None} | warmup)
+        return self.model_copy(
+            update={
+                "steps": steps,
+                "epochs": None,
+                "warmup": min(self.warmup, steps // 5),
+                "warmup_epochs": None,
+            }
+        )
 
     @property
     def length(self) -> str:

@@ -247,6 +247,17 @@ def test_a_key_that_is_wrongly_written_comes_before_the_one_that_is_missing_for_
          "labels_last needs training.schedule = cosine, not step"),
         ("distill={training: {steps: 9, warmup: 5}, labels_last: {share: 0.5}}", "distill: labels_"
          "last leaves 5 of 9 steps before, which must be more than training.warmup = 5"),
+        ("distill={training: {epochs: 10, warmup_epochs: 5}, labels_last: {share: 0.6}}",
+         "distill: labels_last leaves 4 of 10 epochs before, which must be more than training."
+         "warmup_epochs = 5"),
+        ("distill.training.precision=fp16", "distill.training.precision = 'fp16' needs GPUs, "
+         "workers.gpus is 0; take 'bf16' or 'fp32'"),
+        ("baselines={steps: 5, precision: fp16}", "baselines.precision = 'fp16' needs GPUs"),
+        ("distill={training: {steps: 9}, labelled_share: 0, teacher_weight: 0}",
+         "distill: teacher_weight = 0 and labelled_share = 0 leave nothing to train on; one of "
+         "them must be above 0, or set consistency or features"),
+        ("distill={training: {steps: 9}, label_weight: [0, 0], teacher_weight: 0, consistency: "
+         "{weight: 0}}", "distill: teacher_weight = 0 and label_weight = [0.0, 0.0] leave nothing"),
         ("distill={training: {steps: 9, compile: true}, features: {}}", "distill: features "
                                                                         "cannot be combined with "
                                                                         "training.compile = True"),

@@ -24,6 +24,11 @@ def test_a_shortened_training_has_a_share_of_the_length_and_of_the_warm_up():
     given = Training(epochs=10, warmup_epochs=1).shortened(1 / 5, 30)
     assert (given.steps, given.epochs, given.warmup_epochs) == (30, None, None)
 
+    mixed = Training(epochs=10, warmup=50).shortened(1 / 5, None)
+    assert (mixed.epochs, mixed.warmup) == (2.0, 10)
+    assert Training(epochs=10, warmup=50).lengths(6.0) == (60, 50)
+    assert mixed.lengths(6.0) == (12, 10)
+
 
 def test_fewer_workers_take_more_passes_where_the_images_at_once_are_limited():
     training = Training(steps=1, batch_size=96, images_at_once=16)

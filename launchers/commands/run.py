@@ -3,7 +3,7 @@
 import os
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,9 @@ from sbf_dist import recipe as recipes
 from sbf_dist.errors import UserError
 from sbf_dist.recipe import Data, Recipe
 from sbf_dist.tracking import tracking_address
+
+if TYPE_CHECKING:
+    from torch import nn
 
 StageName = StrEnum("StageName", [(s.name, s.name) for s in STAGES])  # type: ignore[misc]
 LAST_STAGE = StageName(STAGES[-1].name)
@@ -95,7 +98,7 @@ def command(
     with kept_apart() as output:
         prepare = STAGES[0].name
         classes = check_surroundings(recipe, indexed=again != prepare and folder.is_done(prepare))
-        check_models(recipe)
+        check_models(recipe, classes)
         if again != prepare:  # what is known of the images is of the run before
             from launchers.run.shares import expected_numbers_of_workers
 
@@ -172,8 +175,10 @@ def check_weights(recipe: Recipe, folder: RunFolder, classes: int | None) -> Non
         check_finite(network.name, model, network.published)
 
 
-def check_models(recipe: Recipe) -> None:
-    """Refuse unknown models, patterns of no parameter, and names that the run uses itself."""
+def check_models(recipe: Recipe, classes: int | None = None) -> None:
+    """Refuse unknown models, patterns of no parameter, layers that are not there, and names that
+    the run uses itself; where the number of `classes` is known, also another one.
+    """
     from launchers.run.networks import TITLES, is_name_of_round
     from sbf_dist import models
     from sbf_dist.train.freezing import frozen_names
@@ -185,6 +190,32 @@ def check_models(recipe: Recipe) -> None:
                 f"{', '.join(TITLES)}, nor sbf-round-N or sbf-self-trained-N"
             )
         model = models.build(teacher.model, 2, teacher.arguments)
+        outputs = teacher.arguments.get("num_classes", classes)
+        if classes is not None and teacher.classes is None and outputs != classes:
+            raise UserError(
+                f"teachers.{index}.arguments.num_classes = {outputs!r} must be {classes}, the "
+                "number of classes of the images"
+            )
         if teacher.training is not None:
             key = f"teachers.{index}.training.freeze"
             frozen_names(model, teacher.training.freeze, key=key)
+        if teacher.name == recipe.compress.teacher:
+            _check_student(recipe, model)
+
+
+def _check_student(recipe: Recipe, dense: "nn.Module") -> None:
+    """Refuse patterns and layers that neither the dense network nor a student of it has."""
+    from launchers.estimate.student import even_student
+    from sbf_dist.distill.features import feature_loss
+    from sbf_dist.train.freezing import frozen_names, matching
+
+    shape = (3, recipe.data.image_size, recipe.data.image_size)
+    if recipe.baselines is not None:
+        frozen_names(dense, recipe.baselines.freeze, key="baselines.freeze")
+    if recipe.distill.features is not None:
+        feature_loss(dense, dense, recipe.distill.features.layers, shape)
+    if recipe.distill.training.freeze:
+        # Which layers become SBF layers, whose parameters have names of their own, is for the plan.
+        both = (dense, even_student(dense, recipe.compress, shape))
+        names = dict.fromkeys(name for model in both for name, _ in model.named_parameters())
+        matching(list(names), recipe.distill.training.freeze, key="distill.training.freeze")

@@ -401,7 +401,7 @@ class _Students:
         fitted = self.network(f"{name}-fitted", plan)
         if not trained:
             return Round(plan, fitted, None)
-        shorter = self.recipe.distill.training.shortened(1 / 5, self.recipe.distill.round_steps)
+        shorter = self.recipe.distill.round_training()
         job = self._distillation(f"distill-{name}", shorter, fitted.weights)
         reads = (*_DISTILLATION, "distill.training", "distill.round_steps")
         return Round(plan, fitted, self.network(name, plan, job, reads))

@@ -11,6 +11,7 @@ from launchers.run.worker import Context
 from sbf_dist.distill.features import FeatureLoss, feature_loss
 from sbf_dist.distill.task import DistillationTask
 from sbf_dist.distill_recipe import Weight
+from sbf_dist.errors import UserError
 from sbf_dist.train.schedule import cosine, followed_by, schedule
 
 
@@ -47,10 +48,18 @@ def _feature_loss(
 
 
 def learning_rates(job: Job, steps: int, warmup: int) -> Callable[[int], float]:
-    """Return the learning rate of each step of a training of so many."""
+    """Return the learning rate of each step of a training of so many.
+
+    UserError: the labels alone at the end leave no steps after the warm-up.
+    """
     settings = job.training
     lr = settings.optimizer.lr
     first = steps if job.distill is None else job.distill.steps_with_teachers(steps)
+    if warmup >= first:
+        raise UserError(
+            f"distill.labels_last leaves {first} of {steps} steps before, which must be more than "
+            f"the {warmup} of the warm-up"
+        )
     rates = schedule(
         settings.schedule,
         lr=lr,

@@ -5,11 +5,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from launchers.display import labels_table
 from launchers.images import calibration_images, evaluation_images, index_images
 from launchers.run import label_report, labelling, outcome, rounds, scoring, training
 from launchers.run.building import build_member, build_network
+from launchers.run.lengths import check_lengths
 from launchers.run.networks import Network, labels_of
 from launchers.run.read_files import weights_digests
 from launchers.run.session import Result, Session
@@ -27,6 +29,7 @@ from sbf_dist.distill.selection import check_choice, choose, unused_classes
 from sbf_dist.distill.teacher_costs import TeacherCost
 from sbf_dist.distill.teachers import TeacherEnsemble
 from sbf_dist.distill.temperature import read_temperatures
+from sbf_dist.errors import UserError
 from sbf_dist.export.model_card import History, write_model_card
 from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import load_card
@@ -53,8 +56,9 @@ def prepare(session: Session, log: tracking.Run) -> Result:
     log.log_params({"data": {"root": str(index.root), "digest": index.digest, **counts}})
     if index.skipped:
         log.log_text("\n".join(index.skipped) + "\n", "skipped.txt")
-    # The workers would refuse it where they share the images of a step out, after other stages.
+    # The workers would refuse these, after other stages.
     numbers_of_workers(recipe, unlabelled=counts["unlabelled"] > 0)
+    check_lengths(session.networks, counts)
     return {"digest": index.digest, "classes": len(index.classes), **counts}
 
 
@@ -296,13 +300,12 @@ def _check_teacher(session: Session, teacher: Network) -> None:
     if teacher.published is not None:
         model = build_network(teacher, session.num_classes, teacher.published, say)
         outcome.check_finite(teacher.name, model, teacher.published)
-    elif settings is not None and (settings.freeze or settings.optimizer.body_lr_share < 1):
-        model = build_network(teacher, session.num_classes, None)
     else:
-        return
+        model = build_network(teacher, session.num_classes, None)
     if settings is None:
         _check_answers(session, teacher)
         return
+    _check_outputs(session, teacher, model)
     share = settings.optimizer.body_lr_share
     if share < 1:
         rate = settings.optimizer.lr
@@ -322,6 +325,20 @@ def _check_answers(session: Session, teacher: Network) -> None:
     ensemble = TeacherEnsemble([build_member(teacher, classes)], num_classes=len(classes))
     ensemble(torch.zeros(1, *teacher.input_shape), teacher.view)
     ensemble.check()
+
+
+@torch.no_grad()
+def _check_outputs(session: Session, teacher: Network, model: nn.Module) -> None:
+    """UserError for other outputs than classes before a training, which would not miss them."""
+    answers = model.eval()(torch.zeros(1, *teacher.input_shape))
+    found = answers.shape[1:] if isinstance(answers, torch.Tensor) else None
+    if found == (session.num_classes,):
+        return
+    given = type(answers).__name__ if found is None else " x ".join(map(str, found)) + " outputs"
+    raise UserError(
+        f"teacher {teacher.name}: its model gives {given} for an image; must be "
+        f"{session.num_classes} outputs, the classes of the images"
+    )
 
 
 def _say_of(session: Session, network: Network, line: str) -> None:

@@ -18,7 +18,11 @@ def frozen_names(network: nn.Module, patterns: Sequence[str], *, key: str = "fre
     UserError, which begins with `key`, for a pattern that matches none, and where they leave
     nothing to train.
     """
-    names = [name for name, _ in network.named_parameters()]
+    return matching([name for name, _ in network.named_parameters()], patterns, key=key)
+
+
+def matching(names: Sequence[str], patterns: Sequence[str], *, key: str) -> list[str]:
+    """Return those of the names of parameters that match, as frozen_names does."""
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise UserError(f"{key}: no parameter matches {pattern!r}; {_similar(pattern, names)}")
