@@ -1,7 +1,6 @@
 """The images that a finished student is judged on, or calibrated with: of a recipe or a folder."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +11,15 @@ from numpy.typing import NDArray
 from launchers.display import Display
 from launchers.exported import Exported
 from launchers.images import find_again, images_read, index_images
+from launchers.kept_recipe import kept_recipe
 from launchers.machine import available_cpus
 from pipelines.index import DataIndex
 from pipelines.sources.folder import index_evaluated, index_folder, index_plain
 from sbf_dist import recipe as recipes
 from sbf_dist.errors import UserError
 from sbf_dist.export.model_card import History
-from sbf_dist.recipe import Data, Recipe
+from sbf_dist.files import read_json
+from sbf_dist.recipe import Data
 
 _HELD_OUT = 0.1  # share of a folder's images
 _INDEX = "data"  # folder in that of a run
@@ -74,7 +75,7 @@ class Images:
 def images_of_run(exported: Exported) -> Images:
     """Return the images of the run that made a student, as it has divided them."""
     assert exported.run is not None
-    recipe = Recipe.model_validate_json((exported.run / "recipe.json").read_text())
+    recipe = kept_recipe(exported.run / "recipe.json")
     folder = exported.run / _INDEX
     find_again(recipe.data, exported.run.parent, folder, recipe.seed)
     return Images(recipe.data, DataIndex.load(folder))
@@ -83,10 +84,10 @@ def images_of_run(exported: Exported) -> Images:
 def history_of_run(exported: Exported) -> History:
     """Return how the run that made a student made it, for its model card."""
     assert exported.run is not None
-    recipe = Recipe.model_validate_json((exported.run / "recipe.json").read_text())
+    recipe = kept_recipe(exported.run / "recipe.json")
     index = DataIndex.load(exported.run / _INDEX)
     summary = exported.run / "summary.json"
-    rows = json.loads(summary.read_text())["rows"] if summary.is_file() else []
+    rows = read_json(summary).get("rows", []) if summary.is_file() else []
     return History(recipe, {part: len(ids) for part, ids in index.parts.items()}, rows)
 
 

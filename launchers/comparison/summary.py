@@ -11,7 +11,7 @@ from launchers.places import locked
 from sbf_dist import models
 from sbf_dist.compare_recipe import Comparison
 from sbf_dist.errors import UserError
-from sbf_dist.files import write_json
+from sbf_dist.files import read_json, write_json
 from sbf_dist.provenance import origin
 from sbf_dist.report.chart import accuracy_over_macs
 
@@ -79,7 +79,7 @@ def _check_identity(recipe: Comparison, folder: Path) -> None:
     if not path.exists():
         write_json(path, now)
         return
-    before = json.loads(path.read_text())
+    before = read_json(path)
     if "distill" in before:
         raise UserError(
             f"comparison folder {folder}: holds a run (sbf run); give another name (name=…)"

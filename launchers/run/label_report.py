@@ -1,11 +1,11 @@
 """The report on a run's pseudo-labels: figures and a picture beside the store."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from launchers.kept_recipe import kept_recipe
 from launchers.run.folder import RunFolder
 from pipelines.index import DataIndex
 from sbf_dist.distill import stored_labels
@@ -16,7 +16,6 @@ from sbf_dist.errors import UserError
 from sbf_dist.files import replacing, write_json
 from sbf_dist.report.labels import describe
 from sbf_dist.report.labels_chart import draw_labels
-from sbf_dist.settings import PseudoLabels
 
 Report = dict[str, Any]
 
@@ -95,5 +94,4 @@ def _chosen(run: RunFolder, stored: StoredLabels, ids: np.ndarray) -> np.ndarray
     """Return the images that the run's recipe uses; None where it has none yet."""
     if not run.recipe.exists():
         return None
-    settings = json.loads(run.recipe.read_text())["pseudo_labels"]
-    return choose(stored, ids, PseudoLabels.model_validate(settings))
+    return choose(stored, ids, kept_recipe(run.recipe).pseudo_labels)

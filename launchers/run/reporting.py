@@ -1,6 +1,5 @@
 """The page on runs: what their folders hold, whatever is missing, and writing it."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from launchers.images import evaluation_images, with_embedded_images
+from launchers.kept_recipe import kept_recipe
 from launchers.run import label_report
 from launchers.run.building import build_network
 from launchers.run.folder import RunFolder
@@ -22,10 +22,9 @@ from pipelines.index import UNKNOWN, DataIndex
 from sbf_dist.compression.plan import Plan, SBFLayer
 from sbf_dist.distill.pseudo_labels import MANIFEST
 from sbf_dist.errors import UserError
-from sbf_dist.files import write_text
+from sbf_dist.files import read_json, write_text
 from sbf_dist.models import is_user_code
 from sbf_dist.object_storage import is_address
-from sbf_dist.recipe import Recipe, validate
 from sbf_dist.report import confusion
 from sbf_dist.report.contents import (
     Example,
@@ -116,14 +115,12 @@ class _Reader:
     def _identity(self) -> dict[str, Any]:
         if not self.folder.recipe.exists():
             raise UserError("The run has no recipe.json yet: it is written after the first stage.")
-        return _read_json(self.folder.recipe)
+        return read_json(self.folder.recipe)
 
     @cached_property
     def _networks(self) -> Networks:
-        # Workers are not kept; any number is right here, and some trainings need GPUs to be valid.
-        workers = {"workers": {"gpus": 1}}
-        recipe: Recipe = validate(self._identity | workers, (), f"recipe {self.folder.recipe}")
-        return Networks.of(recipe, self.folder)
+        assert self._identity  # which says what is wrong with it
+        return Networks.of(kept_recipe(self.folder.recipe), self.folder)
 
     def _self_trained(self) -> list[str]:
         networks = self._part(lambda: self._networks)
@@ -154,7 +151,7 @@ class _Reader:
     def _rows(self) -> list[dict[str, Any]]:
         for path in (self.folder.summary, self.folder.result("evaluate")):
             if path.exists():
-                return _read_json(path)["rows"]
+                return read_json(path)["rows"]
         raise UserError("No network has been measured yet: the stage evaluate is not done.")
 
     def _curves(self) -> Any:
@@ -171,7 +168,7 @@ class _Reader:
             raise UserError("They are not written yet: the stage pseudo-labels is not done.")
         _, figures = label_report.files(self.folder)
         if figures.exists():
-            return _read_json(figures)
+            return read_json(figures)
         assert self._identity  # which is read there, too
         return label_report.of_place(self.folder.root)  # of an earlier version
 
@@ -274,7 +271,7 @@ class _Reader:
         path = self.folder.result(name)
         if not path.exists():
             return Stage(name, False, None, {})
-        result = _read_json(path)
+        result = read_json(path)
         versions = {
             key.removeprefix(_VERSION): value
             for key, value in result.items()
@@ -298,16 +295,6 @@ class _Reader:
 
 class WrongLayerError(UserError):
     """A layer that was asked for by name is not there: a mistake, and nothing that is missing."""
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it holds no object")
-    return content
 
 
 def _number(path: Path) -> int:

@@ -101,3 +101,37 @@ def test_a_student_without_a_run_is_compared_on_noise(
     assert code == 0, err
     assert "no images given (--data): compared on random noise" in out
     assert "Training images and labels: not known." in Path("again/README.md").read_text()
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The recipe of a run of an earlier version, to be changed."""
+    monkeypatch.chdir(tmp_path)
+    return shutil.copytree(BEFORE, tmp_path / "own") / "recipe.json"
+
+
+def test_a_run_whose_training_needed_gpus_is_exported_without(sbf: Sbf, own: Path) -> None:
+    recipe = json.loads(own.read_text())
+    recipe["distill"]["training"] |= {"sync_batchnorm": True, "precision": "fp16"}
+    own.write_text(json.dumps(recipe))
+    code, _, err = sbf("export", "own", "--out", "exported")
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "recipe.json is damaged: Expecting property name"),
+        ("[]", "recipe.json is damaged: it holds no object"),
+        ('{"name": "x"}', "recipe.json: data is missing"),
+    ],
+)
+@pytest.mark.parametrize("command", [("export", "own", "--out", "new"), ("label", "report", "own")])
+def test_a_damaged_recipe_of_a_run_is_named(
+    sbf: Sbf, own: Path, command: tuple[str, ...], content: str, message: str
+) -> None:
+    own.write_text(content)
+    code, out, err = sbf(*command)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
