@@ -72,12 +72,19 @@ def build(name: str, classes: int | None, arguments: Mapping[str, Any] | None = 
             f"model {name!r}: how many classes it has is not known; give their number (--classes)"
         )
     classes = given.pop("num_classes", classes)
+    if type(classes) is not int or classes < 0:
+        raise UserError(
+            f"model {name!r}: num_classes = {classes!r} must be a number of classes, a whole "
+            "number of at least 0"
+        )
     if library:
         _refuse_weights(name, given)
         make = _timm if library == "timm" else _torchvision
         try:
             return make(rest, classes, given)
-        except (TypeError, AssertionError, RuntimeError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # the library's own of any kind, for what the user gave it
             if not given:
                 raise
             raise UserError(
@@ -231,6 +238,14 @@ def _timm(name: str, classes: int, arguments: Mapping[str, Any]) -> nn.Module:
 
     if not timm.is_model(name):
         raise UserError(f"model 'timm:{name}' is unknown{_nearest(name, timm.list_models())}")
+    architecture, _, tag = name.partition(".")
+    known = timm.models.get_arch_pretrained_cfgs(architecture)
+    tags = [tagged.partition(".")[2] for tagged in known]
+    if tag and tag not in tags:
+        raise UserError(
+            f"model 'timm:{name}' is unknown: {architecture} has the weights "
+            f"{', '.join(tags) or 'none'}"
+        )
     if arguments.get("features_only"):  # which have no classifier
         return timm.create_model(name, **arguments)
     return timm.create_model(name, num_classes=classes, **arguments)

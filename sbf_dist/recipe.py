@@ -247,7 +247,12 @@ class Tracking(Section):
     uri: str | None = Field(
         None, description="tracking URI; null: MLFLOW_TRACKING_URI, or SQLite under runs/"
     )
-    experiment: str = Field("sbf-dist", description="name of the MLflow experiment")
+    experiment: str = Field(
+        "sbf-dist",
+        min_length=1,
+        max_length=500,  # of a column in MLflow's store
+        description="name of the MLflow experiment",
+    )
     registered_model: str | None = Field(
         None,
         exclude_if=equals(None),

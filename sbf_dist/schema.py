@@ -15,6 +15,7 @@ from pydantic import (
     PlainValidator,
     ValidationError,
 )
+from pydantic_core import ErrorDetails
 
 from sbf_dist import strict_yaml
 from sbf_dist.errors import UserError, without_credentials
@@ -170,7 +171,7 @@ def explain(schema: type[BaseModel], error: ValidationError) -> str:
     errors = error.errors()
     # A key that is wrongly written is missing as well: say what was written.
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    key = ".".join(str(part) for part in first["loc"])
+    key = ".".join(str(part) for part in first["loc"] if not _is_choice(part))
     if first["type"] == "extra_forbidden":
         known = _fields_at(schema, first["loc"][:-1])
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
@@ -183,7 +184,21 @@ def explain(schema: type[BaseModel], error: ValidationError) -> str:
         return f"{key} = {_shortened(first['input'])} {message}"
     if first["type"] == "value_error":
         return f"{key}: {message}" if key else message
-    return f"{key} = {_shortened(first['input'])} {_demand(first['type'], message)}"
+    words = [e["ctx"]["expected"] for e in errors if _is_word_for(e, first)]
+    demand = " or ".join([_demand(first["type"], message), *words])
+    return f"{key} = {_shortened(first['input'])} {demand}"
+
+
+def _is_choice(part: int | str) -> bool:
+    """Whether a part of an error's place is one of the types that a key may have, not a key."""
+    return isinstance(part, str) and part.startswith(("constrained-", "literal["))
+
+
+def _is_word_for(error: ErrorDetails, first: ErrorDetails) -> bool:
+    """Whether an error says which word would be right in the place of the first error."""
+    place = first["loc"][:-1]
+    is_word = error is not first and error["type"] == "literal_error"
+    return is_word and _is_choice(first["loc"][-1]) and error["loc"][:-1] == place
 
 
 def _shortened(value: Any) -> str:
@@ -202,7 +217,7 @@ def _demand(kind: str, message: str) -> str:
         return "must be letters, digits, '_', '-' and '.', with no '.' in front"
     if "should" not in message:
         return f"is wrong: {message[0].lower()}{message[1:]}"
-    return "must" + message.partition("should")[2]
+    return "must" + message.partition("should")[2].partition(", unable to parse")[0]
 
 
 def _fields_at(schema: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

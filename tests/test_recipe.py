@@ -262,6 +262,17 @@ def test_a_key_that_is_wrongly_written_comes_before_the_one_that_is_missing_for_
                                                                         "cannot be combined with "
                                                                         "training.compile = True"),
         ("distill.training.zero_stage=4", "distill.training.zero_stage = 4 must be 0, 1, 2 or 3"),
+        ("compress.removal=maybe", "compress.removal = 'maybe' must be a valid number or "
+                                   "'auto'"),
+        ("compress.removal=1.5", "compress.removal = 1.5 must be less than or equal to 1 or "
+                                 "'auto'"),
+        ("pseudo_labels.temperature=0", "pseudo_labels.temperature = 0 must be greater than 0 or "
+                                        "'fit'"),
+        ("pseudo_labels.temperature=null", "pseudo_labels.temperature = None must be a valid "
+                                           "number or 'fit'"),
+        ("tracking.experiment=''", "tracking.experiment = '' must have at least 1 character"),
+        (f"tracking.experiment={501 * 'a'}", f"tracking.experiment = '{199 * 'a'}… must have at "
+                                             "most 500 characters"),
         ("distill.training.precision=tf32", "distill.training.precision = 'tf32' must be 'fp32'"),
         ("distill.training.optimizer.lr=.inf", "distill.training.optimizer.lr = inf must be a f"),
         ("distill.training.optimizer.lr=.nan", "distill.training.optimizer.lr = nan must be a f"),

@@ -10,6 +10,7 @@ import typer
 from launchers.display import Display
 from launchers.places import check_writable
 from sbf_dist.errors import UserError
+from sbf_dist.schema import MAX_SEED
 
 app = typer.Typer(
     help="Prepare CIFAR-10, CIFAR-100, Tiny-ImageNet and ILSVRC-2012 from their archives.",
@@ -59,7 +60,8 @@ def prepare(
         Layout, typer.Option("--format", help="Class folders, or tar files for object storage.")
     ] = Layout.FOLDER,
     seed: Annotated[
-        int, typer.Option(min=0, help="Random seed of the order of samples in tar files.")
+        int,
+        typer.Option(min=0, max=MAX_SEED, help="Random seed of the order of samples in tar files."),
     ] = 0,
     no_checksum: Annotated[
         bool, typer.Option("--no-checksum", help="Accept archives whose MD5 sum differs.")
@@ -137,7 +139,7 @@ def split(
         str, typer.Option(metavar="N|SHARE", help="Images per class (10), or a share (0.1).")
     ],
     out: Annotated[Path, typer.Option(help="Output file, for data.split in a recipe.")],
-    seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Random seed.")] = 0,
 ) -> None:
     """Write a list of labelled training images, drawn per class; the others are unlabelled.
 

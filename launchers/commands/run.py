@@ -189,7 +189,10 @@ def check_models(recipe: Recipe, classes: int | None = None) -> None:
                 f"teachers.{index}.name = {teacher.name!r} must not be one of "
                 f"{', '.join(TITLES)}, nor sbf-round-N or sbf-self-trained-N"
             )
-        model = models.build(teacher.model, 2, teacher.arguments)
+        try:
+            model = models.build(teacher.model, 2, teacher.arguments)
+        except UserError as error:
+            raise UserError(f"teachers.{index}: {error}") from error.__cause__
         outputs = teacher.arguments.get("num_classes", classes)
         if classes is not None and teacher.classes is None and outputs != classes:
             raise UserError(

@@ -164,3 +164,12 @@ def test_a_run_without_its_set_says_so_before_it_begins(sbf, tmp_path, monkeypat
     assert code == 2
     assert error == f"sbf: data {tmp_path}/data/cifar10: is not a folder\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [("split", "."), ("prepare", "imagenet", "--archives", ".")])
+def test_a_seed_that_has_more_bits_than_its_generator_is_refused(sbf, words):
+    labelled = ("--labelled", "1") if words[0] == "split" else ()
+    code, out, err = sbf("data", *words, *labelled, "--out", "x", "--seed", 2**63)
+    assert (code, out) == (2, "")
+    assert "--seed" in err
+    assert "9223372036854775807" in err.replace(",", "")

@@ -41,6 +41,20 @@ def sbf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sbf: Sbf) -> Sbf:
         ("baselines.freeze=[nope]", "baselines.freeze: no parameter matches 'nope'"),
         ("distill.features.layers=[nope]", "distill.features.layers: 'nope' must be a module of"),
         (
+            "teachers.0.model=timm:resnet50.a1_in1",
+            "teachers.0: model 'timm:resnet50.a1_in1' is unknown: resnet50 has the weights a1_in1k",
+        ),
+        (
+            "teachers.0={name: one, model: 'timm:resnet18', training: {steps: 9}, arguments: "
+            "{features_only: true, out_indices: [9]}}",
+            "teachers.0: model 'timm:resnet18' cannot be built with {'features_only': True, "
+            "'out_indices': [9]}: list index out of range",
+        ),
+        (
+            "teachers.0.arguments={num_classes: abc}",
+            "teachers.0: model 'cifar_resnet8_w4': num_classes = 'abc' must be a number of classes",
+        ),
+        (
             "teachers.0.arguments={num_classes: 7}",
             "teachers.0.arguments.num_classes = 7 must be 2, the number of classes of the images",
         ),
