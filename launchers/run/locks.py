@@ -23,6 +23,7 @@ class Product:
     needs      the products that it depends on
     files      and folders that hold it
     resumable  a training that can go on from its last checkpoint, to be longer
+    decided    files that hold what was decided before its first step, which it then goes on with
     """
 
     name: str
@@ -30,6 +31,7 @@ class Product:
     needs: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
     resumable: bool = False
+    decided: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)

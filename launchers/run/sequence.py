@@ -229,5 +229,6 @@ def _remove_results(
     for product in products:
         if kept and product.name not in kept:
             folder.remove_checkpoints(stage.name, product.name)
-        for path in product.files:
+        decided = () if product.name in kept else product.decided
+        for path in (*product.files, *decided):
             folder.remove(path)

@@ -137,7 +137,11 @@ def _students(networks: "Networks") -> list[Product]:
             *dict.fromkeys(key for network in trained for key in network.reads),
         ),
         needs=(_IMAGES, networks.compressed.name, _PSEUDO_LABELS),
-        files=(*plans_and_weights, *(network.weights for network in trained), *checkpoints),
+        files=(
+            *plans_and_weights,
+            *(path for network in trained for path in (network.weights, network.targets)),
+            *checkpoints,
+        ),
     )
     return [rounds, *products]
 
@@ -151,6 +155,7 @@ def _self_trained(networks: "Networks") -> list[Product]:
         files = (
             network.weights,
             network.result,
+            network.targets,
             networks.in_group(network.job.group).folder.pseudo_labels,
             networks.folder.checkpoints / network.job.group,
         )
@@ -237,7 +242,8 @@ def _trained(network: "Network", *needs: str) -> Product:
     if network.job is None:
         return Product(network.name, network.reads, needs)
     files = (network.weights, network.result)
-    return Product(network.name, network.reads, needs, files, resumable=True)
+    decided = (network.targets,)
+    return Product(network.name, network.reads, needs, files, resumable=True, decided=decided)
 
 
 def _compression(networks: "Networks") -> tuple[str, ...]:
