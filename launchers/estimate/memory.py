@@ -37,18 +37,22 @@ class Memory:
         return kept + self.activations + self.teachers
 
 
-def state_memory(stage: int, optimizer: str, sizes: Sequence[int], ranks: int) -> Memory:
+def state_memory(
+    stage: int, optimizer: str, sizes: Sequence[int], ranks: int, *, averaged: bool = False
+) -> Memory:
     """Compute what a rank keeps, at a ZeRO stage, of parameters of so many numbers each.
 
     Stages 1 to 3 hold a rank's part of the weights twice, as the network and as what the optimizer
     steps; stage 3 holds small parameters whole besides. benchmarks/zero_memory.py measures it.
+    With `averaged`, a moving average of the weights is divided as the optimizer's state is, and
+    counted with it.
     """
     whole = FLOAT_BYTES * sum(sizes)
     part = math.ceil(whole / ranks)
     small = FLOAT_BYTES * sum(size for size in sizes if size < PERSISTENT)
     weights = {0: whole, 1: whole + part, 2: whole + part, 3: 2 * part + small}[stage]
     kept = whole if stage == 0 else part
-    return Memory(weights=weights, gradients=kept, optimizer=STATES[optimizer] * kept)
+    return Memory(weights=weights, gradients=kept, optimizer=(STATES[optimizer] + averaged) * kept)
 
 
 def activation_bytes(

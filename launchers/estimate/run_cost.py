@@ -57,7 +57,7 @@ def run_cost(
     are fewer steps, so that as many images are seen.
     """
     trainings = run.trainings
-    macs = sum(teacher.cost.macs for teacher in run.teachers)
+    macs = sum(teacher.asked_macs for teacher in run.teachers)
     threads = machine.cpus * math.ceil(gpus / machine.gpus)
     predicted = max(
         labelling * macs / (machine.training_macs_per_s * gpus),

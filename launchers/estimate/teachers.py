@@ -31,7 +31,7 @@ def choose(planned: "Planned", *, workers: int, pairs: bool, device_bytes: float
     and not memory.
     """
     if device_bytes is None:
-        teachers = sum(teacher.cost.macs for teacher in planned.teachers)
+        teachers = sum(teacher.asked_macs for teacher in planned.teachers)
         return by_cost(teachers, planned.views * planned.trained.cost.macs)
     return by_memory(planned.memory(workers, pairs=pairs).total, device_bytes)
 

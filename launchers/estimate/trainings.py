@@ -27,18 +27,27 @@ SBF_STEP_OF_ONE_SOURCE, MORE_FOR_EACH_SOURCE = 1.6, 0.55
 
 @dataclass(frozen=True)
 class Traced:
-    """A network: its multiply-adds, parameters and layers, and the module itself."""
+    """A network: its multiply-adds, parameters and layers, and the module itself.
+
+    views  of an image that it is asked about as a teacher
+    """
 
     network: nn.Module
     input_shape: tuple[int, int, int]
     cost: Cost
     layers: int
+    views: int = 1
 
     @classmethod
-    def of(cls, network: nn.Module, input_shape: tuple[int, int, int]) -> "Traced":
+    def of(cls, network: nn.Module, input_shape: tuple[int, int, int], views: int = 1) -> "Traced":
         """Trace one image."""
         layers = sum(not list(module.children()) for module in network.modules())
-        return cls(network, input_shape, count(network, input_shape), layers)
+        return cls(network, input_shape, count(network, input_shape), layers, views)
+
+    @property
+    def asked_macs(self) -> int:
+        """Multiply-adds of its answer, as a teacher, to one image."""
+        return self.views * self.cost.macs
 
 
 @dataclass(frozen=True)
@@ -83,9 +92,9 @@ class Planned:
         """What a step of it has to do."""
         return Work(
             trained_macs=self.views * self.timed_macs,
-            frozen_macs=sum(teacher.cost.macs for teacher in self.teachers),
+            frozen_macs=sum(teacher.asked_macs for teacher in self.teachers),
             trained_layers=self.trained.layers,
-            frozen_layers=sum(teacher.layers for teacher in self.teachers),
+            frozen_layers=sum(teacher.views * teacher.layers for teacher in self.teachers),
             gradient_bytes=FLOAT_BYTES * self.trained.cost.params,
         )
 
@@ -93,7 +102,10 @@ class Planned:
         """Return what a worker keeps between steps."""
         training = self.job.training
         sizes = [parameter.numel() for parameter in self.trained.network.parameters()]
-        return state_memory(training.zero_stage, training.optimizer.name, sizes, workers)
+        averaged = training.ema is not None
+        return state_memory(
+            training.zero_stage, training.optimizer.name, sizes, workers, averaged=averaged
+        )
 
     def memory(self, workers: int, *, pairs: bool) -> Memory:
         """Return what a worker keeps in a step. UserError: so many do not divide the batch."""
@@ -135,7 +147,9 @@ def planned_run(networks: Networks, classes: int, images: Mapping[str, int] | No
     recipe = networks.recipe
     traced = {
         teacher.name: Traced.of(
-            models.build(teacher.model, classes, teacher.arguments), teacher.input_shape
+            models.build(teacher.model, classes, teacher.arguments),
+            teacher.input_shape,
+            teacher.asked.views,
         )
         for teacher in networks.teachers
     }

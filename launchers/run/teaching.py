@@ -42,10 +42,10 @@ def _kept_or_chosen(here: Context, network: Network) -> Choice:
     assert network.job is not None
     with torch.random.fork_rng(devices=[]):  # weights are drawn, and thrown away
         trained, *teachers = (
-            Traced.of(build_network(one, here.num_classes, None), one.input_shape)
+            Traced.of(build_network(one, here.num_classes, None), one.input_shape, one.asked.views)
             for one in (network, *here.networks.teachers)
         )
-    costs = [one.cost.macs for one in (trained, *teachers)]
+    costs = [one.asked_macs for one in (trained, *teachers)]
     kept = network.targets
     if kept.exists():
         content = json.loads(kept.read_text())

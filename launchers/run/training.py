@@ -137,13 +137,14 @@ def _train(
         batches.load_state_dict(restored.loader_state)
         start = restored.step
     tracker = tracking.attach(str(journals)) if here.rank == 0 else None
-    used = _share_of_peak(here, network, job, choice) if here.rank == 0 else 0.0
+    used = _shares_of_peak(here, network, job, choice) if here.rank == 0 else (0.0, 0.0)
     title = ", ".join((title, *_details(settings, choice)))
 
     def on_log(record: LogRecord) -> None:
         ray_train.progress({"title": title, **dataclasses.asdict(record)})
         if tracker is not None:
-            named = {f"{network.name}/{k}": v for k, v in _logged(record, here, used).items()}
+            logged = _logged(record, here, used[_is_on_labels_alone(job, record.step, steps)])
+            named = {f"{network.name}/{k}": v for k, v in logged.items()}
             tracker.log_metrics(named, record.step)
 
     at_the_end: list[Accuracy] = []
@@ -200,8 +201,18 @@ def _finished(here: Context, network: Network, engine: Any, known: Accuracy | No
     return scores
 
 
-def _share_of_peak(here: Context, network: Network, job: Job, choice: Choice | None) -> float:
-    """What share of a device's arithmetic one image a second and worker takes."""
+def _is_on_labels_alone(job: Job, step: int, steps: int) -> bool:
+    """Whether a step is one of the last, of `steps`, in which a student has no teachers."""
+    return job.distill is not None and step > job.distill.steps_with_teachers(steps)
+
+
+def _shares_of_peak(
+    here: Context, network: Network, job: Job, choice: Choice | None
+) -> tuple[float, float]:
+    """What share of a device's arithmetic one image a second and worker takes.
+
+    With teachers and all views, and in the last steps, on labels alone.
+    """
     beside: tuple[Network, ...] = ()
     if choice is not None and choice.targets == "live":
         beside = here.networks.teachers
@@ -209,16 +220,17 @@ def _share_of_peak(here: Context, network: Network, job: Job, choice: Choice | N
         beside = (here.networks.compressed,)
     views = 2 if job.distill is not None and job.distill.consistency is not None else 1
     with torch.random.fork_rng(devices=[]):  # weights are drawn, and thrown away
-        passes = [(network, views * TRAINING_PASSES), *((teacher, 1) for teacher in beside)]
-        macs = sum(
-            number * count(build_network(one, here.num_classes, None), one.input_shape).macs
-            for one, number in passes
+        own, *others = (
+            count(build_network(one, here.num_classes, None), one.input_shape).macs
+            for one in (network, *beside)
         )
-    return macs / peak_macs_per_s(here.device, job.training.precision)
+    peak = peak_macs_per_s(here.device, job.training.precision)
+    asked = sum(one.asked.views * macs for one, macs in zip(beside, others, strict=True))
+    return (views * TRAINING_PASSES * own + asked) / peak, TRAINING_PASSES * own / peak
 
 
 def _logged(record: LogRecord, here: Context, used: float) -> dict[str, float]:
-    """What MLflow gets of a log record; `used`: see _share_of_peak."""
+    """What MLflow gets of a log record; `used`: see _shares_of_peak."""
     device = here.device
     values = {**record.parts, "lr": record.lr, "images_per_s": record.images_per_s}
     values["mfu"] = used * record.images_per_s / here.world_size

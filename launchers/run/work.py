@@ -218,7 +218,9 @@ def evaluate(session: Session, log: tracking.Run) -> Result:
         members = [build_network(n, session.num_classes, n.weights) for n in row.members]
         shapes = [network.input_shape for network in row.members]
         costs = [count(member, own) for member, own in zip(members, shapes, strict=True)]
-        macs, params = sum(c.macs for c in costs), sum(c.params for c in costs)
+        views = [network.asked.views for network in row.members]
+        macs = sum(n * c.macs for n, c in zip(views, costs, strict=True))
+        params = sum(c.params for c in costs)
         if row.members == (session.networks.zeroed,):
             macs, params = compressed["zeroed"]["macs"], compressed["zeroed"]["params"]
         times = [
@@ -232,7 +234,9 @@ def evaluate(session: Session, log: tracking.Run) -> Result:
                 **scores[row.name],
                 "macs": macs,
                 "params": params,
-                "latency_ms": None if None in times else round(sum(t[0] for t in times if t), 4),
+                "latency_ms": None
+                if None in times
+                else round(sum(n * t[0] for n, t in zip(views, times, strict=True) if t), 4),
             }
         )
         figures = {
