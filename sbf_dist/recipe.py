@@ -251,7 +251,7 @@ class Tracking(Section):
         "sbf-dist",
         min_length=1,
         max_length=500,  # of a column in MLflow's store
-        description="name of the MLflow experiment",
+        description="name of the MLflow experiment, of 1 to 500 characters",
     )
     registered_model: str | None = Field(
         None,
