@@ -137,11 +137,8 @@ def _students(networks: "Networks") -> list[Product]:
             *dict.fromkeys(key for network in trained for key in network.reads),
         ),
         needs=(_IMAGES, networks.compressed.name, _PSEUDO_LABELS),
-        files=(
-            *plans_and_weights,
-            *(path for network in trained for path in (network.weights, network.targets)),
-            *checkpoints,
-        ),
+        files=(*plans_and_weights, *(network.weights for network in trained), *checkpoints),
+        decided=tuple(network.targets for network in trained),
     )
     return [rounds, *products]
 
