@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from sbf_dist.errors import UserError
-from sbf_dist.export.portable import example_inputs, exporters_reason, free_batch, portable
+from sbf_dist.export.portable import exporters_reason, free_batch, portable
 from sbf_dist.export.saved import Card
 from sbf_dist.export.student_files import CARD
+from sbf_dist.export.tracing import example_inputs
 from sbf_dist.files import write_bytes
 from sbf_dist.surgery import unwrapped
 

@@ -8,8 +8,9 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from sbf_dist.compression.recognition import make_all_plain
+from sbf_dist.export.tracing import UntraceableError, planned_inputs, traced
+from sbf_dist.export.unscaled import UnscaledSBFConv2d
 from sbf_dist.layers import SBFConv2d
-from sbf_dist.ops import expand
 from sbf_dist.padding import PaddedConv2d
 from sbf_dist.surgery import become, deep_copy, unwrapped
 
@@ -23,46 +24,7 @@ MAX_GAIN = 1024.0
 Norm = nn.BatchNorm2d | nn.SyncBatchNorm
 
 
-class UnscaledSBFConv2d(nn.Module):
-    """An SBF layer with some basis features that are no outputs themselves (inference only).
-
-    `fold_batchnorm` gives it where a kept channel's batch-norm factor is zero or tiny: its basis
-    feature stays as it is for the channels that are rebuilt from it, and the kept channel is
-    itself rebuilt (a centre tap). `expand` then yields out_channels + hidden channels, of which
-    the last are the hidden basis features and are cut off, as a view.
-
-    basis: the convolution (N, C_in, H, W) -> (N, B, H', W'); transforms (P, S, m, m), sources
-    (P, S) and order (B + P,) as for `sbf_dist.ops.expand`; bias (B + P,).
-    """
-
-    sources: Tensor
-    order: Tensor
-
-    def __init__(
-        self,
-        basis: nn.Conv2d,
-        *,
-        transforms: Tensor,
-        sources: Tensor,
-        order: Tensor,
-        bias: Tensor,
-        out_channels: int,
-    ) -> None:
-        super().__init__()
-        self.basis = basis
-        self.transforms = nn.Parameter(transforms)
-        self.bias = nn.Parameter(bias)
-        self.register_buffer("sources", sources, persistent=False)
-        self.register_buffer("order", order, persistent=False)
-        self.out_channels = out_channels
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, C_in, H, W) to (N, out_channels, H', W')."""
-        y = expand(self.basis(x), self.transforms, self.sources, self.order, self.bias)
-        return y[:, : self.out_channels]
-
-
-def fold_batchnorm(model: nn.Module) -> nn.Module:
+def fold_batchnorm(model: nn.Module, inputs: tuple[Tensor, ...] | None = None) -> nn.Module:
     """Return an inference copy of `model` with batch norms folded into the convolutions before.
 
     Convolutions that pad in their own way, or compute their filters, become plain ones first. A
@@ -70,8 +32,12 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     only reader of an nn.Conv2d's or SBFConv2d's output; the results agree with `model.eval()` up
     to rounding, borders included. Batch norms that stay are logged as a warning with the reason;
     so is a network that torch.fx cannot trace, which is copied unfolded. `model` is not changed.
+
+    inputs: an example of what the network is called with, of which only shapes and integers count;
+        by default what a student's plan says. See `sbf_dist.export.tracing.traced`.
     """
     folded = deep_copy(unwrapped(model)).eval()
+    inputs = planned_inputs(folded) if inputs is None else inputs
     make_all_plain(folded)
     for parameter in folded.parameters():
         parameter.requires_grad_(False)
@@ -89,12 +55,11 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     if not norms:
         return folded
     try:
-        graph = LayerTracer().trace(folded)
-    except Exception as error:  # torch.fx raises whatever the traced code raises
+        graph = traced(folded, inputs)
+    except UntraceableError as error:
         logger.warning(
-            "batch norm is not folded: %s cannot be traced by torch.fx (%s: %s)",
+            "batch norm is not folded: %s cannot be traced by torch.fx (%s)",
             type(model).__name__,
-            type(error).__name__,
             error,
         )
         return folded
@@ -116,15 +81,6 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
         names = [name for name, its_reason in left.items() if its_reason == reason]
         logger.warning("not folded, %s: batch norm %s", reason, ", ".join(names))
     return folded
-
-
-class LayerTracer(fx.Tracer):
-    """torch.fx's tracer, to which an SBF layer and a batch norm are one node each."""
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        """Whether `module` is not traced into."""
-        leaves = SBFConv2d | UnscaledSBFConv2d | PaddedConv2d | Norm
-        return isinstance(module, leaves) or super().is_leaf_module(module, name)
 
 
 def _obstacle(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sbf_dist import _C
-from sbf_dist.export.fold import UnscaledSBFConv2d
+from sbf_dist.export.unscaled import UnscaledSBFConv2d
 from sbf_dist.export.whole_basis import basis_weights
 from sbf_dist.layers import SBFConv2d, is_recorded
 from sbf_dist.ops import Activation, Pair, expand, pack_filters, sbf_conv2d

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from sbf_dist.compression.outputs import named_tensors
 from sbf_dist.compression.remembered import plan_of
 from sbf_dist.errors import UserError
-from sbf_dist.export.portable import example_inputs, exporters_reason, free_batch, portable
+from sbf_dist.export.portable import exporters_reason, free_batch, portable
 from sbf_dist.export.saved import Card
+from sbf_dist.export.tracing import example_inputs
 from sbf_dist.files import write_bytes
 from sbf_dist.surgery import deep_copy, unwrapped
 

@@ -9,13 +9,15 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from sbf_dist.export.fold import LayerTracer, UnscaledSBFConv2d, fold_batchnorm
+from sbf_dist.export.fold import fold_batchnorm
 from sbf_dist.export.fused import (
     FusedConv2d,
     FusedSBFConv2d,
     FusedWholeBasis,
     numeric_padding,
 )
+from sbf_dist.export.tracing import UntraceableError, planned_inputs, traced
+from sbf_dist.export.unscaled import UnscaledSBFConv2d
 from sbf_dist.export.whole_basis import reads_most_of_basis
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.ops import Activation
@@ -63,18 +65,21 @@ def optimize(model: nn.Module) -> nn.Module:
     padding, are not changed. If torch.fx cannot trace the network, or its code depends on the
     memory layout of features, a warning gives the reason; layers are then fused without what
     follows them, and the layout is that of `model`. `model` is not changed.
+
+    The copy is for the inputs that a student's plan knows, and for arguments without a default in
+    any other network. Further arguments keep their defaults: another value raises UserError.
     """
     model = unwrapped(model)
-    folded = fold_batchnorm(model)
+    inputs = planned_inputs(model)
+    folded = fold_batchnorm(model, inputs)
     for parameter in folded.parameters():
         parameter.requires_grad_(False)
     try:
-        graph = LayerTracer().trace(folded)
-    except Exception as error:  # torch.fx raises whatever the traced code raises
+        graph = traced(folded, inputs)
+    except UntraceableError as error:
         logger.warning(
-            "activations and residuals are not fused: %s cannot be traced by torch.fx (%s: %s)",
+            "activations and residuals are not fused: %s cannot be traced by torch.fx (%s)",
             type(model).__name__,
-            type(error).__name__,
             error,
         )
         return _fuse_each(folded)

@@ -5,10 +5,8 @@ import re
 import torch
 from torch import Tensor, nn
 
-from sbf_dist.compression.inputs import Packing
 from sbf_dist.compression.outputs import named_tensors
 from sbf_dist.export.fold import fold_batchnorm
-from sbf_dist.export.saved import Card
 from sbf_dist.export.standard_operators import with_standard_operators
 
 _MAX_REASON = 300
@@ -19,7 +17,8 @@ def portable(model: nn.Module, examples: tuple[Tensor, ...]) -> tuple[nn.Module,
 
     And the names of its outputs, where they are more than a tensor; it gives them as a tuple then.
     """
-    network = with_standard_operators(fold_batchnorm(model)).cpu().float()
+    network = with_standard_operators(fold_batchnorm(model, examples), examples)
+    network = network.cpu().float()
     with torch.no_grad():
         outputs = network(*examples)
     if isinstance(outputs, Tensor):
@@ -36,20 +35,6 @@ class Flat(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         return tuple(named_tensors(self.network(*inputs)).values())
-
-
-def example_inputs(
-    batch: int, card: Card | None, input_shape: tuple[int, int, int] | None = None
-) -> tuple[Tensor, ...]:
-    """Return inputs of zeros, of a card or of a shape."""
-    if card is None:
-        assert input_shape is not None
-        return (torch.zeros(batch, *input_shape),)
-    others = Packing.planned(card)
-    if others is None:
-        return (torch.zeros(batch, *card.input_shape),)
-    pairs = zip(others.shapes, others.dtypes, strict=True)
-    return tuple(torch.zeros(batch, *shape, dtype=dtype) for shape, dtype in pairs)
 
 
 def free_batch(network: nn.Module, examples: tuple[Tensor, ...]) -> tuple:

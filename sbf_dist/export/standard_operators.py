@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from sbf_dist.export.fold import LayerTracer, UnscaledSBFConv2d
+from sbf_dist.export.tracing import UntraceableError, traced
+from sbf_dist.export.unscaled import UnscaledSBFConv2d
 from sbf_dist.export.whole_basis import basis_weights, reads_most_of_basis
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.padding import PaddedConv2d
@@ -126,7 +127,9 @@ class ProductExpand(nn.Module):
         return F.conv2d(self.basis(x), self.weight, self.bias)
 
 
-def with_standard_operators(model: nn.Module) -> nn.Module:
+def with_standard_operators(
+    model: nn.Module, inputs: tuple[Tensor, ...] | None = None
+) -> nn.Module:
     """Return a copy of `model`, which is folded, with its SBF layers in standard operators.
 
     A layer of one source per channel becomes a `DepthwiseExpand`; so does one of S whose kept
@@ -134,6 +137,8 @@ def with_standard_operators(model: nn.Module) -> nn.Module:
     transformations (which keep their order), become a `ConcatExpand`, which leaves the
     order of channels free where all that reads it are convolutions, and these are permuted instead.
     Layers that read most of the basis become a `ProductExpand`.
+
+    inputs: an example of what the network is called with; see `sbf_dist.export.tracing.traced`.
     """
     portable = deep_copy(model)
     layers = {name: layer for name, layer in portable.named_modules() if isinstance(layer, SBF)}
@@ -145,7 +150,7 @@ def with_standard_operators(model: nn.Module) -> nn.Module:
         and _between(layer) is None
         and not reads_most_of_basis(layer)
     }
-    free = _absorb_orders(portable, several) if several else set()
+    free = _absorb_orders(portable, several, inputs) if several else set()
     for name, layer in layers.items():
         form: nn.Module
         if reads_most_of_basis(layer):
@@ -193,19 +198,20 @@ def _constant(tensor: Tensor) -> nn.Parameter:
 # ---------------------------------------------------------------- orders
 
 
-def _absorb_orders(model: nn.Module, layers: dict[str, SBF]) -> set[str]:
+def _absorb_orders(
+    model: nn.Module, layers: dict[str, SBF], inputs: tuple[Tensor, ...] | None
+) -> set[str]:
     """Permute, in place, the convolutions that read layers whose order can be left free.
 
     Returns the names of those layers.
     """
     try:
-        graph = LayerTracer().trace(model)
-    except Exception as error:  # torch.fx raises whatever the traced code raises
+        graph = traced(model, inputs)
+    except UntraceableError as error:
         logger.warning(
             "channels are gathered into their original order after each layer: %s cannot be "
-            "traced by torch.fx (%s: %s)",
+            "traced by torch.fx (%s)",
             type(model).__name__,
-            type(error).__name__,
             error,
         )
         return set()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sbf_dist.export.fold import UnscaledSBFConv2d
+from sbf_dist.export.unscaled import UnscaledSBFConv2d
 from sbf_dist.layers import SBFConv2d
 
 
