@@ -50,3 +50,20 @@ def leaves(model: nn.Module, names: Iterable[str]) -> Iterator[list[Tensor]]:
     finally:
         for parameter in learning:
             parameter.requires_grad_()
+
+
+def is_altered(module: nn.Module) -> bool:
+    """Whether calling `module` does more than its class says: it has hooks, or its own forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def take_hooks(module: nn.Module, other: nn.Module) -> None:
+    """Give `module`, in place, the forward hooks of `other`, whose place it takes."""
+    for name in (
+        "_forward_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+        "_forward_pre_hooks",
+        "_forward_pre_hooks_with_kwargs",
+    ):
+        getattr(module, name).update(getattr(other, name))

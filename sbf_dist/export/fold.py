@@ -10,6 +10,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from sbf_dist.compression.recognition import make_all_plain
 from sbf_dist.export.tracing import UntraceableError, planned_inputs, traced
 from sbf_dist.export.unscaled import UnscaledSBFConv2d
+from sbf_dist.hooks import is_altered
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.padding import PaddedConv2d
 from sbf_dist.surgery import become, deep_copy, unwrapped
@@ -87,6 +88,8 @@ def _obstacle(
     model: nn.Module, node: fx.Node, norm: Norm, calls: Counter, reads: set[str]
 ) -> str | None:
     """Say why the batch norm at `node` cannot be folded, or None if it can."""
+    if any(map(is_altered, norm.modules())):
+        return "it has hooks, or a forward of its own"
     if not _is_known(norm):
         return f"{type(norm).__name__} may do more than normalise"
     if norm.running_mean is None:
@@ -106,7 +109,7 @@ def _obstacle_before(
     module = model.get_submodule(name)
     if type(module) not in (nn.Conv2d, PaddedConv2d, SBFConv2d):
         return f"it follows a {type(module).__name__}"
-    if module._forward_pre_hooks:
+    if any(map(is_altered, module.modules())):
         return f"its convolution {name} has hooks, which may compute its weights"
     if getattr(module, "between", None) is not None:
         return "it follows an SBF layer whose basis features another batch norm reads"

@@ -19,6 +19,7 @@ from sbf_dist.export.fused import (
 from sbf_dist.export.tracing import UntraceableError, planned_inputs, traced
 from sbf_dist.export.unscaled import UnscaledSBFConv2d
 from sbf_dist.export.whole_basis import reads_most_of_basis
+from sbf_dist.hooks import is_altered
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.ops import Activation
 from sbf_dist.padding import PaddedConv2d
@@ -205,7 +206,7 @@ def _reuse_residuals(graph: fx.Graph, model: nn.Module) -> None:
 
 
 def _is_fusible(module: nn.Module) -> bool:
-    if module._forward_hooks or module._forward_pre_hooks:
+    if any(map(is_altered, module.modules())):
         return False
     if isinstance(module, nn.Conv2d) and type(module) in (nn.Conv2d, PaddedConv2d):
         return numeric_padding(module) is not None
@@ -247,7 +248,8 @@ def _activation(node: fx.Node, model: nn.Module) -> Activation | None:
     if len(node.all_input_nodes) != 1:
         return None
     if node.op == "call_module":
-        return MODULES.get(type(model.get_submodule(str(node.target))))
+        module = model.get_submodule(str(node.target))
+        return None if is_altered(module) else MODULES.get(type(module))
     if node.op == "call_function":
         return FUNCTIONS.get(node.target)
     if node.op == "call_method":
@@ -284,7 +286,8 @@ def _writes(node: fx.Node, model: nn.Module | None) -> bool:
     """Whether `node` changes one of its arguments."""
     if node.op == "call_module":
         assert model is not None
-        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
+        module = model.get_submodule(str(node.target))
+        return bool(getattr(module, "inplace", False)) or any(map(is_altered, module.modules()))
     if node.op == "call_method":
         name = str(node.target)
         return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
@@ -311,7 +314,8 @@ def _drop_identities(graph: fx.Graph, model: nn.Module) -> None:
 
 def _is_identity(node: fx.Node, model: nn.Module) -> bool:
     if node.op == "call_module":
-        return type(model.get_submodule(str(node.target))) in IDENTITIES
+        module = model.get_submodule(str(node.target))
+        return type(module) in IDENTITIES and not is_altered(module)
     if node.op != "call_function":
         return False
     # torchvision's function is known by its name: the library need not be there

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from sbf_dist.export.tracing import UntraceableError, traced
 from sbf_dist.export.unscaled import UnscaledSBFConv2d
 from sbf_dist.export.whole_basis import basis_weights, reads_most_of_basis
+from sbf_dist.hooks import is_altered, take_hooks
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.padding import PaddedConv2d
 from sbf_dist.surgery import become, deep_copy
@@ -149,9 +150,12 @@ def with_standard_operators(
         and layer.sources.shape[1] > 1
         and _between(layer) is None
         and not reads_most_of_basis(layer)
+        and not is_altered(layer)
     }
     free = _absorb_orders(portable, several, inputs) if several else set()
     for name, layer in layers.items():
+        if "forward" in vars(layer):
+            continue
         form: nn.Module
         if reads_most_of_basis(layer):
             form = ProductExpand(layer)
@@ -161,6 +165,7 @@ def with_standard_operators(
             form = ConcatExpand(layer, in_order=True)
         else:
             form = DepthwiseExpand(layer)
+        take_hooks(form, layer)
         become(layer, form)
     return portable
 
@@ -259,7 +264,8 @@ def _readers(node: fx.Node, model: nn.Module, once: set[str]) -> list[nn.Conv2d]
 
 def _is_channelwise(node: fx.Node, model: nn.Module) -> bool:
     if node.op == "call_module":
-        return type(model.get_submodule(str(node.target))) in CHANNELWISE_MODULES
+        module = model.get_submodule(str(node.target))
+        return type(module) in CHANNELWISE_MODULES and not is_altered(module)
     if node.op == "call_function":
         return node.target in CHANNELWISE_FUNCTIONS
     return node.op == "call_method" and node.target in CHANNELWISE_METHODS
@@ -270,10 +276,10 @@ def _convolution(node: fx.Node, model: nn.Module) -> nn.Conv2d | None:
     if node.op != "call_module":
         return None
     module = model.get_submodule(str(node.target))
+    if any(map(is_altered, module.modules())):  # a hook may compute the weights, or read channels
+        return None
     if isinstance(module, SBF):
         return module.basis if module.basis.groups == 1 else None
-    if module._forward_pre_hooks:  # which may compute the weights that would be permuted
-        return None
     if not isinstance(module, nn.Conv2d) or type(module) not in (nn.Conv2d, PaddedConv2d):
         return None
     return module if module.groups == 1 or _is_depthwise(module) else None

@@ -13,6 +13,7 @@ from sbf_dist.compression.outputs import named_tensors
 from sbf_dist.compression.remembered import plan_of
 from sbf_dist.errors import UserError
 from sbf_dist.export.unscaled import UnscaledSBFConv2d
+from sbf_dist.hooks import is_altered
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.padding import PaddedConv2d
 from sbf_dist.surgery import deep_copy
@@ -36,6 +37,8 @@ def traced(model: nn.Module, inputs: tuple[Tensor, ...] | None = None) -> fx.Gra
 
     Raises UntraceableError.
     """
+    if is_altered(model):  # torch.fx calls the forward of its class
+        raise UntraceableError("the network itself has hooks, or a forward of its own")
     # of a copy, and first: tracing may leave stand-ins in the attributes of the network
     wanted = None if inputs is None else _outputs(deep_copy(model), inputs)
     given = number_of_inputs(model) if inputs is None else len(inputs)
