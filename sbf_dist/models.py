@@ -19,6 +19,9 @@ RGB = 3  # channels of the images that libraries build for
 INCEPTIONS = ("googlenet", "inception_v3")  # torchvision's networks with auxiliary heads
 
 
+# What modules say of their state, and of where timm's weights came from.
+NO_FACTS = ("training", "pretrained_cfg", "default_cfg", "pretrained_model_args")
+
 # What the arguments begin with by which libraries would fetch or read weights.
 WEIGHTS = ("pretrained", "weights", "checkpoint_path", "cache_dir")
 
@@ -194,7 +197,17 @@ def _of_timm(model: nn.Module, classes: int) -> list[Architecture]:
         arguments["in_chans"] = stem.in_channels
     if hasattr(model, "feature_info") and not hasattr(model, "num_classes"):
         arguments["features_only"] = True
-    return [Architecture(f"timm:{architecture}", classes, arguments)]
+    tried = [arguments]
+    chosen = _chosen_features(model)
+    if chosen is not None:
+        tried.append(arguments | {"out_indices": chosen})
+    return [Architecture(f"timm:{architecture}", classes, given) for given in tried]
+
+
+def _chosen_features(model: nn.Module) -> list[int] | None:
+    """Return the stages whose features a timm network gives; None of a classifier."""
+    chosen = getattr(getattr(model, "feature_info", None), "out_indices", None)
+    return None if chosen is None else list(chosen)
 
 
 def _has_published_size(name: str, model: nn.Module) -> bool:
@@ -222,15 +235,41 @@ def _looks_like(one: nn.Module, other: nn.Module) -> bool:
     if shapes[0] != shapes[1] or repr(one) != repr(other):
         return False
     # What neither tensors nor repr show, such as transform_input of torchvision's GoogLeNet.
-    return all(_facts(a) == _facts(b) for a, b in zip(one.modules(), other.modules(), strict=True))
+    return all(_are_alike(a, b) for a, b in zip(one.modules(), other.modules(), strict=True))
+
+
+def _are_alike(one: nn.Module, other: nn.Module) -> bool:
+    facts = _facts(one), _facts(other)
+    for name in facts[0].keys() | facts[1].keys():
+        if name in facts[0] and name in facts[1]:
+            if facts[0][name] != facts[1][name]:
+                return False
+        elif name not in vars(one) or name not in vars(other):
+            return False  # where it is in both, but data in one alone, it is a cache of tensors
+    return True
 
 
 def _facts(module: nn.Module) -> dict[str, Any]:
-    return {
+    """Return what tells a module from others of its class: values, hooks and its own forward.
+
+    timm's hooks, by which some of its networks give features, are in the network that is built too.
+    """
+    facts = {
         name: value
         for name, value in vars(module).items()
-        if isinstance(value, bool | int | float | str) and name[0] != "_" and name != "training"
+        if _is_data(value) and name[0] != "_" and name not in NO_FACTS
     }
+    hooks = len(module._forward_hooks), len(module._forward_pre_hooks)
+    own_forward = "forward" in vars(module)
+    return facts | {"": (hooks, own_forward, _chosen_features(module))}
+
+
+def _is_data(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(_is_data(key) and _is_data(part) for key, part in value.items())
+    if isinstance(value, list | tuple | set | frozenset):
+        return all(map(_is_data, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _timm(name: str, classes: int, arguments: Mapping[str, Any]) -> nn.Module:

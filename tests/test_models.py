@@ -65,6 +65,61 @@ def test_what_only_attributes_tell_is_recognised_too():
     assert models.architecture_of(network, 4).name == "torchvision.models.googlenet:GoogLeNet"
 
 
+@pytest.mark.parametrize(
+    ("name", "chosen"),
+    [
+        ("resnet10t", (2, 4)),
+        ("resnet10t", (-1,)),
+        ("mobilenetv3_small_050", (1, 3)),
+        ("convnext_atto", (3,)),
+        ("resnetv2_50", (0, 4)),
+    ],
+)
+def test_of_timm_s_features_those_that_were_chosen_are_built_again(name, chosen):
+    arguments = {"features_only": True, "out_indices": list(chosen)}
+    network = models.build(f"timm:{name}", 0, arguments).eval()
+    found = models.architecture_of(network, 0).build().eval()
+    shapes = [[x.shape for x in one(torch.randn(1, 3, 64, 64))] for one in (network, found)]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "mobilenetv3_small_050", "vit_tiny_patch16_224"])
+def test_timm_s_own_choice_of_features_is_no_argument(name):
+    built = models.Architecture(f"timm:{name}", 0, {"features_only": True})
+    assert models.architecture_of(built.build(), 0) == built
+
+
+def test_a_library_s_network_that_has_run_is_recognised():
+    network = models.build("timm:levit_128s", 4).eval()
+    with torch.no_grad():
+        network(torch.randn(1, 3, 224, 224))  # which fills caches
+    assert models.architecture_of(network, 4).name == "timm:levit_128s"
+
+
+def hook(network):
+    network.layer2.register_forward_hook(lambda _, inputs, output: output / 4)
+
+
+def pre_hook(network):
+    network.register_forward_pre_hook(lambda _, inputs: (inputs[0] / 4,))
+
+
+def own_forward(network):
+    network.forward = lambda x: type(network).forward(network, x) / 4
+
+
+def other_container(network):
+    network.feature_info = network.feature_info[:2]
+
+
+@pytest.mark.parametrize("alter", [hook, pre_hook, own_forward, other_container])
+def test_a_library_s_network_that_was_altered_is_not_taken_for_the_library_s(alter):
+    network = models.build("timm:resnet10t", 4)
+    assert models.architecture_of(network, 4).name == "timm:resnet10t"
+    alter(network)
+    assert models.architecture_of(network, 4).name == "timm.models.resnet:ResNet"
+
+
 @pytest.mark.parametrize("name", ["timm:resnet18", "torchvision:shufflenet_v2_x0_5"])
 def test_networks_of_the_libraries_have_the_classes_asked_for(name):
     assert models.build(name, 7).eval()(torch.randn(1, 3, 64, 64)).shape == (1, 7)
