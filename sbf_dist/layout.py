@@ -11,6 +11,16 @@ logger = logging.getLogger(__name__)
 TOLERANCE = 1e-3  # of the largest output: other kernels add in another order
 
 
+def lay_out_in_channels_last(model: nn.Module) -> None:
+    """Lay parameters and buffers of four axes, in place, out in channels_last.
+
+    `Module.to` would change those of five axes too, and PyTorch has no such layout for them.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+
+
 @torch.no_grad()
 def needs_contiguous(model: nn.Module, images: Tensor) -> bool:
     """Tell whether `model` fails on `images` (N, C, H, W) as they lie, but not if contiguous.

@@ -21,6 +21,7 @@ from sbf_dist.export.unscaled import UnscaledSBFConv2d
 from sbf_dist.export.whole_basis import reads_most_of_basis
 from sbf_dist.hooks import is_altered
 from sbf_dist.layers import SBFConv2d
+from sbf_dist.layout import lay_out_in_channels_last
 from sbf_dist.ops import Activation
 from sbf_dist.padding import PaddedConv2d
 from sbf_dist.surgery import become, unwrapped
@@ -93,7 +94,7 @@ def optimize(model: nn.Module) -> nn.Module:
             asks,
         )
         return _fuse_each(folded)
-    folded = folded.to(memory_format=torch.channels_last)
+    lay_out_in_channels_last(folded)
     _reshape_views(graph)
     _drop_identities(graph, folded)
     _fuse_all(graph, folded)

@@ -225,6 +225,27 @@ def test_double_precision_and_other_inputs_than_the_first_are_right() -> None:
     torch.testing.assert_close(copy.deepcopy(optimized).double()(x), model.double()(x))
 
 
+class Clip(nn.Module):
+    """Convolves over time first, and adds a grid: tensors of five axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time = nn.Conv3d(1, 4, 3, padding=1)
+        self.conv = nn.Conv2d(16, 8, 3, padding=1)
+        self.register_buffer("grid", torch.randn(1, 2, 4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(self.time(x[:, None]).flatten(1, 2)).relu()
+        return y.unflatten(1, (2, 4)) * self.grid
+
+
+def test_tensors_of_five_axes_keep_their_layout() -> None:
+    model = Clip().eval()
+    optimized = optimize(model)
+    assert fused(optimized).activation == "relu"
+    check_agreement(optimized, model, torch.randn(2, 4, 9, 7))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("freezing", [True, False])
 def test_network_compiles_as_one_graph_with_its_sbf_layers_opaque(freezing: bool) -> None:
