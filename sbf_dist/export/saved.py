@@ -137,6 +137,7 @@ def save(
 
 def _write(folder: Path, model: nn.Module, plan: Plan, card: Card) -> None:
     check_folder(folder)
+    folder = folder.resolve()  # a link stays, and "." has a name
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -233,10 +234,25 @@ def _replace_folder(new: Path, folder: Path) -> None:
     if not folder.exists():
         new.rename(folder)
         return
+    if folder == Path.cwd():
+        _replace_files(new, folder)
+        return
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     folder.rename(old)
     new.rename(folder)
     shutil.rmtree(old)
+
+
+def _replace_files(new: Path, folder: Path) -> None:
+    """Move the files of `new` to `folder`, which others may be in: this process, and its shell.
+
+    Without the card, which goes first and comes last, the folder is no student.
+    """
+    for name in (CARD, *(entry.name for entry in folder.iterdir())):
+        (folder / name).unlink(missing_ok=True)
+    for name in (WEIGHTS, PLAN, CARD):
+        (new / name).rename(folder / name)
+    new.rmdir()
 
 
 def _dense(folder: Path, plan: Plan, build: Callable[..., nn.Module] | str | None) -> nn.Module:

@@ -76,6 +76,38 @@ def test_folder_with_other_things_is_not_overwritten(
     assert (saved / "thesis.tex").exists()
 
 
+@pytest.mark.parametrize("target", ["student", "not there yet"])
+def test_what_a_link_leads_to_is_replaced_and_the_link_stays(
+    saved: Path, student: nn.Module, plan: Plan, card: Card, target: str
+) -> None:
+    link = saved.with_name("latest")
+    link.symlink_to(target)
+    with torch.no_grad():
+        student.head.bias += 1
+    save_student(link, student, plan, card)
+    assert link.is_symlink() and link.resolve().name == target
+    assert torch.equal(load_student(link).head.bias, student.head.bias)
+    assert {entry.name for entry in saved.parent.iterdir()} == {"student", "latest", target}
+
+
+def test_the_current_folder_is_filled_and_stays_the_current_one(
+    student: nn.Module, plan: Plan, card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "student"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    before = Path().stat().st_ino
+    for _ in range(2):
+        with torch.no_grad():
+            student.head.bias += 1
+        save_student(Path(), student, plan, card)
+        assert torch.equal(load_student(".").head.bias, student.head.bias)
+        Path(ONNX).write_bytes(b"of the older student")
+    assert folder.stat().st_ino == before == Path().stat().st_ino
+    assert {entry.name for entry in folder.iterdir()} == {WEIGHTS, PLAN, CARD, ONNX}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["student"]
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-40])
 
