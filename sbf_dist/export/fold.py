@@ -37,8 +37,9 @@ def fold_batchnorm(model: nn.Module, inputs: tuple[Tensor, ...] | None = None) -
     inputs: an example of what the network is called with, of which only shapes and integers count;
         by default what a student's plan says. See `sbf_dist.export.tracing.traced`.
     """
-    folded = deep_copy(unwrapped(model)).eval()
+    folded = deep_copy(unwrapped(model))
     inputs = planned_inputs(folded) if inputs is None else inputs
+    folded.eval()  # a statement: a network's own train() may return nothing
     make_all_plain(folded)
     for parameter in folded.parameters():
         parameter.requires_grad_(False)

@@ -144,7 +144,8 @@ def verify_onnx(path: Path, model: nn.Module, images: Tensor | tuple[Tensor, ...
     inputs = [one.name for one in session.get_inputs()]
     batch = session.get_inputs()[0].shape[0]
     size = batch if isinstance(batch, int) else 64
-    reference = deep_copy(unwrapped(model)).cpu().float().eval()
+    reference = deep_copy(unwrapped(model)).cpu().float()
+    reference.eval()
     largest = 0.0
     given = images if isinstance(images, tuple) else (images,)
     for parts in zip(*(tensor.cpu().split(size) for tensor in given), strict=True):

@@ -225,7 +225,8 @@ def load_student(
         load_state(model, read_safetensors(path))
     except (SafetensorError, RuntimeError) as error:
         raise UserError(f"file {path} does not fit {PLAN}: {_first_line(error)}") from error
-    return model.eval()
+    model.eval()  # a statement: a network's own train() may return nothing
+    return model
 
 
 def _replace_folder(new: Path, folder: Path) -> None:

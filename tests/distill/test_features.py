@@ -34,6 +34,17 @@ def test_looking_leaves_the_network_as_it_was():
     assert not any(module._forward_hooks for module in network.modules())
 
 
+class Quiet(nn.Sequential):
+    """Its train() returns nothing, as that of many backbones."""
+
+    def train(self, mode=True):
+        super().train(mode)
+
+
+def test_looking_needs_no_result_of_the_network_s_train():
+    assert feature_channels(Quiet(nn.Conv2d(3, 4, 3), nn.ReLU()), (3, 8, 8)) == {"0": 4, "1": 4}
+
+
 def test_the_error_is_a_share_of_the_teachers_variance_and_a_mean_over_layers():
     generator = torch.Generator().manual_seed(0)
     student, teacher = (

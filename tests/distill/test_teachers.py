@@ -71,6 +71,17 @@ def test_the_teachers_are_frozen_in_evaluation_mode_and_give_no_gradients():
     assert not said.requires_grad
 
 
+def test_a_teacher_whose_train_returns_nothing_is_frozen_too():
+    class Quiet(Says):
+        def train(self, mode=True):
+            super().train(mode)
+
+    network = Quiet(0, 1)
+    ensemble(network)
+    assert not network.training
+    assert not network.logits.requires_grad
+
+
 def test_an_engine_that_wraps_a_task_does_not_find_the_teachers():
     class Task(nn.Module):
         def __init__(self):

@@ -8,9 +8,12 @@ from students import half_of_every_block, randomise
 from torch import nn
 
 from sbf_dist import models
+from sbf_dist.compression.convert import convert
 from sbf_dist.compression.one_shot import compress
 from sbf_dist.compression.plan import Plan
 from sbf_dist.errors import UserError
+from sbf_dist.export.onnx import export_onnx, verify_onnx
+from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import (
     CARD,
     ONNX,
@@ -212,3 +215,38 @@ def test_fidelity_stands_on_the_card(tmp_path: Path) -> None:
     save(student, tmp_path / "student", fidelity=plan.fidelity)
     assert plan.fidelity is not None
     assert load_card(tmp_path / "student").fidelity == plan.fidelity
+
+
+class Quiet(nn.Module):
+    """Its train() returns nothing, as that of many backbones of detectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1)
+        self.norm = nn.BatchNorm2d(16)
+        self.conv2 = nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv2(self.norm(self.conv1(x)).relu()).mean((2, 3))
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+
+
+def test_a_network_whose_train_returns_nothing_is_loaded_optimized_and_exported(
+    tmp_path: Path,
+) -> None:
+    plan = half_of_every_block(sources=1)
+    layers = {"conv1": plan.layers["conv"], "conv2": plan.layers["stages.0.0.conv2"]}
+    plan = plan.model_copy(update={"model": "mine:Quiet", "classes": 16, "layers": layers})
+    student = randomise(convert(Quiet(), plan))
+    student.train()
+    save(student, tmp_path / "student")
+    loaded = load_student(tmp_path / "student", build=Quiet)
+    assert not loaded.training and not loaded.norm.training
+    images = torch.randn(4, 3, 16, 16)
+    student.eval()
+    assert torch.equal(loaded(images), student(images))
+    torch.testing.assert_close(optimize(student)(images), student(images), rtol=1e-4, atol=1e-4)
+    export_onnx(student, tmp_path / "student.onnx")
+    assert verify_onnx(tmp_path / "student.onnx", student, images) < 1e-4
