@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from sbf_dist.budget import COUNTS, ROUNDING, Budget
-from sbf_dist.compression.calibration import Images, calibration_for, dtype_of
+from sbf_dist.compression.calibration import Images, calibration_for
 from sbf_dist.compression.cost import count
 from sbf_dist.compression.dense_plan import architecture_of, dense_plan
 from sbf_dist.compression.fitting.fidelity import OutputsFor, Wanted
@@ -20,7 +20,7 @@ from sbf_dist.compression.holding_out import split
 from sbf_dist.compression.inputs import without_packing
 from sbf_dist.compression.outputs import Yardstick
 from sbf_dist.compression.plan import Layer, Plan
-from sbf_dist.compression.precision import without_autocast, working_copy
+from sbf_dist.compression.precision import with_types_of, without_autocast, working_copy
 from sbf_dist.compression.progress import Progress, report
 from sbf_dist.compression.reconstruct import rebuild
 from sbf_dist.compression.remembered import remember
@@ -248,7 +248,7 @@ def plan_jointly(
     planner = JointPlanner(model, images, settings, probe=probe, name=name, seed=seed)
     shares = SHARES if settings.removal == "auto" else (settings.removal,)
     student, plan = planner.best(shares, keep_training=keep_training, progress=progress)
-    return remember(without_packing(student.to(dtype_of(model))), plan), plan
+    return remember(without_packing(with_types_of(model, student)), plan), plan
 
 
 def _row(candidate: Candidate, steps: int, title: str) -> str:

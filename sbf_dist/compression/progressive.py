@@ -4,11 +4,16 @@ import torch
 from torch import nn
 
 from sbf_dist.budget import Budget
-from sbf_dist.compression.calibration import Images, calibration_for, dtype_of
+from sbf_dist.compression.calibration import Images, calibration_for
 from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.inputs import Packing, without_packing
 from sbf_dist.compression.plan import Plan, SBFLayer
-from sbf_dist.compression.precision import without_autocast, working_copy, working_reference
+from sbf_dist.compression.precision import (
+    with_types_of,
+    without_autocast,
+    working_copy,
+    working_reference,
+)
 from sbf_dist.compression.progress import Progress
 from sbf_dist.compression.reconstruct import rebuild_more
 from sbf_dist.compression.remembered import remember
@@ -97,7 +102,7 @@ def shrink(
         timing=None,
         reference=reference,
     )
-    return remember(without_packing(smaller.to(dtype_of(student))), new), new
+    return remember(without_packing(with_types_of(student, smaller)), new), new
 
 
 def _prepared(reference: Reference, packing: Packing | None) -> Reference:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sbf_dist.budget import ROUNDING, Budget
-from sbf_dist.compression.calibration import Calibration, Images, calibration_for, dtype_of
+from sbf_dist.compression.calibration import Calibration, Images, calibration_for
 from sbf_dist.compression.candidates import find_candidates, forward_order
 from sbf_dist.compression.convertible import check_dense, nothing_to_convert
 from sbf_dist.compression.cost import Cost, count
@@ -39,6 +39,7 @@ from sbf_dist.compression.planning.option_table import OptionTable, measure_opti
 from sbf_dist.compression.planning.options import Search, Shape
 from sbf_dist.compression.precision import (
     check_timed,
+    with_types_of,
     without_autocast,
     working_copy,
     working_reference,
@@ -89,7 +90,7 @@ def rebuild(
         timing=timing,
         reference=None if reference is None else working_reference(reference),
     )
-    return student.to(dtype_of(model)), new
+    return with_types_of(model, student), new
 
 
 @torch.no_grad()

@@ -40,6 +40,38 @@ def test_half_precision_goes_through_removal_and_later_rounds():
     assert smaller(pictures(4).bfloat16()).isfinite().all()
 
 
+class Mixed(nn.Module):
+    """The first convolution and the head are in float32, the rest in bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = small().bfloat16()
+        self.net.stem.float()
+        self.net.head.float()
+        self.register_buffer("scale", torch.ones(1))
+
+    def forward(self, x):
+        net, kind = self.net, self.net.norm1.weight.dtype
+        x = net.stem(x * self.scale).relu().to(kind)
+        x = net.norm1(net.conv1(x)).relu()
+        x = net.norm2(net.conv2(x)).relu()
+        return net.head(x.mean((2, 3)).to(net.head.weight.dtype))
+
+
+@pytest.mark.parametrize("removal", [0.0, 0.5])
+def test_each_tensor_of_a_student_has_its_networks_type(removal):
+    model, images = Mixed().eval(), pictures(64)
+    student, plan = compress(model, images, Compression(macs=0.7, removal=removal), name=NAME)
+    smaller, _ = shrink(student, plan, images, Compression(macs=0.6))
+    types = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    for made in (student, smaller):
+        assert any(isinstance(module, SBFConv2d) for module in made.modules())
+        for name, tensor in made.state_dict().items():
+            is_half = name.startswith(("net.conv", "net.norm")) and tensor.is_floating_point()
+            assert tensor.dtype == types.get(name, torch.bfloat16 if is_half else None), name
+        assert made(images).dtype == torch.float32
+
+
 def test_half_precision_cannot_be_fitted_to_a_time_which_would_be_another_s():
     with pytest.raises(UserError, match=r"latency = 0.5: the network is in torch.float16"):
         compress(small().half(), pictures(8), latency=0.5, name=NAME)
