@@ -195,7 +195,7 @@ class Calibration:
             return images
         if isinstance(batch, Tensor) and batch.shape[1:] == (sum(self.packing.sizes),):
             return batch
-        return self.packing.pack(batch)
+        return self.packing.pack(batch, self.dtype)
 
     def _ready(self, images: Tensor) -> Tensor:
         dtype = self.dtype if images.is_floating_point() else None

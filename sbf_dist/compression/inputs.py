@@ -61,10 +61,11 @@ class Packing:
         """Values of each input in a row."""
         return [math.prod(shape) for shape in self.shapes]
 
-    def pack(self, inputs: Any) -> Tensor:
-        """Return (N, L), in the first input's type, of the first tensors of a batch.
+    def pack(self, inputs: Any, dtype: torch.dtype | None = None) -> Tensor:
+        """Return (N, L) of the first tensors of a batch, in `dtype`, or else the first one's type.
 
-        Raises UserError if they are not as many tensors of equal length, or of other shapes.
+        It is float32 at least. Raises UserError if they are not as many tensors of equal length, of
+        other shapes, or if they have integers that it cannot hold.
         """
         wanted = len(self.shapes)
         tensors = list(inputs[:wanted]) if isinstance(inputs, list | tuple) else []
@@ -81,8 +82,18 @@ class Packing:
             )
         if len({len(tensor) for tensor in tensors}) > 1:
             raise UserError("calibration images: the inputs of a batch are not equally many")
-        first = tensors[0]
-        return torch.cat([tensor.reshape(len(tensor), -1).to(first) for tensor in tensors], 1)
+        # Half precision holds integers to 2048 or 256 only.
+        wide = torch.promote_types(dtype or tensors[0].dtype, torch.float32)
+        device = tensors[0].device
+        packed = [tensor.reshape(len(tensor), -1).to(device, wide) for tensor in tensors]
+        for number, (tensor, one) in enumerate(zip(tensors, packed, strict=True), 1):
+            if not tensor.is_floating_point() and not _holds(one, tensor):
+                raise UserError(
+                    f"calibration images: input {number} has integers of up to "
+                    f"{int(tensor.abs().max())} in size, which {wide} cannot hold: inputs travel "
+                    "together, as floats"
+                )
+        return torch.cat(packed, 1)
 
     def unpack(self, packed: Tensor) -> tuple[Tensor, ...]:
         """Return the inputs, as they were.
@@ -102,6 +113,11 @@ class Packing:
         if packing_of(model) is None:
             model.register_forward_pre_hook(_Unpack(self))
         return model
+
+
+def _holds(packed: Tensor, integers: Tensor) -> bool:
+    """Whether the integers can be had back."""
+    return torch.equal(packed.to(integers.dtype), integers.reshape(packed.shape).to(packed.device))
 
 
 @dataclass(frozen=True)

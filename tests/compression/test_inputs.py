@@ -47,6 +47,37 @@ def test_inputs_come_out_as_they_were_packed():
         assert torch.equal(one, other[3:5])
 
 
+def large(first: int) -> tuple[torch.Tensor, ...]:
+    return (*INPUTS[:2], torch.arange(first, first + 32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_integers_come_out_as_they_were_whatever_type_the_images_have(dtype):
+    images, _, numbers = large(5001)
+    inputs = images.to(dtype), numbers
+    packing = Packing.of(inputs)
+    for packed in (packing.pack(inputs), packing.pack(inputs, torch.float16)):
+        assert torch.equal(packing.unpack(packed)[1], numbers)
+
+
+def test_integers_that_cannot_travel_as_floats_are_refused():
+    assert torch.equal(calibrated_numbers(large(2**24 - 31)), torch.arange(2**24 - 31, 2**24 + 1))
+    message = r"input 3 has integers of up to 16777247 in size, which torch.float32 cannot hold"
+    with pytest.raises(UserError, match=message):
+        calibrated_numbers(large(2**24))
+    # Images in double precision are brought into the network's.
+    images, other, numbers = large(2**24)
+    with pytest.raises(UserError, match=message):
+        calibrated_numbers((images.double(), other, numbers))
+
+
+def calibrated_numbers(inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """What the network is given of its third input."""
+    calibration = calibration_for(ready(Pair()), [inputs])
+    assert calibration.packing is not None
+    return calibration.packing.unpack(calibration.first(32))[2]
+
+
 def test_a_network_takes_packed_inputs_until_it_is_told_not_to(pair):
     packing = Packing.of(INPUTS)
     copied = packing.install(packing.install(ready(Pair())))
