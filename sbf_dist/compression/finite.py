@@ -13,14 +13,20 @@ from sbf_dist.hooks import registered
 
 
 def check_weights(model: nn.Module, name: str) -> None:
-    """UserError that names a weight that is not finite, if there is one."""
-    for key, tensor in chain(model.named_parameters(), model.named_buffers()):
+    """UserError that names a weight, or a batch norm's statistic, that is not finite, if any is."""
+    # Other buffers may have infinities, as masks of attention do; outputs tell if they do harm.
+    statistics = ((key, value) for key, value in model.named_buffers() if _is_statistic(key))
+    for key, tensor in chain(model.named_parameters(), statistics):
         if not tensor.isfinite().all():
-            what = "NaN" if tensor.isnan().any() else "infinity"
             layer, _, kind = key.rpartition(".")
+            where = f"layer {layer} ({kind})" if layer else kind
             raise UserError(
-                f"model {name!r} has {what} in layer {layer} ({kind}): its weights must be finite"
+                f"model {name!r} has {_named(tensor)} in {where}: its weights must be finite"
             )
+
+
+def _is_statistic(key: str) -> bool:
+    return key.rpartition(".")[2] in ("running_mean", "running_var")
 
 
 def check_outputs(model: nn.Module, images: Tensor, outputs: Iterable[Tensor]) -> None:

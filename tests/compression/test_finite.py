@@ -25,6 +25,38 @@ def images() -> Tensor:
     return torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
+def test_a_weight_that_is_not_finite_is_named() -> None:
+    model = network()
+    model[1].running_mean[3] = torch.inf
+    with pytest.raises(UserError, match=r"has infinity in layer 1 \(running_mean\): its weights"):
+        sbf_dist.compress(model, images(), macs=0.5)
+    own = Masked()
+    own.scale.data.fill_(torch.nan)
+    with pytest.raises(UserError, match=r"model 'Masked' has NaN in scale: its weights"):
+        sbf_dist.compress(own.eval(), images(), macs=0.5)
+
+
+class Masked(nn.Module):
+    """A mask of minus infinity, as those of attention, and a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.register_buffer("mask", torch.full((16, 16), -torch.inf).triu(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(self.scale * x @ self.mask.softmax(-1))
+
+
+@pytest.mark.parametrize("removal", [0.0, 1.0])
+def test_a_mask_may_have_infinities(removal: float) -> None:
+    settings = sbf_dist.Compression(macs=0.8, removal=removal)
+    student, _ = sbf_dist.compress(Masked().eval(), images(), settings)
+    assert student(images()).isfinite().all()
+    assert student.mask.isinf().any()
+
+
 @pytest.mark.parametrize("removal", [0.0, 1.0])
 def test_a_network_that_gives_nan_is_refused_with_the_layer(removal: float) -> None:
     model = network()
