@@ -132,7 +132,8 @@ def open_folder(networks: "Networks", again: str | None) -> list[str]:
         # From the last stage back: what is cut in the middle has no stage whose basis is gone.
         for stage in reversed(STAGES):
             if anew[stage.name]:
-                kept = {p.name for s, p in products if s is stage} - (stale - longer)
+                trainings = {p.name for s, p in products if s is stage and p.resumable}
+                kept = trainings - (stale - longer)
                 _remove_results(folder, stage, anew[stage.name], kept)
     bind(networks)
     folder.publish()
@@ -219,8 +220,8 @@ def _remove_results(
 ) -> None:
     """Remove what there is of products of a stage.
 
-    Checkpoints of those that are `kept`, of all of the stage, stay: a training that is not
-    concerned, or only longer, goes on from them.
+    Checkpoints of trainings of the stage that are `kept` stay: what is not concerned, or only
+    longer, goes on from them.
     """
     # The result first: without it the stage is not done, whatever else is left of it.
     folder.remove(folder.result(stage.name))
