@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 from torch.optim.swa_utils import AveragedModel
 from torch.overrides import TorchFunctionMode
 
+from sbf_dist.hooks import take_hooks
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.padding import PaddedConv2d, pad_of
 
@@ -72,11 +73,14 @@ def deep_copy(module: M, shared: Iterable[Tensor] = ()) -> M:
 
     weight_norm, spectral_norm and pruning masks of torch.nn.utils keep such tensors: their hooks
     compute them anew in the next forward pass. Tensors in `shared` are not copied. Each module of
-    the copy is in the mode of its original.
+    the copy is in the mode of its original, and has its forward hooks.
     """
     with _DetachedCopies():
         copied = copy.deepcopy(module, {id(tensor): tensor for tensor in shared})
     _set_modes(copied, {name: part.training for name, part in module.named_modules()})
+    for name, part in module.named_modules():
+        if isinstance(part, GraphModule):  # built anew, without what was registered
+            take_hooks(copied.get_submodule(name), part)
     return copied
 
 

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from sbf_dist.export.fold import fold_batchnorm
@@ -128,3 +128,15 @@ def test_the_copy_of_a_traced_network_is_in_its_mode(wrap):
     assert modes == {name: part.training for name, part in model.named_modules()}
     assert not deep_copy(model).eval().training
     assert torch.equal(deep_copy(model).eval()(x)["out"], copied(x)["out"])
+
+
+def test_the_copy_of_a_traced_network_has_its_forward_hooks_once():
+    traced = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()))
+    handle = traced.register_forward_pre_hook(lambda _, given: (2 * given[0],))
+    traced.register_forward_hook(lambda _, given, output: output + 1)
+    x = torch.randn(2, 3, 8, 8)
+    for wrapped in (traced, nn.Sequential(traced)):
+        assert torch.equal(deep_copy(wrapped)(x), wrapped(x))
+    before = deep_copy(traced)
+    handle.remove()
+    assert not torch.equal(before(x), traced(x))
