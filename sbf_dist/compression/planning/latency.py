@@ -15,7 +15,7 @@ from torch import nn
 from sbf_dist.compression.recognition import as_plain
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
-from sbf_dist.layout import needs_contiguous
+from sbf_dist.layout import lay_out_in_channels_last, needs_contiguous
 from sbf_dist.surgery import deep_copy, in_eval_mode
 
 # It loads a module that warns of a CUDA toolkit without a GPU, which is no fault.
@@ -154,7 +154,8 @@ def _timer(model: nn.Module, input_shape: tuple[int, ...], batch: int) -> Timer:
     last = torch.channels_last
     # Inputs that are packed lie as they do.
     if images.ndim == 4 and not needs_contiguous(shadow, images.to(memory_format=last)):
-        shadow, images = shadow.to(memory_format=last), images.to(memory_format=last)
+        lay_out_in_channels_last(shadow)
+        images = images.to(memory_format=last)
     return Timer(
         "model(images)",
         globals={"model": shadow, "images": images},

@@ -189,3 +189,18 @@ def test_the_forms_of_a_layer_are_measured_at_its_input(monkeypatch):
 
 def test_a_network_whose_train_returns_nothing_is_measured():
     assert latency(Silent(nn.Conv2d(3, 4, 3)), (3, 8, 9), seconds=0.01) > 0
+
+
+class Video(nn.Module):
+    """Weights of five axes beside those of four."""
+
+    def __init__(self):
+        super().__init__()
+        self.frames, self.conv = nn.Conv3d(1, 4, 3, padding=1), nn.Conv2d(12, 8, 3)
+
+    def forward(self, x):
+        return self.conv(self.frames(x[:, None]).flatten(1, 2))
+
+
+def test_a_network_with_weights_of_five_axes_is_measured():
+    assert latency(Video(), (3, 8, 8), seconds=0.01) > 0
