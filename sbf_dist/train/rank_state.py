@@ -83,7 +83,10 @@ def write_rank_state(
 
 def read_loader_state(folder: Path, rank: int) -> dict[str, Any]:
     """Where the images of a rank were. UserError if the file is missing or damaged."""
-    return read_state(folder, rank)["loader"]
+    state = read_state(folder, rank).get("loader")
+    if not isinstance(state, dict):
+        raise _damaged(folder, rank, "loader")
+    return state
 
 
 def restore(folder: Path, engine: Any) -> None:
@@ -111,9 +114,14 @@ def read_state(folder: Path, rank: int) -> dict[str, Any]:
         raise UserError(
             f"checkpoint {path}: cannot be read: {reason}; use an earlier checkpoint"
         ) from error
-    if not isinstance(state, dict) or not isinstance(state.get("loader"), dict):
-        raise UserError(f"checkpoint {path}: is damaged: loader; use an earlier checkpoint")
+    if not isinstance(state, dict):
+        raise _damaged(folder, rank, "it holds no object")
     return state
+
+
+def _damaged(folder: Path, rank: int, what: str) -> UserError:
+    path = folder / f"{rank:05d}.json"
+    return UserError(f"checkpoint {path}: is damaged: {what}; use an earlier checkpoint")
 
 
 def _rank() -> int:

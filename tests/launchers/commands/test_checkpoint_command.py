@@ -110,7 +110,8 @@ def test_verify_names_what_is_damaged_and_goes_on(written: Path, tmp_path: Path)
     [
         (None, "cannot be read: No such file"),
         ("{", "cannot be read: no JSON"),
-        ("[]", "is damaged: loader"),
+        ("[]", "is damaged: it holds no object"),
+        ("{}", "is damaged: loader"),
         ('{"loader": {}, "written": {"optimizer": 1}}', "is damaged: written"),
     ],
 )
