@@ -1,6 +1,5 @@
 """How the images of a step are shared out: among parts, and among workers."""
 
-import json
 import math
 from collections.abc import Mapping
 
@@ -8,6 +7,7 @@ from launchers.run.folder import RunFolder
 from launchers.run.networks import Job
 from pipelines.batch_shares import shares_of_batch
 from sbf_dist.errors import UserError
+from sbf_dist.files import read_json
 from sbf_dist.recipe import Recipe
 
 _NAMED = 8  # numbers of workers in a message
@@ -58,8 +58,9 @@ def epoch_steps(job: Job, images: Mapping[str, int], *, pairs: bool) -> float:
 def has_unlabelled(recipe: Recipe, folder: RunFolder) -> bool | None:
     """Whether a run has images without labels; None: they would have to be counted."""
     prepared = folder.result("prepare")
-    if prepared.exists():
-        return bool(json.loads(prepared.read_text())["unlabelled"])
+    known = read_json(prepared).get("unlabelled") if prepared.exists() else None
+    if known is not None:
+        return bool(known)
     if recipe.data.unlabelled is not None:
         return True
     if recipe.data.labelled_per_class is None and recipe.data.split is None:
