@@ -9,7 +9,7 @@ from launchers.run.folder import RunFolder
 from launchers.run.read_files import file_digests
 from launchers.run.stages import STAGES, Stage
 from sbf_dist.errors import UserError
-from sbf_dist.files import write_json
+from sbf_dist.files import read_json, write_json
 from sbf_dist.provenance import origin
 from sbf_dist.tracking import begin_anew
 
@@ -145,7 +145,7 @@ Products = list[tuple[Stage, locks.Product]]
 
 def _check_kind(folder: RunFolder) -> None:
     """UserError where the folder is that of a comparison, whose recipe has another form."""
-    if folder.recipe.exists() and "distill" not in json.loads(folder.recipe.read_text()):
+    if folder.recipe.exists() and "recovery" in read_json(folder.recipe):
         raise UserError(
             f"run folder {folder.root}: holds a comparison (sbf compare); give another name "
             "(name=…)"

@@ -169,7 +169,7 @@ def test_trainings_that_are_not_concerned_keep_their_checkpoints(
 
 def test_the_folder_of_a_comparison_is_refused(tmp_path: Path) -> None:
     folder = RunFolder.at(str(tmp_path), "tiny")
-    write_json(folder.recipe, {"seeds": 3})
+    write_json(folder.recipe, {"recovery": {}})
     with pytest.raises(UserError, match=r"tiny: holds a comparison .*give another name"):
         sequence.open_folder(Networks.of(RECIPE, folder), None)
-    assert folder.recipe.read_text().count("seeds") == 1
+    assert folder.recipe.read_text().count("recovery") == 1
