@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from sbf_dist import user_code
 from sbf_dist.cifar import NAME, CifarResNet, CifarVGG, build_cifar, cifar_name
 from sbf_dist.errors import UserError
+from sbf_dist.hooks import number_of_hooks
 
 LIBRARIES = ("timm", "torchvision")
 EXAMPLES = "cifar_resnet20, timm:resnet50, torchvision:resnet18, nets/mine.py:function"
@@ -259,9 +260,8 @@ def _facts(module: nn.Module) -> dict[str, Any]:
         for name, value in vars(module).items()
         if _is_data(value) and name[0] != "_" and name not in NO_FACTS
     }
-    hooks = len(module._forward_hooks), len(module._forward_pre_hooks)
     own_forward = "forward" in vars(module)
-    return facts | {"": (hooks, own_forward, _chosen_features(module))}
+    return facts | {"": (number_of_hooks(module), own_forward, _chosen_features(module))}
 
 
 def _is_data(value: Any) -> bool:

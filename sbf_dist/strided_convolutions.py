@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from sbf_dist.hooks import same_values
+
 _FEWEST = 16  # input channels of a group that are safe with all of oneDNN's kernels
 
 
@@ -29,6 +31,7 @@ def keep_inputs_contiguous(model: nn.Module) -> list[RemovableHandle]:
     ]
 
 
+@same_values
 def _contiguous(conv: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
     first = inputs[0] if inputs else None
     if not isinstance(first, Tensor) or first.device.type != "cpu":

@@ -3,11 +3,14 @@
 Without `keep_inputs_contiguous` oneDNN gives wrong ones, hangs, or damages memory.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from sbf_dist import compress, load, models, optimize, save
 from sbf_dist.settings import Optimizer
 from sbf_dist.strided_convolutions import keep_inputs_contiguous
 from sbf_dist.train.single import SingleEngine
@@ -60,3 +63,19 @@ def test_a_training_takes_care_of_it() -> None:
     with torch.no_grad():
         engine({"image": images})
     assert not seen[1].is_contiguous()  # inference is as it was
+
+
+def test_a_network_that_was_trained_so_is_saved_loaded_and_optimized_as_any_other(
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(0)
+    network = models.build("cifar_resnet8_w4", 5).eval()
+    keep_inputs_contiguous(network)
+    assert any(module._forward_pre_hooks for module in network.modules())
+    images = torch.randn(32, 3, 16, 16)
+    student, _ = compress(network, images, macs=0.7)
+    save(student, tmp_path / "student")
+    assert torch.equal(load(tmp_path / "student")(images), student(images))
+    fused = optimize(student)
+    assert not [m for m in fused.modules() if isinstance(m, nn.BatchNorm2d)]
+    torch.testing.assert_close(fused(images), student(images), rtol=1e-3, atol=1e-4)
