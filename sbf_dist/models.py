@@ -240,6 +240,8 @@ def _looks_like(one: nn.Module, other: nn.Module) -> bool:
 
 
 def _are_alike(one: nn.Module, other: nn.Module) -> bool:
+    if _conduct(one) != _conduct(other):
+        return False
     facts = _facts(one), _facts(other)
     for name in facts[0].keys() | facts[1].keys():
         if name in facts[0] and name in facts[1]:
@@ -250,18 +252,21 @@ def _are_alike(one: nn.Module, other: nn.Module) -> bool:
     return True
 
 
-def _facts(module: nn.Module) -> dict[str, Any]:
-    """Return what tells a module from others of its class: values, hooks and its own forward.
+def _conduct(module: nn.Module) -> tuple[Any, ...]:
+    """Return what a call of a module runs beside its class's forward, and which stages it gives.
 
     timm's hooks, by which some of its networks give features, are in the network that is built too.
     """
-    facts = {
+    return number_of_hooks(module), "forward" in vars(module), _chosen_features(module)
+
+
+def _facts(module: nn.Module) -> dict[str, Any]:
+    """Return the values that tell a module from others of its class, by their names."""
+    return {
         name: value
         for name, value in vars(module).items()
         if _is_data(value) and name[0] != "_" and name not in NO_FACTS
     }
-    own_forward = "forward" in vars(module)
-    return facts | {"": (number_of_hooks(module), own_forward, _chosen_features(module))}
 
 
 def _is_data(value: Any) -> bool:

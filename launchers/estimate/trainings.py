@@ -14,7 +14,8 @@ from launchers.estimate.memory import (
 )
 from launchers.estimate.student import even_student
 from launchers.estimate.timing import Work
-from launchers.run.networks import Job, Network, Networks
+from launchers.run.network import Job, Network
+from launchers.run.networks import Networks
 from launchers.run.shares import epoch_steps
 from sbf_dist import models
 from sbf_dist.compression.cost import Cost, count

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from launchers.estimate.teachers import Choice
-from launchers.run.networks import Network
+from launchers.run.network import Network
 from launchers.run.predictions import add_stored_targets, selected_images, sharper
 from launchers.run.shares import divided, epoch_steps, step_shares
 from launchers.run.worker import Batch, Context, ensemble_of, reader

@@ -6,7 +6,8 @@ from pathlib import Path
 from torch import nn
 
 from launchers.display import Display
-from launchers.run.networks import Network, Networks
+from launchers.run.network import Network
+from launchers.run.networks import Networks
 from sbf_dist import models
 from sbf_dist.compression.convert import convert
 from sbf_dist.compression.plan import Plan

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from launchers.run.building import build_network
-from launchers.run.networks import Job, Network
+from launchers.run.network import Job, Network
 from launchers.run.worker import Context
 from sbf_dist.distill.features import FeatureLoss, feature_loss
 from sbf_dist.distill.task import DistillationTask

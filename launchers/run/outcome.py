@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from launchers.run.networks import Network
+from launchers.run.network import Network
 from sbf_dist.errors import UserError
 from sbf_dist.files import write_json
 

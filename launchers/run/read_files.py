@@ -13,7 +13,7 @@ from sbf_dist.models import is_user_code
 from sbf_dist.recipe import Recipe
 
 if TYPE_CHECKING:
-    from launchers.run.networks import Network
+    from launchers.run.network import Network
 
 
 def file_digests(recipe: Recipe) -> Values:

@@ -16,7 +16,8 @@ from launchers.kept_recipe import kept_recipe
 from launchers.run import label_report
 from launchers.run.building import build_network
 from launchers.run.folder import RunFolder
-from launchers.run.networks import ONE_SHOT, STUDENT, Network, Networks
+from launchers.run.network import Network
+from launchers.run.networks import ONE_SHOT, STUDENT, Networks
 from launchers.run.stages import STAGES
 from pipelines.index import UNKNOWN, DataIndex
 from sbf_dist.compression.plan import Plan, SBFLayer
@@ -86,7 +87,7 @@ class _Reader:
         self.place, self.folder, self.request = place, folder, request
 
     def contents(self) -> RunContents:
-        identity = self._part(lambda: self._identity)
+        identity = self._part(lambda: read_json(self._recipe_file()))
         compressed = None
         if not isinstance(identity, Missing):
             compressed = identity.get("compress", {}).get("teacher")
@@ -111,16 +112,15 @@ class _Reader:
             return self.place.rstrip("/").rpartition("/")[2]
         return self.folder.name
 
-    @cached_property
-    def _identity(self) -> dict[str, Any]:
+    def _recipe_file(self) -> Path:
+        """Return the file of the run's recipe; UserError before there is one."""
         if not self.folder.recipe.exists():
             raise UserError("The run has no recipe.json yet: it is written after the first stage.")
-        return read_json(self.folder.recipe)
+        return self.folder.recipe
 
     @cached_property
     def _networks(self) -> Networks:
-        assert self._identity  # which says what is wrong with it
-        return Networks.of(kept_recipe(self.folder.recipe), self.folder)
+        return Networks.of(kept_recipe(self._recipe_file()), self.folder)
 
     def _self_trained(self) -> list[str]:
         networks = self._part(lambda: self._networks)
@@ -169,7 +169,7 @@ class _Reader:
         _, figures = label_report.files(self.folder)
         if figures.exists():
             return read_json(figures)
-        assert self._identity  # which is read there, too
+        self._recipe_file()  # which is read there, too
         return label_report.of_place(self.folder.root)  # of an earlier version
 
     def _layers(self) -> Layers:

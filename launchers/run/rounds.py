@@ -8,7 +8,8 @@ from torch import nn
 from launchers.display import Display
 from launchers.run import outcome
 from launchers.run.building import build_network
-from launchers.run.networks import Network, Networks, Round
+from launchers.run.network import Network
+from launchers.run.networks import Networks, Round
 from launchers.student import make_student, progress_of
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.cost import count

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 
 from launchers.run.folder import RunFolder
-from launchers.run.networks import Job
+from launchers.run.network import Job
 from pipelines.batch_shares import shares_of_batch
 from sbf_dist.errors import UserError
 from sbf_dist.files import read_json

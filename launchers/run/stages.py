@@ -11,7 +11,8 @@ from launchers.run.locks import Product
 from sbf_dist.errors import UserError
 
 if TYPE_CHECKING:  # they take seconds to import, and the command line reads this list
-    from launchers.run.networks import Network, Networks
+    from launchers.run.network import Network
+    from launchers.run.networks import Networks
     from launchers.run.session import Result, Session
     from sbf_dist.tracking import Run as TrackedRun
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from launchers.estimate.teachers import Choice, choose
 from launchers.run.building import build_network
-from launchers.run.networks import Network
+from launchers.run.network import Network
 from launchers.run.worker import Context
 from sbf_dist.files import write_json
 

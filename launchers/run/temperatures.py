@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launchers.run.networks import Network
+from launchers.run.network import Network
 from launchers.run.worker import Context, ensemble_of, validation
 from sbf_dist.distill.teachers import TeacherEnsemble
 from sbf_dist.distill.temperature import (

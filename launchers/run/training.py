@@ -21,7 +21,7 @@ from launchers.run.batches import (
     with_progress,
 )
 from launchers.run.building import build_network
-from launchers.run.networks import Job, Network
+from launchers.run.network import Job, Network
 from launchers.run.objective import learning_rates, task_for
 from launchers.run.teaching import choice_for
 from launchers.run.worker import Batch, Context, validation

@@ -12,7 +12,8 @@ from launchers.images import calibration_images, evaluation_images, index_images
 from launchers.run import label_report, labelling, outcome, rounds, scoring, training
 from launchers.run.building import build_member, build_network
 from launchers.run.lengths import check_lengths
-from launchers.run.networks import Network, labels_of
+from launchers.run.network import Network
+from launchers.run.networks import labels_of
 from launchers.run.read_files import weights_digests
 from launchers.run.session import Result, Session
 from launchers.run.shares import numbers_of_workers
@@ -334,7 +335,7 @@ def _check_answers(session: Session, teacher: Network) -> None:
 @torch.no_grad()
 def _check_outputs(session: Session, teacher: Network, model: nn.Module) -> None:
     """UserError for other outputs than classes before a training, which would not miss them."""
-    answers = model.eval()(torch.zeros(1, *teacher.input_shape))
+    answers = in_eval_mode(model)(torch.zeros(1, *teacher.input_shape))
     found = answers.shape[1:] if isinstance(answers, torch.Tensor) else None
     if found == (session.num_classes,):
         return

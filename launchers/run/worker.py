@@ -16,7 +16,8 @@ from torch import Tensor
 from launchers.images import shard_cache, with_embedded_images
 from launchers.run.building import build_member
 from launchers.run.folder import PRETRAINED, RunFolder
-from launchers.run.networks import Network, Networks
+from launchers.run.network import Network
+from launchers.run.networks import Networks
 from launchers.storage.journals import JournalMirror
 from pipelines.index import DataIndex
 from pipelines.loader import EvalLoader

@@ -13,7 +13,8 @@ from launchers.run import labelling, worker
 from launchers.run.batches import targets, training_batches, training_images, with_progress
 from launchers.run.building import build_network
 from launchers.run.folder import RunFolder
-from launchers.run.networks import Network, Networks
+from launchers.run.network import Network
+from launchers.run.networks import Networks
 from launchers.run.objective import learning_rates, task_for
 from launchers.run.read_files import weights_digests
 from launchers.run.teaching import choice_for

@@ -4,7 +4,8 @@ import pytest
 
 from launchers.run.building import build_network
 from launchers.run.folder import RunFolder
-from launchers.run.networks import Network, Networks
+from launchers.run.network import Network
+from launchers.run.networks import Networks
 from sbf_dist import recipe
 from sbf_dist.recipe import Recipe
 from sbf_dist.settings import View

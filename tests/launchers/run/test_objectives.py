@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from launchers.run.folder import RunFolder
-from launchers.run.networks import Network, Networks
+from launchers.run.network import Network
+from launchers.run.networks import Networks
 from sbf_dist.recipe import Recipe
 from sbf_dist.train import shards
 from sbf_dist.weights import read_safetensors

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from launchers.run import outcome
-from launchers.run.networks import Network
+from launchers.run.network import Network
 from launchers.student import export_student
 from sbf_dist.compression.one_shot import compress
 from sbf_dist.errors import UserError

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from tiny_run import BATCHES_OF_40
 
 from launchers.run import work
 from launchers.run.folder import RunFolder
@@ -13,16 +14,6 @@ from launchers.run.networks import Networks
 from pipelines.index import DataIndex
 from sbf_dist.errors import UserError
 from sbf_dist.recipe import validate
-
-CONTENT = {
-    "name": "tiny",
-    "data": {"source": "digits", "image_size": 16, "labelled_per_class": 2},
-    "teachers": [
-        {"name": "one", "model": "cifar_resnet8", "training": {"steps": 9, "batch_size": 40}}
-    ],
-    "compress": {"teacher": "one", "macs": 0.5},
-    "distill": {"training": {"steps": 9, "batch_size": 40}},
-}
 
 
 def prepare(
@@ -38,7 +29,7 @@ def prepare(
         save=lambda folder: None,
     )
     monkeypatch.setattr(work, "index_images", lambda *_: cast("DataIndex", index))
-    recipe, folder = validate(CONTENT, overrides, "recipe"), RunFolder(runs, "tiny")
+    recipe, folder = validate(BATCHES_OF_40, overrides, "recipe"), RunFolder(runs, "tiny")
     session = SimpleNamespace(
         recipe=recipe,
         folder=folder,

@@ -9,7 +9,8 @@ from launchers.display import Display
 from launchers.run import outcome, rounds
 from launchers.run.building import build_network
 from launchers.run.folder import RunFolder
-from launchers.run.networks import Network, Networks
+from launchers.run.network import Network
+from launchers.run.networks import Networks
 from launchers.run.stages import STAGES
 from launchers.student import make_student
 from sbf_dist import models, recipe

@@ -1,9 +1,10 @@
 from pathlib import Path
 
 import pytest
+from tiny_run import BATCHES_OF_40
 
 from launchers.run.folder import RunFolder
-from launchers.run.networks import Job
+from launchers.run.network import Job
 from launchers.run.shares import (
     divided,
     epoch_steps,
@@ -62,16 +63,7 @@ def test_an_epoch_lasts_until_the_longest_stream_was_seen() -> None:
 
 
 def _recipe(*overrides: str) -> Recipe:
-    content = {
-        "name": "tiny",
-        "data": {"source": "digits", "image_size": 16, "labelled_per_class": 10},
-        "teachers": [
-            {"name": "one", "model": "cifar_resnet8", "training": {"steps": 9, "batch_size": 40}}
-        ],
-        "compress": {"teacher": "one", "macs": 0.5},
-        "distill": {"training": {"steps": 9, "batch_size": 40}},
-    }
-    return validate(content, overrides, "recipe")
+    return validate(BATCHES_OF_40, overrides, "recipe")
 
 
 def test_numbers_of_workers_divide_both_parts_of_a_step_of_the_students() -> None:

@@ -13,7 +13,8 @@ from archive_makers import cifar10_python
 
 from launchers.run import training, worker
 from launchers.run.batches import targets, training_batches, training_images
-from launchers.run.networks import Network, Networks
+from launchers.run.network import Network
+from launchers.run.networks import Networks
 from launchers.run.predictions import stored_predictions
 from launchers.run.teaching import choice_for
 from pipelines.loader import TrainLoader

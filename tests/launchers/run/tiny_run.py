@@ -22,6 +22,16 @@ CONTENT = {
     "distill": {"training": {"steps": 10}},
     "baselines": {"steps": 10},
 }
+# A step of its student has 10 images with labels and 30 without.
+BATCHES_OF_40 = {
+    "name": "tiny",
+    "data": {"source": "digits", "image_size": 16, "labelled_per_class": 2},
+    "teachers": [
+        {"name": "one", "model": "cifar_resnet8", "training": {"steps": 9, "batch_size": 40}}
+    ],
+    "compress": {"teacher": "one", "macs": 0.5},
+    "distill": {"training": {"steps": 9, "batch_size": 40}},
+}
 ALL = [stage.name for stage in STAGES]
 
 
