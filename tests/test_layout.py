@@ -5,11 +5,11 @@ import torch
 from small_networks import Small, pictures
 from torch import nn
 
-from sbf_dist.compression.calibration import calibration_for
 from sbf_dist.compression.holding_out import split
 from sbf_dist.compression.one_shot import compress
 from sbf_dist.compression.planning.latency import latency
 from sbf_dist.compression.planning.latency_table import LatencyTable, Timing
+from sbf_dist.compression.prepared_images import calibration_for
 from sbf_dist.export.optimize import optimize
 from sbf_dist.layout import needs_contiguous
 from sbf_dist.train.evaluate import predict
@@ -172,7 +172,9 @@ def test_a_student_fitted_in_channels_last_computes_what_it_would_else(monkeypat
     torch.manual_seed(0)
     model, images = Depthwise().eval(), pictures(64)
     student, plan = compress(model, images, macs=0.9)
-    monkeypatch.setattr("sbf_dist.compression.calibration.prefers_channels_last", lambda *_: False)
+    monkeypatch.setattr(
+        "sbf_dist.compression.prepared_images.prefers_channels_last", lambda *_: False
+    )
     other, same = compress(model, images, macs=0.9)
     assert {n: getattr(p, "kept", None) for n, p in plan.layers.items()} == {
         n: getattr(p, "kept", None) for n, p in same.layers.items()

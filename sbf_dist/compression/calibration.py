@@ -1,5 +1,6 @@
-"""Calibration images as a stream: read repeatedly, never held as a whole."""
+"""Calibration images as a stream that is read repeatedly."""
 
+import copy
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -7,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sbf_dist.compression.inputs import Packing, number_of_inputs
+from sbf_dist.compression.held_images import HeldImages
+from sbf_dist.compression.inputs import Packing
 from sbf_dist.errors import UserError
-from sbf_dist.layout import needs_contiguous, prefers_channels_last
 
 BATCH = 64  # images at a time, where it is ours to choose
 PIXELS = 2**19  # of a batch for the layers' statistics: 10 images of 224 px, 64 of 90 px
@@ -55,6 +56,7 @@ class Calibration:
         self.dtype = dtype
         self._layout = torch.preserve_format
         self.packing = packing
+        self.is_spread = False  # whether the first images, however many, are of all places
         self.shape: tuple[int, ...] = ()
         self.count = 0
         samples: list[Tensor] = []
@@ -106,8 +108,7 @@ class Calibration:
         """Return the same images, coming on another device, in another floating-point type."""
         if device is None and dtype is None:
             return self
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__)
+        other = copy.copy(self)
         other.device = self.device if device is None else torch.device(device)
         other.dtype = self.dtype if dtype is None else dtype
         return other
@@ -125,7 +126,7 @@ class Calibration:
         return self._laid_out(other._layout)
 
     def _laid_out(self, layout: torch.memory_format) -> "Calibration":
-        other = self.to(self.device)
+        other = copy.copy(self)
         other._layout = layout
         return other
 
@@ -175,6 +176,17 @@ class Calibration:
                 break
         return torch.cat(pieces)
 
+    def in_order(self, order: Sequence[int], sources: Sequence[Hashable]) -> "Calibration":
+        """Return all images, with `sources`, in an order of their numbers.
+
+        Those that are not in memory as tensors are read once more, and kept (`HeldImages`).
+        """
+        other = copy.copy(self)
+        other._batches = HeldImages(self._batches, self._checked, self._images_of, order, BATCH)
+        other._samples = self._samples[list(order)]
+        other.sources = [sources[number] for number in order]
+        return other
+
     @property
     def part(self) -> int:
         """Images in a batch whose features are held for statistics: fewer where they are large."""
@@ -191,7 +203,7 @@ class Calibration:
         """Return the images of a batch, which may have labels behind them; or its inputs packed."""
         if self.packing is None:
             images = batch[0] if isinstance(batch, list | tuple) and batch else batch
-            _shape(images)
+            check_images(images)
             return images
         if isinstance(batch, Tensor) and batch.shape[1:] == (sum(self.packing.sizes),):
             return batch
@@ -267,11 +279,11 @@ def _are_alike(samples: Tensor, others: Tensor) -> Tensor:
     return torch.isclose(samples, others, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True).all(-1)
 
 
-def _shape(images: Any) -> tuple[int, int, int]:
+def check_images(images: Any) -> None:
+    """Raise UserError unless `images` are a tensor (N, C, H, W)."""
     if not isinstance(images, Tensor) or images.ndim != 4:
         kind = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise UserError(f"calibration images: a batch is {kind}, it must be a tensor (N, C, H, W)")
-    return (images.shape[1], images.shape[2], images.shape[3])
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -283,42 +295,3 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     """Return the floating-point type of the first parameters of `model`."""
     floating = (x.dtype for x in model.parameters() if x.is_floating_point())
     return next(floating, torch.get_default_dtype())
-
-
-def calibration_for(model: nn.Module, images: Images) -> Calibration:
-    """Return `images` on the device, in the floating-point type and the layout of `model`.
-
-    A network whose forward pass needs several inputs takes them packed from here on; its batches
-    must be tuples that begin with them.
-    """
-    calibration = Calibration.of(
-        images, device=device_of(model), dtype=dtype_of(model), packing=_packing_for(model, images)
-    )
-    if calibration.packing is not None:
-        calibration.packing.install(model)
-    image = calibration.first(1)
-    if needs_contiguous(model, image):
-        return calibration.contiguous()
-    if prefers_channels_last(model, image):
-        return calibration.channels_last()
-    return calibration
-
-
-def _packing_for(model: nn.Module, images: Images) -> Packing | None:
-    wanted = number_of_inputs(model)
-    if wanted == 1 or isinstance(images, Calibration):
-        return None
-    first = None if isinstance(images, Tensor | Iterator) else next(iter(images), None)
-    if not isinstance(first, list | tuple) or len(first) < wanted:
-        raise UserError(
-            f"calibration images: {type(model).__name__} takes {wanted} inputs; give batches that "
-            "are tuples of so many tensors, the images first"
-        )
-    _shape(first[0])
-    for tensor in first[1:wanted]:
-        if not isinstance(tensor, Tensor) or tensor.ndim == 0:
-            raise UserError(
-                f"calibration images: {type(model).__name__} takes {wanted} inputs, and a batch "
-                f"has a {type(tensor).__name__} among its first {wanted}"
-            )
-    return Packing.of(first[:wanted])

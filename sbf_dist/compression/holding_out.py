@@ -21,16 +21,19 @@ def split(images: Calibration, share: float = SHARE) -> tuple[Calibration, Calib
     wanted = min(LARGEST, round(share * images.count))
     if images.count < LEAST or wanted < 2:
         return images, None
-    if images.sources is None:
-        block = -(-wanted // BLOCKS)
-        groups: Sequence[Hashable] = [index // block for index in range(images.count)]
-    else:
-        groups = images.sources
-    held = _spread(groups, wanted)
+    held = _spread(groups_of(images, share), wanted)
     if not held or len(held) > images.count - 2:
         return images, None
     chosen = [index in held for index in range(images.count)]
     return _part(images, [not one for one in chosen]), _part(images, chosen)
+
+
+def groups_of(images: Calibration, share: float = SHARE) -> Sequence[Hashable]:
+    """Return what each image is in one group by: its source, else the run of neighbours."""
+    if images.sources is not None:
+        return images.sources
+    run = max(1, -(-min(LARGEST, round(share * images.count)) // BLOCKS))
+    return [index // run for index in range(images.count)]
 
 
 def _spread(groups: Sequence[Hashable], wanted: int) -> set[int]:
@@ -76,4 +79,5 @@ def _part(images: Calibration, chosen: list[bool]) -> Calibration:
     part = Calibration(
         _Chosen(images, chosen), device=images.device, sources=sources, packing=images.packing
     )
+    part.is_spread = images.is_spread
     return part.laid_out_as(images)

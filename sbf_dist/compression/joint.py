@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from sbf_dist.budget import COUNTS, ROUNDING, Budget
-from sbf_dist.compression.calibration import Images, calibration_for
+from sbf_dist.compression.calibration import Images
 from sbf_dist.compression.cost import count
 from sbf_dist.compression.dense_plan import architecture_of, dense_plan
 from sbf_dist.compression.fitting.fidelity import OutputsFor, Wanted
@@ -21,6 +21,7 @@ from sbf_dist.compression.inputs import without_packing
 from sbf_dist.compression.outputs import Yardstick
 from sbf_dist.compression.plan import Layer, Plan
 from sbf_dist.compression.precision import with_types_of, without_autocast, working_copy
+from sbf_dist.compression.prepared_images import calibration_for
 from sbf_dist.compression.progress import Progress, report
 from sbf_dist.compression.reconstruct import rebuild
 from sbf_dist.compression.remembered import remember

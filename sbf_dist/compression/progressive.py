@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from sbf_dist.budget import Budget
-from sbf_dist.compression.calibration import Images, calibration_for
+from sbf_dist.compression.calibration import Images
 from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.inputs import Packing, without_packing
 from sbf_dist.compression.plan import Plan, SBFLayer
@@ -14,6 +14,7 @@ from sbf_dist.compression.precision import (
     working_copy,
     working_reference,
 )
+from sbf_dist.compression.prepared_images import calibration_for
 from sbf_dist.compression.progress import Progress
 from sbf_dist.compression.reconstruct import rebuild_more
 from sbf_dist.compression.remembered import remember

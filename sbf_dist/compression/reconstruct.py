@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sbf_dist.budget import ROUNDING, Budget
-from sbf_dist.compression.calibration import Calibration, Images, calibration_for
+from sbf_dist.compression.calibration import Calibration, Images
 from sbf_dist.compression.candidates import find_candidates, forward_order
 from sbf_dist.compression.convertible import check_dense, nothing_to_convert
 from sbf_dist.compression.cost import Cost, count
@@ -44,6 +44,7 @@ from sbf_dist.compression.precision import (
     working_copy,
     working_reference,
 )
+from sbf_dist.compression.prepared_images import calibration_for
 from sbf_dist.compression.progress import Progress, report
 from sbf_dist.compression.recognition import Recognised, recognise
 from sbf_dist.errors import UserError
@@ -170,6 +171,7 @@ def rebuild_more(
     fitted = fit_layers(fit, order, changed, found, progress)
     if settings.between is not None:
         fitted = insert_between(student, fitted, images, settings.between)
+        fit.forget()
     judge = None
     if changed or reference.module is not network:
         judge = settle(
@@ -179,8 +181,8 @@ def rebuild_more(
             held,
             refit=settings.refit,
             yardstick=yardstick,
-            route=route,
             priors=found.priors,
+            fit=fit,
         )
     after = count(student, images.shape, examples)
     latency = None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sbf_dist.budget import Budget
-from sbf_dist.compression.calibration import Images, calibration_for
+from sbf_dist.compression.calibration import Images
 from sbf_dist.compression.candidates import convolution, find_candidates
 from sbf_dist.compression.cost import count
 from sbf_dist.compression.fitting.layerwise import gather_layers
@@ -17,6 +17,7 @@ from sbf_dist.compression.fitting.resuming import Route
 from sbf_dist.compression.fitting.sequential import SequentialFit
 from sbf_dist.compression.fitting.statistics import Moments
 from sbf_dist.compression.planning.knapsack import Option, allocate
+from sbf_dist.compression.prepared_images import calibration_for
 from sbf_dist.compression.recognition import make_all_plain
 from sbf_dist.errors import UserError
 from sbf_dist.padding import PaddedConv2d, pad_of

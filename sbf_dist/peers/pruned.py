@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-from sbf_dist.compression.calibration import Calibration, Images, calibration_for
+from sbf_dist.compression.calibration import Calibration, Images
 from sbf_dist.compression.candidates import forward_order
 from sbf_dist.compression.cost import count
 from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.fitting.refit import is_mended, refit_heads
 from sbf_dist.compression.fitting.resuming import Route
 from sbf_dist.compression.fitting.sequential import SequentialFit
+from sbf_dist.compression.prepared_images import calibration_for
 from sbf_dist.errors import UserError
 from sbf_dist.peers.batch_norms import Statistics, settle_batch_norms
 from sbf_dist.peers.shrinking import in_proportion, longest_within

@@ -19,6 +19,7 @@ from sbf_dist.compression.fitting.statistics import measure_batch_norm, run_unti
 from sbf_dist.compression.holding_out import split
 from sbf_dist.compression.plan import Plan, SBFLayer
 from sbf_dist.compression.planning import option_table
+from sbf_dist.compression.prepared_images import calibration_for
 from sbf_dist.compression.removal.zeroed import zero_channels
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
@@ -92,7 +93,7 @@ def test_layers_that_mix_their_basis_have_the_errors_that_are_measured():
     made_of = {n: layer for n, layer in plan.layers.items() if isinstance(layer, SBFLayer)}
     mixed = {name: all(row == m.kept for row in m.sources) for name, m in made_of.items()}
     assert any(mixed.values())
-    fitted, _ = split(Calibration.of(images))
+    fitted, _ = split(calibration_for(model, images))
     images = fitted.first(fitted.count)
     for name, layer in made_of.items():
         wanted = run_until(model, name, images, output=True)
@@ -144,7 +145,7 @@ def test_the_error_of_each_layer_is_what_is_measured_on_the_converted_network():
     student, plan = shrink(model, images, macs=0.35)
     converted = [name for name, layer in plan.layers.items() if layer.kind == "sbf"]
     assert converted == ["conv1", "conv2"]
-    fitted, _ = split(Calibration.of(images))
+    fitted, _ = split(calibration_for(model, images))
     images = fitted.first(fitted.count)
     for name in converted:
         wanted = run_until(model, name, images, output=True)

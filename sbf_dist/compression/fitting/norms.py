@@ -5,7 +5,7 @@ on the same images is added. So a layer that gives what it gave leaves them as t
 the images.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -107,14 +107,12 @@ def move_batch_norms(
     student: nn.Module,
     reference: Reference,
     images: Calibration,
-    outputs: Iterable[object] | None = None,
 ) -> None:
     """Move the statistics of all batch norms of `student`, in place and in forward order.
 
     Each batch norm is moved on what those before it then give: batch by batch, and in the end by
     the mean of all. Of many images some are looked at, those of `compared_parts`. `reference` names
-    the channels of a batch norm that are left by its name; `outputs` runs it on these parts, one
-    after the other, as it is gone through.
+    the channels of a batch norm that are left by its name.
     """
     modules_of_reference = dict(reference.module.named_modules())
     norms = {
@@ -157,10 +155,10 @@ def move_batch_norms(
             yield dense.get_submodule(name).register_forward_pre_hook(look(name))
             yield norm.register_forward_pre_hook(move(name))
 
-    outputs = outputs or (dense(batch) for batch in _compared(images))
     count = 0
     with registered(hooks()):
-        for _, batch in zip(outputs, _compared(images), strict=True):
+        for batch in _compared(images):
+            dense(batch)
             student(batch)
             count += len(batch)
     for name, norm in norms.items():

@@ -5,7 +5,7 @@ first layer each time, that would take time that grows with the square of the de
 network gives up to a point is kept, and the next pass goes on from there (`cuts`).
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -82,6 +82,10 @@ class Side:
             Passes(reference, images, route.reference, shelf),
         )
 
+    def is_before(self, name: str | None) -> bool:
+        """Tell whether layer `name`, if one is named, can still be asked for in both networks."""
+        return self.student.are_before(name) and self.reference.are_before(name)
+
 
 class Passes:
     """Images on their way through `model`, part by part.
@@ -103,6 +107,14 @@ class Passes:
         for count in images.part_sizes(images.part):
             self._parts.append(_Part(start, count))
             start += count
+
+    def are_before(self, name: str | None) -> bool:
+        """Tell whether layer `name`, if one is named, can still be asked for in all parts."""
+        if name is None:
+            return True
+        cut = self._cuts.get(name)
+        reached = -1 if cut is None else cut.position
+        return all(part.cut is None or part.cut.position <= reached for part in self._parts)
 
     def inputs(self, name: str, first: int) -> Iterator[Tensor]:
         """Give the inputs of layer `name` for the `first` images, batch by batch, whole ones."""
@@ -167,16 +179,13 @@ class Passes:
             assert not missing, f"{sorted(missing)} are not reached by a forward pass"
 
     @torch.no_grad()
-    def outputs(
-        self, then: str | None = None, chosen: Collection[int] | None = None
-    ) -> Iterator[Any]:
+    def outputs(self, then: str | None = None) -> Iterator[Any]:
         """Give what the network gives, part by part, from where they are.
 
         `then` is the layer that will be asked for next; without it the parts stay where they are.
-        `chosen` are numbers of parts, by default all: the others stay where they are.
         """
         cut = None if then is None else self._cuts.get(then)
-        for part, batch in self._batches(self.images.count, chosen):
+        for part, batch in self._batches(self.images.count):
             yield self._run(part, batch, self._keeping(part, cut))
 
     def _keeping(self, part: _Part, cut: Cut | None) -> Keeping | None:
@@ -211,17 +220,13 @@ class Passes:
             part.cut = keeping.cut
         return output
 
-    def _batches(
-        self, first: int, chosen: Collection[int] | None = None
-    ) -> Iterator[tuple[_Part, Tensor | None]]:
+    def _batches(self, first: int) -> Iterator[tuple[_Part, Tensor | None]]:
         """Give the parts that the `first` images are in, with the images of those at the start."""
         fresh: Iterator[Tensor] | None = None
         passed = 0
         for index, part in enumerate(self._parts):
             if part.start >= first:
                 return
-            if chosen is not None and index not in chosen:
-                continue
             if part.cut is not None:
                 yield part, None
                 continue

@@ -18,7 +18,7 @@ from sbf_dist.compression.fitting.refit import (
     output_moments,
     solve,
 )
-from sbf_dist.compression.fitting.resuming import Passes, Route
+from sbf_dist.compression.fitting.resuming import Passes, Route, Side
 from sbf_dist.compression.fitting.shelf import Shelf
 from sbf_dist.compression.fitting.statistics import Moments, MomentSums
 from sbf_dist.compression.fitting.transforms import install
@@ -37,7 +37,8 @@ class SequentialFit:
     inputs that the student now gives (`refit`). How far they leave the old ones, and a mixture the
     layer's own outputs, is chosen by the error on images that are `held` out. Where none are,
     filters are solved anew only with samples enough. `priors` say of layers how much their inputs
-    varied in training (`prior`), `route` where passes can go on.
+    varied in training (`prior`), `route` where passes can go on. `sides` are the passes over the
+    images to fit to and over those held out, as far as they have come.
     """
 
     def __init__(
@@ -57,19 +58,26 @@ class SequentialFit:
         self._refit = refit
         self._norms = movable(student, images.first(2))
         self._priors = priors or {}
-        route = route or Route()
-        shelf = Shelf(route.memory)
+        self.route = route or Route()
+        shelf = Shelf(self.route.memory)
 
         def side(images: Calibration) -> _Side:
-            return _Side(
-                draws(student, sizes, images) if sizes else {},
-                reference,
-                Passes(student, images, route.student, shelf),
-                Passes(reference.module, images, route.reference, shelf),
+            passes = Side(
+                Passes(student, images, self.route.student, shelf),
+                Passes(reference.module, images, self.route.reference, shelf),
             )
+            return _Side(draws(student, sizes, images) if sizes else {}, reference, passes)
 
         self._fit = side(images)
         self._held = None if held is None else side(held)
+        self.sides: tuple[Side | None, Side | None] = (
+            self._fit.passes,
+            None if self._held is None else self._held.passes,
+        )
+
+    def forget(self) -> None:
+        """Forget the passes: layers that they have passed have been changed."""
+        self.sides = (None, None)
 
     def fits(self, name: str) -> bool:
         """Whether a layer is one of those to fit."""
@@ -190,12 +198,10 @@ class SequentialFit:
 class _Side:
     """Images to fit to or to judge by, with what the reference's layers give for them."""
 
-    def __init__(
-        self, chosen: dict[str, Draw], reference: Reference, student: Passes, dense: Passes
-    ) -> None:
+    def __init__(self, chosen: dict[str, Draw], reference: Reference, passes: Side) -> None:
         self.draws = chosen
-        self._passes = student
-        self._targets = Targets(reference, chosen, dense)
+        self.passes = passes
+        self._targets = Targets(reference, chosen, passes.reference)
 
     def skip(self, name: str) -> None:
         """Pass over a layer that is not fitted."""
@@ -203,7 +209,7 @@ class _Side:
 
     def batches(self, name: str) -> "_Batches":
         """Return a layer's inputs and targets."""
-        return _Batches(name, self._passes, self.draws[name], self._targets.pop(name))
+        return _Batches(name, self.passes.student, self.draws[name], self._targets.pop(name))
 
 
 class _Batches:

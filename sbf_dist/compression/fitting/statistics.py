@@ -130,7 +130,8 @@ class Moments:
 class MomentSums:
     """Sums over rows of candidates and targets, from which their Moments follow.
 
-    Holds one (C·m², C·m²) matrix of doubles, however many rows there are; `add` needs little more.
+    Holds one (C·m², C·m²) matrix of doubles, however many rows there are; `add` needs half as much
+    more at most, beside the rows that it is given.
     """
 
     def __init__(self, size: int, *, paired: bool = True) -> None:
@@ -138,13 +139,24 @@ class MomentSums:
         self.paired = paired  # a candidate for each target: the drift is measured
         self.count = 0
         self._sums: list[Tensor] = []
+        self._waiting: list[tuple[Tensor, Tensor]] = []
 
     def add(self, columns: Tensor, targets: Tensor) -> None:
-        """Add rows of candidates (n, C·m²), which are overwritten, and of targets (n, C).
+        """Add rows of candidates (n, C·m²), which are overwritten later, and of targets (n, C).
 
         Both are as `neighbourhoods` lays them out, targets without shifts.
         """
-        columns, targets = widened(columns), widened(targets)
+        # Writing a wide layer's matrix takes longer than its product of few rows: they wait until
+        # they are many.
+        self.count += len(columns)
+        self._waiting.append((widened(columns), widened(targets).clone()))
+        if 2 * sum(len(rows) for rows, _ in self._waiting) >= columns.shape[1]:
+            self._sum_up()
+
+    def _sum_up(self) -> None:
+        """Add the rows that wait to the sums."""
+        columns, targets = map(_in_one, zip(*self._waiting, strict=True))
+        self._waiting = []
         width, centre = columns.shape[1], self.size**2 // 2
         if not self._sums:
             # Covariances do not depend on the origin. One near the means keeps the difference of
@@ -154,8 +166,7 @@ class MomentSums:
             shapes = [(width, width), (width, channels), *(3 * [(channels,)]), (width,)]
             self._sums = [columns.new_zeros(shape, dtype=torch.double) for shape in shapes]
         columns -= self._z_origin
-        targets = targets - self._y_origin
-        self.count += len(columns)
+        targets -= self._y_origin
         zz, zy, yy, y_sum, drift, z_sum = self._sums
         # Products run in the images' precision, sums over batches in double. The matrix is
         # symmetric: block by block, only what is right of the diagonal.
@@ -171,6 +182,8 @@ class MomentSums:
 
     def moments(self) -> Moments:
         """Return the moments of all rows, and forget the sums."""
+        if self._waiting:
+            self._sum_up()
         # Small from here on, and full of small solves: the CPU's work.
         zz, zy, yy, y_mean, drift, z_mean = (term.cpu().div_(self.count) for term in self._sums)
         self._sums = []
@@ -189,6 +202,10 @@ class MomentSums:
             drift=drift,
             size=self.size,
         )
+
+
+def _in_one(parts: tuple[Tensor, ...]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def gather_moments(batches: Iterable[tuple[Tensor, Tensor]], size: int) -> Moments:

@@ -18,7 +18,7 @@ from sbf_dist.compression.planning.options import PROBES, Estimated, Search, Sha
 from sbf_dist.compression.progress import Progress, report, reported
 from sbf_dist.compression.recognition import weight_of
 
-FISHER = 256  # images on which sensitivities are measured
+FISHER = 128  # images on which sensitivities are measured
 LEAST_DRAWN = 64  # labels by which the effect of an option is measured, or as many as images
 
 

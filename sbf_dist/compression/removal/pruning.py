@@ -21,7 +21,7 @@ from sbf_dist.compression.cost import Cost, count
 from sbf_dist.compression.fitting.fidelity import Judge
 from sbf_dist.compression.fitting.prior import prior_variances
 from sbf_dist.compression.fitting.reference import Reference
-from sbf_dist.compression.fitting.refit import is_mended
+from sbf_dist.compression.fitting.refit import is_mended, linear_heads
 from sbf_dist.compression.fitting.resuming import Route
 from sbf_dist.compression.fitting.sequential import SequentialFit
 from sbf_dist.compression.fitting.settle import settle
@@ -193,8 +193,9 @@ def remove(removable: Removable, settings: Compression, share: float) -> Removal
         return removal
     images, held = split(removable.images)
     reference = Reference(dense, removal.remaining(dense))
+    fit = None
     if settings.refit:
-        _refit(network, reference, (images, held), removed, settings.feature_bytes)
+        fit = _refit(network, reference, (images, held), removed, settings.feature_bytes)
     judge = settle(
         network,
         reference,
@@ -202,6 +203,7 @@ def remove(removable: Removable, settings: Compression, share: float) -> Removal
         held,
         refit=settings.refit,
         yardstick=removable.yardstick,
+        fit=fit,
     )
     return dataclasses.replace(removal, judge=judge)
 
@@ -212,7 +214,7 @@ def _refit(
     sides: tuple[Calibration, Calibration | None],
     removed: Mapping[str, Removed],
     memory: int,
-) -> None:
+) -> SequentialFit:
     """Solve the filters of the narrowed network anew, on the inputs that it gives them."""
     images, held = sides
     examples = images.first(2)
@@ -225,12 +227,14 @@ def _refit(
         if name not in same and use.calls == 1 and is_mended(network, name, examples)
     }
     priors = prior_variances(network, list(sizes), images)
-    route = Route.of(network, reference.module, images.first(3), list(sizes), memory)
+    layers = [*sizes, *linear_heads(network, examples)]
+    route = Route.of(network, reference.module, images.first(3), layers, memory)
     fit = SequentialFit(
         network, reference, sizes, images, refit=True, held=held, priors=priors, route=route
     )
     for name in sizes:
         fit.mend(name)
+    return fit
 
 
 def _absorb_means(

@@ -131,19 +131,14 @@ def test_images_that_are_not_wanted_yet_stay_behind_and_come_in_one_go(monkeypat
     assert [model[i].seen for i in range(6)] == [10, 10, 10, 10, 10, 0]
 
 
-def test_parts_that_are_not_chosen_stay_where_they_are(monkeypatch):
-    monkeypatch.setattr("sbf_dist.compression.calibration.PIXELS", 3 * 32 * 32)
-    model, layers, going = chain(4)
-    wanted, wanted_inputs = model(IMAGES), run_until(model, layers[3], IMAGES, output=False)
-    for layer in model[:4]:
-        layer.seen = 0
-    sizes = Calibration.of(IMAGES).part_sizes(3)
-    assert sizes == [2, 3, 2, 3]
-    found = list(going.outputs(layers[3], [1, 2]))
-    assert torch.equal(torch.cat(found), wanted[2:7])
-    assert [model[i].seen for i in range(4)] == [5, 5, 5, 5]
-    assert torch.equal(torch.cat(list(going.inputs(layers[3], 10))), wanted_inputs)
-    assert [model[i].seen for i in range(4)] == [10, 10, 10, 5]
+def test_it_is_known_which_layers_can_still_be_asked_for():
+    _, layers, going = chain(6)
+    assert all(going.are_before(name) for name in [*layers, None])
+    list(going.inputs(layers[3], 1))
+    # The part stays where a layer that was asked for begins: it is what is wanted next.
+    assert [going.are_before(name) for name in layers] == [False] * 3 + [True] * 3
+    assert going.are_before(None)
+    assert not going.are_before("unknown")
 
 
 def test_a_layer_that_has_changed_is_seen_changed():

@@ -12,6 +12,7 @@ from sbf_dist.compression.fitting.fidelity import Wanted
 from sbf_dist.compression.fitting.prior import prior_variances
 from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.fitting.resuming import Route
+from sbf_dist.compression.fitting.sequential import SequentialFit
 from sbf_dist.compression.fitting.settle import settle
 from sbf_dist.compression.holding_out import split
 from sbf_dist.compression.outputs import LOGITS
@@ -29,6 +30,16 @@ def spoiled(model, noise):
     return student
 
 
+def gone_on(student, model, images, held):
+    """A fit whose passes have come to the second convolution."""
+    route = Route.of(student, model, pictures(3), LAYERS, 2**20)
+    fit = SequentialFit(student, Reference(model), {}, images, refit=True, held=held, route=route)
+    for side in fit.sides:
+        for passes in (side.student, side.reference):
+            list(passes.inputs("conv2", 10))
+    return fit
+
+
 @pytest.mark.parametrize("noise", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("count", [16, 60])
 @pytest.mark.parametrize("compared", [128, 16])
@@ -42,9 +53,9 @@ def test_what_is_reached_is_what_the_student_then_is(noise, count, compared, mon
     for way in ("whole", "going on"):
         student = spoiled(model, noise)
         before = Wanted.of(model, held).compare(map(student, held.parts(held.part)))
-        route = Route() if way == "whole" else Route.of(model, model, pictures(3), LAYERS, 2**20)
+        fit = None if way == "whole" else gone_on(student, model, images, held)
         judge = settle(
-            student, Reference(model), images, held, refit=True, yardstick=LOGITS, route=route
+            student, Reference(model), images, held, refit=True, yardstick=LOGITS, fit=fit
         )
         after = Wanted.of(model, held).compare(map(student, held.parts(held.part)))
         assert judge.fidelity.kl == pytest.approx(after.kl, rel=1e-4, abs=1e-7)

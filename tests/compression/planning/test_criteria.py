@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from small_networks import Small, pictures, small
 from torch import nn
 
-from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.fitting.norms import following_norms
 from sbf_dist.compression.fitting.statistics import MomentSums, neighbourhoods, run_until
 from sbf_dist.compression.fitting.transforms import rank_channels
 from sbf_dist.compression.holding_out import split
 from sbf_dist.compression.planning.criteria import CRITERIA, Ranking, rankings
+from sbf_dist.compression.prepared_images import calibration_for
 from sbf_dist.compression.reconstruct import rebuild
 from sbf_dist.errors import UserError
 from sbf_dist.settings import Compression
@@ -155,7 +155,8 @@ def test_every_criterion_makes_a_student_within_the_budget_that_keeps_what_it_ra
     assert converted
     if criterion != "reconstruction":
         with torch.no_grad():
-            fitted, _ = split(Calibration.of(pictures()))  # the others are held out
+            # The others are held out.
+            fitted, _ = split(calibration_for(model, pictures()))
             parts = lambda: fitted.parts(fitted.part)  # noqa: E731
             ranked = rankings(model, NAMES, parts, criterion, 3)
         for name, layer in converted.items():
