@@ -153,7 +153,10 @@ class MixtureSpace:
 
 
 def best_space(fit: Moments, held: Moments, weights: Tensor, kept: int) -> MixtureSpace:
-    """Return the space fitted to `fit` whose ridge leaves the least error on `held`."""
+    """Return the space fitted to `fit` whose ridge leaves the least error on `held`.
+
+    From the largest down, up to where the error grows.
+    """
     best = MixtureSpace(fit, weights, RIDGES[-1])
     least = best.error_on(held, kept)
     for ridge in reversed(RIDGES[:-1]):  # of equals the one that changes the least
@@ -161,6 +164,8 @@ def best_space(fit: Moments, held: Moments, weights: Tensor, kept: int) -> Mixtu
         lost = space.error_on(held, kept)
         if lost < least:
             best, least = space, lost
+        elif lost > least:
+            break
     return best
 
 

@@ -18,6 +18,7 @@ from sbf_dist.hooks import registered
 from sbf_dist.surgery import deep_copy, in_eval_mode
 
 IMAGES = 128  # on which the variances are measured
+SHOWN = 64  # on which their sum over all channels is
 SHARE = 0.1  # of the calibration images: how many images the prior counts as
 
 
@@ -37,11 +38,11 @@ def prior_variances(
     if not norms or images.count < 2 or not names:
         return {}
     twin = in_eval_mode(deep_copy(model))
-    shown = _input_variances(twin, names, images)
+    shown = _input_variances(twin, names, images, SHOWN)
     for module in twin.modules():
         if isinstance(module, _BatchNorm) and module.track_running_stats:
             module.train()
-    trained = _input_variances(twin, names, images)
+    trained = _input_variances(twin, names, images, IMAGES)
     return {
         name: variance * (shown[name].sum() / variance.sum().clamp(min=1e-30))
         for name, variance in trained.items()
@@ -49,7 +50,7 @@ def prior_variances(
 
 
 def _input_variances(
-    model: nn.Module, names: Sequence[str], images: Calibration
+    model: nn.Module, names: Sequence[str], images: Calibration, most: int
 ) -> dict[str, Tensor]:
     sums: dict[str, list[Tensor]] = {}
 
@@ -73,7 +74,7 @@ def _input_variances(
         for name, layer in layers.items()
     )
     with registered(hooks):
-        for batch in images.parts(images.part, IMAGES):
+        for batch in images.parts(images.part, most):
             model(batch)
     return {
         name: (squares / rows - (total / rows).square()).clamp(min=0).cpu()

@@ -176,7 +176,8 @@ def best_solution(
 ) -> tuple[Tensor, Tensor]:
     """Return what `solve` gives on `fit` with that of RIDGES that leaves the least error on `held`.
 
-    Channels count alike, as shares of their variance: norms and filters behind them scale them.
+    From the largest down, up to where the error grows. Channels count alike, as shares of their
+    variance: norms and filters behind them scale them.
     """
     scale = held.yy + 0.01 * held.yy.mean() + torch.finfo(torch.double).tiny ** 0.5
     equations = NormalEquations(fit, weight, centred=centred, prior=prior)
@@ -186,6 +187,8 @@ def best_solution(
         lost = float((_errors(solution, held) / scale).sum())
         if best is None or lost < least:
             best, least = solution, lost
+        elif lost > least:
+            break
     assert best is not None
     return best
 

@@ -6,7 +6,6 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from sbf_dist.compression.fitting.layerwise import layer_of
@@ -47,23 +46,45 @@ class Trial:
 class MixtureTrial:
     """A way to compute all of a layer's outputs from themselves, without bias: as `mixture` does.
 
-    matrix: (C, C); bias: (C,); single precision, as there are some of them for each layer.
+    change: (C, C), the matrix that does it, less the identity; bias: (C,); single precision, as
+    there are some of them for each layer.
     """
 
-    matrix: Tensor
+    change: Tensor
     bias: Tensor
 
     @classmethod
     def of(cls, mixture: Mixture) -> Self:
         """Keep of a mixture what its error follows from."""
-        return cls(mixture.matrix.float(), mixture.bias.float())
+        change = mixture.matrix.float()
+        change.diagonal().sub_(1)
+        return cls(change, mixture.bias.float())
 
-    def error(self, outputs: Tensor, bias: Tensor | None) -> tuple[Tensor, list[int]]:
-        """Return what the mixture differs by (N, C, H, W) from `outputs`, and all channels."""
-        plain = outputs if bias is None else outputs - bias[:, None, None]
-        matrix = self.matrix[:, :, None, None].to(plain)
-        outputs_now = F.conv2d(plain, matrix, self.bias.to(plain))
-        return outputs_now - outputs, list(range(outputs.shape[1]))
+    def products(self, seen: "Seen") -> Tensor:
+        """Return the products ⟨g, e⟩ (N,) of gradients and this error, from their sums."""
+        shift = self.bias.to(seen.gradients) - seen.bias
+        return seen.pairs.flatten(1) @ self.change.to(seen.pairs).flatten() + seen.gradients @ shift
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Sums over the positions of a layer's outputs, of each image, whatever is tried on them.
+
+    pairs: (N, C, C), of gradients by the first channel and outputs without `bias` by the second;
+    gradients: (N, C); bias: (C,), the layer's.
+    """
+
+    pairs: Tensor
+    gradients: Tensor
+    bias: Tensor
+
+    @classmethod
+    def of(cls, gradient: Tensor, outputs: Tensor, bias: Tensor | None) -> Self:
+        """Sum up gradients and outputs, both (N, C, H, W)."""
+        own = outputs.new_zeros(outputs.shape[1]) if bias is None else bias.to(outputs)
+        rows = gradient.to(outputs).flatten(2)
+        pairs = rows @ (outputs - own[:, None, None]).flatten(2).mT
+        return cls(pairs, rows.sum(2), own)
 
 
 def divergences(
@@ -87,6 +108,7 @@ def divergences(
 
     def measure(name: str) -> Callable[[nn.Module], RemovableHandle]:
         bias = layer_of(model, name).bias
+        mixes = any(isinstance(trial, MixtureTrial) for trial in trials[name])
 
         def hook(_: nn.Module, __: tuple[Tensor, ...], outputs: Tensor) -> Tensor:
             # A hook that knew `outputs` would keep the graph that keeps the hook.
@@ -94,9 +116,14 @@ def divergences(
 
             def backward(gradient: Tensor) -> None:
                 with torch.no_grad():
+                    seen = Seen.of(gradient, features, bias) if mixes else None
                     for index, trial in enumerate(trials[name]):
-                        error, rebuilt = trial.error(features, bias)
-                        product = (gradient[:, rebuilt] * error).sum((1, 2, 3))
+                        if isinstance(trial, MixtureTrial):
+                            assert seen is not None
+                            product = trial.products(seen)
+                        else:
+                            error, rebuilt = trial.error(features, bias)
+                            product = (gradient[:, rebuilt] * error).sum((1, 2, 3))
                         totals[name][index] += float(product.double().square().sum()) / 2
 
             outputs.register_hook(backward)

@@ -141,7 +141,8 @@ def test_what_is_tried_are_options_that_could_be_chosen():
     for option, trial in zip(found.tried, found.trials, strict=True):
         assert option in best
         if isinstance(trial, MixtureTrial):
-            assert torch.linalg.matrix_rank(trial.matrix) == option.kept
+            matrix = trial.change + torch.eye(len(trial.change))
+            assert torch.linalg.matrix_rank(matrix) == option.kept
             continue
         assert len(trial.kept) == option.kept
         assert trial.fit.transforms.shape[1:] == (option.sources, option.size, option.size)
