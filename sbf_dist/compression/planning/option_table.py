@@ -19,7 +19,7 @@ from sbf_dist.compression.progress import Progress, report, reported
 from sbf_dist.compression.recognition import weight_of
 
 FISHER = 128  # images on which sensitivities are measured
-LEAST_DRAWN = 64  # labels by which the effect of an option is measured, or as many as images
+LEAST_DRAWN = 256  # labels by which the effect of an option is measured, or as many as images
 
 
 @dataclass(frozen=True)

@@ -7,27 +7,29 @@ arXiv 2208.11580, section 4) does the same for single weights.
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
 from sbf_dist.compression.calibration import Calibration
+from sbf_dist.compression.fitting.layerwise import Draw
+from sbf_dist.compression.fitting.refit import drawn_patches
 from sbf_dist.compression.outputs import LOGITS, Yardstick, run_backward
 from sbf_dist.compression.planning.options import PROBES, TINY
+from sbf_dist.compression.recognition import as_plain
 from sbf_dist.compression.removal.coupled import Coupled
 from sbf_dist.compression.removal.readers import Reader, readers_of
 from sbf_dist.compression.removal.removal_order import Order
-from sbf_dist.surgery import deep_copy
 
 PART = 32  # of the channels that are left, about one in so many goes at a time
 SHARES = (0.05, 0.2, 0.45, 0.75)  # of a group's channels, whose removal is tried
 TRIALS = 256 * 2**20  # bytes of trials' weights that are held at a time
-DRAWN = 64  # losses by which trials are measured, at least
+DRAWN = 256  # losses by which trials are measured, at least
 
 
 @dataclass(frozen=True)
@@ -164,8 +166,9 @@ def _divergences(
                 users.setdefault(name, []).append((group, index, weight, bias))
 
     def measure(name: str) -> Callable[[nn.Module], RemovableHandle]:
-        module = deep_copy(dense.get_submodule(name))  # without the hooks of this measurement
-        linear = isinstance(module, nn.Linear)
+        module = dense.get_submodule(name)
+        if isinstance(module, nn.Conv2d):
+            module = as_plain(module)  # it is not recognised once it has the hooks of this measure
 
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             # A hook that knew `output` would keep the graph that keeps the hook.
@@ -174,14 +177,13 @@ def _divergences(
 
             def backward(gradient: Tensor) -> None:
                 with torch.no_grad():
+                    # What all trials have in common: of each image, sums over positions.
+                    rows, slopes = _rows(module, features), _by_position(module, gradient)
+                    pairs = (slopes.mT.to(rows) @ rows).flatten(1)
+                    sums = slopes.to(rows).sum(1)
                     for group, index, weight, bias in users[name]:
-                        changed: dict[str, Tensor] = {"weight": weight.to(features)}
-                        if module.bias is not None:
-                            changed["bias"] = torch.zeros_like(module.get_parameter("bias"))
-                        error = functional_call(module, changed, (features,))
-                        shift = bias.to(features)
-                        error += shift if linear else shift[:, None, None]
-                        product = (gradient * error).flatten(1).sum(1).double().cpu()
+                        product = pairs @ weight.to(pairs).flatten() + sums @ bias.to(pairs)
+                        product = product.double().cpu()
                         key = (group, index)
                         products[key] = products[key] + product if key in products else product
 
@@ -199,6 +201,22 @@ def _divergences(
         products.clear()
         count += passed
     return [(total / count).tolist() for total in totals]
+
+
+def _rows(module: nn.Module, features: Tensor) -> Tensor:
+    """Lay out what one output of a layer is made of as (N, positions, weights)."""
+    if not isinstance(module, nn.Conv2d):
+        return _by_position(module, features)
+    every = Draw("", len(features), sys.maxsize)
+    patches = drawn_patches(module, features, every, 0)
+    return patches.view(len(features), -1, patches.shape[1])
+
+
+def _by_position(module: nn.Module, features: Tensor) -> Tensor:
+    """Lay out (N, C, H, W), or (N, …, C) of a linear layer, as (N, positions, C)."""
+    if isinstance(module, nn.Conv2d):
+        return features.flatten(2).mT
+    return features.reshape(len(features), -1, features.shape[-1])
 
 
 def _scaled(found: Elimination, numbers: list[int], divergences: list[float]) -> Order:
