@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sbf_dist.compression.calibration import Calibration
-from sbf_dist.hooks import registered
+from sbf_dist.hooks import on_input, registered
 from sbf_dist.surgery import deep_copy, in_eval_mode
 
 logger = logging.getLogger(__name__)
@@ -124,14 +124,14 @@ def distance(model: nn.Module, norms: dict[str, nn.Module], sample: Tensor) -> D
     found: dict[str, Distance] = {}
 
     def look(name: str) -> Callable[..., None]:
-        def hook(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            found[name] = _at(name, norm, inputs[0])
+        def hook(norm: nn.Module, given: Tensor) -> None:
+            found[name] = _at(name, norm, given)
             if len(found) == len(norms):
                 raise _Reached
 
         return hook
 
-    hooks = (norm.register_forward_pre_hook(look(name)) for name, norm in norms.items())
+    hooks = (on_input(norm, look(name)) for name, norm in norms.items())
     with registered(hooks), suppress(_Reached):
         model(sample)
     farthest = max(found.values(), key=lambda one: one.nats)
@@ -242,14 +242,14 @@ def _first_norms(model: nn.Module, image: Tensor) -> dict[str, nn.Module]:
     reached: dict[str, nn.Module] = {}
 
     def note(name: str) -> Callable[..., None]:
-        def hook(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if inputs[0].ndim == 4:
+        def hook(norm: nn.Module, given: Tensor) -> None:
+            if given.ndim == 4:
                 reached.setdefault(name, norm)
 
         return hook
 
     norms = {name: module for name, module in model.named_modules() if _has_statistics(module)}
-    hooks = (norm.register_forward_pre_hook(note(name)) for name, norm in norms.items())
+    hooks = (on_input(norm, note(name)) for name, norm in norms.items())
     try:
         with registered(hooks):
             model(image)

@@ -20,7 +20,7 @@ from sbf_dist.compression.fitting.resuming import Side
 from sbf_dist.compression.fitting.statistics import Moments, MomentSums, patches, run_until
 from sbf_dist.compression.inputs import input_shapes
 from sbf_dist.compression.recognition import recognise
-from sbf_dist.hooks import registered
+from sbf_dist.hooks import on_output, registered
 from sbf_dist.padding import pad_of
 from sbf_dist.surgery import sharing_modules
 
@@ -280,9 +280,7 @@ def linear_heads(model: nn.Module, images: Tensor) -> list[str]:
     shared = sharing_modules(model)
     inputs: list[tuple[str, int]] = []
     hooks = (
-        module.register_forward_hook(
-            lambda _, given, __, name=name: inputs.append((name, given[0].ndim))
-        )
+        on_output(module, lambda _, given, __, name=name: inputs.append((name, given.ndim)))
         for name, module in model.named_modules()
         if type(module) is nn.Linear and name not in shared and module.in_features <= LARGEST_GRAM
     )

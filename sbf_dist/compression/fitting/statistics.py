@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.outputs import LOGITS, Yardstick, run_backward
 from sbf_dist.compression.precision import widened
-from sbf_dist.hooks import registered
+from sbf_dist.hooks import on_output, registered
 
 BLOCK = 1024  # rows of a Gram matrix at a time
 
@@ -30,11 +30,11 @@ def run_until(model: nn.Module, name: str, images: Tensor, *, output: bool) -> T
     """Run `model` up to the layer `name` and return that layer's output (or else its input)."""
     found: list[Tensor] = []
 
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...], result: Tensor) -> None:
-        found.append(result if output else inputs[0])
+    def hook(_: nn.Module, given: Tensor, result: Tensor) -> None:
+        found.append(result if output else given)
         raise _Reached
 
-    with registered([model.get_submodule(name).register_forward_hook(hook)]), suppress(_Reached):
+    with registered([on_output(model.get_submodule(name), hook)]), suppress(_Reached):
         model(images)
     assert found, f"{name} is not reached by a forward pass"
     return found[0]
