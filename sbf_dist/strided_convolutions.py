@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sbf_dist.hooks import on_input, same_values
+from sbf_dist.layout import contiguous
 
 _FEWEST = 16  # input channels of a group that are safe with all of oneDNN's kernels
 
@@ -35,4 +36,4 @@ def _contiguous(conv: nn.Module, images: Tensor) -> Tensor | None:
         return None
     if not torch.is_grad_enabled() or not conv.weight.requires_grad:
         return None
-    return images.contiguous()
+    return contiguous(images)

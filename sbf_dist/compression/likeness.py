@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.hooks import on_input, registered
+from sbf_dist.layout import contiguous
 from sbf_dist.surgery import deep_copy, in_eval_mode
 
 logger = logging.getLogger(__name__)
@@ -223,7 +224,7 @@ def _sample(images: Calibration) -> Tensor:
         start += len(batch)
         if start > (SAMPLE - 1) * step:
             break
-    return torch.cat(taken)[:SAMPLE].contiguous()  # as every network can read it
+    return contiguous(torch.cat(taken)[:SAMPLE])  # as every network can read it
 
 
 def _what_is_constant(sample: Tensor) -> str | None:
