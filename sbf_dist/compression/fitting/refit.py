@@ -20,7 +20,7 @@ from sbf_dist.compression.fitting.resuming import Side
 from sbf_dist.compression.fitting.statistics import Moments, MomentSums, patches, run_until
 from sbf_dist.compression.inputs import input_shapes
 from sbf_dist.compression.recognition import recognise
-from sbf_dist.hooks import on_output, registered
+from sbf_dist.hooks import is_altered, on_output, registered
 from sbf_dist.padding import pad_of
 from sbf_dist.surgery import sharing_modules
 
@@ -282,12 +282,25 @@ def linear_heads(model: nn.Module, images: Tensor) -> list[str]:
     hooks = (
         on_output(module, lambda _, given, __, name=name: inputs.append((name, given.ndim)))
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and name not in shared and module.in_features <= LARGEST_GRAM
+        if name not in shared and _is_plain(module)
     )
     with registered(hooks):
         model(images)
     names = [name for name, _ in inputs]
     return [name for name, axes in inputs if axes == 2 and names.count(name) == 1]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, not too wide, whose weight is all that it multiplies by.
+
+    Masks and norms of weights compute that from others, and hooks may change what the layer gives.
+    """
+    return (
+        type(module) is nn.Linear
+        and module.in_features <= LARGEST_GRAM
+        and "weight" in module._parameters
+        and not is_altered(module)
+    )
 
 
 def _errors(solution: tuple[Tensor, Tensor], moments: Moments) -> Tensor:
