@@ -140,7 +140,7 @@ def gather_layers(
         drawn = {name: chosen[name] for name in group}
         _visit_drawn(passes, drawn, add, following[0] if following else None)
         for name in group:
-            yield name, sums.pop(name).moments()
+            yield name, sums.pop(name).moments(name)
 
 
 def _visit_drawn(

@@ -70,7 +70,7 @@ def filter_moments(
     sums = MomentSums(1, paired=False)
     for start, inputs, targets in batches:
         sums.add(drawn_patches(conv, inputs, draw, start), targets)
-    return sums.moments()
+    return sums.moments(draw.name)
 
 
 def output_moments(seen: Moments, weight: Tensor) -> Moments:
@@ -238,7 +238,7 @@ def _from_held(
         given, wanted = side.student.inputs(name, count), side.reference.outputs_of(name, count)
         for inputs, outputs in zip(given, wanted, strict=True):
             sums.add(inputs.clone(), reference.select(name, outputs))
-        moments.append(sums.moments())
+        moments.append(sums.moments(name))
     weight = sides[0].student.model.get_submodule(name).get_parameter("weight")
     return best_solution(moments[0], moments[1], weight, prior=prior)
 
@@ -253,7 +253,7 @@ def _from_halves(
         halves[index % 2].add(*_vectors(student, reference, name, batch))
     if halves[1].count == 0:
         return None
-    one, other = (half.moments() for half in halves)
+    one, other = (half.moments(name) for half in halves)
     of_one, of_other = (NormalEquations(half, weight) for half in (one, other))
 
     def lost(ridge: float) -> float:

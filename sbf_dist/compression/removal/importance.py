@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from sbf_dist.compression.calibration import Calibration
+from sbf_dist.compression.finite import check_gradients
 from sbf_dist.compression.outputs import LOGITS, Yardstick, run_backward
 from sbf_dist.compression.recognition import weight_of
 from sbf_dist.compression.removal.coupled import Coupled
@@ -85,6 +86,7 @@ def _products(
     hooks = {name: read(name) for name in readers}
     batches = images.parts(images.part // 2, SAMPLES)
     for passed in run_backward(dense, hooks, batches, yardstick, seed=seed):
+        check_gradients(sums)
         for group, row in zip(groups, rows, strict=True):
             parts = [p for p in group.parts if p.side == "inp" and p.name in sums]
             total = torch.zeros(passed, group.size, dtype=torch.double)
