@@ -265,8 +265,11 @@ def run_backward(
                 losses = yardstick.losses(outputs, generator, draws)
             for number in range(1, draws + 1):
                 with torch.enable_grad():
+                    loss = next(losses)
+                # Without hooks there may be nothing to go back to: all is behind no_grad.
+                if hooks or loss.requires_grad:
                     torch.autograd.grad(
-                        next(losses),
+                        loss,
                         [images, *found],
                         retain_graph=number < draws,
                         allow_unused=True,

@@ -106,7 +106,7 @@ def _rankings(
 ) -> dict[str, Ranking]:
     if criterion not in CRITERIA:
         raise UserError(f"criterion = {criterion!r} must be one of {', '.join(CRITERIA)}")
-    if criterion == "reconstruction":
+    if criterion == "reconstruction" or not names:
         return {name: Ranking(criterion) for name in names}
     if criterion == "random":
         generator = torch.Generator().manual_seed(seed)
