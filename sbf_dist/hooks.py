@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +30,46 @@ def registered(handles: Iterable[RemovableHandle]) -> Iterator[None]:
             handle.remove()
 
 
+def on_input(module: nn.Module, look: Callable[..., Any]) -> RemovableHandle:
+    """Register a forward pre-hook `look(module, input)`, and return its handle.
+
+    The input is what `module` is given first, by keyword as well: `conv(input=images)`. What `look`
+    returns takes its place, unless that is None.
+    """
+    return module.register_forward_pre_hook(_OnInput(look), with_kwargs=True)
+
+
+def on_output(module: nn.Module, look: Callable[..., Any]) -> RemovableHandle:
+    """Register a forward hook `look(module, input, output)`, and return its handle.
+
+    The input as of `on_input`. What `look` returns takes the output's place, unless that is None.
+    """
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        return look(module, _first(args, kwargs), output)
+
+    return module.register_forward_hook(hook, with_kwargs=True)
+
+
+@dataclass(frozen=True)
+class _OnInput:
+    look: Callable[..., Any]
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        changed = self.look(module, _first(args, kwargs))
+        if changed is None:
+            return None
+        if args:
+            return (changed, *args[1:]), kwargs
+        return args, {**kwargs, next(iter(kwargs)): changed}
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return next(chain(args, kwargs.values()), None)
+
+
 @contextmanager
 def leaves(model: nn.Module, names: Iterable[str]) -> Iterator[list[Tensor]]:
     """Let gradients reach the modules `names` of `model` in a `with` block, also behind no_grad.
@@ -40,16 +82,16 @@ def leaves(model: nn.Module, names: Iterable[str]) -> Iterator[list[Tensor]]:
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     found: list[Tensor] = []
 
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if not torch.is_grad_enabled() or inputs[0].requires_grad:
+    def hook(_: nn.Module, given: Tensor) -> Tensor | None:
+        if not torch.is_grad_enabled() or given.requires_grad:
             return None
-        found.append(inputs[0].detach().requires_grad_())
-        return (found[-1], *inputs[1:])
+        found.append(given.detach().requires_grad_())
+        return found[-1]
 
     for parameter in learning:
         parameter.requires_grad_(False)
     try:
-        with registered(module.register_forward_pre_hook(hook) for module in modules):
+        with registered(on_input(module, hook) for module in modules):
             yield found
     finally:
         for parameter in learning:
@@ -57,7 +99,10 @@ def leaves(model: nn.Module, names: Iterable[str]) -> Iterator[list[Tensor]]:
 
 
 def same_values(hook: H) -> H:
-    """Mark a forward hook with which modules give what they give without it."""
+    """Mark a forward hook with which modules give what they give without it.
+
+    Or what `on_input` registers, which is no hook itself.
+    """
     _SAME_VALUES.append(hook)
     return hook
 
@@ -65,10 +110,14 @@ def same_values(hook: H) -> H:
 def number_of_hooks(module: nn.Module) -> tuple[int, int]:
     """Return how many forward hooks and pre-hooks a module has that may change what it gives."""
     counts = [
-        sum(all(hook is not known for known in _SAME_VALUES) for hook in hooks.values())
+        sum(all(_look(hook) is not known for known in _SAME_VALUES) for hook in hooks.values())
         for hooks in (module._forward_hooks, module._forward_pre_hooks)
     ]
     return counts[0], counts[1]
+
+
+def _look(hook: Callable[..., Any]) -> Callable[..., Any]:
+    return hook.look if isinstance(hook, _OnInput) else hook
 
 
 def is_altered(module: nn.Module) -> bool:

@@ -198,17 +198,18 @@ class SBFConv2d(nn.Module):
             bound = 1 / math.sqrt(fan_in) if fan_in > 0 else 0.0
             self.bias.uniform_(-bound, bound)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> (N, out_channels, H', W'), as nn.Conv2d, in x's layout.
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, in_channels, H, W) -> (N, out_channels, H', W'), as nn.Conv2d, in its layout.
 
         Without gradients it is one operator, with them two: the basis features are kept for the
         backward pass. With something between basis and transformations there are always two, and in
-        a traced or exported graph, which must not depend on the mode it was recorded in.
+        a traced or exported graph, which must not depend on the mode it was recorded in. The
+        argument is called as nn.Conv2d's is: callers may name it.
         """
-        if self._is_one_operator(x):
+        if self._is_one_operator(input):
             pad = pad_of(self.basis)
             return sbf_conv2d(
-                x if pad is None else pad(x),
+                input if pad is None else pad(input),
                 self.basis.weight,
                 self.transforms,
                 self.sources,
@@ -219,10 +220,10 @@ class SBFConv2d(nn.Module):
                 dilation=self.dilation,  # type: ignore[arg-type]
                 groups=self.groups,
             )
-        z = self.basis(x)
+        z = self.basis(input)
         if self.between is None:
             return expand(z, self.transforms, self.sources, self.order, self.bias)
-        entries = torch.arange(len(self.order), device=x.device)
+        entries = torch.arange(len(self.order), device=input.device)
         rebuilt = expand(self.between(z), self.transforms, self.sources, entries)
         y = torch.cat([z, rebuilt[:, len(self.kept) :]], dim=1)[:, self.order]
         return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]

@@ -21,27 +21,36 @@ def lay_out_in_channels_last(model: nn.Module) -> None:
             tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
 
 
+def contiguous(images: Tensor) -> Tensor:
+    """Return `images` contiguous, by their strides as well.
+
+    Those of one channel that lie in channels_last are both, and `Tensor.contiguous` leaves them as
+    they are; but convolutions go by the strides, and give features in channels_last.
+    """
+    return images.contiguous().to(memory_format=torch.contiguous_format)
+
+
 @torch.no_grad()
+def can_take(model: nn.Module, images: Tensor) -> bool:
+    """Tell whether `model` takes `images` (N, C, H, W) as they lie."""
+    try:
+        model(images)
+    except Exception as error:  # whatever the network's own code raises
+        logger.debug("%s, images of strides %s: %s", type(model).__name__, images.stride(), error)
+        return False
+    return True
+
+
 def needs_contiguous(model: nn.Module, images: Tensor) -> bool:
     """Tell whether `model` fails on `images` (N, C, H, W) as they lie, but not if contiguous.
 
     So do networks with `x.view(x.size(0), -1)` behind a convolution, whose features lie as the
     images do, in channels_last. What fails either way is for the caller to find.
     """
-    if images.is_contiguous():
+    plain = contiguous(images)
+    if plain.stride() == images.stride():
         return False
-    try:
-        model(images)
-    except RuntimeError as error:
-        logger.debug("%s, images not contiguous: %s", type(model).__name__, error)
-    else:
-        return False
-    try:
-        model(images.contiguous())
-    except Exception as error:  # whatever the network's own code raises
-        logger.debug("%s, images contiguous: %s", type(model).__name__, error)
-        return False
-    return True
+    return not can_take(model, images) and can_take(model, plain)
 
 
 @torch.no_grad()
@@ -61,7 +70,7 @@ def prefers_channels_last(model: nn.Module, images: Tensor) -> bool:
         return False
     try:
         expected = tree_leaves(model(images))
-        found = tree_leaves(model(images.contiguous(memory_format=torch.channels_last)))
+        found = tree_leaves(model(images.to(memory_format=torch.channels_last)))
     except Exception as error:  # whatever the network's own code raises
         logger.debug("%s in channels_last: %s", type(model).__name__, error)
         return False

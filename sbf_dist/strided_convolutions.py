@@ -5,13 +5,12 @@ register holds numbers (16 with AVX-512), of an input in channels_last, is wrong
 memory: https://github.com/uxlfoundation/oneDNN/issues/6035. Contiguous inputs take another kernel.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sbf_dist.hooks import same_values
+from sbf_dist.hooks import on_input, same_values
+from sbf_dist.layout import contiguous
 
 _FEWEST = 16  # input channels of a group that are safe with all of oneDNN's kernels
 
@@ -22,7 +21,7 @@ def keep_inputs_contiguous(model: nn.Module) -> list[RemovableHandle]:
     Only where their weights get gradients: inference is as before. Returns the handles of hooks.
     """
     return [
-        module.register_forward_pre_hook(_contiguous)
+        on_input(module, _contiguous)
         for module in model.modules()
         if isinstance(module, nn.Conv2d)
         and module.kernel_size == (1, 1)
@@ -32,10 +31,9 @@ def keep_inputs_contiguous(model: nn.Module) -> list[RemovableHandle]:
 
 
 @same_values
-def _contiguous(conv: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    first = inputs[0] if inputs else None
-    if not isinstance(first, Tensor) or first.device.type != "cpu":
+def _contiguous(conv: nn.Module, images: Tensor) -> Tensor | None:
+    if not isinstance(images, Tensor) or images.device.type != "cpu":
         return None
     if not torch.is_grad_enabled() or not conv.weight.requires_grad:
         return None
-    return (first.contiguous(), *inputs[1:])
+    return contiguous(images)

@@ -11,16 +11,16 @@ from sbf_dist.compression.planning.latency import latency
 from sbf_dist.compression.planning.latency_table import LatencyTable, Timing
 from sbf_dist.compression.prepared_images import calibration_for
 from sbf_dist.export.optimize import optimize
-from sbf_dist.layout import needs_contiguous
+from sbf_dist.layout import contiguous, needs_contiguous, prefers_channels_last
 from sbf_dist.train.evaluate import predict
 
 
 class LeNet(nn.Module):
     """With the view of many tutorials: it wants features as nn.Conv2d gives them for NCHW."""
 
-    def __init__(self, *, branch: bool = False):
+    def __init__(self, *, branch: bool = False, channels: int = 3):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 8, 5, padding=2)
+        self.conv1 = nn.Conv2d(channels, 8, 5, padding=2)
         self.conv2 = nn.Conv2d(8, 16, 3, padding=1)
         self.conv3 = nn.Conv2d(16, 16, 3, padding=1)
         self.norm = nn.BatchNorm2d(16)
@@ -111,6 +111,37 @@ def test_a_budget_of_time_is_met_where_the_network_views(tmp_path):
     assert plan.latency is not None
 
 
+def test_images_of_one_channel_are_contiguous_by_their_strides_alone():
+    model, images = network(channels=1), pictures(4)[:, :1].contiguous()
+    last = images.to(memory_format=torch.channels_last)
+    assert last.is_contiguous() and contiguous(last).stride() == images.stride()
+    assert needs_contiguous(model, last) and not needs_contiguous(model, images)
+    assert contiguous(images[:, :, :, 1:]).is_contiguous()
+
+
+class Repeating(LeNet):
+    """Makes images of three channels itself, which are contiguous however they come."""
+
+    def forward(self, x):
+        return super().forward(contiguous(x[:, :1].repeat(1, 3, 1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [(network(channels=1), (1, 10, 10)), (network(Repeating), (3, 10, 10))],
+)
+def test_a_network_with_view_whose_weights_alone_would_change_the_layout_is_timed(model, shape):
+    assert latency(model, shape, seconds=0.01) > 0
+
+
+def test_a_budget_of_time_is_met_where_a_network_views_images_of_one_channel(tmp_path):
+    timing = Timing(LatencyTable(tmp_path / "latency.json"), optimize)
+    images = pictures(64)[:, :1].contiguous()
+    for given in (images, images.to(memory_format=torch.channels_last)):
+        _, plan = compress(network(channels=1), given, latency=1.0, timing=timing)
+        assert plan.latency is not None
+
+
 def test_what_fails_either_way_is_not_for_the_layout_to_tell():
     last = torch.zeros(2, 4, 10, 10).to(memory_format=torch.channels_last)
     assert not needs_contiguous(network(), last)
@@ -119,9 +150,9 @@ def test_what_fails_either_way_is_not_for_the_layout_to_tell():
 class Depthwise(nn.Module):
     """A depthwise convolution behind a plain one."""
 
-    def __init__(self):
+    def __init__(self, channels: int = 3):
         super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.stem = nn.Conv2d(channels, 8, 3, padding=1)
         self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
         self.point = nn.Conv2d(8, 16, 1)
         self.head = nn.Linear(16, 5)
@@ -160,6 +191,12 @@ def test_depthwise_networks_are_fitted_in_channels_last():
 @pytest.mark.parametrize("kind", [DepthwiseViewing, DepthwiseByMemory])
 def test_depthwise_networks_whose_code_asks_for_another_layout_are_not(kind):
     assert in_layouts(kind(), pictures(16)) == {False}
+
+
+def test_depthwise_networks_are_asked_with_images_of_one_channel_in_channels_last():
+    images = pictures(4)[:, :1].contiguous()
+    assert prefers_channels_last(Depthwise(1).eval(), images)
+    assert not prefers_channels_last(DepthwiseViewing(1).eval(), images)
 
 
 def test_other_networks_get_images_as_they_come():

@@ -45,6 +45,19 @@ def test_all_other_convolutions_keep_their_layout() -> None:
     assert [bool(module._forward_pre_hooks) for module in model] == [False] * 3 + [True] * 2
 
 
+@pytest.mark.parametrize("channels", [1, 8])
+def test_inputs_that_are_given_by_keyword_are_made_contiguous_too(channels: int) -> None:
+    conv = nn.Conv2d(channels, 16, 1, stride=2)
+    seen = []
+    keep_inputs_contiguous(conv)
+    conv.register_forward_hook(
+        lambda _, __, given, ___: seen.append(given["input"]), with_kwargs=True
+    )
+    images = torch.randn(2, channels, 8, 8)
+    conv(input=images.to(memory_format=torch.channels_last))
+    assert seen[0].stride() == images.stride()
+
+
 def test_a_training_takes_care_of_it() -> None:
     class Task(nn.Module):
         def __init__(self) -> None:

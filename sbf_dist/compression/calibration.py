@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sbf_dist.compression.held_images import HeldImages
 from sbf_dist.compression.inputs import Packing
@@ -16,6 +17,7 @@ BATCH = 64  # images at a time, where it is ours to choose
 PIXELS = 2**19  # of a batch for the layers' statistics: 10 images of 224 px, 64 of 90 px
 
 GRID = 4  # pixels of each axis by which images are recognised
+CELLS = 8  # of each axis, by whose means they are recognised as well: pixels lie between others
 TOLERANCE = 0.02  # of normalised values, which are about 1
 
 Batches = Iterable[Any]  # of tensors (N, C, H, W), or of sequences that begin with one
@@ -262,16 +264,21 @@ def _evenly(images: Tensor, most: int) -> Sequence[Tensor]:
 
 
 def _samples(images: Tensor) -> Tensor:
-    """Copy the values of pixels on a grid, a row for each image: enough to recognise it by.
+    """Copy the values of pixels on a grid, and means of cells that cover all, a row for each image.
 
-    Of packed inputs (N, L), as many values.
+    Enough to recognise it by. Of packed inputs (N, L), values and means of as many places.
     """
-    if images.ndim == 2:
-        places = torch.linspace(0, images.shape[1] - 1, 3 * GRID**2).long()
-        return images.detach()[:, places.to(images.device)].float().cpu()
-    rows, columns = (torch.linspace(0, size - 1, GRID).long() for size in images.shape[2:])
-    grid = images.detach()[:, :, rows.to(images.device)][..., columns.to(images.device)]
-    return grid.float().cpu().flatten(1).clone()
+    given = images.detach()
+    if given.ndim == 2:
+        places = torch.linspace(0, given.shape[1] - 1, 3 * GRID**2).long()
+        grid = given[:, places.to(given.device)].float()
+        means = F.adaptive_avg_pool1d(given.float()[:, None], min(given.shape[1], 3 * CELLS**2))
+    else:
+        rows, columns = (torch.linspace(0, size - 1, GRID).long() for size in given.shape[2:])
+        grid = given[:, :, rows.to(given.device)][..., columns.to(given.device)].float()
+        height, width = given.shape[2:]
+        means = F.adaptive_avg_pool2d(given.float(), (min(CELLS, height), min(CELLS, width)))
+    return torch.cat([grid.flatten(1), means.flatten(1)], 1).cpu()
 
 
 def _are_alike(samples: Tensor, others: Tensor) -> Tensor:

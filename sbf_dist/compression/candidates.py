@@ -5,6 +5,7 @@ import fnmatch
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from sbf_dist.compression.inputs import input_shapes, packing_of
 from sbf_dist.compression.outputs import counted, run_on
 from sbf_dist.compression.recognition import UNLIKE, Recognised, is_same, recognise
 from sbf_dist.errors import UserError
-from sbf_dist.hooks import registered
+from sbf_dist.hooks import on_output, registered
 from sbf_dist.layers import SBFConv2d
 from sbf_dist.surgery import sharing_modules
 
@@ -29,9 +30,10 @@ class Use:
     """How one forward pass uses a convolution.
 
     calls: how often; macs: multiply-adds per image, all calls; input_shape, output_shape: of one
-    image, in the last call; matters: whether an output that counts depends on the layer's;
-    is_read: whether code outside of the layer looks at its weight; known: what can take its place,
-    or why nothing can; is_as_known: whether that gives what the layer gives on the images.
+    image, in the last call; argument: what it is given by keyword, but for `input`; matters:
+    whether an output that counts depends on the layer's; is_read: whether code outside of the layer
+    looks at its weight; known: what can take its place, or why nothing can; is_as_known: whether
+    that gives what the layer gives on the images.
     """
 
     known: Recognised | str
@@ -40,6 +42,7 @@ class Use:
     macs: int = 0
     input_shape: tuple[int, ...] = ()
     output_shape: tuple[int, ...] = ()
+    argument: str | None = None
     matters: bool = False
     is_read: bool = False
     is_as_known: bool = True
@@ -91,22 +94,25 @@ def uses(model: nn.Module, images: Tensor, counting: Sequence[str] | None = None
     outputs: dict[str, Tensor] = {}
     filter_costs = {name: conv.weight[0].numel() for name, conv in names.items()}
     readers = _Readers(names)
+    arguments: dict[str, str | None] = {}
 
     def begin(name: str) -> Callable[..., None]:
-        def hook(_: nn.Conv2d, __: tuple[Tensor, ...]) -> None:
+        def hook(_: nn.Conv2d, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             readers.running = name
+            arguments[name] = next((key for key in kwargs if args or key != "input"), None)
 
         return hook
 
     def observe(name: str) -> Callable[..., Tensor]:
-        def hook(conv: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        def hook(conv: nn.Conv2d, given: Tensor, output: Tensor) -> Tensor:
             use = found.setdefault(name, Use(known[name]))
             readers.running = None
             if isinstance(use.known, Recognised) and use.known.conv is not conv:
-                use.is_as_known = use.is_as_known and is_same(use.known, inputs[0], output)
+                use.is_as_known = use.is_as_known and is_same(use.known, given, output)
             use.calls += 1
+            use.argument = use.argument or arguments[name]
             use.macs += output[0].numel() * filter_costs[name]
-            use.input_shape, use.output_shape = tuple(inputs[0].shape[1:]), tuple(output.shape[1:])
+            use.input_shape, use.output_shape = tuple(given.shape[1:]), tuple(output.shape[1:])
             outputs[name] = output
             return output.clone()  # which an activation may overwrite in place
 
@@ -114,12 +120,13 @@ def uses(model: nn.Module, images: Tensor, counting: Sequence[str] | None = None
 
     # First of all: hooks of the layer's own may read its weight.
     before = (
-        conv.register_forward_pre_hook(begin(name), prepend=True) for name, conv in names.items()
+        conv.register_forward_pre_hook(begin(name), prepend=True, with_kwargs=True)
+        for name, conv in names.items()
     )
-    after = (conv.register_forward_hook(observe(name)) for name, conv in names.items())
+    after = (on_output(conv, observe(name)) for name, conv in names.items())
     with registered(before), registered(after), torch.enable_grad(), readers:
-        given = run_on(model, images[:2].detach().requires_grad_())
-    tensors = counted(model, given, len(images[:2]), counting)
+        outcome = run_on(model, images[:2].detach().requires_grad_())
+    tensors = counted(model, outcome, len(images[:2]), counting)
     learnt = [tensor for tensor in tensors.values() if tensor.requires_grad]
     for name in readers.read & found.keys():
         found[name].is_read = True
@@ -245,6 +252,8 @@ def _by_its_use(use: Use, shapes: Collection[tuple[int, ...]]) -> str | None:
         return f"used {use.calls} times in a forward pass: one fit cannot serve different inputs"
     if use.is_read:
         return "its weight is read by another module, and an SBF layer does not have it"
+    if use.argument is not None:
+        return f"it is called with {use.argument} = …, and an SBF layer has no such argument"
     if not use.matters:
         return "no gradient reaches it from an output that counts: its importance is unknown"
     # The channels alone would not do: squeeze-and-excitation may have the same number.

@@ -1,6 +1,6 @@
-"""Refuses a network whose weights, or outputs for the calibration images, are not numbers."""
+"""Refuses a network whose weights are not numbers, nor what it gives for calibration images."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -47,6 +47,27 @@ def check_outputs(model: nn.Module, images: Tensor, outputs: Iterable[Tensor]) -
     raise UserError(
         f"model {type(model).__name__} gives {_named(bad)} for the calibration images; {cause}"
     )
+
+
+def check_features(layer: str | None, *moments: Tensor) -> None:
+    """Raise UserError if the first and second moments of a layer's features are not finite."""
+    bad = next((tensor for tensor in moments if not tensor.isfinite().all()), None)
+    if bad is not None:
+        raise UserError(
+            f"layer {layer}: its features for the calibration images, or their squares, are "
+            f"{_named(bad)}: give the images in the scale that the network knows"
+        )
+
+
+def check_gradients(measured: Mapping[str, Tensor]) -> None:
+    """Raise UserError if what gradients say of layers, by their names, is not finite."""
+    for layer, values in measured.items():
+        if not values.isfinite().all():
+            raise UserError(
+                f"layer {layer}: the gradients of the network's outputs are {_named(values)} for "
+                "the calibration images, so that no importance follows; an operation behind it "
+                "has no derivative there, as a root of 0"
+            )
 
 
 @torch.enable_grad()  # hooks of the caller may ask for gradients

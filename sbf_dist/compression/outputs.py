@@ -16,6 +16,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -264,8 +265,11 @@ def run_backward(
                 losses = yardstick.losses(outputs, generator, draws)
             for number in range(1, draws + 1):
                 with torch.enable_grad():
+                    loss = next(losses)
+                # Without hooks there may be nothing to go back to: all is behind no_grad.
+                if hooks or loss.requires_grad:
                     torch.autograd.grad(
-                        next(losses),
+                        loss,
                         [images, *found],
                         retain_graph=number < draws,
                         allow_unused=True,
@@ -350,7 +354,9 @@ class _LinearOutputs(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        passes = func in _PASSING and bool(args) and id(args[0]) in self._given
+        # What a function is given first, by keyword as well.
+        first = next(chain(args, (kwargs or {}).values()), None)
+        passes = func in _PASSING and id(first) in self._given
         if (func in _LINEAR or passes) and isinstance(result, Tensor):
             self._given[id(result)] = result
         return result

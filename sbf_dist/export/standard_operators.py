@@ -64,9 +64,9 @@ class DepthwiseExpand(nn.Module):
         self.register_buffer("sources", torch.cat([own, layer.sources])[entries])
         self.bias = None if layer.bias is None else _constant(layer.bias[:outputs])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map (N, C_in, H, W) to (N, C_out, H', W')."""
-        return _depthwise(self.basis(x), self.weight, self.sources, self.bias)
+        return _depthwise(self.basis(input), self.weight, self.sources, self.bias)
 
 
 class ConcatExpand(nn.Module):
@@ -97,9 +97,9 @@ class ConcatExpand(nn.Module):
             self.rebuilt_bias = _constant(by_entry[kept:])
             self.one = _constant(layer.transforms.new_ones(kept, 1, 1, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map (N, C_in, H, W) to (N, C_out, H', W')."""
-        z = self.basis(x)
+        z = self.basis(input)
         features = z if self.between is None else self.between(z)
         rebuilt = _depthwise(features, self.weight, self.sources, self.rebuilt_bias)
         kept = z
@@ -123,9 +123,9 @@ class ProductExpand(nn.Module):
         self.weight = _constant(basis_weights(layer))
         self.bias = None if layer.bias is None else _constant(layer.bias[: layer.out_channels])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map (N, C_in, H, W) to (N, C_out, H', W')."""
-        return F.conv2d(self.basis(x), self.weight, self.bias)
+        return F.conv2d(self.basis(input), self.weight, self.bias)
 
 
 def with_standard_operators(

@@ -38,7 +38,7 @@ class UnscaledSBFConv2d(nn.Module):
         self.register_buffer("order", order, persistent=False)
         self.out_channels = out_channels
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map (N, C_in, H, W) to (N, out_channels, H', W')."""
-        y = expand(self.basis(x), self.transforms, self.sources, self.order, self.bias)
+        y = expand(self.basis(input), self.transforms, self.sources, self.order, self.bias)
         return y[:, : self.out_channels]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from small_networks import pictures
 
 from sbf_dist.compression.calibration import Calibration
+from sbf_dist.compression.inputs import Packing
 from sbf_dist.errors import UserError
 
 
@@ -132,6 +133,33 @@ def test_images_in_another_order_are_refused():
     loader = torch.utils.data.DataLoader(pictures(32), batch_size=8, shuffle=True)
     calibration = Calibration.of(loader)
     with pytest.raises(UserError, match="came in another order; give shuffle=False"):
+        list(calibration)
+
+
+@pytest.mark.parametrize(("size", "inner"), [(40, 8), (64, 16), (7, 1)])
+def test_another_order_is_seen_wherever_the_images_differ(size, inner):
+    images = torch.zeros(32, 3, size, size)
+    start = (size - inner) // 2
+    place = slice(start, start + inner)
+    images[:, :, place, place] = pictures(32, inner)
+    loader = torch.utils.data.DataLoader(images, batch_size=8, shuffle=True)
+    with pytest.raises(UserError, match="came in another order; give shuffle=False"):
+        list(Calibration.of(loader))
+    assert torch.equal(torch.cat(list(Calibration.of(images))), images)
+
+
+def test_another_order_of_packed_inputs_is_seen_wherever_they_differ():
+    scores = torch.zeros(16, 1000)
+    scores[:, 5:9] = 10 * torch.arange(16)[:, None]
+    pairs = [(pictures(16, 1), scores), (pictures(16, 1), scores.flip(0))]
+
+    class Turning:
+        def __iter__(self):
+            yield pairs[0]
+            pairs.reverse()
+
+    calibration = Calibration.of(Turning(), packing=Packing.of(pairs[0]))
+    with pytest.raises(UserError, match="image 0 is not the same"):
         list(calibration)
 
 

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from small_networks import Small, pictures, small
 from torch import Tensor, nn
 
 import sbf_dist
 from sbf_dist.errors import UserError
+from sbf_dist.settings import Compression
 
 
 def network() -> nn.Sequential:
@@ -83,3 +85,37 @@ def test_an_image_that_is_no_number_is_refused_wherever_it_comes() -> None:
     given[20, 0, 3, 4] = torch.nan
     with pytest.raises(UserError, match="calibration images"):
         sbf_dist.compress(network(), given, macs=0.5)
+
+
+SETTINGS = [
+    Compression(macs=0.7),
+    Compression(macs=0.7, criterion="taylor"),
+    Compression(macs=0.7, removal=1.0),
+    Compression(macs=0.7, removal=1.0, criterion="taylor"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:calibration images")
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_features_whose_squares_are_too_large_are_refused_with_the_layer(
+    settings: Compression,
+) -> None:
+    with pytest.raises(UserError, match=r"^layer \w+: its features .* are (NaN|infinity): give"):
+        sbf_dist.compress(small(), 1e20 * pictures(24), settings)
+
+
+class RootOfZero(Small):
+    """Adds to its features what is always 0, by a root that has no derivative there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.conv1(self.stem(x).relu()))
+        x = self.norm2(self.conv2(x.relu()))
+        return self.head(x.mean((2, 3)) + (x - x).square().sum((2, 3)).sqrt())
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_gradients_that_are_no_numbers_are_refused_with_the_layer(settings: Compression) -> None:
+    network = RootOfZero()
+    network.load_state_dict(small().state_dict())
+    with pytest.raises(UserError, match=r"^layer \w+: the gradients .* are NaN for"):
+        sbf_dist.compress(network.eval(), pictures(24), settings)

@@ -1,5 +1,6 @@
 """Images that are not what a network knows are told of, with the likely cause."""
 
+import re
 import warnings
 
 import pytest
@@ -99,6 +100,27 @@ def test_images_of_one_channel_can_be_on_another_scale():
     measure_batch_norm(model, images, 64)
     assert told(model, images) is None
     assert "multiplied by 0.004" in told(model, 255 * images)
+
+
+@pytest.mark.parametrize(("scale", "name"), [(1, "0 … 1"), (255, "0 … 255")])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_that_are_not_normalised_are_told_of_whatever_the_mean_and_std(
+    channels, scale, name
+):
+    torch.manual_seed(0)
+    model = Small().eval()
+    model.stem = nn.Conv2d(channels, 8, 3, padding=1)
+    known = (scenes(256, seed=1)[:, :channels] - 0.4) / 0.15
+    measure_batch_norm(model, known, 256)
+    found = told(model, scale * scenes()[:, :channels])
+    # Means and stds are tried in steps, and what is near to one is near to its neighbours.
+    guess = rf"normalised by mean 0\.[345], std 0\.(15|2) or so instead of {name} they are near"
+    assert re.search(guess, found)
+
+
+def test_images_of_no_known_range_may_have_another_mean_and_std():
+    found = told(small(), 60 * pictures(32) + 120)
+    assert "normalised to mean 0 and std 1 instead of mean 121 and std 69 they are near" in found
 
 
 def test_a_network_that_has_not_seen_images_says_nothing():

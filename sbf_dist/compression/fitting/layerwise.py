@@ -20,7 +20,7 @@ from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.fitting.resuming import Passes
 from sbf_dist.compression.fitting.shelf import Shelf
 from sbf_dist.compression.fitting.statistics import Moments, MomentSums, neighbourhoods
-from sbf_dist.hooks import registered
+from sbf_dist.hooks import on_output, registered
 from sbf_dist.layers import SBFConv2d
 
 SUMS = 768 * 2**20  # bytes of Gram matrices that are gathered in one pass
@@ -81,15 +81,15 @@ def visit(
         pass
 
     def hook_of(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            layers[name](inputs[0], output)
+        def hook(_: nn.Module, given: Tensor, output: Tensor) -> None:
+            layers[name](given, output)
             missing.discard(name)
             if not missing:
                 raise Reached
 
         return hook
 
-    hooks = (model.get_submodule(n).register_forward_hook(hook_of(n)) for n in layers)
+    hooks = (on_output(model.get_submodule(n), hook_of(n)) for n in layers)
     with registered(hooks), suppress(Reached):
         model(images)
     assert not missing, f"{sorted(missing)} are not reached by a forward pass"
@@ -140,7 +140,7 @@ def gather_layers(
         drawn = {name: chosen[name] for name in group}
         _visit_drawn(passes, drawn, add, following[0] if following else None)
         for name in group:
-            yield name, sums.pop(name).moments()
+            yield name, sums.pop(name).moments(name)
 
 
 def _visit_drawn(

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.fitting.reference import Reference
-from sbf_dist.hooks import registered
+from sbf_dist.hooks import on_input, registered
 from sbf_dist.layers import SBFConv2d
 
 LEAST = 1e-3  # of the mean variance: channels that vary less say nothing about a ratio
@@ -32,9 +32,9 @@ def following_norms(model: nn.Module, images: Tensor) -> dict[str, str]:
         return lambda _, __, output: outputs.append((output, name))
 
     def of_norm(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def hook(_: nn.Module, given: Tensor) -> None:
             for output, conv in outputs:
-                if output is inputs[0]:
+                if output is given:
                     following[conv] = name
 
         return hook
@@ -44,7 +44,7 @@ def following_norms(model: nn.Module, images: Tensor) -> dict[str, str]:
             if isinstance(module, nn.Conv2d | SBFConv2d):
                 yield module.register_forward_hook(of_conv(name))
             elif isinstance(module, nn.BatchNorm2d):
-                yield module.register_forward_pre_hook(of_norm(name))
+                yield on_input(module, of_norm(name))
 
     with registered(hooks()):
         model(images)
@@ -130,21 +130,21 @@ def move_batch_norms(
     given: dict[str, Statistics] = {}
 
     def look(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            given[name] = _of(reference.select(name, inputs[0]))
+        def hook(_: nn.Module, features: Tensor) -> None:
+            given[name] = _of(reference.select(name, features))
 
         return hook
 
     def move(name: str) -> Callable[..., None]:
-        def hook(norm: _BatchNorm, inputs: tuple[Tensor, ...]) -> None:
+        def hook(norm: _BatchNorm, features: Tensor) -> None:
             mean, variance = old[name]
             norm.running_mean, norm.running_var = mean.clone(), variance.clone()
-            now = _of(inputs[0])
+            now = _of(features)
             move_mean(norm, given[name], now)
             move_variance(norm, given[name], now)
             moved = (norm.running_mean, norm.running_var)
             for total, statistic in zip(sums[name], moved, strict=True):
-                total.add_(statistic.double(), alpha=len(inputs[0]))
+                total.add_(statistic.double(), alpha=len(features))
 
         return hook
 
@@ -152,8 +152,8 @@ def move_batch_norms(
 
     def hooks() -> Iterator[RemovableHandle]:
         for name, norm in norms.items():
-            yield dense.get_submodule(name).register_forward_pre_hook(look(name))
-            yield norm.register_forward_pre_hook(move(name))
+            yield on_input(dense.get_submodule(name), look(name))
+            yield on_input(norm, move(name))
 
     count = 0
     with registered(hooks()):

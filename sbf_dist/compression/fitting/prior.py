@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.fitting.statistics import Moments
-from sbf_dist.hooks import registered
+from sbf_dist.hooks import on_input, registered
 from sbf_dist.surgery import deep_copy, in_eval_mode
 
 IMAGES = 128  # on which the variances are measured
@@ -55,8 +55,7 @@ def _input_variances(
     sums: dict[str, list[Tensor]] = {}
 
     def add(name: str, axis: int) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            features = inputs[0]
+        def hook(_: nn.Module, features: Tensor) -> None:
             others = [a for a in range(features.ndim) if a != axis % features.ndim]
             variance, mean = (
                 found.double() for found in torch.var_mean(features, others, correction=0)
@@ -70,7 +69,7 @@ def _input_variances(
 
     layers = {name: model.get_submodule(name) for name in names}
     hooks = (
-        layer.register_forward_pre_hook(add(name, -1 if isinstance(layer, nn.Linear) else 1))
+        on_input(layer, add(name, -1 if isinstance(layer, nn.Linear) else 1))
         for name, layer in layers.items()
     )
     with registered(hooks):

@@ -20,7 +20,7 @@ from sbf_dist.compression.fitting.resuming import Side
 from sbf_dist.compression.fitting.statistics import Moments, MomentSums, patches, run_until
 from sbf_dist.compression.inputs import input_shapes
 from sbf_dist.compression.recognition import recognise
-from sbf_dist.hooks import registered
+from sbf_dist.hooks import is_altered, on_output, registered
 from sbf_dist.padding import pad_of
 from sbf_dist.surgery import sharing_modules
 
@@ -70,7 +70,7 @@ def filter_moments(
     sums = MomentSums(1, paired=False)
     for start, inputs, targets in batches:
         sums.add(drawn_patches(conv, inputs, draw, start), targets)
-    return sums.moments()
+    return sums.moments(draw.name)
 
 
 def output_moments(seen: Moments, weight: Tensor) -> Moments:
@@ -241,7 +241,7 @@ def _from_held(
         given, wanted = side.student.inputs(name, count), side.reference.outputs_of(name, count)
         for inputs, outputs in zip(given, wanted, strict=True):
             sums.add(inputs.clone(), reference.select(name, outputs))
-        moments.append(sums.moments())
+        moments.append(sums.moments(name))
     weight = sides[0].student.model.get_submodule(name).get_parameter("weight")
     return best_solution(moments[0], moments[1], weight, prior=prior)
 
@@ -256,7 +256,7 @@ def _from_halves(
         halves[index % 2].add(*_vectors(student, reference, name, batch))
     if halves[1].count == 0:
         return None
-    one, other = (half.moments() for half in halves)
+    one, other = (half.moments(name) for half in halves)
     of_one, of_other = (NormalEquations(half, weight) for half in (one, other))
 
     def lost(ridge: float) -> float:
@@ -283,16 +283,27 @@ def linear_heads(model: nn.Module, images: Tensor) -> list[str]:
     shared = sharing_modules(model)
     inputs: list[tuple[str, int]] = []
     hooks = (
-        module.register_forward_hook(
-            lambda _, given, __, name=name: inputs.append((name, given[0].ndim))
-        )
+        on_output(module, lambda _, given, __, name=name: inputs.append((name, given.ndim)))
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and name not in shared and module.in_features <= LARGEST_GRAM
+        if name not in shared and _is_plain(module)
     )
     with registered(hooks):
         model(images)
     names = [name for name, _ in inputs]
     return [name for name, axes in inputs if axes == 2 and names.count(name) == 1]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, not too wide, whose weight is all that it multiplies by.
+
+    Masks and norms of weights compute that from others, and hooks may change what the layer gives.
+    """
+    return (
+        type(module) is nn.Linear
+        and module.in_features <= LARGEST_GRAM
+        and "weight" in module._parameters
+        and not is_altered(module)
+    )
 
 
 def _errors(solution: tuple[Tensor, Tensor], moments: Moments) -> Tensor:

@@ -18,7 +18,7 @@ from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.fitting.cuts import Cut, Keeping, Resuming
 from sbf_dist.compression.fitting.finding_cuts import find_cuts
 from sbf_dist.compression.fitting.shelf import Kept, Shelf
-from sbf_dist.hooks import registered
+from sbf_dist.hooks import on_input, on_output, registered
 
 Seen = Callable[[int, Tensor, Tensor], None]  # of the first image's number, inputs and outputs
 
@@ -118,11 +118,11 @@ class Passes:
 
     def inputs(self, name: str, first: int) -> Iterator[Tensor]:
         """Give the inputs of layer `name` for the `first` images, batch by batch, whole ones."""
-        return self._at(name, first, self.model.get_submodule(name).register_forward_pre_hook)
+        return self._at(name, first, on_input)
 
     def outputs_of(self, name: str, first: int) -> Iterator[Tensor]:
         """Give the outputs of layer `name` likewise."""
-        return self._at(name, first, self.model.get_submodule(name).register_forward_hook)
+        return self._at(name, first, on_output)
 
     @torch.no_grad()
     def _at(
@@ -132,11 +132,10 @@ class Passes:
             found: list[Tensor] = []
 
             def look(_: nn.Module, *given: Any, found: list[Tensor] = found) -> None:
-                inputs, *output = given
-                found.append(output[0] if output else inputs[0])
+                found.append(given[-1])  # the input, or the output behind it
                 raise _Reached
 
-            with registered([register(look)]):
+            with registered([register(self.model.get_submodule(name), look)]):
                 self._run(part, batch, self._keeping(part, self._cuts.get(name)))
             assert found, f"{name} is not reached by a forward pass"
             yield found[0]
@@ -161,17 +160,15 @@ class Passes:
             def hook_of(
                 name: str, part: _Part, missing: set[str], done: Callable[[], None]
             ) -> Callable[..., None]:
-                def hook(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-                    layers[name](part.start, given[0], output)
+                def hook(_: nn.Module, given: Tensor, output: Tensor) -> None:
+                    layers[name](part.start, given, output)
                     missing.discard(name)
                     done()
 
                 return hook
 
             hooks = (
-                self.model.get_submodule(name).register_forward_hook(
-                    hook_of(name, part, missing, done)
-                )
+                on_output(self.model.get_submodule(name), hook_of(name, part, missing, done))
                 for name in list(missing)
             )
             with registered(hooks):

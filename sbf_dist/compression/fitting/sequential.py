@@ -185,7 +185,7 @@ class SequentialFit:
             # of another type where the network runs under an autocast of its own.
             candidates = conv._conv_forward(inputs.to(conv.weight), conv.weight, None)
             sums.add(batches.draw.rows(candidates, size, start), rows)
-        return sums.moments()
+        return sums.moments(name)
 
     def _can_solve(self, name: str) -> bool:
         # Behind global pooling an image is one sample: filters would be fitted to chance, which

@@ -15,9 +15,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from sbf_dist.compression.calibration import Calibration
+from sbf_dist.compression.finite import check_features, check_gradients
 from sbf_dist.compression.outputs import LOGITS, Yardstick, run_backward
 from sbf_dist.compression.precision import widened
-from sbf_dist.hooks import registered
+from sbf_dist.hooks import on_output, registered
 
 BLOCK = 1024  # rows of a Gram matrix at a time
 
@@ -30,11 +31,11 @@ def run_until(model: nn.Module, name: str, images: Tensor, *, output: bool) -> T
     """Run `model` up to the layer `name` and return that layer's output (or else its input)."""
     found: list[Tensor] = []
 
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...], result: Tensor) -> None:
-        found.append(result if output else inputs[0])
+    def hook(_: nn.Module, given: Tensor, result: Tensor) -> None:
+        found.append(result if output else given)
         raise _Reached
 
-    with registered([model.get_submodule(name).register_forward_hook(hook)]), suppress(_Reached):
+    with registered([on_output(model.get_submodule(name), hook)]), suppress(_Reached):
         model(images)
     assert found, f"{name} is not reached by a forward pass"
     return found[0]
@@ -180,13 +181,17 @@ class MomentSums:
         if self.paired:
             drift += (targets - columns[:, centre :: self.size**2]).square().sum(0)
 
-    def moments(self) -> Moments:
-        """Return the moments of all rows, and forget the sums."""
+    def moments(self, layer: str | None = None) -> Moments:
+        """Return the moments of all rows, and forget the sums.
+
+        Raises UserError, which names the `layer` that they are of, if they are not finite.
+        """
         if self._waiting:
             self._sum_up()
         # Small from here on, and full of small solves: the CPU's work.
         zz, zy, yy, y_mean, drift, z_mean = (term.cpu().div_(self.count) for term in self._sums)
         self._sums = []
+        check_features(layer, zz.diagonal(), yy, z_mean, y_mean)
         for start in range(0, len(zz), BLOCK):
             end = start + BLOCK
             zz[end:, start:end] = zz[start:end, end:].T
@@ -228,7 +233,7 @@ def output_sensitivity(
     The diagonal Fisher information of the layer's outputs, summed over positions, with labels
     drawn from the network's own predictions (Martens, arXiv 1412.1193, section 5): a second-order
     estimate of the divergence, by `yardstick`, that a small error in a channel causes. Each result
-    is (C,).
+    is (C,). Raises UserError where gradients are not finite.
     """
     totals: dict[str, Tensor] = {}
 
@@ -248,7 +253,9 @@ def output_sensitivity(
 
     hooks = {name: keep(name) for name in names}
     count = sum(run_backward(model, hooks, batches(), yardstick, seed=seed))
-    return {name: totals[name].cpu() / count for name in names}
+    found = {name: totals[name].cpu() / count for name in names}
+    check_gradients(found)
+    return found
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ def rank_channels(
     explained.fill_diagonal_(0.0)
     explained += torch.diag(moments.yy)
     explained *= weights[:, None]
+    assert bool(explained.isfinite().all())  # what is not would be looked at again without end
     best = torch.zeros(len(weights), dtype=torch.double)
     # What a channel adds only shrinks as the basis grows (submodularity), so that what it added
     # last time is a bound, and few channels need to be looked at again (Minoux 1978).

@@ -20,6 +20,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from sbf_dist.compression.finite import check_gradients
 from sbf_dist.compression.fitting.layerwise import layer_of
 from sbf_dist.compression.fitting.norms import following_norms
 from sbf_dist.compression.fitting.statistics import Moments
@@ -105,7 +106,7 @@ def _rankings(
 ) -> dict[str, Ranking]:
     if criterion not in CRITERIA:
         raise UserError(f"criterion = {criterion!r} must be one of {', '.join(CRITERIA)}")
-    if criterion == "reconstruction":
+    if criterion == "reconstruction" or not names:
         return {name: Ranking(criterion) for name in names}
     if criterion == "random":
         generator = torch.Generator().manual_seed(seed)
@@ -152,7 +153,10 @@ def _taylor(
     seed: int,
     yardstick: Yardstick,
 ) -> dict[str, Tensor]:
-    """Mean over images of (sum over positions of gradient x activation)² of each channel."""
+    """Mean over images of (sum over positions of gradient x activation)² of each channel.
+
+    Raises UserError where gradients are not finite.
+    """
     totals: dict[str, Tensor] = {}
     count = 0
     for outputs, gradients in _gradients(model, names, batches(), seed, yardstick):
@@ -161,7 +165,9 @@ def _taylor(
             total = products.square().sum(0)
             totals[name] = totals[name] + total if name in totals else total
         count += len(gradients[0])
-    return {name: total.cpu() / count for name, total in totals.items()}
+    found = {name: total.cpu() / count for name, total in totals.items()}
+    check_gradients(found)
+    return found
 
 
 def _gradients(

@@ -15,7 +15,7 @@ from torch import nn
 from sbf_dist.compression.recognition import as_plain
 from sbf_dist.errors import UserError
 from sbf_dist.layers import SBFConv2d
-from sbf_dist.layout import lay_out_in_channels_last, needs_contiguous
+from sbf_dist.layout import can_take, lay_out_in_channels_last
 from sbf_dist.surgery import deep_copy, in_eval_mode
 
 # It loads a module that warns of a CUDA toolkit without a GPU, which is no fault.
@@ -151,11 +151,13 @@ def _timer(model: nn.Module, input_shape: tuple[int, ...], batch: int) -> Timer:
     parameter = next(model.parameters())
     shadow = in_eval_mode(deep_copy(model))
     images = torch.randn(batch, *input_shape, device=parameter.device, dtype=parameter.dtype)
-    last = torch.channels_last
-    # Inputs that are packed lie as they do.
-    if images.ndim == 4 and not needs_contiguous(shadow, images.to(memory_format=last)):
+    if images.ndim == 4:  # inputs that are packed lie as they do
         lay_out_in_channels_last(shadow)
-        images = images.to(memory_format=last)
+        last = images.to(memory_format=torch.channels_last)
+        if can_take(shadow, last):
+            images = last
+        else:
+            shadow = in_eval_mode(deep_copy(model))
     return Timer(
         "model(images)",
         globals={"model": shadow, "images": images},

@@ -25,6 +25,7 @@ from sbf_dist.compression.recognition import as_plain
 from sbf_dist.compression.removal.coupled import Coupled
 from sbf_dist.compression.removal.readers import Reader, readers_of
 from sbf_dist.compression.removal.removal_order import Order
+from sbf_dist.hooks import on_output
 
 PART = 32  # of the channels that are left, about one in so many goes at a time
 SHARES = (0.05, 0.2, 0.45, 0.75)  # of a group's channels, whose removal is tried
@@ -170,10 +171,10 @@ def _divergences(
         if isinstance(module, nn.Conv2d):
             module = as_plain(module)  # it is not recognised once it has the hooks of this measure
 
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        def hook(_: nn.Module, given: Tensor, output: Tensor) -> Tensor:
             # A hook that knew `output` would keep the graph that keeps the hook.
             # Under an autocast of the network's own, they are of another type than the weights.
-            features = inputs[0].detach().to(module.get_parameter("weight"))
+            features = given.detach().to(module.get_parameter("weight"))
 
             def backward(gradient: Tensor) -> None:
                 with torch.no_grad():
@@ -190,7 +191,7 @@ def _divergences(
             output.register_hook(backward)
             return output.clone()  # which an activation may overwrite in place
 
-        return lambda layer: layer.register_forward_hook(hook)
+        return lambda layer: on_output(layer, hook)
 
     hooks = {name: measure(name) for name in users}
     batches = images.parts(max(2, images.part // 2), PROBES)

@@ -9,9 +9,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from sbf_dist.compression.calibration import Calibration
+from sbf_dist.compression.finite import check_gradients
 from sbf_dist.compression.outputs import LOGITS, Yardstick, run_backward
 from sbf_dist.compression.recognition import weight_of
 from sbf_dist.compression.removal.coupled import Coupled
+from sbf_dist.hooks import on_input
 
 Importance = Literal["fisher", "taylor", "l1", "l2", "bn_scale"]
 SAMPLES = 512  # images on which the criteria fisher and taylor are measured
@@ -61,8 +63,8 @@ def _products(
     def read(name: str) -> Callable[[nn.Module], RemovableHandle]:
         linear = isinstance(dense.get_submodule(name), nn.Linear)
 
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            features = inputs[0].clone()  # so that the gradient is that of this reader alone
+        def hook(_: nn.Module, given: Tensor) -> Tensor:
+            features = given.clone()  # so that the gradient is that of this reader alone
             seen = features.detach()  # the features would keep the graph that keeps the hook
 
             def backward(gradient: Tensor) -> None:
@@ -76,14 +78,15 @@ def _products(
                     sums[name] = sums[name] + product if name in sums else product
 
             features.register_hook(backward)
-            return (features, *inputs[1:])
+            return features
 
-        return lambda layer: layer.register_forward_pre_hook(hook)
+        return lambda layer: on_input(layer, hook)
 
     rows: list[list[Tensor]] = [[] for _ in groups]
     hooks = {name: read(name) for name in readers}
     batches = images.parts(images.part // 2, SAMPLES)
     for passed in run_backward(dense, hooks, batches, yardstick, seed=seed):
+        check_gradients(sums)
         for group, row in zip(groups, rows, strict=True):
             parts = [p for p in group.parts if p.side == "inp" and p.name in sums]
             total = torch.zeros(passed, group.size, dtype=torch.double)

@@ -37,7 +37,7 @@ from sbf_dist.compression.removal.readers import solvable
 from sbf_dist.compression.removal.removal_order import Order
 from sbf_dist.compression.removal.widths import Measure, Widths, choose_channels, cost_of
 from sbf_dist.errors import UserError
-from sbf_dist.hooks import registered
+from sbf_dist.hooks import on_input, registered
 from sbf_dist.settings import Compression
 from sbf_dist.surgery import deep_copy, in_eval_mode
 
@@ -250,8 +250,8 @@ def _absorb_means(
     counts: dict[str, int] = {}
 
     def read(name: str, linear: bool) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            features = inputs[0].movedim(-1 if linear else 1, -1).flatten(0, -2)
+        def hook(_: nn.Module, given: Tensor) -> None:
+            features = given.movedim(-1 if linear else 1, -1).flatten(0, -2)
             total = features.double().sum(0)
             sums[name] = sums[name] + total if name in sums else total
             counts[name] = counts.get(name, 0) + len(features)
@@ -259,7 +259,7 @@ def _absorb_means(
         return hook
 
     hooks = (
-        module.register_forward_pre_hook(read(name, isinstance(module, nn.Linear)))
+        on_input(module, read(name, isinstance(module, nn.Linear)))
         for name, module in readers.items()
     )
     with registered(hooks):

@@ -183,7 +183,7 @@ def _input_moments(
         start += len(batch)
         if all(name in drawn and start >= drawn[name].images for name in names):
             break
-    return {name: one.moments() for name, one in sums.items()}
+    return {name: one.moments(name) for name, one in sums.items()}
 
 
 def _runs(dense: nn.Module, groups: Sequence[Coupled], most: int) -> Iterator[list[Coupled]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sbf_dist.compression.calibration import BATCH
 from sbf_dist.compression.fitting.norms import following_norms
 from sbf_dist.compression.fitting.statistics import measure_batch_norm
-from sbf_dist.hooks import registered
+from sbf_dist.hooks import on_output, registered
 from sbf_dist.surgery import deep_copy, in_eval_mode
 
 
@@ -63,10 +63,9 @@ def effective_cost(model: nn.Module, images: Tensor) -> EffectiveCost:
     macs = 0
     params = sum(int(parameter.count_nonzero()) for parameter in model.parameters())
 
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def hook(module: nn.Module, features: Tensor, output: Tensor) -> None:
         nonlocal macs, params
         weight: Tensor = module.weight  # type: ignore[assignment]
-        features = inputs[0]
         axis = 1 if isinstance(module, nn.Conv2d) else features.ndim - 1
         alive = features.abs().amax([d for d in range(features.ndim) if d != axis]) > 0
         read = weight
@@ -78,7 +77,7 @@ def effective_cost(model: nn.Module, images: Tensor) -> EffectiveCost:
         macs += filters * read[0].numel() * positions
 
     hooks = (
-        module.register_forward_hook(hook)
+        on_output(module, hook)
         for module in model.modules()
         if isinstance(module, nn.Conv2d | nn.Linear)
     )

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_networks import pictures
+from small_networks import pictures, small
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.fitting import refit
@@ -24,12 +25,15 @@ from sbf_dist.compression.fitting.refit import (
     drawn_patches,
     filter_moments,
     is_mended,
+    linear_heads,
     obstacle,
     output_moments,
     refit_heads,
     solve,
 )
 from sbf_dist.compression.fitting.statistics import MomentSums, gather_moments
+from sbf_dist.compression.one_shot import compress
+from sbf_dist.settings import Compression
 
 EVERYTHING = Draw("conv", images=10**6, per_image=10**6)
 
@@ -292,6 +296,38 @@ def test_linear_layers_that_read_vectors_are_solved_anew(batch):
     assert difference(model, other, unseen) < 0.5 * before
     for name in ("sequence", "twice"):
         assert torch.equal(other.get_submodule(name).weight, model.get_submodule(name).weight)
+
+
+def norm_its_weight(head):
+    nn.utils.weight_norm(head)
+
+
+def mask_its_weight(head):
+    prune.l1_unstructured(head, "weight", 0.3)
+
+
+def parametrise_its_weight(head):
+    parametrizations.weight_norm(head)
+
+
+def double_its_output(head):
+    head.register_forward_hook(lambda _, __, output: 2 * output)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize(
+    "change", [norm_its_weight, mask_its_weight, parametrise_its_weight, double_its_output]
+)
+@pytest.mark.parametrize("removal", [0.0, 1.0])
+def test_a_head_that_does_more_than_to_multiply_by_its_own_weight_stays(change, removal):
+    dense, images = small(), pictures(24)
+    change(dense.head)
+    assert linear_heads(dense, images) == []
+    student, _ = compress(dense, images, Compression(macs=0.7, removal=removal))
+    assert student(images).shape == (24, 5)
+    if removal == 0.0:
+        features = torch.randn(4, dense.head.in_features)
+        assert torch.equal(student.head(features), dense.head(features))
 
 
 def test_few_images_do_not_make_a_head_worse_on_others():
