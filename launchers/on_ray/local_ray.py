@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from launchers.interruption import take_signals_back
+from launchers.interruption import held_back
 from launchers.machine import workers_here
 from launchers.on_ray import unused_services
 from launchers.on_ray.printed import Printed
@@ -110,10 +110,16 @@ class _OwnRay:
     gpus: int
     folder: Path
     printed: Printed | None
+    imported: bool = False
 
     def start(self) -> None:
+        with held_back():  # Ray's own handlers of SIGTERM exit with 15, or abort with a stack
+            self._start()
+
+    def _start(self) -> None:
         import ray
 
+        self.imported = True
         with unused_services.services_left_out():
             ray.init(
                 address="local",
@@ -125,7 +131,6 @@ class _OwnRay:
                 logging_level=logging.ERROR,
                 _temp_dir=str(self.folder),
             )
-        take_signals_back()  # Ray's own handler of SIGTERM prints a stack and aborts
         address = ray.util.get_node_ip_address()
         if address != LOOPBACK:
             raise RuntimeError(
@@ -136,6 +141,8 @@ class _OwnRay:
         self._servers = {name: children[name] for name in (GCS, RAYLET) if name in children}
 
     def end(self) -> None:
+        if not self.imported:  # a second signal has cut that, and another import would fail
+            return
         import ray
 
         started = psutil.Process().children(recursive=True)
@@ -216,12 +223,12 @@ def _is_of_ray_train(process: psutil.Process, *others: str) -> bool:
 @contextmanager
 def _joined(address: str, *, with_output: bool) -> Iterator[None]:
     _check_listening(address)
-    import ray
-
     try:
-        with unused_services.messages_left_out():
-            ray.init(address=address, log_to_driver=with_output, logging_level=logging.ERROR)
-        take_signals_back()
+        with held_back():
+            import ray
+
+            with unused_services.messages_left_out():
+                ray.init(address=address, log_to_driver=with_output, logging_level=logging.ERROR)
     except ConnectionError as error:
         raise UserError(f"Ray cluster {address}: cannot be reached: {error}") from error
     try:

@@ -206,7 +206,13 @@ class KeptWorkers:
         self._end()
 
     def group(self, count: int, storage: Path) -> WorkerGroup:
-        """Return `count` workers that live: those that are here, or new ones."""
+        """Return `count` workers that live: those that are here, or new ones.
+
+        ServerDiedError where Ray's own server has died since, which new ones would wait for.
+        """
+        server = local_ray.dead_server()
+        if server is not None:
+            raise ServerDiedError(server)
         if self._group is not None and not (self._group.is_alive and self._group.count == count):
             self._end()
         if self._group is None:

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from launchers.display import Display, results_table
-from launchers.interruption import Ended, Interrupted, signals_raise
+from launchers.interruption import Ended, Interrupted, held_back, signals_raise
 from launchers.machine import available_cpus
 from launchers.places import locked
 from launchers.run.folder import RunFolder
@@ -47,16 +47,17 @@ def _execute(
             copy, mirror = resources.enter_context(taken_over(folder.copy))
             folder, kept = dataclasses.replace(folder, copy=copy), mirror.kept
         # These take seconds: not before it is known that the folder is free.
-        import torch
+        with held_back():
+            import torch
 
-        from launchers.images import find_again
-        from launchers.run import continued_tracking, sequence
-        from launchers.run.building import fetch_published
-        from launchers.run.earlier_defaults import as_begun
-        from launchers.run.networks import Networks
-        from launchers.run.session import Session
-        from launchers.run.worker_pool import WorkerPool
-        from sbf_dist import tracking
+            from launchers.images import find_again
+            from launchers.run import continued_tracking, sequence
+            from launchers.run.building import fetch_published
+            from launchers.run.earlier_defaults import as_begun
+            from launchers.run.networks import Networks
+            from launchers.run.session import Session
+            from launchers.run.worker_pool import WorkerPool
+            from sbf_dist import tracking
 
         torch.set_num_threads(available_cpus())
         recipe, notes = as_begun(recipe, folder)
