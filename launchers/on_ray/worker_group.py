@@ -36,6 +36,7 @@ from launchers.on_ray.process_group import ProcessGroupConfig
 from launchers.on_ray.ray_train import Config, Record
 from launchers.on_ray.unused_services import trainer_class
 from sbf_dist.errors import UserError
+from sbf_dist.files import DISK_FAULTS
 from sbf_dist.recipe import Workers
 
 _POLL_SECONDS = 0.1
@@ -96,10 +97,10 @@ class WorkerGroup:
     ) -> Record:
         """Run worker(config) on all ranks, once; what it returned on rank 0, JSON-like.
 
-        Raises the UserError of a worker as it was; AttemptError; ServerDiedError; StoppedError
-        where a machine of the workers is being taken away, and they have written a checkpoint and
-        ended; and Interrupted where `notice` has noted a signal: once they have done the same, or
-        are late, or do not train.
+        Raises a worker's UserError, or OSError of a full disk, as it was; AttemptError;
+        ServerDiedError; StoppedError where a machine of the workers is being taken away, and they
+        have written a checkpoint and ended; and Interrupted where `notice` has noted a signal: once
+        they have done the same, or are late, or do not train.
         """
         key = uuid.uuid4().hex
         ray_train.give(self._key, self._given, key, worker, config)
@@ -229,7 +230,11 @@ def _cause(error: BaseException) -> BaseException:
     """Return what to raise for an error of Ray Train."""
     if isinstance(error, train.WorkerGroupError):
         meant = (UserError, StoppedError)
-        raised = (f for f in error.worker_failures.values() if isinstance(f, meant))
+        raised = (
+            failure
+            for failure in error.worker_failures.values()
+            if isinstance(failure, meant) or getattr(failure, "errno", None) in DISK_FAULTS
+        )
         return next(raised, None) or judged(error.worker_failures, str(error))
     if isinstance(error, train.ControllerError):
         return _cause_of_start(error)

@@ -13,6 +13,8 @@ from launchers.places import locked
 from launchers.run.folder import RunFolder
 from launchers.run.library_output import OwnOutput
 from launchers.storage.driver import taken_over
+from sbf_dist.errors import UserError
+from sbf_dist.files import DISK_FAULTS
 from sbf_dist.recipe import Recipe
 
 _MLFLOW_UI = "http://127.0.0.1:5000"  # where `mlflow ui` listens
@@ -27,6 +29,8 @@ def execute(
 
     A signal that asks this program to end leaves a run that the same command goes on with, and its
     MLflow run KILLED: one line says so, and Ended has the signal's exit code.
+
+    UserError where a disk takes no more, whatever was to be written.
     """
     try:
         with signals_raise():
@@ -34,6 +38,13 @@ def execute(
     except Interrupted as signal:
         output.warn(f"sbf: stopped by {signal}; run the same command again to resume")
         raise Ended(signal.exit_code) from None
+    except OSError as error:
+        if error.errno not in DISK_FAULTS:
+            raise
+        raise UserError(
+            f"{error.filename or folder.root}: {DISK_FAULTS[error.errno]}; make room, and run the "
+            "same command again"
+        ) from error
 
 
 def _execute(
