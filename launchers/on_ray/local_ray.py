@@ -160,11 +160,8 @@ class _OwnRay:
         if self.printed is not None:
             self.printed.take(self.logs, ended=ended)
 
-    def dead_server(self) -> str | None:
-        for name, process in self._servers.items():
-            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
-                return name
-        return None
+    def dead_servers(self) -> list[str]:
+        return [name for name, process in self._servers.items() if _is_dead(process)]
 
 
 _own: list[_OwnRay] = []  # none or one, as Ray itself is
@@ -172,7 +169,19 @@ _own: list[_OwnRay] = []  # none or one, as Ray itself is
 
 def dead_server() -> str | None:
     """Return which of GCS and RAYLET of this process's own Ray has died, if one has."""
-    return _own[0].dead_server() if _own else None
+    return next(iter(dead_servers()), None)
+
+
+def dead_servers() -> list[str]:
+    """Return all of GCS and RAYLET of this process's own Ray that have died."""
+    return _own[0].dead_servers() if _own else []
+
+
+def _is_dead(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def restart() -> None:
