@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -81,6 +81,42 @@ def take_signals_back() -> None:
     if _handled and threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
             signal.signal(number, _handle)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Within `signals_raise`: raise Interrupted for a signal at the end of the context.
+
+    For imports and starts of libraries: cut by an exception, they may swallow it, or raise another
+    one, and some set handlers of their own at once. What the body raises after a signal counts as
+    its consequence.
+    """
+    if not _handled or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with noted() as notice, _handlers_stay():
+        try:
+            yield
+        except Exception as error:
+            if notice.signum is not None:
+                raise Interrupted(notice.signum) from error
+            raise
+
+
+@contextmanager
+def _handlers_stay() -> Iterator[None]:
+    """Let our handlers stay where a library sets others, and take those back that C++ has set."""
+    set_handler = signal.signal
+
+    def keep(signum: int, handler: Any) -> Any:
+        return set_handler(signum, _handle if signum in SIGNALS else handler)
+
+    signal.signal = keep  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        signal.signal = set_handler
+        take_signals_back()
 
 
 @contextmanager

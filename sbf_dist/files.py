@@ -1,5 +1,6 @@
 """Files that are there as a whole or not at all, and their digests."""
 
+import errno
 import hashlib
 import json
 import os
@@ -10,6 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from sbf_dist.errors import UserError
+
+DISK_FAULTS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota of the disk is used up",
+    errno.EROFS: "the disk is read-only",
+}
 
 
 def cache_folder() -> Path:

@@ -67,7 +67,7 @@ def run_workers(
     here. The workers are those of `kept`, and stay there.
 
     UserError: raised by a worker, as it was and without another try; too few workers have a
-    place, or others use them.
+    place, or others use them. OSError: a disk is full, of a worker or of the logs.
     RunError: the budget is used up. Interrupted: a signal came, see launchers.interruption.
     """
     place = f"{storage}/{name}"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from launchers.interruption import take_signals_back
+from launchers.interruption import held_back
 from launchers.machine import workers_here
 from launchers.on_ray import unused_services
 from launchers.on_ray.printed import Printed
@@ -110,10 +110,16 @@ class _OwnRay:
     gpus: int
     folder: Path
     printed: Printed | None
+    imported: bool = False
 
     def start(self) -> None:
+        with held_back():  # Ray's own handlers of SIGTERM exit with 15, or abort with a stack
+            self._start()
+
+    def _start(self) -> None:
         import ray
 
+        self.imported = True
         with unused_services.services_left_out():
             ray.init(
                 address="local",
@@ -125,7 +131,6 @@ class _OwnRay:
                 logging_level=logging.ERROR,
                 _temp_dir=str(self.folder),
             )
-        take_signals_back()  # Ray's own handler of SIGTERM prints a stack and aborts
         address = ray.util.get_node_ip_address()
         if address != LOOPBACK:
             raise RuntimeError(
@@ -136,6 +141,8 @@ class _OwnRay:
         self._servers = {name: children[name] for name in (GCS, RAYLET) if name in children}
 
     def end(self) -> None:
+        if not self.imported:  # a second signal has cut that, and another import would fail
+            return
         import ray
 
         started = psutil.Process().children(recursive=True)
@@ -153,11 +160,8 @@ class _OwnRay:
         if self.printed is not None:
             self.printed.take(self.logs, ended=ended)
 
-    def dead_server(self) -> str | None:
-        for name, process in self._servers.items():
-            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
-                return name
-        return None
+    def dead_servers(self) -> list[str]:
+        return [name for name, process in self._servers.items() if _is_dead(process)]
 
 
 _own: list[_OwnRay] = []  # none or one, as Ray itself is
@@ -165,7 +169,19 @@ _own: list[_OwnRay] = []  # none or one, as Ray itself is
 
 def dead_server() -> str | None:
     """Return which of GCS and RAYLET of this process's own Ray has died, if one has."""
-    return _own[0].dead_server() if _own else None
+    return next(iter(dead_servers()), None)
+
+
+def dead_servers() -> list[str]:
+    """Return all of GCS and RAYLET of this process's own Ray that have died."""
+    return _own[0].dead_servers() if _own else []
+
+
+def _is_dead(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def restart() -> None:
@@ -216,12 +232,12 @@ def _is_of_ray_train(process: psutil.Process, *others: str) -> bool:
 @contextmanager
 def _joined(address: str, *, with_output: bool) -> Iterator[None]:
     _check_listening(address)
-    import ray
-
     try:
-        with unused_services.messages_left_out():
-            ray.init(address=address, log_to_driver=with_output, logging_level=logging.ERROR)
-        take_signals_back()
+        with held_back():
+            import ray
+
+            with unused_services.messages_left_out():
+                ray.init(address=address, log_to_driver=with_output, logging_level=logging.ERROR)
     except ConnectionError as error:
         raise UserError(f"Ray cluster {address}: cannot be reached: {error}") from error
     try:

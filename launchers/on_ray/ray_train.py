@@ -111,7 +111,8 @@ def watch(
 ) -> Iterator[None]:
     """Bring what rank 0 reports to this process, from a thread, until the context ends.
 
-    New records go to `on_progress`, new warnings to `on_warning`.
+    New records go to `on_progress`, new warnings to `on_warning`. What these raise while an error
+    leaves the context is a note of that error.
     """
     ended = threading.Event()
     last: bytes | None = None
@@ -134,13 +135,22 @@ def watch(
 
     thread = threading.Thread(target=work, name="progress", daemon=True)
     thread.start()
-    try:
-        yield
-    finally:
+
+    def end() -> None:
         ended.set()
         if local_ray.dead_server() is None:  # which would have to answer
             thread.join()
             look()
+
+    try:
+        yield
+    except BaseException as error:
+        try:
+            end()
+        except Exception as late:
+            error.add_note(f"its last progress could not be shown: {late!r}")
+        raise
+    end()
 
 
 # --- the workers ---------------------------------------------------------------------------------

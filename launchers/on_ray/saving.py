@@ -25,14 +25,12 @@ from launchers.on_ray.failures import StoppedError
 from launchers.on_ray.stopping import Stopping
 from launchers.on_ray.stored_checkpoints import StoredShelf
 from sbf_dist.errors import RunError, UserError
+from sbf_dist.files import DISK_FAULTS
 from sbf_dist.train import checkpoint
 from sbf_dist.train.loop import Every
 
 PREFIX = "sbf-checkpoint-"
-_DISK = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the quota of the disk is used up",
-    errno.EROFS: "the disk is read-only",
+_DISK = DISK_FAULTS | {
     errno.EFBIG: "the file would be larger than the system allows",
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",

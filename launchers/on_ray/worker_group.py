@@ -36,6 +36,7 @@ from launchers.on_ray.process_group import ProcessGroupConfig
 from launchers.on_ray.ray_train import Config, Record
 from launchers.on_ray.unused_services import trainer_class
 from sbf_dist.errors import UserError
+from sbf_dist.files import DISK_FAULTS
 from sbf_dist.recipe import Workers
 
 _POLL_SECONDS = 0.1
@@ -43,6 +44,7 @@ _LOOKS_PER_CHECK = 5
 _END_SECONDS = 60.0  # for workers without work to end
 _CUT_OFF_SECONDS = 10.0  # and for all others
 _CONTROLLER = "controller"
+_WATCH_SECONDS = 2.0  # between looks at Ray's server while workers are idle
 _FILES_OF_RAY = ".ray-train"
 
 _log = logging.getLogger(__name__)
@@ -70,6 +72,7 @@ class WorkerGroup:
         self._own_files = storage.absolute() / _FILES_OF_RAY
         self._outcome: futures.Future[Any] = futures.Future()
         self._is_idle = False  # before the first work they may be starting still
+        self.is_at_work = False
         # In the main thread Ray Train would take Ctrl-C for itself, and nothing else could be
         # noticed.
         threading.Thread(
@@ -96,19 +99,19 @@ class WorkerGroup:
     ) -> Record:
         """Run worker(config) on all ranks, once; what it returned on rank 0, JSON-like.
 
-        Raises the UserError of a worker as it was; AttemptError; ServerDiedError; StoppedError
-        where a machine of the workers is being taken away, and they have written a checkpoint and
-        ended; and Interrupted where `notice` has noted a signal: once they have done the same, or
-        are late, or do not train.
+        Raises a worker's UserError, or OSError of a full disk, as it was; AttemptError;
+        ServerDiedError; StoppedError where a machine of the workers is being taken away, and they
+        have written a checkpoint and ended; and Interrupted where `notice` has noted a signal: once
+        they have done the same, or are late, or do not train.
         """
         key = uuid.uuid4().hex
         ray_train.give(self._key, self._given, key, worker, config)
         self._given += 1
-        self._is_idle = False
+        self._is_idle, self.is_at_work = False, True
         try:
             with ray_train.watch(key, on_progress, lambda line: _log.warning("%s", line)):
                 found = self._answer(key, notice)
-            self._is_idle = True
+            self._is_idle, self.is_at_work = True, False
             return found
         except (StoppedError, ServerDiedError, AttemptError):
             notice.raise_it()
@@ -198,15 +201,41 @@ class KeptWorkers:
     def __init__(self, settings: Workers) -> None:
         self.settings = settings
         self._group: WorkerGroup | None = None
+        self._over = threading.Event()
 
     def __enter__(self) -> Self:
+        threading.Thread(target=self._watch, name="ray-server", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._over.set()
         self._end()
 
+    def _watch(self) -> None:
+        """Say that the GCS has died while no workers are at work, for which run() looks itself.
+
+        Ray's library ends this process a minute later, in the middle of a stage and without a word.
+        """
+        while not self._over.wait(_WATCH_SECONDS):
+            group = self._group
+            # A Ray that is being started again has ended its raylet first.
+            if local_ray.dead_servers() != [local_ray.GCS] or (group and group.is_at_work):
+                continue
+            _log.warning(
+                "Ray's %s died: this run ends within a minute or at its next training; run the "
+                "same command again to resume",
+                local_ray.GCS,
+            )
+            return
+
     def group(self, count: int, storage: Path) -> WorkerGroup:
-        """Return `count` workers that live: those that are here, or new ones."""
+        """Return `count` workers that live: those that are here, or new ones.
+
+        ServerDiedError where Ray's own server has died since, which new ones would wait for.
+        """
+        server = local_ray.dead_server()
+        if server is not None:
+            raise ServerDiedError(server)
         if self._group is not None and not (self._group.is_alive and self._group.count == count):
             self._end()
         if self._group is None:
@@ -223,7 +252,11 @@ def _cause(error: BaseException) -> BaseException:
     """Return what to raise for an error of Ray Train."""
     if isinstance(error, train.WorkerGroupError):
         meant = (UserError, StoppedError)
-        raised = (f for f in error.worker_failures.values() if isinstance(f, meant))
+        raised = (
+            failure
+            for failure in error.worker_failures.values()
+            if isinstance(failure, meant) or getattr(failure, "errno", None) in DISK_FAULTS
+        )
         return next(raised, None) or judged(error.worker_failures, str(error))
     if isinstance(error, train.ControllerError):
         return _cause_of_start(error)

@@ -7,12 +7,14 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from launchers.display import Display, results_table
-from launchers.interruption import Ended, Interrupted, signals_raise
+from launchers.interruption import Ended, Interrupted, held_back, signals_raise
 from launchers.machine import available_cpus
 from launchers.places import locked
 from launchers.run.folder import RunFolder
 from launchers.run.library_output import OwnOutput
 from launchers.storage.driver import taken_over
+from sbf_dist.errors import UserError
+from sbf_dist.files import DISK_FAULTS
 from sbf_dist.recipe import Recipe
 
 _MLFLOW_UI = "http://127.0.0.1:5000"  # where `mlflow ui` listens
@@ -27,6 +29,8 @@ def execute(
 
     A signal that asks this program to end leaves a run that the same command goes on with, and its
     MLflow run KILLED: one line says so, and Ended has the signal's exit code.
+
+    UserError where a disk takes no more, whatever was to be written.
     """
     try:
         with signals_raise():
@@ -34,6 +38,13 @@ def execute(
     except Interrupted as signal:
         output.warn(f"sbf: stopped by {signal}; run the same command again to resume")
         raise Ended(signal.exit_code) from None
+    except OSError as error:
+        if error.errno not in DISK_FAULTS:
+            raise
+        raise UserError(
+            f"{error.filename or folder.root}: {DISK_FAULTS[error.errno]}; make room, and run the "
+            "same command again"
+        ) from error
 
 
 def _execute(
@@ -47,16 +58,17 @@ def _execute(
             copy, mirror = resources.enter_context(taken_over(folder.copy))
             folder, kept = dataclasses.replace(folder, copy=copy), mirror.kept
         # These take seconds: not before it is known that the folder is free.
-        import torch
+        with held_back():
+            import torch
 
-        from launchers.images import find_again
-        from launchers.run import continued_tracking, sequence
-        from launchers.run.building import fetch_published
-        from launchers.run.earlier_defaults import as_begun
-        from launchers.run.networks import Networks
-        from launchers.run.session import Session
-        from launchers.run.worker_pool import WorkerPool
-        from sbf_dist import tracking
+            from launchers.images import find_again
+            from launchers.run import continued_tracking, sequence
+            from launchers.run.building import fetch_published
+            from launchers.run.earlier_defaults import as_begun
+            from launchers.run.networks import Networks
+            from launchers.run.session import Session
+            from launchers.run.worker_pool import WorkerPool
+            from sbf_dist import tracking
 
         torch.set_num_threads(available_cpus())
         recipe, notes = as_begun(recipe, folder)

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from launchers.display import Display
+from launchers.interruption import held_back
 from launchers.run.folder import RunFolder
 from launchers.run.networks import Networks
 from launchers.run.shares import has_unlabelled, numbers_of_workers
@@ -60,8 +61,9 @@ class Session:
             self.display.wait("starting the workers")
         kept = self.pool.kept()
         # They import Ray, which reads what WorkerPool has set.
-        from launchers.on_ray import attempts
-        from launchers.on_ray.local_ray import take_printed
+        with held_back():
+            from launchers.on_ray import attempts
+            from launchers.on_ray.local_ray import take_printed
 
         config = {
             # Workers do not talk to the tracking store, whose URI may hold a password.

@@ -4,6 +4,7 @@ import os
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Self
 
+from launchers.interruption import held_back
 from launchers.run.first_imports import import_libraries
 from launchers.run.folder import RunFolder
 from launchers.run.shares import expected_numbers_of_workers
@@ -52,7 +53,8 @@ class WorkerPool:
                 output=self._folder.worker_log,
             )
             self._resources.enter_context(ray)
-            from launchers.on_ray.worker_group import KeptWorkers
+            with held_back():
+                from launchers.on_ray.worker_group import KeptWorkers
 
             self._kept = self._resources.enter_context(KeptWorkers(workers))
         return self._kept
@@ -65,7 +67,8 @@ class WorkerPool:
         if os.environ.get("RAY_ADDRESS"):
             return
         kept = self.kept()
-        from launchers.on_ray import attempts
+        with held_back():
+            from launchers.on_ray import attempts
 
         attempts.begin_workers(
             import_libraries,

@@ -114,6 +114,10 @@ class Courier:
                 self._deliver_all()
             except (StoreAwayError, UserError) as error:
                 self._say_away(error)
+            except OSError as error:  # of the run's own folder: the store's are StoreAwayError
+                if not self._away:
+                    logger.warning("metrics wait in %s: %s", self._folder, error)
+                self._away = True
             except Exception:  # a fault of ours must not end the thread silently
                 if not self._away:
                     logger.exception("tracking store %s", self._shown)

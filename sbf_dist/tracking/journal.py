@@ -50,9 +50,7 @@ class Journal:
             if time.monotonic() - self._synced > _SECONDS_BETWEEN_SYNCS:
                 self.sync()
         except OSError as error:
-            if not self._warned:
-                logger.warning("metrics are lost: %s cannot be written: %s", self.path, error)
-            self._warned = True
+            self._warn(error)
 
     def sync(self) -> None:
         """Let what was written survive a loss of power, too."""
@@ -62,9 +60,17 @@ class Journal:
 
     def close(self) -> None:
         if self._descriptor is not None:
-            self.sync()
+            try:
+                self.sync()
+            except OSError as error:
+                self._warn(error)
             os.close(self._descriptor)
         self._descriptor = None
+
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            logger.warning("metrics are lost: %s cannot be written: %s", self.path, error)
+        self._warned = True
 
 
 def files(folder: Path) -> list[Path]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sbf_dist.errors import UserError
 from sbf_dist.tracking.address import DATABASES, Address
+from sbf_dist.tracking.database import make_whole
 from sbf_dist.tracking.database_lock import alone
 from sbf_dist.tracking.journal import Entry
 
@@ -75,8 +76,11 @@ class MlflowStore:
             self._address.enter_credentials()
             mlflow = quiet_mlflow()
             with alone(self._address):
+                database = self._address.database_file
+                if database is not None:
+                    make_whole(database)
                 client = mlflow.MlflowClient(tracking_uri=self._address.uri)
-                client.search_experiments(max_results=1)  # makes or migrates a database's tables
+                client.search_experiments(max_results=1)  # makes the tables of other databases
                 self.experiment_id = self._experiment(client)
             self._connected = client
 

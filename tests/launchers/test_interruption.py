@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from launchers import interruption
-from launchers.interruption import Interrupted, noted, signals_raise
+from launchers.interruption import Interrupted, held_back, noted, signals_raise
 
 
 @pytest.mark.parametrize(
@@ -67,3 +67,36 @@ def test_a_handler_of_a_librarys_is_replaced() -> None:
     before = signal.getsignal(signal.SIGTERM)
     interruption.take_signals_back()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("signum", interruption.SIGNALS)
+def test_a_library_that_starts_neither_takes_a_signal_nor_is_cut_by_it(signum: int) -> None:
+    done = False
+    with pytest.raises(Interrupted) as caught, signals_raise(), held_back():
+        signal.signal(signum, lambda *_: sys.exit(15))
+        os.kill(os.getpid(), signum)
+        done = True
+    assert done
+    assert caught.value.signum == signum
+
+
+def test_what_a_library_raises_after_a_signal_is_its_consequence() -> None:
+    with signals_raise():
+        with pytest.raises(Interrupted, match="SIGTERM"), held_back():
+            os.kill(os.getpid(), signal.SIGTERM)
+            try:
+                os.kill(os.getpid(), signal.SIGINT)  # a second one
+            except Interrupted:
+                raise AttributeError("partially initialized module") from None
+        with pytest.raises(AttributeError), held_back():
+            raise AttributeError("a mistake")
+
+
+def test_a_librarys_handlers_are_its_own_where_we_have_none() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with held_back():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,5 +1,6 @@
 """A store that forgets, is cut off or has a past: nothing is lost, and nothing stands twice."""
 
+import errno
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from waiting import eventually
 from sbf_dist import tracking
 from sbf_dist.errors import UserError
 from sbf_dist.tracking import courier
+from sbf_dist.tracking.state import State
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("soon_again")
@@ -332,3 +334,23 @@ def test_copies_of_a_run_in_an_object_store_are_one_run(
         assert second.flush(240)
         assert second.run_id == first.run_id
     assert not caplog.messages
+
+
+def test_a_full_disk_of_the_run_is_one_line_and_metrics_come_once_there_is_room(
+    folder: Path, double: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, full = State.save, OSError(errno.ENOSPC, "No space left on device")
+
+    def fail(state: State) -> None:
+        raise full
+
+    with tracking.start(folder, uri=double.uri) as parent, parent.stage("distill") as stage:
+        assert parent.flush(240)
+        monkeypatch.setattr(State, "save", fail)
+        train(stage, range(50))
+        eventually(lambda: caplog.messages)
+        monkeypatch.setattr(State, "save", save)
+        assert parent.flush(240)
+    assert caplog.messages[0] == f"metrics wait in {folder / 'tracking'}: {full}"
+    assert all(record.exc_info is None for record in caplog.records)
+    assert double.history("loss") == POINTS

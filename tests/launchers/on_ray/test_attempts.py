@@ -1,12 +1,15 @@
 """How many workers an attempt gets; attempts on real workers are in test_ray_train.py."""
 
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
+from waiting import eventually
 
 from launchers.interruption import Interrupted, Notice
-from launchers.on_ray import attempts
-from sbf_dist.errors import UserError
+from launchers.on_ray import attempts, local_ray, worker_group
+from launchers.on_ray.worker_group import KeptWorkers
+from sbf_dist.errors import RunError, UserError
 from sbf_dist.recipe import Workers
 
 ELASTIC = Workers(count=(2, 8), cpus=2, start_timeout=3)
@@ -95,3 +98,20 @@ def test_an_autoscaler_is_asked_for_the_least_number(
     with pytest.raises(UserError):
         attempts._number_of_workers(ELASTIC, [2, 4, 8], Notice())
     assert asked == [({"CPU": 2}, 2)]
+
+
+def test_a_gcs_that_died_while_no_workers_were_at_work_ends_the_run_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(attempts, "runs_locally", lambda: True)
+    monkeypatch.setattr(local_ray, "dead_servers", lambda: [local_ray.GCS])
+    monkeypatch.setattr(worker_group, "_WATCH_SECONDS", 0.01)
+    logs = tmp_path / "logs"
+    with KeptWorkers(Workers()) as kept, pytest.raises(RunError) as caught:
+        eventually(lambda: caplog.messages)  # before there is a next training
+        assert caplog.messages[0].startswith("Ray's gcs_server died: this run ends within a minute")
+        attempts.run_workers(dict, {}, name="distill", storage=tmp_path, logs=logs, kept=kept)
+    assert str(caught.value) == (
+        f"distill: Ray's gcs_server died; the workers' logs are in {logs}/distill-1.log; run the "
+        "same command again to resume from the last checkpoint"
+    )

@@ -60,6 +60,39 @@ def test_a_ray_leaves_nothing_behind() -> None:
     assert not [p for p in psutil.process_iter(["cmdline"]) if belongs(p, folder)]
 
 
+STOPPED = """
+import os, signal, threading, time
+from pathlib import Path
+from launchers.interruption import Interrupted, signals_raise
+from launchers.on_ray.local_ray import local_ray
+
+def stop():
+    while "r" not in os.listdir(os.environ.get("TMPDIR", "/")):  # Ray's, which it begins with
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+threading.Thread(target=stop, daemon=True).start()
+try:
+    with signals_raise(), local_ray(workers=1):
+        print("up")
+except Interrupted as signal:
+    print(signal, os.environ.get("TMPDIR"))
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_while_ray_starts_is_ours_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    assert (done.returncode, done.stdout) == (0, f"SIGTERM {tmp_path}\n"), done.stderr
+
+
 @pytest.mark.slow
 def test_a_ray_dies_with_a_driver_that_was_killed_and_the_next_one_tidies_up() -> None:
     driver = subprocess.Popen(

@@ -16,12 +16,12 @@ import psutil
 import pytest
 import tiny_worker
 from tiny_worker import CHECKPOINT_EVERY, STEPS
+from waiting import eventually
 
 from launchers.interruption import Interrupted, signals_raise
 from launchers.machine import available_cpus
-from launchers.on_ray import held_places, worker_group
+from launchers.on_ray import held_places, local_ray, worker_group
 from launchers.on_ray.attempts import Progress, begin_workers, run_workers
-from launchers.on_ray.local_ray import local_ray
 from launchers.on_ray.worker_group import KeptWorkers
 from sbf_dist.errors import RunError, UserError
 from sbf_dist.recipe import Workers
@@ -40,7 +40,7 @@ def ray() -> Iterator[None]:
     here = Path(__file__).parent
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(here), str(here.parents[2])]))
-        with local_ray(workers=2):
+        with local_ray.local_ray(workers=2):
             yield
 
 
@@ -273,6 +273,20 @@ def test_workers_stay_for_the_next_stage_and_others_come_where_one_has_died(
         assert not set(pids("four")) & set(third)
     assert caplog.messages == []
     assert not (tmp_path / "runs" / ".ray-train").exists()
+
+
+def test_a_raylet_that_dies_while_workers_are_idle_is_started_again(
+    ray: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folders = {"storage": tmp_path / "runs", "logs": tmp_path / "logs"}
+    with KeptWorkers(Workers(count=1)) as kept:
+        first = run_workers(tiny_worker.pids, {}, name="one", kept=kept, **folders)
+        (raylet,) = [p for p in psutil.Process().children() if p.name() == local_ray.RAYLET]
+        raylet.kill()
+        eventually(lambda: local_ray.dead_server() == local_ray.RAYLET)
+        assert run_workers(tiny_worker.pids, {}, name="two", kept=kept, **folders) != first
+    (message,) = caplog.messages
+    assert message.startswith("two: Ray's raylet died, once without a new checkpoint")
 
 
 def test_an_interrupt_while_workers_start_leaves_no_thread_that_waits_for_ray(

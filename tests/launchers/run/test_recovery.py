@@ -70,8 +70,9 @@ def survived(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         os.kill(run.process.pid, signum)
         ended(signum.name)
 
-    run.checkpoints.mkdir(parents=True)
-    seen.small_disk = is_mounted(run.checkpoints)
+    disk = run.runs / faults.NAME
+    disk.mkdir(parents=True)
+    seen.small_disk = is_mounted(disk)
     try:
         run.start()
         reach()
@@ -103,12 +104,12 @@ def survived(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     finally:
         run.end()
         if seen.small_disk:
-            subprocess.run(["umount", "--lazy", str(run.checkpoints)], check=True)
+            subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def fill_the_disk(seen: SimpleNamespace, ended: Callable[[str], None]) -> None:
     """Let the next checkpoint find no room; then make room again."""
-    filler = seen.run.checkpoints / "filler"
+    filler = seen.run.runs / faults.NAME / "filler"
     fill(filler)
     before = seen.run.saved()
     seen.run.pace.unlink()  # it ends by itself
@@ -119,8 +120,8 @@ def fill_the_disk(seen: SimpleNamespace, ended: Callable[[str], None]) -> None:
 
 
 def is_mounted(folder: Path) -> bool:
-    """Make `folder` a disk of 8 MB, which this user may not be allowed to."""
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(folder)]
+    """Make `folder` a disk of 16 MB, which this user may not be allowed to."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "none", str(folder)]
     return subprocess.run(mount, check=False, capture_output=True).returncode == 0
 
 
