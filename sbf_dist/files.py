@@ -97,12 +97,16 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object that a JSON file holds. UserError if it is damaged."""
+def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
+    """Return the object that a JSON file holds. UserError, with the `remedy`, if it is damaged."""
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, str(error), remedy) from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it holds no object")
+        raise _damaged(path, "it holds no object", remedy)
     return content
+
+
+def _damaged(path: Path, reason: str, remedy: str) -> UserError:
+    return UserError(f"{path} is damaged: {reason}" + (f"; {remedy}" if remedy else ""))
