@@ -189,6 +189,15 @@ def read_safetensors(path: Path) -> State:
     return {**state, **extra}
 
 
+def is_whole(path: Path) -> bool:
+    """Whether there is a file of `save_weights` that is as long as it says; no tensor is read."""
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
+
+
 def _is_pickled(path: Path) -> bool:
     """Tell whether a file is torch.save's: a zip archive, or pickles one after the other."""
     with path.open("rb") as file:

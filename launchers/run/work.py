@@ -39,7 +39,7 @@ from sbf_dist.heads import head_of
 from sbf_dist.report.chart import accuracy_and_cost
 from sbf_dist.surgery import in_eval_mode
 from sbf_dist.train.freezing import frozen_names
-from sbf_dist.weights import save_weights
+from sbf_dist.weights import is_whole, save_weights
 
 
 def prepare(session: Session, log: tracking.Run) -> Result:
@@ -387,11 +387,10 @@ def _plan_that_is_kept(session: Session) -> Plan | None:
     Another plan, with times measured anew, would not fit the students that were trained since.
     """
     folder, networks = session.folder, session.networks
-    if not folder.plan.exists():
+    made = (networks.one_shot.weights, networks.zeroed.weights)
+    if not (folder.plan.exists() and all(is_whole(weights) for weights in made)):
         return None
     try:
-        for network in (networks.one_shot, networks.zeroed):
-            build_network(network, session.num_classes, network.weights)
         plan = Plan.load(folder.plan)
     except UserError as error:
         session.display.say(f"  warning: {error}: compressing anew")
