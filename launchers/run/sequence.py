@@ -91,6 +91,7 @@ def open_folder(networks: "Networks", again: str | None) -> list[str]:
     That is what a change of the recipe concerns, from the stage `again` on, and what depends on
     it. Where no change concerns that stage, it and all after it are done anew. A training that
     shall only be longer goes on from its last checkpoint; without `again`, if it was not finished.
+    One that was not finished does so, too, where its steps shall take other passes.
     UserError where a change concerns an earlier stage, or a finished one without `again`; it names
     the first change. Returns lines on what goes on, and on results that are damaged.
     """
@@ -99,18 +100,18 @@ def open_folder(networks: "Networks", again: str | None) -> list[str]:
     damaged = _set_damaged_aside(folder)
     products = [(stage, product) for stage in STAGES for product in stage.products(networks)]
     changes = _changes(networks, products)
-    longer = {
-        product.name
-        for _, product in products
-        if product.resumable
-        and product.name in changes
-        and all(change.is_longer for change in changes[product.name])
-    }
+    changed = [p for _, p in products if p.resumable and p.name in changes]
     # What is in the middle of its training has nothing yet that depends on its end.
     unfinished = {
         product.name
-        for _, product in products
-        if product.name in longer and not any(path.exists() for path in product.files)
+        for product in changed
+        if all(change.is_longer or change.is_of_passes for change in changes[product.name])
+        and not any(path.exists() for path in product.files)
+    }
+    longer = unfinished | {
+        product.name
+        for product in changed
+        if all(change.is_longer for change in changes[product.name])
     }
     stale = locks.with_dependants(changes.keys() - unfinished, [product for _, product in products])
     # What it starts from is another one then.
@@ -137,7 +138,7 @@ def open_folder(networks: "Networks", again: str | None) -> list[str]:
                 _remove_results(folder, stage, anew[stage.name], kept)
     bind(networks)
     folder.publish()
-    return damaged + [_going_on(changes[name][0]) for name in going_on]
+    return damaged + [change.going_on() for name in going_on for change in changes[name]]
 
 
 Products = list[tuple[Stage, locks.Product]]
@@ -182,13 +183,6 @@ def _changes(networks: "Networks", products: Products) -> dict[str, list[locks.C
         if folder.recipe.exists() or folder.result(stage.name).exists()
     }
     return {name: changes for name, changes in found.items() if changes}
-
-
-def _going_on(change: locks.Change) -> str:
-    return (
-        f"{change.key} is {change.now} instead of {change.before}: the training resumes from its "
-        f"last checkpoint, with the learning rates of a training of {change.now}"
-    )
 
 
 def _check_permission(
