@@ -81,7 +81,10 @@ def _execute(
         resources.callback(pool.end)  # before the MLflow run
         if folder.copy is not None:
             resources.callback(mirror.hurry)
-        tracker.log_params(recipe.model_dump(mode="json"))
+        params = recipe.model_dump(mode="json")
+        if recipe.tracking.uri is not None:
+            params["tracking"]["uri"] = tracker.uri  # without what is secret
+        tracker.log_params(params)
         if folder.recipe.exists():
             tracker.log_artifact(folder.recipe)
         resources.enter_context(display)
