@@ -91,6 +91,18 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def read_bytes(path: Path, most: int = -1) -> bytes:
+    """Return what a file holds, or the first bytes of it, at most so many.
+
+    Of a pipe, what is written to it; of one that nobody has open for that, nothing, at once: it may
+    be a mistake, and would be waited for without end. OSError as `open` raises it.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    os.set_blocking(descriptor, True)
+    with os.fdopen(descriptor, "rb") as file:
+        return file.read(most)
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file, 64 hexadecimal digits."""
     with path.open("rb") as file:

@@ -168,6 +168,8 @@ def _read(path: Path) -> Any:
     """Return what a file holds."""
     if not path.exists():
         raise UserError(f"weights {path} do not exist")
+    if path.is_fifo():  # which would be waited for
+        raise UserError(f"weights {path} are a pipe; give a file")
     if path.is_file() and _is_pickled(path):
         return _read_pickled(path)
     try:

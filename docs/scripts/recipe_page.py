@@ -239,7 +239,9 @@ def _limits(metadata: list[Any]) -> str:
 
 
 def _bound(value: Any) -> str:
-    return "2^63 - 1" if value == 2**63 - 1 else f"{value:g}"
+    if value == 2**63 - 1:
+        return "2^63 - 1"
+    return f"{value:,}" if value >= 10**6 else f"{value:g}"
 
 
 if __name__ == "__main__":
