@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from sbf_dist.recipe import Data
-from sbf_dist.schema import Positive, RunName, Section, Seed, Share, equals, load_as
+from sbf_dist.schema import Positive, RunName, Section, Seed, Share, Steps, equals, load_as
 from sbf_dist.settings import Optimizer
 
 Method = Literal[
@@ -36,7 +36,7 @@ class Training(Section):
 class Dense(Training):
     """Training of the dense network on the labels."""
 
-    steps: Positive = Field(description="optimizer steps")
+    steps: Steps = Field(description="optimizer steps")
 
     @model_validator(mode="after")
     def _warms_up_in_time(self) -> "Dense":
@@ -52,7 +52,7 @@ class Recovery(Training):
     All methods get the same batches.
     """
 
-    steps: list[Positive] = Field(
+    steps: list[Steps] = Field(
         min_length=1, description="lengths of the trainings, optimizer steps"
     )
     label_weight: float = Field(

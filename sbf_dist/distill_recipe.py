@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from sbf_dist.schema import Positive, Section, equals
+from sbf_dist.schema import Section, Steps, equals
 from sbf_dist.settings import Augmentation
 from sbf_dist.training_recipe import Training
 
@@ -101,7 +101,7 @@ class Distill(Section):
     """Training of the SBF student."""
 
     training: Training
-    round_steps: Positive | None = Field(
+    round_steps: Steps | None = Field(
         None, description="steps of training between rounds; null: a fifth of the training's"
     )
     targets: Literal["auto", "stored", "live"] = Field(

@@ -98,18 +98,34 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def read_bytes(path: Path, most: int = -1) -> bytes:
+    """Return what a file holds, or the first bytes of it, at most so many.
+
+    Of a pipe, what is written to it; of one that nobody has open for that, nothing, at once: it may
+    be a mistake, and would be waited for without end. OSError as `open` raises it.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    os.set_blocking(descriptor, True)
+    with os.fdopen(descriptor, "rb") as file:
+        return file.read(most)
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file, 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object that a JSON file holds. UserError if it is damaged."""
+def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
+    """Return the object that a JSON file holds. UserError, with the `remedy`, if it is damaged."""
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, str(error), remedy) from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it holds no object")
+        raise _damaged(path, "it holds no object", remedy)
     return content
+
+
+def _damaged(path: Path, reason: str, remedy: str) -> UserError:
+    return UserError(f"{path} is damaged: {reason}" + (f"; {remedy}" if remedy else ""))

@@ -19,9 +19,13 @@ from pydantic_core import ErrorDetails
 
 from sbf_dist import strict_yaml
 from sbf_dist.errors import UserError, without_credentials
+from sbf_dist.files import read_bytes
 from sbf_dist.object_storage import ObjectFolder, is_address
 
 Positive = typing.Annotated[int, Field(ge=1)]
+MAX_STEPS, MAX_EPOCHS = 10**9, 10**6  # counted by numbers of 64 bits, with the images of a step
+Steps = typing.Annotated[int, Field(ge=1, le=MAX_STEPS)]
+Epochs = typing.Annotated[float, Field(gt=0, le=MAX_EPOCHS)]
 Share = typing.Annotated[float, Field(gt=0, le=1)]
 Above0 = typing.Annotated[float, Field(gt=0)]
 _MAX_SHOWN = 200  # characters of a value in a message
@@ -84,8 +88,9 @@ def load_as(schema: type[Whole], path: Path, overrides: typing.Sequence[str] = (
     Raises UserError that names the key, its value, and what would be right.
     """
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+        data = read_bytes(path, MAX_BYTES + 1)
+        if not data and path.is_fifo():
+            raise UserError(f"recipe {path} is a pipe that nobody writes to; give a file")
         if len(data) > MAX_BYTES:
             raise UserError(f"recipe {path} is larger than {MAX_BYTES} bytes: not a recipe")
         content = strict_yaml.load(data.decode())

@@ -6,15 +6,15 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from sbf_dist.errors import UserError
-from sbf_dist.schema import Above0, Positive, Section, Share, equals
+from sbf_dist.schema import Epochs, Positive, Section, Share, Steps, equals
 from sbf_dist.settings import Optimizer
 
 
 class Training(Section):
     """One training: length, batches, optimizer, precision."""
 
-    steps: Positive | None = Field(None, description="optimizer steps; or give epochs")
-    epochs: Above0 | None = Field(
+    steps: Steps | None = Field(None, description="optimizer steps; or give epochs")
+    epochs: Epochs | None = Field(
         None,
         exclude_if=equals(None),
         description="length in passes over the images, instead of steps; with several streams "

@@ -168,6 +168,8 @@ def _read(path: Path) -> Any:
     """Return what a file holds."""
     if not path.exists():
         raise UserError(f"weights {path} do not exist")
+    if path.is_fifo():  # which would be waited for
+        raise UserError(f"weights {path} are a pipe; give a file")
     if path.is_file() and _is_pickled(path):
         return _read_pickled(path)
     try:
@@ -187,6 +189,15 @@ def read_safetensors(path: Path) -> State:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         extra = json.loads((file.metadata() or {}).get(EXTRA_STATE, "{}"))
     return {**state, **extra}
+
+
+def is_whole(path: Path) -> bool:
+    """Whether there is a file of `save_weights` that is as long as it says; no tensor is read."""
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
 
 
 def _is_pickled(path: Path) -> bool:

@@ -36,8 +36,10 @@ An unknown key, a wrong type or a value outside the limits is refused in one lin
 starts. `sbf run RECIPE --dry-run` checks a recipe and estimates what the run needs.
 
 A finished stage records which keys it has read. If you change one of them later, the run stops and
-names the stage to repeat ([architecture](../ARCHITECTURE.md#a-run)). Keys of `workers`,
-`checkpoints` and `tracking` may change at any time.
+names the stage to repeat ([architecture](../ARCHITECTURE.md#a-run)). These may change at any time:
+keys of `workers`, `checkpoints` and `tracking`, and of a training `log_every`, `checkpoint_every`,
+`profile_steps`, `skip_bad_steps` and `compile`. A training that is not finished resumes from its
+last checkpoint with more `steps` or `epochs`, and with other `images_at_once` or `accumulation`.
 
 This page is generated from the schema (`python docs/scripts/recipe_page.py`); a test compares the
 two.
@@ -237,7 +239,9 @@ def _limits(metadata: list[Any]) -> str:
 
 
 def _bound(value: Any) -> str:
-    return "2^63 - 1" if value == 2**63 - 1 else f"{value:g}"
+    if value == 2**63 - 1:
+        return "2^63 - 1"
+    return f"{value:,}" if value >= 10**6 else f"{value:g}"
 
 
 if __name__ == "__main__":

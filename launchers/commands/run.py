@@ -179,6 +179,7 @@ def check_models(recipe: Recipe, classes: int | None = None) -> None:
     """Refuse unknown models, patterns of no parameter, layers that are not there, and names that
     the run uses itself; where the number of `classes` is known, also another one.
     """
+    from launchers.run.network import ENDING_OF_TARGETS
     from launchers.run.networks import TITLES, is_name_of_round
     from sbf_dist import models
     from sbf_dist.train.freezing import frozen_names
@@ -188,6 +189,11 @@ def check_models(recipe: Recipe, classes: int | None = None) -> None:
             raise UserError(
                 f"teachers.{index}.name = {teacher.name!r} must not be one of "
                 f"{', '.join(TITLES)}, nor sbf-round-N or sbf-self-trained-N"
+            )
+        if teacher.name.endswith(ENDING_OF_TARGETS):
+            raise UserError(
+                f"teachers.{index}.name = {teacher.name!r} must not end in {ENDING_OF_TARGETS}, as "
+                "a file of another network may"
             )
         try:
             model = models.build(teacher.model, 2, teacher.arguments)

@@ -1,6 +1,5 @@
 """SBF and its peers side by side: the same dense network, the same cost, the same training."""
 
-import json
 from pathlib import Path
 
 from launchers.comparison.statistics import summarise
@@ -35,7 +34,7 @@ def compare(recipe: Comparison, runs: Path, display: Display) -> Result:
 def _compare(recipe: Comparison, runs: Path, folder: Path, display: Display) -> Result:
     _check_identity(recipe, folder)
     todo = trials(recipe)
-    missing = [trial for trial in todo if not _path(folder, trial).exists()]
+    missing = [trial for trial in todo if _kept(folder, trial, display) is None]
     if missing:
         # The seeds of a comparison share their images.
         index = index_images(recipe.data, runs, 0, display)
@@ -49,7 +48,7 @@ def _compare(recipe: Comparison, runs: Path, folder: Path, display: Display) -> 
                     write_json(_path(folder, trial), context.result(trial))
                     done = sum(_path(folder, other).exists() for other in todo)
                     display.say(f"  {done} of {len(todo)}: {_outcome(folder, trial)}")
-    results = [json.loads(_path(folder, trial).read_text()) for trial in todo]
+    results = [read_json(_path(folder, trial)) for trial in todo]
     rows = summarise(results)
     report = {"model": recipe.model, "seeds": recipe.seeds, "rows": rows, **origin()}
     write_json(folder / "comparison.json", report)
@@ -61,8 +60,20 @@ def _path(folder: Path, trial: Trial) -> Path:
     return folder / "results" / f"seed-{trial.seed}" / f"{trial.name}.json"
 
 
+def _kept(folder: Path, trial: Trial, display: Display) -> Result | None:
+    """Return the result of a trial that is done; one that is damaged counts as not there."""
+    path = _path(folder, trial)
+    if not path.exists():
+        return None
+    try:
+        return read_json(path)
+    except UserError as error:
+        display.say(f"warning: {error}; the trial is done anew")
+        return None
+
+
 def _outcome(folder: Path, trial: Trial) -> str:
-    result = json.loads(_path(folder, trial).read_text())
+    result = read_json(_path(folder, trial))
     name = f"{trial.name}, seed {trial.seed}: "
     if result["refused"]:
         return name + result["refused"]
@@ -79,7 +90,7 @@ def _check_identity(recipe: Comparison, folder: Path) -> None:
     if not path.exists():
         write_json(path, now)
         return
-    before = read_json(path)
+    before = read_json(path, "give another name (name=…) or remove the folder")
     if "distill" in before:
         raise UserError(
             f"comparison folder {folder}: holds a run (sbf run); give another name (name=…)"

@@ -1,6 +1,5 @@
 """What `sbf run --dry-run` prints: trainings, the memory of a worker, hours on many GPUs."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -100,9 +99,8 @@ def describe(
 
 
 def _classes(recipe: Recipe, folder: RunFolder) -> int | None:
-    prepared = folder.result("prepare")
-    if prepared.exists():
-        return int(json.loads(prepared.read_text())["classes"])
+    if folder.result("prepare").exists():
+        return int(folder.read_result("prepare")["classes"])
     if recipe.data.source == "digits":
         return digits.NUM_CLASSES
     if isinstance(recipe.data.root, Path) and recipe.data.root.is_dir():

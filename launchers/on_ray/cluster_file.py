@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from sbf_dist.errors import UserError, without_credentials
+from sbf_dist.files import read_bytes
 
 # As a command of the file hands it to Ray's processes on the head, and so to the jobs.
 _TRACKING = re.compile(r"\bMLFLOW_TRACKING_URI=[\"']?([^\s\"';&]+)")
@@ -18,7 +19,7 @@ def mlflow_of(file: Path) -> str | None:
     UserError: the file cannot be read, or is not a mapping in YAML.
     """
     try:
-        content = yaml.safe_load(file.read_text())
+        content = yaml.safe_load(read_bytes(file).decode())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cluster file {file}: cannot be read: {error}") from error
     except yaml.YAMLError as error:

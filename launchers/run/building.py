@@ -7,14 +7,22 @@ from torch import nn
 
 from launchers.display import Display
 from launchers.run.network import Network
-from launchers.run.networks import Networks
+from launchers.run.networks import (
+    ONE_SHOT,
+    SBF_LABELS,
+    STUDENT,
+    ZEROED,
+    Networks,
+    is_name_of_round,
+)
 from sbf_dist import models
 from sbf_dist.compression.convert import convert
 from sbf_dist.compression.plan import Plan
 from sbf_dist.distill.class_mapping import class_mapping, read_classes
 from sbf_dist.distill.teachers import Member
+from sbf_dist.errors import UserError
 from sbf_dist.pretrained import build_pretrained, normalisation
-from sbf_dist.weights import load_weights, save_weights
+from sbf_dist.weights import is_whole, load_weights, save_weights
 
 
 def build_network(
@@ -43,9 +51,24 @@ def build_network(
 
 def _load(network: Network, model: nn.Module, weights: Path) -> str | None:
     if weights != network.published:
+        if not is_whole(weights):
+            raise UserError(_lost(weights))
         return load_weights(model, weights)
     key, prefix = network.weights_choice
     return load_weights(model, weights, key=key, prefix=prefix, new_head=network.job is not None)
+
+
+def _lost(weights: Path) -> str:
+    fault = "are damaged" if weights.exists() else "do not exist"
+    if weights.stem in (ONE_SHOT, ZEROED):
+        return f"weights {weights} {fault}; make them anew (--again compress)"
+    of_student = weights.stem in (STUDENT, SBF_LABELS) or is_name_of_round(weights.stem)
+    stage = "distill" if of_student else "teachers"
+    return (
+        f"weights {weights} {fault}; remove stages/{stage}.json of the run and run the same "
+        "command again, which makes them anew of the last checkpoint; or train again "
+        f"(--again {stage})"
+    )
 
 
 def build_member(network: Network, classes: Sequence[str]) -> Member:
@@ -70,7 +93,7 @@ def fetch_published(networks: Networks, display: Display) -> None:
         zip(networks.recipe.teachers, networks.teachers, strict=True)
     ):
         file = network.published
-        if not teacher.pretrained or file is None or file.exists():
+        if not teacher.pretrained or file is None or is_whole(file):
             continue
         display.say(f"{teacher.name}: fetching the published weights of {teacher.model}")
         save_weights(build_pretrained(teacher.model, teacher.arguments), file)

@@ -1,7 +1,6 @@
 """Runs that an earlier version began: they keep the defaults of that version."""
 
 from launchers.run.folder import RunFolder
-from sbf_dist.files import read_json
 from sbf_dist.recipe import Recipe
 
 # Keys of `distill` whose default has changed, and what it was.
@@ -15,7 +14,7 @@ def as_begun(recipe: Recipe, folder: RunFolder) -> tuple[Recipe, list[str]]:
     """
     if not folder.recipe.exists():
         return recipe, []
-    recorded = read_json(folder.recipe).get("distill", {})
+    recorded = folder.read_recipe().get("distill", {})
     distill = recipe.distill
     kept = {
         key: value

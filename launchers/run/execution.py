@@ -1,7 +1,6 @@
 """A run around its stages: lock, tracking, Ray, and the table of results."""
 
 import dataclasses
-import json
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -94,7 +93,10 @@ def _execute(
         resources.callback(pool.end)  # before the MLflow run
         if folder.copy is not None:
             resources.callback(mirror.hurry)
-        tracker.log_params(recipe.model_dump(mode="json"))
+        params = recipe.model_dump(mode="json")
+        if recipe.tracking.uri is not None:
+            params["tracking"]["uri"] = tracker.uri  # without what is secret
+        tracker.log_params(params)
         if folder.recipe.exists():
             tracker.log_artifact(folder.recipe)
         resources.enter_context(display)
@@ -104,7 +106,8 @@ def _execute(
         for note in notes:
             display.say(note)
         sequence.perform(Session(networks, display, tracker, pool), until)
-    if folder.summary.exists():
+    # The table may be missing: its file was damaged, and the command ends before `evaluate`.
+    if folder.summary.exists() and folder.result("evaluate").exists():
         show_results(display, folder, tracker.uri, tracker.page)
 
 
@@ -119,7 +122,7 @@ def say_where(display: Display, folder: RunFolder, uri: str) -> None:
 
 def show_results(display: Display, folder: RunFolder, uri: str, page: str | None) -> None:
     """Show the table, and where the results are; page: of the run on MLflow's server."""
-    result = json.loads(folder.result("evaluate").read_text())
+    result = folder.read_result("evaluate")
     display.console.print()
     display.console.print(results_table(result["rows"]))
     display.say(

@@ -10,9 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from launchers.storage.working_copy import WorkingCopy, cached
+from sbf_dist.files import read_json
 from sbf_dist.object_storage import is_address
 
 PRETRAINED = "pretrained"  # the folder of published weights
+# What is lost with these files is how the recipe differs from the one of a stage that was cut.
+_IF_UNCHANGED = (
+    "if the recipe and its files are as they were, remove it and run the same command again; "
+    "otherwise give another name (name=…)"
+)
 
 
 @dataclass(frozen=True)
@@ -199,3 +205,15 @@ class RunFolder:
     def result(self, stage: str) -> Path:
         """Return the file whose existence says that a stage is done, with its result."""
         return self.root / "stages" / f"{stage}.json"
+
+    def read_result(self, stage: str) -> dict[str, Any]:
+        """Return the result of a stage that is done. UserError if it is damaged."""
+        return read_json(self.result(stage), "`sbf run` makes it anew")
+
+    def read_recipe(self) -> dict[str, Any]:
+        """Return the recipe that the run was last done with. UserError if it is damaged."""
+        return read_json(self.recipe, _IF_UNCHANGED)
+
+    def read_digests(self) -> dict[str, Any]:
+        """Return the digests of its files; earlier versions kept none. UserError if damaged."""
+        return read_json(self.read_files, _IF_UNCHANGED) if self.read_files.exists() else {}

@@ -10,9 +10,13 @@ from typing import Any
 Values = dict[str, Any]  # of keys with dots; a key that is null is not in it
 
 DIGEST = ".sha256"  # ends the keys of digests of the files that a recipe names, see read_files
-# Last parts of keys that say when something is written, not what: they change freely.
-WITHOUT_EFFECT = ("log_every", "checkpoint_every", "profile_steps")
+# Last parts of keys that say when something is written, what is done about a loss that is not
+# finite, or by which code the same is computed: they change freely.
+WITHOUT_EFFECT = ("log_every", "checkpoint_every", "profile_steps", "skip_bad_steps", "compile")
 LENGTHS = ("steps", "epochs", "round_steps")
+# Last parts of keys that say in how many passes the images of a step are taken. As with another
+# number of workers, a training goes on with others.
+PASSES = ("images_at_once", "accumulation")
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,24 @@ class Change:
         """Whether it is a training that is to go on longer than it did."""
         numbers = isinstance(self.before, int | float) and isinstance(self.now, int | float)
         return self.key.rpartition(".")[2] in LENGTHS and numbers and self.now > self.before
+
+    @property
+    def is_of_passes(self) -> bool:
+        """Whether a step takes its images in other passes."""
+        return self.key.rpartition(".")[2] in PASSES
+
+    def going_on(self) -> str:
+        """Return a line on how a training goes on with it."""
+        before = "not set" if self.before is None else self.before
+        with_what = (
+            "other passes over the images of a step"
+            if self.is_of_passes
+            else f"the learning rates of a training of {self.now}"
+        )
+        return (
+            f"{self.key} is {'not set' if self.now is None else self.now} instead of {before}: the "
+            f"training resumes from its last checkpoint, with {with_what}"
+        )
 
     def __str__(self) -> str:
         if self.key.endswith(DIGEST):

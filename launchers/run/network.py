@@ -10,6 +10,8 @@ from sbf_dist.models import Architecture
 from sbf_dist.settings import View
 from sbf_dist.training_recipe import Training
 
+ENDING_OF_TARGETS = ".targets"  # of the name of a file beside the results of trainings
+
 
 @dataclass(frozen=True)
 class Job:
@@ -84,7 +86,7 @@ class Network:
     @property
     def targets(self) -> Path:
         """The file that keeps whether its teachers are asked live, see teaching.py."""
-        return self.result.with_suffix(".targets.json")
+        return self.result.with_suffix(f"{ENDING_OF_TARGETS}.json")
 
     @property
     def input_shape(self) -> tuple[int, int, int]:

@@ -271,7 +271,7 @@ class _Reader:
         path = self.folder.result(name)
         if not path.exists():
             return Stage(name, False, None, {})
-        result = read_json(path)
+        result = self.folder.read_result(name)
         versions = {
             key.removeprefix(_VERSION): value
             for key, value in result.items()

@@ -16,7 +16,7 @@ from sbf_dist.compression.cost import count
 from sbf_dist.compression.plan import Plan
 from sbf_dist.compression.progressive import round_budgets, shrink
 from sbf_dist.recipe import Compress
-from sbf_dist.weights import save_weights
+from sbf_dist.weights import is_whole, save_weights
 
 
 def shrink_in_rounds(
@@ -40,7 +40,9 @@ def shrink_in_rounds(
     budgets = round_budgets(settings.budget, settings.rounds, whole)
     before: Round | None = None
     for number, (one, budget) in enumerate(zip(networks.rounds, budgets, strict=True), 1):
-        if not one.fitted.weights.exists():
+        trained = one.trained is not None and outcome.is_trained(one.trained)
+        # What was trained since keeps the plan that it has: its fit is not needed any more.
+        if not (trained or is_whole(one.fitted.weights)):
             display.say(f"  round {number} of {len(budgets)}")
             smaller = settings.with_budget(budget)
             if before is None:
@@ -51,7 +53,7 @@ def shrink_in_rounds(
             one.plan.parent.mkdir(exist_ok=True)
             plan.save(one.plan)
             save_weights(student, one.fitted.weights)  # last: what says that the round is fitted
-        if one.trained is not None and not outcome.is_trained(one.trained):
+        if one.trained is not None and not trained:
             train(one.trained)
         before = one
 

@@ -1,6 +1,5 @@
 """The stages of a run in order: which are finished, and which must be repeated."""
 
-import json
 import time
 from typing import TYPE_CHECKING
 
@@ -78,9 +77,9 @@ def bind(networks: "Networks") -> bool:
     if not folder.result(NAMES[0]).exists():
         return False
     files = file_digests(networks.recipe)
-    if files != _read_files(folder):
+    if files != folder.read_digests():
         write_json(folder.read_files, files)
-    if folder.recipe.exists() and json.loads(folder.recipe.read_text()) == identity:
+    if folder.recipe.exists() and folder.read_recipe() == identity:
         return False
     write_json(folder.recipe, identity)
     return True
@@ -92,25 +91,27 @@ def open_folder(networks: "Networks", again: str | None) -> list[str]:
     That is what a change of the recipe concerns, from the stage `again` on, and what depends on
     it. Where no change concerns that stage, it and all after it are done anew. A training that
     shall only be longer goes on from its last checkpoint; without `again`, if it was not finished.
+    One that was not finished does so, too, where its steps shall take other passes.
     UserError where a change concerns an earlier stage, or a finished one without `again`; it names
-    the first change. Returns lines on what goes on.
+    the first change. Returns lines on what goes on, and on results that are damaged.
     """
     folder = networks.folder
     _check_kind(folder)
+    damaged = _set_damaged_aside(folder)
     products = [(stage, product) for stage in STAGES for product in stage.products(networks)]
     changes = _changes(networks, products)
-    longer = {
-        product.name
-        for _, product in products
-        if product.resumable
-        and product.name in changes
-        and all(change.is_longer for change in changes[product.name])
-    }
+    changed = [p for _, p in products if p.resumable and p.name in changes]
     # What is in the middle of its training has nothing yet that depends on its end.
     unfinished = {
         product.name
-        for _, product in products
-        if product.name in longer and not any(path.exists() for path in product.files)
+        for product in changed
+        if all(change.is_longer or change.is_of_passes for change in changes[product.name])
+        and not any(path.exists() for path in product.files)
+    }
+    longer = unfinished | {
+        product.name
+        for product in changed
+        if all(change.is_longer for change in changes[product.name])
     }
     stale = locks.with_dependants(changes.keys() - unfinished, [product for _, product in products])
     # What it starts from is another one then.
@@ -137,7 +138,7 @@ def open_folder(networks: "Networks", again: str | None) -> list[str]:
                 _remove_results(folder, stage, anew[stage.name], kept)
     bind(networks)
     folder.publish()
-    return [_going_on(changes[name][0]) for name in going_on]
+    return damaged + [change.going_on() for name in going_on for change in changes[name]]
 
 
 Products = list[tuple[Stage, locks.Product]]
@@ -145,11 +146,31 @@ Products = list[tuple[Stage, locks.Product]]
 
 def _check_kind(folder: RunFolder) -> None:
     """UserError where the folder is that of a comparison, whose recipe has another form."""
-    if folder.recipe.exists() and "recovery" in read_json(folder.recipe):
+    if folder.recipe.exists() and "recovery" in folder.read_recipe():
         raise UserError(
             f"run folder {folder.root}: holds a comparison (sbf compare); give another name "
             "(name=…)"
         )
+
+
+def _set_damaged_aside(folder: RunFolder) -> list[str]:
+    """Let results of stages that cannot be read count as not there; return a line on each.
+
+    Their stages make them anew of what they have left: networks are not trained again.
+    """
+    lines = []
+    for name in NAMES:
+        path = folder.result(name)
+        if not path.exists():
+            continue
+        try:
+            read_json(path)
+        except UserError as error:
+            aside = path.with_name(f"{path.name}.damaged")
+            aside.write_bytes(path.read_bytes())
+            folder.remove(path)
+            lines.append(f"warning: {error}; renamed to {aside.name}, {name} makes it anew")
+    return lines
 
 
 def _changes(networks: "Networks", products: Products) -> dict[str, list[locks.Change]]:
@@ -162,13 +183,6 @@ def _changes(networks: "Networks", products: Products) -> dict[str, list[locks.C
         if folder.recipe.exists() or folder.result(stage.name).exists()
     }
     return {name: changes for name, changes in found.items() if changes}
-
-
-def _going_on(change: locks.Change) -> str:
-    return (
-        f"{change.key} is {change.now} instead of {change.before}: the training resumes from its "
-        f"last checkpoint, with the learning rates of a training of {change.now}"
-    )
 
 
 def _check_permission(
@@ -192,20 +206,13 @@ def _recorded(folder: RunFolder, stage: Stage) -> locks.Values:
     A stage that is not done has those of the folder's recipe, as has one that was done by a
     version that did not note what it read.
     """
-    values = _read_files(folder)
+    values = folder.read_digests()
     if folder.recipe.exists():
-        values |= locks.values_of(json.loads(folder.recipe.read_text()))
+        values |= locks.values_of(folder.read_recipe())
     result = folder.result(stage.name)
     if result.exists():
-        values |= json.loads(result.read_text()).get("read", {})
+        values |= folder.read_result(stage.name).get("read", {})
     return values
-
-
-def _read_files(folder: RunFolder) -> locks.Values:
-    """Return the digests of files that the folder is bound to; earlier versions kept none."""
-    if not folder.read_files.exists():
-        return {}
-    return dict(json.loads(folder.read_files.read_text()))
 
 
 def _is_begun(folder: RunFolder, stage: Stage, product: locks.Product) -> bool:

@@ -1,6 +1,5 @@
 """A run at work: what its stages need from outside."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,7 +37,7 @@ class Session:
     @cached_property
     def num_classes(self) -> int:
         """The outputs of all networks, one for each class of the images."""
-        return int(json.loads(self.folder.result("prepare").read_text())["classes"])
+        return int(self.folder.read_result("prepare")["classes"])
 
     def numbers_of_workers(self) -> list[int]:
         """How many workers there may be, once the images are prepared. UserError if none fits."""

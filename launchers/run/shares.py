@@ -7,7 +7,6 @@ from launchers.run.folder import RunFolder
 from launchers.run.network import Job
 from pipelines.batch_shares import shares_of_batch
 from sbf_dist.errors import UserError
-from sbf_dist.files import read_json
 from sbf_dist.recipe import Recipe
 
 _NAMED = 8  # numbers of workers in a message
@@ -57,8 +56,8 @@ def epoch_steps(job: Job, images: Mapping[str, int], *, pairs: bool) -> float:
 
 def has_unlabelled(recipe: Recipe, folder: RunFolder) -> bool | None:
     """Whether a run has images without labels; None: they would have to be counted."""
-    prepared = folder.result("prepare")
-    known = read_json(prepared).get("unlabelled") if prepared.exists() else None
+    is_prepared = folder.result("prepare").exists()
+    known = folder.read_result("prepare").get("unlabelled") if is_prepared else None
     if known is not None:
         return bool(known)
     if recipe.data.unlabelled is not None:

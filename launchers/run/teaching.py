@@ -4,7 +4,7 @@
 goes on on another device keeps what was decided.
 """
 
-import json
+import logging
 from dataclasses import asdict
 
 import torch
@@ -14,7 +14,10 @@ from launchers.estimate.teachers import Choice, choose
 from launchers.run.building import build_network
 from launchers.run.network import Network
 from launchers.run.worker import Context
-from sbf_dist.files import write_json
+from sbf_dist.errors import UserError
+from sbf_dist.files import read_json, write_json
+
+_log = logging.getLogger(__name__)
 
 
 def choice_for(here: Context, network: Network) -> Choice | None:
@@ -48,8 +51,12 @@ def _kept_or_chosen(here: Context, network: Network) -> Choice:
     costs = [one.asked_macs for one in (trained, *teachers)]
     kept = network.targets
     if kept.exists():
-        content = json.loads(kept.read_text())
-        if content["costs"] == costs:
+        try:
+            content = read_json(kept)
+        except UserError as error:
+            _log.warning("%s; whether teachers are asked live is decided anew", error)
+            content = {}
+        if content.get("costs") == costs:
             return Choice(content["targets"], content["reason"])
     planned = Planned(
         name=network.name,

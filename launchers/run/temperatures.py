@@ -1,5 +1,6 @@
 """Temperatures of the teachers that are fitted on the validation part, on every rank."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,13 +18,20 @@ from sbf_dist.distill.temperature import (
 )
 from sbf_dist.errors import UserError
 
+_log = logging.getLogger(__name__)
+
 
 def fit_temperatures(here: Context, teachers: Sequence[Network]) -> None:
     """Fit those of the teachers that have none yet, where the recipe says so, and keep them."""
     if here.recipe.pseudo_labels.temperature != "fit":
         return
     file = here.folder.temperatures
-    known = read_temperatures(file)
+    try:
+        known = read_temperatures(file)
+    except UserError as error:  # on all ranks alike
+        if here.rank == 0:
+            _log.warning("%s: they are fitted anew", str(error).partition(";")[0])
+        known = {}
     missing = [teacher for teacher in teachers if teacher.name not in known]
     for teacher in missing:
         fitted = _fit(here, teacher)

@@ -46,7 +46,8 @@ if TYPE_CHECKING:  # of Ray, which the driver imports later than this module
     from launchers.on_ray.saving import Saving
 
 _MADE = ("weights", "trainings")  # parts of a run's folder
-_LENGTHS = tuple(f".{name}" for name in locks.LENGTHS)  # ends of keys
+# Ends of keys that may be others than when a checkpoint was made.
+_FREE = tuple(f".{name}" for name in (*locks.LENGTHS, *locks.PASSES, *locks.WITHOUT_EFFECT))
 
 
 def train_networks(config: dict[str, Any]) -> dict[str, Any]:
@@ -317,16 +318,20 @@ def digests(here: Context, network: Network) -> dict[str, str]:
 
 
 def _reads(here: Context, network: Network) -> locks.Values:
-    read = locks.read_by(locks.values_of(here.recipe.identity()), network.reads)
-    # A training may go on longer than it was meant to when the checkpoint was made.
-    return {key: value for key, value in read.items() if not key.endswith(_LENGTHS)}
+    return _locked(locks.read_by(locks.values_of(here.recipe.identity()), network.reads))
+
+
+def _locked(values: locks.Values) -> locks.Values:
+    """Return those of a recipe's values that a training must go on with."""
+    return {key: value for key, value in values.items() if not key.endswith(_FREE)}
 
 
 def saved_digests(here: Context, network: Network, checkpoint_folder: Path) -> dict[str, str]:
     """What a checkpoint must depend on to be gone on from.
 
     Versions before noted the digest of the whole recipe, or of all that the training reads, its
-    length included; where that is the same, it fits as well. They did not note the plan.
+    length included; where that is the same, it fits as well. They did not note the plan. Where keys
+    were locked that are free now, the values that it noted decide.
     """
     depends_on = digests(here, network)
     saved = read_manifest(checkpoint_folder).digests
@@ -336,6 +341,10 @@ def saved_digests(here: Context, network: Network, checkpoint_folder: Path) -> d
     before = locks.digest(locks.read_by(values, network.reads, all_keys=True))
     if saved.get("recipe") in (before, here.recipe.digest()):
         depends_on["recipe"] = saved["recipe"]
+    if saved.get("recipe") != depends_on["recipe"]:
+        by = checkpoint.written(checkpoint_folder)
+        if by is not None and by.reads and _locked(by.reads) == _reads(here, network):
+            depends_on["recipe"] = saved["recipe"]
     return depends_on
 
 

@@ -1,6 +1,5 @@
 """What the stages of a run do."""
 
-import json
 from functools import partial
 from typing import Any
 
@@ -40,7 +39,7 @@ from sbf_dist.heads import head_of
 from sbf_dist.report.chart import accuracy_and_cost
 from sbf_dist.surgery import in_eval_mode
 from sbf_dist.train.freezing import frozen_names
-from sbf_dist.weights import save_weights
+from sbf_dist.weights import is_whole, save_weights
 
 
 def prepare(session: Session, log: tracking.Run) -> Result:
@@ -141,14 +140,17 @@ def compress_teacher(session: Session, log: tracking.Run) -> Result:
     recipe, networks = session.recipe, session.networks
     dense = build_network(networks.compressed, session.num_classes, networks.compressed.weights)
     images = _calibration(session)
-    student, plan = make_student(
-        dense,
-        images,
-        recipe.compress,
-        networks.compressed.architecture(session.num_classes),
-        recipe.seed,
-        session.display,
-    )
+    plan = _plan_that_is_kept(session)
+    student = None
+    if plan is None:
+        student, plan = make_student(
+            dense,
+            images,
+            recipe.compress,
+            networks.compressed.architecture(session.num_classes),
+            recipe.seed,
+            session.display,
+        )
     reached = plan.macs_after / plan.macs_before
     convertible = [
         name
@@ -158,10 +160,11 @@ def compress_teacher(session: Session, log: tracking.Run) -> Result:
     zeroed, zeroed_macs, zeroed_params = zero_channels(
         dense, convertible, images.first(images.count), reached
     )
-    outcome.check_finite(networks.one_shot.name, student)
-    save_weights(student, networks.one_shot.weights)
-    save_weights(zeroed, networks.zeroed.weights)
-    plan.save(session.folder.plan)
+    if student is not None:
+        outcome.check_finite(networks.one_shot.name, student)
+        save_weights(student, networks.one_shot.weights)
+        save_weights(zeroed, networks.zeroed.weights)
+        plan.save(session.folder.plan)  # last: what says that both networks are there
     log.log_artifact(session.folder.plan)
     figures: dict[str, float] = {"macs": plan.macs_after, "params": plan.params_after}
     if plan.latency is not None:
@@ -210,7 +213,7 @@ def distill(session: Session, log: tracking.Run) -> Result:
 def evaluate(session: Session, log: tracking.Run) -> Result:
     """Measure every network of the table: accuracy over the workers, cost and latency here."""
     scores = session.launch(scoring.evaluate_networks, "evaluate", log)
-    compressed = json.loads(session.folder.result("compress").read_text())
+    compressed = session.folder.read_result("compress")
     table: list[dict[str, Any]] = []
     rows = session.networks.rows()
     for row in rows:
@@ -257,7 +260,7 @@ def export(session: Session, log: tracking.Run) -> Result:
     folder, student = session.folder, session.networks.exported
     index = DataIndex.load(folder.index)
     assert student.plan is not None
-    rows: list[dict[str, Any]] = json.loads(folder.result("evaluate").read_text())["rows"]
+    rows: list[dict[str, Any]] = folder.read_result("evaluate")["rows"]
     images = evaluation_images(
         session.recipe.data, index, index.parts["validation"][:NUM_VERIFIED_IMAGES]
     )
@@ -376,6 +379,24 @@ def _train(session: Session, group: str, log: tracking.Run) -> Result:
 def _train_round(session: Session, network: Network, log: tracking.Run) -> None:
     assert network.job is not None
     _train(session, network.job.group, log)
+
+
+def _plan_that_is_kept(session: Session) -> Plan | None:
+    """Return the plan of a stage of which nothing but its result is missing, which was damaged.
+
+    Another plan, with times measured anew, would not fit the students that were trained since.
+    """
+    folder, networks = session.folder, session.networks
+    made = (networks.one_shot.weights, networks.zeroed.weights)
+    if not (folder.plan.exists() and all(is_whole(weights) for weights in made)):
+        return None
+    try:
+        plan = Plan.load(folder.plan)
+    except UserError as error:
+        session.display.say(f"  warning: {error}: compressing anew")
+        return None
+    session.display.say(f"  {folder.plan.name} and its networks are there: they are kept")
+    return plan
 
 
 def _calibration(session: Session) -> Calibration:

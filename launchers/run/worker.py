@@ -103,7 +103,8 @@ def ensemble_of(
     `fitted`: with their temperatures, where the recipe has them fitted; False: before that.
     """
     temperature = here.recipe.pseudo_labels.temperature
-    temperatures = read_temperatures(here.folder.temperatures)
+    reads = fitted and temperature == "fit"
+    temperatures = read_temperatures(here.folder.temperatures) if reads else {}
     members = []
     for teacher in here.networks.teachers if teachers is None else teachers:
         member = build_member(teacher, here.index.classes)

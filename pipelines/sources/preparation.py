@@ -32,7 +32,7 @@ from pipelines.sources.manifest import (
 from pipelines.sources.units import Work, units
 from pipelines.sources.uploading import Upload
 from sbf_dist.errors import UserError
-from sbf_dist.files import cache_folder, write_text
+from sbf_dist.files import cache_folder, read_json, write_text
 from sbf_dist.object_storage import ObjectFolder
 from sbf_dist.patience import patiently
 
@@ -165,7 +165,10 @@ def _checked(
     facts = path.stat()
     note = out / WORK / f"{archive.name}.json"
     seen = [facts.st_size, facts.st_mtime_ns, facts.st_ino]
-    kept = json.loads(note.read_text()) if note.exists() else {}
+    try:
+        kept = read_json(note) if note.exists() else {}
+    except UserError:  # a sum that is read again
+        kept = {}
     md5 = kept["md5"] if kept.get("seen") == seen else md5_of(path, progress)
     if checksum:
         verify(archive, path, md5)
@@ -183,10 +186,10 @@ def _check_settings(out: Path, settings: dict[str, Any]) -> None:
     if not path.exists():
         write_text(path, json.dumps(settings))
         return
-    begun = json.loads(path.read_text())
+    begun = read_json(path, f"remove {out / WORK} to start again")
     for key, value in settings.items():
-        if begun[key] != value:
-            values = "" if key == "archives" else f" {begun[key]}, not {value}"
+        if begun.get(key) != value:
+            values = "" if key == "archives" else f" {begun.get(key)}, not {value}"
             raise UserError(
                 f"data {out}: was begun with other {key}{values}; choose another folder, or remove "
                 f"{out / WORK} to start again"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,7 +22,9 @@ from pipelines.sources.manifest import SCHEMA, WORK
 from pipelines.sources.shards import MAX_SHARD_BYTES, shuffled_runs, write_shard
 from pipelines.sources.uploading import Upload
 from sbf_dist.errors import UserError
-from sbf_dist.files import replacing, write_text
+from sbf_dist.files import read_json, replacing, write_text
+
+_log = logging.getLogger(__name__)
 
 IMAGES_PER_UNIT = 500  # images of a unit of work in the layout "folder"
 IMAGES_PER_REPORT = 50  # images between two reports
@@ -111,7 +114,11 @@ class Work:
         """Whether a unit's note and all its files are there."""
         if not self._note(unit).exists():
             return False
-        note = self._noted(unit)
+        try:
+            note = self._noted(unit)
+        except UserError as error:
+            _log.warning("%s; its images are written anew", error)
+            return False
         if unit.shard is None:
             names = [self.catalogue.files[row] for row in unit.rows]
             sizes = [image[0] for image in note["images"]]
@@ -192,8 +199,7 @@ class Work:
 
     def _noted(self, unit: Unit) -> dict[str, Any]:
         # Read when it is needed: of a million images, all notes at once would fill a gigabyte.
-        note: dict[str, Any] = json.loads(self._note(unit).read_text())
-        return note
+        return read_json(self._note(unit), "give the same command again, which makes it anew")
 
     def move(self) -> None:
         """Move what was written to its place; what was moved before is left there."""

@@ -35,9 +35,13 @@ class Upload:
         except FileNotFoundError:
             patiently(partial(self._work.write, _SETTINGS, json.dumps(settings).encode()))
             return
+        except ValueError as error:
+            raise UserError(
+                f"{self._work}/{_SETTINGS} is damaged: {error}; remove {self._work} to start again"
+            ) from None
         for key, value in settings.items():
-            if begun[key] != value:
-                values = "" if key == "archives" else f" {begun[key]}, not {value}"
+            if begun.get(key) != value:
+                values = "" if key == "archives" else f" {begun.get(key)}, not {value}"
                 raise UserError(
                     f"data {self.folder}: was begun with other {key}{values}; choose another "
                     f"address, or remove {self._work} to start again"

@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from sbf_dist.errors import UserError
-from sbf_dist.files import write_text
+from sbf_dist.files import read_bytes, write_text
 
 ALL = "all"
 
@@ -263,7 +263,7 @@ class Plan(BaseModel):
     def load(cls, path: Path) -> "Plan":
         """Read a plan; UserError if the file is missing or not a plan."""
         try:
-            return cls.model_validate_json(path.read_text())
+            return cls.model_validate_json(read_bytes(path).decode())
         except FileNotFoundError:
             raise UserError(f"plan {path} does not exist") from None
         except (UnicodeDecodeError, IsADirectoryError) as error:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sbf_dist.errors import UserError
+from sbf_dist.files import read_bytes
 
 MAX_BYTES = 10_000_000  # of a file of classes
 NAMED = 4  # classes in a message
@@ -49,8 +50,7 @@ def read_classes(path: Path) -> list[tuple[str, str]]:
     UserError for a file that cannot be read, or has an empty line or nothing at all.
     """
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
+        content = read_bytes(path, MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise UserError(
                 f"classes {path}: is larger than {MAX_BYTES} bytes: not a list of classes"

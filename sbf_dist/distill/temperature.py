@@ -5,18 +5,16 @@ how sure the teacher is of it.
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sbf_dist.distill.teachers import Member
-from sbf_dist.files import write_json
+from sbf_dist.files import read_json, write_json
 
 LEAST, MOST = 0.05, 20.0  # where all answers are right, or none, there is no best one
 
@@ -63,10 +61,13 @@ def fit_temperature(member: Member, logits: Tensor, labels: Tensor) -> FittedTem
 
 
 def read_temperatures(file: Path) -> dict[str, FittedTemperature]:
-    """Return what was fitted, by the names of teachers; nothing without the file."""
+    """Return what was fitted, by the names of teachers; nothing without the file.
+
+    UserError if it is damaged.
+    """
     if not file.exists():
         return {}
-    found: dict[str, dict[str, Any]] = json.loads(file.read_text())
+    found = read_json(file, "fit them again (--again pseudo-labels)")
     return {name: FittedTemperature(**values) for name, values in found.items()}
 
 

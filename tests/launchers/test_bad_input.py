@@ -5,16 +5,23 @@ import io
 import os
 import shutil
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
+from launchers.on_ray.cluster_file import mlflow_of
 from launchers.run import execution
 from pipelines.inspection import inspect_image
 from sbf_dist import models
+from sbf_dist.compression.plan import Plan
+from sbf_dist.errors import UserError
+from sbf_dist.weights import load_weights
 
 RECIPE = """
 name: tiny
@@ -148,6 +155,11 @@ def test_a_place_that_holds_no_recipe(sbf: Sbf, place: str, message: str) -> Non
         ("teachers.0.weights=x", "give either training or weights; a training that starts from"),
         ("teachers.0.weights_key=ema", "weights_key or weights_prefix = 'ema' needs a file of"),
         ("teachers.0.views=0", "teachers.0.views = 0 must be 1 or 2"),
+        (f"distill.training.steps={10**21}", f"steps = {10**21} must be less than or equal to 10"),
+        (
+            "teachers.0.training={epochs: 1e300}",
+            "epochs = '1e300' must be less than or eq",
+        ),
         ("seed=[", "override 'seed=[': '[' is not a YAML value"),
         (f"seed={'[' * 900}", "is not a YAML value"),
         ("tracking.uri=sqlite:foo.db", "'sqlite:foo.db': names no file after sqlite:///"),
@@ -167,6 +179,40 @@ def test_a_teacher_with_the_name_of_a_network_of_the_run(sbf: Sbf, name: str) ->
     overrides = (f"teachers.0.name={name}", f"compress.teacher={name}")
     message = f"teachers.0.name = '{name}' must not be one of ensemble, dense-labels"
     assert_refused(sbf("run", "tiny.yaml", *overrides, "--dry-run"), message)
+
+
+def test_a_teacher_whose_files_could_be_those_of_another_network(sbf: Sbf) -> None:
+    overrides = ("teachers.0.name=one.targets", "compress.teacher=one.targets")
+    message = "teachers.0.name = 'one.targets' must not end in .targets"
+    assert_refused(sbf("run", "tiny.yaml", *overrides, "--dry-run"), message)
+
+
+def test_a_pipe_that_nobody_writes_to_is_not_waited_for(sbf: Sbf) -> None:
+    os.mkfifo("pipe")
+    for command in ("run", "compare"):
+        assert_refused(sbf(command, "pipe"), "recipe pipe is a pipe that nobody writes to; give a")
+    with pytest.raises(UserError, match="weights pipe are a pipe; give a file"):
+        load_weights(nn.Linear(1, 1), Path("pipe"))
+    with pytest.raises(UserError, match="plan pipe: file: Invalid JSON"):
+        Plan.load(Path("pipe"))
+    with pytest.raises(UserError, match="cluster file pipe: must be a mapping"):
+        mlflow_of(Path("pipe"))
+
+
+def test_a_recipe_may_come_out_of_a_pipe(sbf: Sbf) -> None:
+    reading, writing = os.pipe()
+
+    def write_late() -> None:
+        time.sleep(0.2)
+        os.write(writing, RECIPE.encode())
+        os.close(writing)
+
+    writer = threading.Thread(target=write_late)
+    writer.start()
+    answer = sbf("run", f"/dev/fd/{reading}", "name=data", "--dry-run")
+    writer.join()
+    os.close(reading)
+    assert_refused(answer, "name = 'data' must not be a reserved name under runs/")
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "/proc/runs"])

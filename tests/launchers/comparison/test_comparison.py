@@ -72,6 +72,18 @@ def test_what_is_done_is_not_done_again_and_what_is_added_is_done(runs):
     assert {p: p.stat().st_mtime_ns for p in results} == {p: before[p] for p in results}
 
 
+def test_a_trial_whose_result_is_damaged_is_done_anew(runs):
+    path = next((runs / "small" / "results").rglob("magnitude*.json"))
+    before = json.loads(path.read_text())
+    path.write_text("")
+    output = Console(record=True, width=300)
+    compare(recipe(), runs, Display(output))
+    text = output.export_text()
+    assert f"warning: {path} is damaged: " in text
+    assert "the trial is done anew" in text
+    assert json.loads(path.read_text())["top1"] == before["top1"]
+
+
 def test_the_same_comparison_gives_the_same_figures(runs, tmp_path):
     again = compare(recipe(methods=["sbf"]), tmp_path, quiet())["rows"]
     first = json.loads((runs / "small" / "comparison.json").read_text())["rows"]

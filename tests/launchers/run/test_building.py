@@ -48,6 +48,26 @@ def start(tmp_path: Path) -> Path:
     return tmp_path / "start.pth"
 
 
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("student", r"; remove stages/teachers\.json .*\(--again teachers\)$"),
+        ("sbf-round-2", r"; remove stages/distill\.json .*\(--again distill\)$"),
+        ("sbf-one-shot", r"; make them anew \(--again compress\)$"),
+    ],
+)
+def test_weights_of_the_run_that_are_damaged_say_what_makes_them_anew(
+    tmp_path: Path, name: str, remedy: str
+) -> None:
+    network = networks_of(tmp_path, training=TRAINING).teachers[0]
+    weights = network.weights.with_name(f"{name}.safetensors")
+    for fault in ("do not exist", "are damaged"):
+        with pytest.raises(UserError, match=rf"{name}\.safetensors {fault}{remedy}"):
+            build_network(network, 3, weights)
+        weights.parent.mkdir(exist_ok=True, parents=True)
+        weights.write_bytes(b"")
+
+
 def test_a_training_and_its_baseline_start_from_the_file_and_what_follows_is_the_runs_own(
     tmp_path: Path, start: Path
 ) -> None:

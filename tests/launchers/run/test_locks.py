@@ -194,7 +194,12 @@ def test_a_recipe_is_not_the_folders_before_its_images_are_prepared(tmp_path: Pa
 
 
 def test_what_changes_no_result_needs_no_stage_to_be_repeated(run: Networks) -> None:
-    changes = ("distill.training.log_every=3", "teachers.0.training.checkpoint_every=7")
+    changes = (
+        "distill.training.log_every=3",
+        "teachers.0.training.checkpoint_every=7",
+        "teachers.1.training.skip_bad_steps=3",
+        "baselines.compile=true",
+    )
     assert open_folder(changed(run, *changes), None) == []
     assert done(run) == ALL
 
@@ -215,6 +220,25 @@ def test_a_longer_training_that_was_cut_goes_on_from_its_checkpoint(tmp_path: Pa
         open_folder(baseline, None)
     with pytest.raises(UserError, match=r"distill was begun with .*steps = 20, the recipe says 15"):
         open_folder(changed(networks, "distill.training.steps=15"), None)
+
+
+def test_a_training_that_was_cut_goes_on_with_other_passes(tmp_path: Path) -> None:
+    networks = networks_of(tmp_path)
+    do(networks, "prepare", "teachers", "pseudo-labels", "compress")
+    kept = checkpoint(networks, "distill")
+    smaller = ("distill.training.images_at_once=8",)
+    both = (*smaller, "distill.training.steps=20")
+    with pytest.raises(UserError, match="give --again teachers"):  # which are done
+        open_folder(changed(networks, "teachers.0.training.images_at_once=8", *smaller), None)
+    with pytest.raises(UserError, match=r"distill was begun with .*batch_size = 64"):
+        open_folder(changed(networks, "distill.training.batch_size=32", *smaller), None)
+    assert len(open_folder(changed(networks, *both), None)) == 2
+    (line,) = open_folder(changed(networks, both[1], "distill.training.accumulation=2"), None)[:1]
+    assert line == (
+        "distill.training.accumulation is 2 instead of 1: the training resumes from its last "
+        "checkpoint, with other passes over the images of a step"
+    )
+    assert kept.exists()
 
 
 def test_a_longer_training_that_was_done_goes_on_from_its_end(run: Networks) -> None:

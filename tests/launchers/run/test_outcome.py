@@ -46,6 +46,40 @@ def test_a_training_is_done_once_its_outcome_is_kept(network: Network) -> None:
     assert not outcome.is_trained(network)
 
 
+@pytest.mark.parametrize("noted", [True, False], ids=["with a digest", "older record"])
+def test_weights_that_are_damaged_are_those_of_no_training(
+    network: Network, noted: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    outcome.keep(network, GOOD)
+    if not noted:
+        write_json(network.result, GOOD)
+    assert outcome.is_trained(network)
+    whole = network.weights.read_bytes()
+    for content in (b"", whole[:-1]) + ((whole[:-1] + b"\xff",) if noted else ()):
+        caplog.clear()
+        network.weights.write_bytes(content)
+        assert not outcome.is_trained(network)
+        assert caplog.messages == [
+            f"weights {network.weights} are damaged; the training of one goes on from its last "
+            "checkpoint, if there is one"
+        ]
+    network.weights.write_bytes(whole)
+    assert outcome.is_trained(network)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]"])
+def test_a_training_whose_record_is_damaged_is_not_done(
+    network: Network, content: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    outcome.keep(network, GOOD)
+    network.result.write_text(content)
+    assert not outcome.is_trained(network)
+    assert f"{network.result} is damaged" in caplog.text
+    outcome.keep(network, GOOD)
+    assert outcome.is_trained(network)
+    assert outcome.read(network) == GOOD
+
+
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_training_with_a_loss_that_is_not_finite_is_not_done(
     network: Network, loss: float

@@ -133,6 +133,22 @@ def test_what_is_done_is_not_done_again_and_a_cut_round_is(run: Run) -> None:
     assert run.folder.weights("sbf-round-3-fitted").exists()
 
 
+def test_a_fit_that_is_damaged_is_made_again_where_it_is_still_needed(run: Run) -> None:
+    run.trained.clear()
+    first, last = (run.folder.weights(f"sbf-round-{number}-fitted") for number in (1, 3))
+    whole = first.read_bytes()
+    first.write_bytes(b"")  # what was trained of it is there
+    last.write_bytes(b"")
+    run.shrink()
+    assert run.trained == []
+    assert first.read_bytes() == b""
+    assert last.read_bytes()
+    first.write_bytes(whole)
+    run.folder.weights("sbf-round-1").write_bytes(b"")
+    run.shrink()
+    assert run.trained == ["sbf-round-1"]
+
+
 def test_what_rounds_leave_is_found(run: Run) -> None:
     (distill,) = (stage for stage in STAGES if stage.name == "distill")
     (product,) = (p for p in distill.products(run.networks) if p.name == "the rounds")

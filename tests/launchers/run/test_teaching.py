@@ -75,6 +75,18 @@ def test_what_was_chosen_holds_until_the_networks_are_others(tmp_path):
     assert choice_for(larger, larger.networks.student).targets == "live"
 
 
+def test_a_choice_whose_file_is_damaged_is_made_anew_with_a_warning(tmp_path, caplog):
+    here = context(tmp_path)
+    student = here.networks.student
+    before = choice_for(here, student)
+    whole = student.targets.read_text()
+    student.targets.write_text(whole[:9])
+    assert choice_for(here, student) == before
+    assert student.targets.read_text() == whole
+    assert f"{student.targets} is damaged" in caplog.text
+    assert "whether teachers are asked live is decided anew" in caplog.text
+
+
 @pytest.mark.parametrize("targets", ["live", "stored"])
 def test_what_the_recipe_says_is_not_chosen(tmp_path, targets):
     here = context(tmp_path, "cifar_resnet110", targets=targets)

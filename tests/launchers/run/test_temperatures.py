@@ -12,6 +12,7 @@ from launchers.run import scoring, worker
 from launchers.run.networks import Row
 from launchers.run.temperatures import fit_temperatures
 from sbf_dist import models
+from sbf_dist.errors import UserError
 from sbf_dist.recipe import Recipe
 from sbf_dist.weights import load_weights, save_weights
 
@@ -52,6 +53,20 @@ def test_each_teacher_has_its_own_and_is_asked_with_it(tmp_path: Path) -> None:
     before = here.folder.temperatures.stat().st_mtime_ns
     fit_temperatures(here, here.networks.teachers)  # once is enough
     assert here.folder.temperatures.stat().st_mtime_ns == before
+
+
+def test_temperatures_whose_file_is_damaged_are_fitted_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    here = begin(tmp_path, "fit")
+    fit_temperatures(here, here.networks.teachers)
+    before = here.folder.temperatures.read_text()
+    here.folder.temperatures.write_text(before[:20])
+    with pytest.raises(UserError, match=r"temperatures\.json is damaged: .*--again pseudo-labels"):
+        worker.ensemble_of(here)
+    fit_temperatures(here, here.networks.teachers)
+    assert here.folder.temperatures.read_text() == before
+    assert "they are fitted anew" in caplog.text
 
 
 def test_a_temperature_that_is_given_is_not_fitted(tmp_path: Path) -> None:

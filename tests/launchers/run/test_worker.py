@@ -1,6 +1,7 @@
 """What of a recipe reaches the batches that a worker trains on."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import pytest
 import torch
 from archive_makers import cifar10_python
 
-from launchers.run import training, worker
+from launchers.run import locks, training, worker
 from launchers.run.batches import targets, training_batches, training_images
 from launchers.run.network import Network
 from launchers.run.networks import Networks
@@ -25,6 +26,7 @@ from sbf_dist.distill.task import full_distributions
 from sbf_dist.errors import UserError
 from sbf_dist.recipe import Recipe
 from sbf_dist.settings import Augmentation
+from sbf_dist.train.checkpoint import Written
 from sbf_dist.train.manifest import FORMAT, Manifest
 from sbf_dist.weights import save_weights
 
@@ -282,9 +284,13 @@ def test_targets_are_sharpened(begin, kind):
 # --- checkpoints ---------------------------------------------------------------------------------
 
 
-def checkpoint_of(folder: Path, digests: dict[str, str]) -> Path:
+def checkpoint_of(folder: Path, digests: dict[str, str], **reads: object) -> Path:
     manifest = Manifest(format=FORMAT, step=1, world_size=1, digests=digests, files={})
     (folder / "manifest.json").write_text(manifest.model_dump_json())
+    by = Written(zero_stage=1, optimizer="SGD", shapes={}, reads=reads)
+    (folder / "ranks").mkdir(exist_ok=True)
+    state = {"loader": {}, "written": by.model_dump()} if reads else {"loader": {}}
+    (folder / "ranks" / "00000.json").write_text(json.dumps(state))
     return folder
 
 
@@ -318,3 +324,29 @@ def test_a_checkpoint_of_the_version_before_depends_on_the_whole_recipe(begin, t
     recipe = here.recipe.model_copy(update={"seed": 9})
     other = dataclasses.replace(here, networks=Networks.of(recipe, here.folder))
     assert training.saved_digests(other, teacher, folder) != whole
+
+
+def test_a_checkpoint_fits_where_all_that_has_changed_since_is_free_to_change(begin, tmp_path):
+    here = begin()
+    teacher = here.networks.teachers[0]
+
+    def with_training(**changes: object) -> worker.Context:
+        one, two = here.recipe.teachers
+        settings = one.training.model_copy(update=changes)
+        changed = [one.model_copy(update={"training": settings}), two]
+        recipe = here.recipe.model_copy(update={"teachers": changed})
+        return dataclasses.replace(here, networks=Networks.of(recipe, here.folder))
+
+    free = with_training(skip_bad_steps=3, compile=True, images_at_once=4, steps=9)
+    now = training.digests(here, teacher)
+    assert training.digests(free, free.networks.teachers[0]) == now
+    # A version before had all keys but those that say when something is written.
+    reads = locks.read_by(locks.values_of(free.recipe.identity()), teacher.reads)
+    assert "teachers.0.training.batch_size" in reads
+    reads |= {"teachers.0.training.skip_bad_steps": 1, "teachers.0.training.accumulation": 2}
+    before = now | {"recipe": locks.digest(reads)}
+    folder = checkpoint_of(tmp_path, before, **reads)
+    assert training.saved_digests(here, teacher, folder) == before
+    assert training.saved_digests(free, free.networks.teachers[0], folder) == before
+    other = with_training(batch_size=16)
+    assert training.saved_digests(other, other.networks.teachers[0], folder) != before

@@ -181,6 +181,25 @@ def test_files_that_vanished_after_they_were_noted_are_made_again(archives, tmp_
     assert check(out).whole
 
 
+def test_notes_that_are_damaged_are_made_again(archives, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    interrupted(monkeypatch, archives, out)
+    noted = [*sorted((out / WORK / "notes").iterdir())[:2], *(out / WORK).glob("cifar*.json")]
+    assert len(noted) > 2
+    for path in noted:
+        path.write_bytes(b"")
+    prepare("cifar10", archives, out, checksum=False)
+    assert check(out).whole
+
+
+def test_damaged_settings_of_what_was_begun_say_what_to_remove(archives, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    interrupted(monkeypatch, archives, out)
+    (out / WORK / "settings.json").write_bytes(b"")
+    with pytest.raises(UserError, match=rf"settings\.json is damaged: .*; remove {out / WORK} to"):
+        prepare("cifar10", archives, out, checksum=False)
+
+
 def test_what_a_killed_process_left_half_written_is_removed(archives, tmp_path, monkeypatch):
     out = tmp_path / "out"
     interrupted(monkeypatch, archives, out, layout="webdataset")
