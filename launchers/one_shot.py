@@ -23,6 +23,7 @@ from sbf_dist.compress_recipe import OneShot
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.cost import count
 from sbf_dist.compression.fitting.fidelity import Wanted
+from sbf_dist.compression.inputs import check_takes_images_alone
 from sbf_dist.compression.outputs import Yardstick
 from sbf_dist.compression.plan import MeasuredFidelity, Plan
 from sbf_dist.compression.planning.latency import latencies_if_quiet
@@ -58,6 +59,7 @@ def compress_once(
         known = classes if classes is not None else len(index.classes) or None
         architecture = Architecture.of(settings.model, known, settings.arguments)
         dense = architecture.build()
+        check_takes_images_alone(dense, f"model {settings.model}")
         found = load_weights(dense, settings.weights, key=weights_key, prefix=weights_prefix)
         if found is not None:
             display.say(f"  {found}")
