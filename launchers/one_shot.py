@@ -25,7 +25,7 @@ from sbf_dist.compression.cost import count
 from sbf_dist.compression.fitting.fidelity import Wanted
 from sbf_dist.compression.inputs import check_takes_images_alone
 from sbf_dist.compression.outputs import Yardstick
-from sbf_dist.compression.plan import MeasuredFidelity, Plan
+from sbf_dist.compression.plan import MeasuredFidelity, Plan, SBFLayer
 from sbf_dist.compression.planning.latency import latencies_if_quiet
 from sbf_dist.compression.prepared_images import calibration_for
 from sbf_dist.export.optimize import optimize
@@ -69,6 +69,8 @@ def compress_once(
         )
         top1 = _accuracies(settings, index, [dense, student], display)
         fidelity = _fidelity(settings, index, plan, images, (dense, student))
+        if fidelity is None:
+            display.say(f"  agreement and KL not measured: {_why_not_compared(plan)}")
         ids = index.parts["validation" if index.classes else "unlabelled"][:NUM_VERIFIED_IMAGES]
         export_student(
             out,
@@ -147,6 +149,13 @@ def _fidelity(
     wanted = (outputs for _, outputs in outputs_of(dense, first, "cpu"))
     found = (outputs for _, outputs in outputs_of(student, second, "cpu"))
     return Wanted(wanted, yardstick).compare(found).record()
+
+
+def _why_not_compared(plan: Plan) -> str:
+    """Say why a student is not compared with the dense network, without a validation part."""
+    if plan.removed or any(isinstance(layer, SBFLayer) for layer in plan.layers.values()):
+        return "no image could be held out of the calibration"
+    return "the student is the dense network, nothing was changed"
 
 
 def _rows(

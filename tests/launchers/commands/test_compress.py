@@ -139,7 +139,30 @@ def test_images_without_labels_serve_as_well(output: str, folder: Path, tmp_path
         cli.app, [*words, "--classes", "10", *SMALL], catch_exceptions=False
     )
     assert "accuracy not measured: the images have no labels" in result.output
+    assert "agreement and KL not measured" not in result.output
     assert load_card(tmp_path / "student").top1 is None
+
+
+@pytest.mark.parametrize(
+    ("number", "budget", "why"),
+    [
+        (12, "macs=1.0", "the student is the dense network, nothing was changed"),
+        (5, "macs=0.6", "no image could be held out of the calibration"),
+    ],
+)
+def test_why_the_student_was_not_compared_is_said(
+    folder: Path, tmp_path: Path, number: int, budget: str, why: str
+) -> None:
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for picture in sorted((folder / "digits" / "val" / "3").iterdir())[:number]:
+        (plain / picture.name).symlink_to(picture)
+    words = arguments(folder, data=str(plain), out=str(tmp_path / "student"), budget=budget)
+    result = CliRunner().invoke(
+        cli.app, [*words, "--classes", "10", *SMALL], catch_exceptions=False
+    )
+    assert f"agreement and KL not measured: {why}" in result.output
+    assert ("not judged: none of 5 calibration images" in result.output) == (number == 5)
 
 
 OWN = """
