@@ -134,12 +134,13 @@ def labels_table(report: Mapping[str, Any]) -> Table:
 def results_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return the table of results: accuracy in percent (- if unknown), millions of MACs, …
 
-    agrees % and KL compare with the dense network's predictions; they need no labels. Where rows
-    have an "error" instead, it is that of other outputs, in percent of their variance. A latency
-    that is None stands for a machine that was too busy to measure it.
+    agrees % and KL compare with the dense network's predictions; they need no labels. An "error" is
+    that of other outputs, in percent of their variance; where rows have no agreement, it stands in
+    its place. A latency that is None stands for a machine that was too busy to measure it.
     """
     has_error = any(row.get("error") is not None for row in rows)
-    compared = ("error %",) if has_error else ("agrees %", "KL")
+    has_classes = not has_error or any(row.get("agreement") is not None for row in rows)
+    compared = (*(("agrees %", "KL") if has_classes else ()), *(("error %",) if has_error else ()))
     table = Table(box=None, pad_edge=False)  # without lines it fits 80 characters
     table.add_column("network", no_wrap=True)
     for heading in ("top-1 %", *compared, "MACs (M)", "params (k)", "latency (ms)"):
@@ -148,14 +149,15 @@ def results_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for row in rows:
         agreement, kl = row.get("agreement"), row.get("kl")  # an older version has none
         error = row.get("error")
-        likeness = (
-            "-" if agreement is None else f"{100 * agreement:.1f}",
-            "-" if kl is None else f"{kl:.3f}",
-        )
+        likeness = {
+            "agrees %": "-" if agreement is None else f"{100 * agreement:.1f}",
+            "KL": "-" if kl is None else f"{kl:.3f}",
+            "error %": "-" if error is None else f"{100 * error:.2f}",
+        }
         table.add_row(
             row["name"],
             "-" if row["top1"] is None else f"{100 * row['top1']:.1f}",
-            *(("-" if error is None else f"{100 * error:.2f}",) if has_error else likeness),
+            *(likeness[heading] for heading in compared),
             f"{row['macs'] / 1e6:.2f}",
             f"{row['params'] / 1e3:.1f}",
             "machine busy" if row["latency_ms"] is None else f"{row['latency_ms']:.2f}",

@@ -1,5 +1,6 @@
 """The work of `sbf compress`: compress a network once, without training, and export it."""
 
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,20 @@ from launchers.student import NUM_VERIFIED_IMAGES, export_student, make_student
 from pipelines.index import DataIndex
 from pipelines.sources.folder import index_plain
 from sbf_dist.compress_recipe import OneShot
+from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.cost import count
-from sbf_dist.compression.plan import MeasuredFidelity, Plan
+from sbf_dist.compression.fitting.fidelity import Wanted
+from sbf_dist.compression.inputs import check_takes_images_alone
+from sbf_dist.compression.outputs import Yardstick
+from sbf_dist.compression.plan import MeasuredFidelity, Plan, SBFLayer
 from sbf_dist.compression.planning.latency import latencies_if_quiet
+from sbf_dist.compression.prepared_images import calibration_for
 from sbf_dist.export.optimize import optimize
 from sbf_dist.export.saved import check_folder
 from sbf_dist.export.student_files import ONNX, PLAN, WEIGHTS
 from sbf_dist.models import Architecture
 from sbf_dist.surgery import in_eval_mode
-from sbf_dist.train.evaluate import accuracy, likeness
+from sbf_dist.train.evaluate import accuracy, outputs_of
 from sbf_dist.weights import load_weights
 
 
@@ -53,6 +59,7 @@ def compress_once(
         known = classes if classes is not None else len(index.classes) or None
         architecture = Architecture.of(settings.model, known, settings.arguments)
         dense = architecture.build()
+        check_takes_images_alone(dense, f"model {settings.model}")
         found = load_weights(dense, settings.weights, key=weights_key, prefix=weights_prefix)
         if found is not None:
             display.say(f"  {found}")
@@ -61,7 +68,9 @@ def compress_once(
             dense, images, settings.compress, architecture, settings.seed, display
         )
         top1 = _accuracies(settings, index, [dense, student], display)
-        fidelity = _fidelity(settings, index, plan, dense, student)
+        fidelity = _fidelity(settings, index, plan, images, (dense, student))
+        if fidelity is None:
+            display.say(f"  agreement and KL not measured: {_why_not_compared(plan)}")
         ids = index.parts["validation" if index.classes else "unlabelled"][:NUM_VERIFIED_IMAGES]
         export_student(
             out,
@@ -119,19 +128,34 @@ def _accuracies(
 
 
 def _fidelity(
-    settings: OneShot, index: DataIndex, plan: Plan, dense: nn.Module, student: nn.Module
+    settings: OneShot,
+    index: DataIndex,
+    plan: Plan,
+    images: Calibration,
+    networks: tuple[nn.Module, nn.Module],
 ) -> MeasuredFidelity | None:
-    """How near the student is to the dense network, as the plan says or on the validation part.
+    """How near the student is to the dense network: on the validation part, else as the plan says.
 
-    On the latter if there is one, and the network's outputs are logits.
+    networks: the dense one and the student; images: of the calibration, in whose variance an error
+    is told, as in the plan.
     """
     ids = index.parts["validation"]
-    if not len(ids) or plan.fidelity is None or plan.fidelity.agreement is None:
+    if not len(ids):
         return plan.fidelity
-    found = likeness(student, dense, evaluation_loader(settings.data, index, ids), "cpu")
-    return MeasuredFidelity(
-        images=found.count, agreement=round(found.agreement, 6), kl=round(found.kl, 6)
-    )
+    dense, student = map(in_eval_mode, networks)
+    yardstick = Yardstick.of(dense, calibration_for(dense, images), settings.compress)
+    # Batches are decoded once: both networks see the one at hand.
+    first, second = tee(evaluation_loader(settings.data, index, ids))
+    wanted = (outputs for _, outputs in outputs_of(dense, first, "cpu"))
+    found = (outputs for _, outputs in outputs_of(student, second, "cpu"))
+    return Wanted(wanted, yardstick).compare(found).record()
+
+
+def _why_not_compared(plan: Plan) -> str:
+    """Say why a student is not compared with the dense network, without a validation part."""
+    if plan.removed or any(isinstance(layer, SBFLayer) for layer in plan.layers.values()):
+        return "no image could be held out of the calibration"
+    return "the student is the dense network, nothing was changed"
 
 
 def _rows(

@@ -1,7 +1,7 @@
 """A state dict of a file, seen from behind a prefix of its names, beside that of a network."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,6 +169,12 @@ def _same_shape(value: Any, wanted: Any) -> bool:
 
 def _type(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def first_parts(states: Iterable[State]) -> list[str]:
+    """Return what names of state dicts begin with, to their first dot, in quotes, each once."""
+    names = (name.replace(COMPILED, "") for state in states for name in state)
+    return list(dict.fromkeys(repr("".join(name.partition(".")[:2])) for name in names))
 
 
 def some(names: Any) -> str:

@@ -22,6 +22,7 @@ from sbf_dist.state_views import (
     EXTRA_STATE,
     State,
     StateView,
+    first_parts,
     some,
     views_of,
 )
@@ -101,7 +102,8 @@ def load_weights(
             view.drop(AUXILIARY)
     if not found:
         raise UserError(
-            f"weights {path} have no name that begins with {prefix!r}; there are {some(states)}"
+            f"weights {path} have no name that begins with {prefix!r}; their names begin with "
+            f"{some(first_parts(states.values()))}"
         )
     if new_head:
         for view in found:

@@ -167,7 +167,10 @@ def test_two_networks_in_one_state_dict_are_refused_and_a_prefix_chooses(tmp_pat
     assert "fit with 2 prefixes, 'student.', 'teacher.': choose" in refused(both, tmp_path)
     loaded(both, tmp_path, one, prefix="student.")
     loaded(both, tmp_path, other, prefix="teacher")
-    assert "have no name that begins with 'net'" in refused(both, tmp_path, prefix="net")
+    error = refused(both, tmp_path, prefix="net")
+    assert "no name that begins with 'net'; their names begin with 'student.', 'teacher.'" in error
+    nested = {"net": both, "ema": one.state_dict()}
+    assert "'student.', 'teacher.', 'conv.'" in refused(nested, tmp_path, prefix="net")
 
 
 def test_a_state_dict_that_does_not_fit_is_no_candidate(tmp_path):

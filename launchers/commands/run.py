@@ -182,6 +182,7 @@ def check_models(recipe: Recipe, classes: int | None = None) -> None:
     from launchers.run.network import ENDING_OF_TARGETS
     from launchers.run.networks import TITLES, is_name_of_round
     from sbf_dist import models
+    from sbf_dist.compression.inputs import check_takes_images_alone
     from sbf_dist.train.freezing import frozen_names
 
     for index, teacher in enumerate(recipe.teachers):
@@ -199,6 +200,7 @@ def check_models(recipe: Recipe, classes: int | None = None) -> None:
             model = models.build(teacher.model, 2, teacher.arguments)
         except UserError as error:
             raise UserError(f"teachers.{index}: {error}") from error.__cause__
+        check_takes_images_alone(model, f"teachers.{index}.model = {teacher.model!r}")
         outputs = teacher.arguments.get("num_classes", classes)
         if classes is not None and teacher.classes is None and outputs != classes:
             raise UserError(

@@ -9,6 +9,7 @@ from launchers.images import index_images
 from launchers.places import locked
 from sbf_dist import models
 from sbf_dist.compare_recipe import Comparison
+from sbf_dist.compression.inputs import check_takes_images_alone
 from sbf_dist.errors import UserError
 from sbf_dist.files import read_json, write_json
 from sbf_dist.provenance import origin
@@ -24,8 +25,9 @@ def compare(recipe: Comparison, runs: Path, display: Display) -> Result:
     UserError for a folder that was done with other settings, and for images that are not there.
     """
     folder = runs / recipe.name
-    # An unknown one is refused before anything is written.
-    models.build(recipe.model, 2, recipe.arguments)
+    # What cannot be compared is refused before anything is written.
+    model = models.build(recipe.model, 2, recipe.arguments)
+    check_takes_images_alone(model, f"model = {recipe.model!r}")
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, "compare"):
         return _compare(recipe, runs, folder, display)

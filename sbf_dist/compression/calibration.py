@@ -190,6 +190,11 @@ class Calibration:
         return other
 
     @property
+    def batches(self) -> Batches:
+        """What is iterated: batches as they were given, with what stands behind the images."""
+        return self._batches
+
+    @property
     def part(self) -> int:
         """Images in a batch whose features are held for statistics: fewer where they are large."""
         _, height, width = self.image_shape

@@ -18,12 +18,17 @@ def nothing_to_convert(model: nn.Module, name: str, reasons: Mapping[str, str]) 
     unreached = sum(isinstance(module, nn.Conv2d) for module in model.modules()) - len(reasons)
     if unreached:
         found[NEVER_REACHED] = unreached
-    listed = [f"{number} of them: {reason}" for reason, number in found.most_common(LISTED)]
-    if len(found) > LISTED:
-        listed.append(f"{len(found) - LISTED} other reasons")
     return UserError(
-        f"model {name!r} has no convolution that an SBF layer could replace; {'; '.join(listed)}"
+        f"model {name!r} has no convolution that an SBF layer could replace; {with_counts(found)}"
     )
+
+
+def with_counts(reasons: Counter[str]) -> str:
+    """List reasons, the most frequent first, with the number of layers that have them."""
+    listed = [f"{number} of them: {reason}" for reason, number in reasons.most_common(LISTED)]
+    if len(reasons) > LISTED:
+        listed.append(f"{len(reasons) - LISTED} other reasons")
+    return "; ".join(listed)
 
 
 def check_dense(model: nn.Module, name: str) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from torch import Tensor
 
 from sbf_dist.compression.calibration import Calibration
+from sbf_dist.compression.plan import NOT_JUDGED
 
 SHARE = 0.25  # of the images that are held out
 LARGEST = 128  # images that are held out: each step of fitting is judged on all of them
@@ -26,6 +27,14 @@ def split(images: Calibration, share: float = SHARE) -> tuple[Calibration, Calib
         return images, None
     chosen = [index in held for index in range(images.count)]
     return _part(images, [not one for one in chosen]), _part(images, chosen)
+
+
+def not_judged(images: Calibration) -> str:
+    """Say, for a plan's explanation, why nothing was judged where none of `images` is held out."""
+    return (
+        f"{NOT_JUDGED}none of {images.count} calibration images could be held out; give {LEAST} or "
+        "more, of two sources or more."
+    )
 
 
 def groups_of(images: Calibration, share: float = SHARE) -> Sequence[Hashable]:

@@ -157,3 +157,13 @@ def number_of_inputs(model: nn.Module) -> int:
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     needed = [p for p in parameters if p.kind in positional and p.default is p.empty]
     return max(1, len(needed))
+
+
+def check_takes_images_alone(model: nn.Module, named: str) -> None:
+    """Raise UserError if `model`, called `named` in it, needs other inputs beside the images."""
+    wanted = number_of_inputs(model)
+    if wanted > 1:
+        raise UserError(
+            f"{named} takes {wanted} inputs, and it is given images alone here: compress it in "
+            "Python, by sbf_dist.compress with batches that are tuples of so many tensors"
+        )

@@ -16,7 +16,7 @@ from sbf_dist.compression.cost import count
 from sbf_dist.compression.dense_plan import architecture_of, dense_plan
 from sbf_dist.compression.fitting.fidelity import OutputsFor, Wanted
 from sbf_dist.compression.fitting.reference import Reference
-from sbf_dist.compression.holding_out import split
+from sbf_dist.compression.holding_out import not_judged, split
 from sbf_dist.compression.inputs import without_packing
 from sbf_dist.compression.outputs import Yardstick
 from sbf_dist.compression.plan import Layer, Plan
@@ -187,6 +187,8 @@ class JointPlanner:
             if removal.judge is not None:
                 reached = {"explanation": removal.judge.steps, "fidelity": removal.judge.record()}
                 plan = plan.model_copy(update=reached)
+            elif removal.removed:
+                plan = plan.model_copy(update={"explanation": [not_judged(self.images)]})
         else:
             student, plan = rebuild(
                 removal.network,

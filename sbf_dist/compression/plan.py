@@ -103,6 +103,8 @@ class DenseLayer(BaseModel):
     convertible: bool = Field(description="whether it could have been an SBF layer")
 
 
+NOT_JUDGED = "Not judged: "  # begins the sentence of an explanation that says why
+
 NEW_IN_2 = ("criterion", "explanation", "removed", "arguments", "other_inputs")
 
 Layer = Annotated[SBFLayer | DenseLayer, Field(discriminator="kind")]
@@ -250,6 +252,10 @@ class Plan(BaseModel):
             first, _, rest = self.fidelity.in_words().partition(", ")
             summary += f", {first} on {self.fidelity.images} images held out"
             summary += f" ({rest})" if rest else ""
+        for line in self.explanation:
+            _, found, why = line.partition(NOT_JUDGED)
+            if found:
+                summary += f", not judged: {why.removesuffix('.')}"
         return summary
 
     def _removed_channels(self) -> int:

@@ -22,9 +22,13 @@ def calibration_for(model: nn.Module, images: Images) -> Calibration:
     forward pass needs several inputs takes them packed from here on; its batches must be tuples
     that begin with them.
     """
-    calibration = Calibration.of(
-        images, device=device_of(model), dtype=dtype_of(model), packing=_packing_for(model, images)
-    )
+    device, dtype, packing = device_of(model), dtype_of(model), _packing_for(model, images)
+    if isinstance(images, Calibration) and images.packing is None and packing is not None:
+        calibration = Calibration(
+            images.batches, device=device, dtype=dtype, sources=images.sources, packing=packing
+        )
+    else:
+        calibration = Calibration.of(images, device=device, dtype=dtype, packing=packing)
     if calibration.packing is not None:
         calibration.packing.install(model)
     calibration = spread(calibration)
@@ -47,10 +51,19 @@ def spread(images: Calibration) -> Calibration:
 
 
 def _packing_for(model: nn.Module, images: Images) -> Packing | None:
+    """Return how the first inputs of the batches are packed; None for a network of one."""
     wanted = number_of_inputs(model)
-    if wanted == 1 or isinstance(images, Calibration):
+    if isinstance(images, Calibration) and images.packing is not None:
+        if len(images.packing.shapes) < wanted:
+            raise UserError(
+                f"calibration images: {type(model).__name__} takes {wanted} inputs, and "
+                f"{len(images.packing.shapes)} are packed"
+            )
+        return images.packing
+    if wanted == 1:
         return None
-    first = None if isinstance(images, Tensor | Iterator) else next(iter(images), None)
+    batches = images.batches if isinstance(images, Calibration) else images
+    first = None if isinstance(batches, Tensor | Iterator) else next(iter(batches), None)
     if not isinstance(first, list | tuple) or len(first) < wanted:
         raise UserError(
             f"calibration images: {type(model).__name__} takes {wanted} inputs; give batches that "

@@ -26,7 +26,7 @@ from sbf_dist.compression.fitting.resuming import Passes, Route
 from sbf_dist.compression.fitting.sequential import SequentialFit
 from sbf_dist.compression.fitting.settle import settle
 from sbf_dist.compression.fitting.shelf import Shelf
-from sbf_dist.compression.holding_out import split
+from sbf_dist.compression.holding_out import not_judged, split
 from sbf_dist.compression.outputs import Yardstick
 from sbf_dist.compression.plan import DenseLayer, Latency, Layer, Plan, SBFLayer
 from sbf_dist.compression.planning.allocation import Allocation, share_out
@@ -172,7 +172,7 @@ def rebuild_more(
     if settings.between is not None:
         fitted = insert_between(student, fitted, images, settings.between)
         fit.forget()
-    judge = None
+    judge, steps = None, []
     if changed or reference.module is not network:
         judge = settle(
             student,
@@ -184,6 +184,7 @@ def rebuild_more(
             priors=found.priors,
             fit=fit,
         )
+        steps = [not_judged(images)] if judge is None else judge.steps
     after = count(student, images.shape, examples)
     latency = None
     if shared.timed is not None:
@@ -198,7 +199,7 @@ def rebuild_more(
         "params_after": after.params,
         "latency": latency,
         "criterion": settings.criterion,
-        "explanation": spending.explain(reasons) + (judge.steps if judge else []),
+        "explanation": spending.explain(reasons) + steps,
         "fidelity": judge.record() if judge else None,
         "layers": _noted(_layers(plan, fitted, reasons, spending, shared.timed), fitted, notes),
     }

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sbf_dist.errors import UserError
-from sbf_dist.export.portable import exporters_reason, free_batch, portable
+from sbf_dist.export.portable import exporters_reason, free_batch, portable, program_of
 from sbf_dist.export.saved import Card
 from sbf_dist.export.student_files import CARD
 from sbf_dist.export.tracing import example_inputs
@@ -31,9 +31,7 @@ def export_program(model: nn.Module, path: Path, card: Card, *, half: bool = Fal
         network = network.half()
         examples = tuple(one.half() if one.is_floating_point() else one for one in examples)
     try:
-        program = torch.export.export(
-            network, examples, dynamic_shapes=free_batch(network, examples)
-        )
+        program = program_of(network, examples, free_batch(network, examples))
     except Exception as error:  # torch.export raises whatever the traced code raises
         raise UserError(
             f"model {card.model!r} cannot be exported by torch.export: {exporters_reason(error)}"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sbf_dist.compression.outputs import named_tensors
 from sbf_dist.compression.remembered import plan_of
 from sbf_dist.errors import UserError
-from sbf_dist.export.portable import exporters_reason, free_batch, portable
+from sbf_dist.export.portable import exporters_reason, free_batch, portable, program_of
 from sbf_dist.export.saved import Card
 from sbf_dist.export.tracing import example_inputs
 from sbf_dist.files import write_bytes
@@ -59,18 +59,19 @@ def export_onnx(
     examples = example_inputs(2 if dynamic_batch else 1, card, input_shape)
     network, several = portable(model, examples)
     names = several or ["output" if card is not None and not card.classes else "logits"]
+    shapes = free_batch(network, examples) if dynamic_batch else None
     try:
+        # Of the network itself, the exporter would fix a batch that its code cannot leave free.
         program = torch.onnx.export(
-            network,
-            examples,
+            program_of(network, examples, shapes),
             dynamo=True,
             opset_version=OPSET,
             input_names=["images", *(f"input_{i}" for i in range(1, len(examples)))],
             output_names=names,
-            dynamic_shapes=free_batch(network, examples) if dynamic_batch else None,
+            dynamic_shapes=shapes,
             verbose=False,
         )
-    except torch.onnx.errors.OnnxExporterError as error:
+    except Exception as error:  # both raise whatever the traced code raises
         reason = exporters_reason(error)
         raise UserError(f"model {name!r} cannot be exported as ONNX: {reason}") from error
     assert program is not None
@@ -83,7 +84,12 @@ def export_onnx(
     del proto.metadata_props[:]
     if card is not None:
         onnx.helper.set_model_props(proto, dict(_metadata(card)))
-    onnx.checker.check_model(proto, full_check=True)
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        # Convolutions in bfloat16, for one, which a network's own autocast asks for.
+        reason = exporters_reason(error)
+        raise UserError(f"model {name!r} cannot be exported as ONNX: {reason}") from error
     write_bytes(Path(path), proto.SerializeToString())
 
 

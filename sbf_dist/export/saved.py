@@ -1,12 +1,14 @@
 """A student as a folder of safetensors and JSON: read without pickle, and checked when read."""
 
 import inspect
+import logging
 import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -14,13 +16,16 @@ from torch import Tensor, nn
 from sbf_dist import models
 from sbf_dist.compression.convert import convert
 from sbf_dist.compression.plan import MeasuredFidelity, OtherInput, Plan
-from sbf_dist.compression.remembered import plan_of
+from sbf_dist.compression.remembered import plan_of, remember
 from sbf_dist.errors import UserError
 from sbf_dist.export.student_files import CARD, MODEL_CARD, ONNX, PLAN, WEIGHTS
+from sbf_dist.export.tracing import example_inputs
 from sbf_dist.files import flush_below, sha256
 from sbf_dist.schema import equals
 from sbf_dist.surgery import unwrapped
 from sbf_dist.weights import load_state, read_safetensors, save_weights
+
+logger = logging.getLogger(__name__)
 
 
 class Card(BaseModel):
@@ -205,7 +210,8 @@ def load_student(
 
     build: builds the dense network, with any weights: a function or class, or its name,
     'path/to/file.py:function' or 'package.module:function'. It is called with the arguments stored
-    in the plan. Not needed for networks of timm, torchvision and this project.
+    in the plan. Not needed for networks of timm, torchvision and this project. A network that
+    lacks buffers of the file is run once: some register them in their first forward pass.
 
     Nothing is unpickled, and no code is run because the folder names it. Raises UserError that
     names a missing, damaged or inconsistent file, or says that `build` is needed.
@@ -221,12 +227,25 @@ def load_student(
     if sha256(path) != card.weights_digest:
         raise UserError(f"file {path} is damaged: its SHA-256 is not the one in {CARD}")
     model = convert(_dense(folder, plan, build), plan)
+    model.eval()  # a statement: a network's own train() may return nothing
     try:
-        load_state(model, read_safetensors(path))
+        state = read_safetensors(path)
+        if state.keys() - model.state_dict().keys():
+            _run_once(model, plan)
+        load_state(model, state)
     except (SafetensorError, RuntimeError) as error:
         raise UserError(f"file {path} does not fit {PLAN}: {_first_line(error)}") from error
-    model.eval()  # a statement: a network's own train() may return nothing
-    return model
+    return remember(model, plan)
+
+
+@torch.no_grad()
+def _run_once(model: nn.Module, plan: Plan) -> None:
+    """Let a network make what some make in their first forward pass: buffers of positions."""
+    try:
+        model(*example_inputs(1, plan))
+    except Exception as error:  # whatever the network's own code raises
+        # What is missing then is said when the weights are loaded.
+        logger.debug("%s cannot be run: %s", type(model).__name__, error)
 
 
 def _replace_folder(new: Path, folder: Path) -> None:

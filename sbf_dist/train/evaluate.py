@@ -1,8 +1,8 @@
 """Accuracy and predictions over all ranks, and batch norm statistics that all ranks share."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,15 +29,6 @@ class Accuracy:
     kl: float | None = None
 
 
-@dataclass(frozen=True)
-class Likeness:
-    """Share of `count` images of which two networks give the same class, and the divergence."""
-
-    agreement: float
-    kl: float
-    count: int
-
-
 class Predictions(NamedTuple):
     """On the CPU: ids int64 (n,), probabilities float32 (n, classes)."""
 
@@ -60,7 +51,8 @@ def accuracy(
     totals = torch.zeros(4, dtype=torch.float64, device=device)  # top-1, top-5, loss, count
     compared = _Compared(reference, device)
     classes = torch.zeros((), dtype=torch.int64, device=device)
-    for batch, every in _forward(model, batches, device):
+    for batch, outputs in outputs_of(model, batches, device):
+        every = outputs.float()
         known = batch["label"].to(device) >= 0
         logits, label = every[known], batch["label"].to(device)[known]
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == label[:, None]
@@ -75,30 +67,15 @@ def accuracy(
         dist.all_reduce(classes, op=dist.ReduceOp.MAX)
     top1, top5, loss, count = totals.tolist()
     assert count > 0, "no rank has a labelled image to evaluate on"
-    found = compared.result()
+    agreement, kl = compared.result()
     return Accuracy(
         top1=top1 / count,
         top5=top5 / count if classes > 5 else None,
         loss=loss / count,
         count=round(count),
-        agreement=None if found is None else found.agreement,
-        kl=None if found is None else found.kl,
+        agreement=agreement,
+        kl=kl,
     )
-
-
-def likeness(
-    model: nn.Module,
-    reference: nn.Module,
-    batches: Iterable[dict[str, Tensor]],
-    device: torch.device | str,
-) -> Likeness:
-    """How alike two networks' predictions are on the images of all ranks' `batches` ("image")."""
-    compared = _Compared(reference, device)
-    for batch, logits in _forward(model, batches, device):
-        compared.add(batch, logits)
-    found = compared.result()
-    assert found is not None
-    return found
 
 
 class _Compared:
@@ -113,21 +90,22 @@ class _Compared:
     def add(self, batch: dict[str, Tensor], logits: Tensor) -> None:
         if self._reference is None:
             return
-        ((_, wanted),) = _forward(self._reference, [batch], self._device)
+        ((_, outputs),) = outputs_of(self._reference, [batch], self._device)
+        wanted = outputs.float()
         logs, known = logits.log_softmax(1), wanted.log_softmax(1)
         self._totals[0] += (logits.argmax(1) == wanted.argmax(1)).sum()
         self._totals[1] += (known.exp() * (known - logs)).sum()
         self._totals[2] += len(logits)
 
-    def result(self) -> Likeness | None:
-        """Sum over the ranks; None without a reference."""
+    def result(self) -> tuple[float, float] | tuple[None, None]:
+        """Return agreement and divergence over all ranks; None without a reference."""
         if self._reference is None:
-            return None
+            return None, None
         if dist.is_initialized():
             dist.all_reduce(self._totals)
         same, divergence, count = self._totals.tolist()
         assert count > 0, "no rank has an image to compare on"
-        return Likeness(same / count, max(0.0, divergence / count), round(count))
+        return same / count, max(0.0, divergence / count)
 
 
 def predict(
@@ -135,18 +113,21 @@ def predict(
 ) -> Predictions:
     """This rank's `batches` ("id", "image") through softmax, in their order; no rank is asked."""
     ids, probabilities = [torch.empty(0, dtype=torch.int64)], []
-    for batch, logits in _forward(model, batches, device):
+    for batch, logits in outputs_of(model, batches, device):
         ids.append(batch["id"].cpu())
-        probabilities.append(logits.softmax(dim=1).cpu())
+        probabilities.append(logits.float().softmax(dim=1).cpu())
     return Predictions(
         torch.cat(ids), torch.cat(probabilities) if probabilities else torch.empty(0, 0)
     )
 
 
-def _forward(
+def outputs_of(
     model: nn.Module, batches: Iterable[dict[str, Tensor]], device: torch.device | str
-) -> Iterable[tuple[dict[str, Tensor], Tensor]]:
-    """Each batch with its logits in fp32; the model is put back into the mode that it was in."""
+) -> Iterator[tuple[dict[str, Tensor], Any]]:
+    """Give each batch ("image", …) with what `model` returns for it in eval mode.
+
+    The model is put back into the mode that it was in.
+    """
     training = model.training
     model.eval()
     contiguous: bool | None = None
@@ -156,8 +137,8 @@ def _forward(
             if contiguous is None:
                 contiguous = needs_contiguous(model, images[:1])
             with torch.no_grad():
-                logits = model(images.contiguous() if contiguous else images)
-            yield batch, logits.float()
+                outputs = model(images.contiguous() if contiguous else images)
+            yield batch, outputs
     finally:
         model.train(training)
 

@@ -6,10 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_networks import pictures, small
 
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.holding_out import LARGEST, split
+from sbf_dist.compression.one_shot import compress
 from sbf_dist.errors import UserError
+from sbf_dist.settings import Compression
 
 
 def numbered(count, sources=None, batch=7):
@@ -59,3 +62,21 @@ def test_the_same_images_come_each_time():
 def test_sources_that_are_not_as_many_are_refused():
     with pytest.raises(UserError, match="3 sources are named for 4 images"):
         numbered(4, [1, 2, 3])
+
+
+@pytest.mark.parametrize("removal", [0.0, 1.0])
+def test_a_plan_says_that_too_few_images_judged_nothing(removal):
+    settings = Compression(macs=0.8, removal=removal)
+    _, plan = compress(small(), pictures(3), settings)
+    assert plan.fidelity is None
+    wanted = "none of 3 calibration images could be held out; give 8 or more"
+    assert any(f"Not judged: {wanted}" in line for line in plan.explanation)
+    assert f", not judged: {wanted}" in plan.summary()
+    _, plan = compress(small(), pictures(8), settings)
+    assert plan.fidelity is not None
+    assert "not judged" not in plan.summary().lower()
+
+
+def test_a_plan_that_changes_nothing_has_nothing_to_judge():
+    _, plan = compress(small(), pictures(3), macs=1.0)
+    assert "not judged" not in plan.summary()

@@ -120,6 +120,29 @@ def test_batches_that_do_not_fit_the_inputs_are_refused(pair, images, message):
         sbf_dist.compress(pair, images, macs=0.6)
 
 
+def test_a_calibration_of_ones_own_names_the_sources_of_several_inputs(pair):
+    sources = [number % 4 for number in range(32)]
+    given = Calibration(BATCHES, sources=sources)
+    images = calibration_for(ready(Pair()), given)
+    assert images.image_shape == (3, 12, 12)
+    fit, held = split(images)
+    assert held is not None and not set(fit.sources) & set(held.sources)
+    _, plan = sbf_dist.compress(pair, given, macs=0.6)
+    assert len(plan.other_inputs) == 2
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (Calibration.of(LEFT), "Pair takes 3 inputs; give batches that are tuples"),
+        (Calibration(BATCHES, packing=Packing.of(INPUTS[:2])), "3 inputs, and 2 are packed"),
+    ],
+)
+def test_a_calibration_of_too_few_inputs_is_refused(pair, images, message):
+    with pytest.raises(UserError, match=message):
+        sbf_dist.compress(pair, images, macs=0.6)
+
+
 @pytest.mark.parametrize("removal", [0.0, 1.0, "auto"])
 def test_a_network_of_several_inputs_is_compressed_saved_and_exported(pair, removal, tmp_path):
     settings = Compression(macs=0.6, removal=removal, probe_steps=3)

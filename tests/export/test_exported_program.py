@@ -64,6 +64,21 @@ def test_a_network_that_cannot_be_traced_is_refused_by_name(card: Card, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+class CountsImages(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3)).view(len(x), -1) * torch.arange(len(x))[:, None]
+
+
+def test_a_network_that_asks_how_many_images_come_takes_any_number(
+    card: Card, tmp_path: Path
+) -> None:
+    export_program(CountsImages(), tmp_path / "network.pt2", card)
+    network, _ = load_program(tmp_path / "network.pt2")
+    for batch in (1, 5):
+        images = torch.randn(batch, 3, 16, 16)
+        torch.testing.assert_close(network(images), CountsImages()(images))
+
+
 def test_a_damaged_file_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "student.pt2").write_bytes(b"no program")
     with pytest.raises(UserError, match=r"program .*student\.pt2 cannot be read"):

@@ -139,6 +139,69 @@ def test_network_that_cannot_be_exported_is_refused_by_name(card: Card, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+class CountsImages(nn.Module):
+    """Asks for len(x), which plain tracing makes a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.conv(x).view(len(x), 4, -1)
+        return features.mean(2), torch.arange(len(x))
+
+
+class EachImage(CountsImages):
+    """Goes through the images one by one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([features.mean((1, 2)) for features in self.conv(x)])
+
+
+class OwnAutocast(CountsImages):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            features = self.conv(x)
+        return features.float().mean((2, 3))
+
+
+def test_a_network_that_asks_how_many_images_come_is_exported_for_any_number(
+    tmp_path: Path,
+) -> None:
+    model = CountsImages().eval()
+    path = tmp_path / "network.onnx"
+    export_onnx(model, path, input_shape=(3, 16, 16))
+    session = onnxruntime.InferenceSession(path)
+    assert session.get_inputs()[0].shape == ["batch", 3, 16, 16]
+    for batch in (1, 5):
+        images = torch.randn(batch, 3, 16, 16)
+        found = session.run(None, {"images": images.numpy()})
+        for one, wanted in zip(found, model(images), strict=True):
+            torch.testing.assert_close(torch.from_numpy(one), wanted.detach())
+
+
+def test_a_network_for_a_fixed_number_of_images_is_refused_unless_one_is_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = EachImage().eval()
+    path = tmp_path / "network.onnx"
+    with pytest.raises(UserError, match=r"fixes the number of images in a batch: .*2") as error:
+        export_onnx(model, path, input_shape=(3, 16, 16))
+    assert "\n" not in str(error.value)
+    assert not [record for record in caplog.records if record.name == "torch._guards"]
+    assert not path.exists()
+    export_onnx(model, path, input_shape=(3, 16, 16), dynamic_batch=False)
+    assert verify_onnx(path, model, torch.randn(3, 3, 16, 16)) <= 1e-4
+
+
+def test_types_that_the_standard_does_not_know_are_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "network.onnx"
+    with pytest.raises(UserError, match=r"'OwnAutocast' cannot be exported.*bfloat16") as error:
+        export_onnx(OwnAutocast().eval(), path, input_shape=(3, 16, 16))
+    assert "\n" not in str(error.value)
+    assert not path.exists()
+
+
 def test_damaged_file_is_refused_by_name(student: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "student.onnx"
     path.write_bytes(b"not a model")

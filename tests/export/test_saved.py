@@ -250,3 +250,44 @@ def test_a_network_whose_train_returns_nothing_is_loaded_optimized_and_exported(
     torch.testing.assert_close(optimize(student)(images), student(images), rtol=1e-4, atol=1e-4)
     export_onnx(student, tmp_path / "student.onnx")
     assert verify_onnx(tmp_path / "student.onnx", student, images) < 1e-4
+
+
+class Positioned(nn.Module):
+    """Registers a buffer when it first sees an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1)
+        self.conv2 = nn.Conv2d(16, 16, 3, padding=1)
+        self.conv3 = nn.Conv2d(16, 4, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv2(self.conv1(x).relu()).relu()
+        if not hasattr(self, "places"):
+            self.register_buffer("places", torch.linspace(0, 1, x.shape[-1]))
+        return self.conv3(x + self.places.mean())
+
+
+def test_buffers_that_come_with_the_first_image_are_loaded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, images = Positioned(), torch.randn(8, 3, 12, 12)
+    student, _ = compress(model, images, macs=0.9)
+    student.places.fill_(0.3)
+    save(student, tmp_path / "student")
+    loaded = load_student(tmp_path / "student", build=Positioned)
+    assert torch.equal(loaded(images), student(images))
+    save(loaded, tmp_path / "again")
+    assert (tmp_path / "again" / PLAN).read_bytes() == (tmp_path / "student" / PLAN).read_bytes()
+
+
+def test_weights_of_another_network_are_refused_by_name(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    student, _ = compress(Positioned(), torch.randn(8, 3, 12, 12), macs=0.9)
+    save(student, tmp_path / "student")
+
+    class Without(Positioned):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv3(self.conv2(self.conv1(x)))
+
+    with pytest.raises(UserError, match=r"does not fit plan\.json: .*places"):
+        load_student(tmp_path / "student", build=Without)

@@ -302,6 +302,21 @@ def test_a_pipe_among_the_images_is_left_out(tmp_path: Path) -> None:
     assert inspect_image(tmp_path / "pipe.jpg").fault == "not a regular file"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "run tiny.yaml teachers.0.model={}",
+        "compare compared.yaml model={}",
+        "compress --model {} --weights file --data photos --budget macs=0.5 --out out",
+    ],
+)
+def test_a_network_that_needs_more_than_an_image(sbf: Sbf, words: str) -> None:
+    code, _, err = sbf(*words.format("torch.nn:PairwiseDistance").split())
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "takes 2 inputs, and it is given images alone here" in err
+    assert not Path("out").exists()
+
+
 @pytest.mark.parametrize("kind", ["missing", "a folder", "whole numbers", "NaN", "another model"])
 def test_weights_are_looked_at_before_any_image_is_read(sbf: Sbf, kind: str) -> None:
     for path in Path("photos").rglob("*.png"):

@@ -108,3 +108,13 @@ def test_networks_without_classes_are_compared_by_their_error() -> None:
     ]
     console.print(results_table([row, row | {"agreement": 0.9, "kl": 0.01}]))
     assert text.getvalue().splitlines()[-1].split()[2:4] == ["90.0", "0.010"]
+
+
+def test_networks_of_classes_and_other_outputs_are_compared_by_both() -> None:
+    row = {"name": "dense", "top1": None, "macs": 2e6, "params": 3e3, "latency_ms": 1.5}
+    text = io.StringIO()
+    both = row | {"agreement": 0.9, "kl": 0.01, "error": 0.0068}
+    Console(file=text, width=80).print(results_table([row, both]))
+    last = text.getvalue().splitlines()[-1]
+    assert last.split()[2:5] == ["90.0", "0.010", "0.68"]
+    assert max(map(len, text.getvalue().splitlines())) <= 80

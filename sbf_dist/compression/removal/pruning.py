@@ -6,6 +6,7 @@ are needed. Pruning is this alone; `joint` shares a budget out between it and re
 
 import dataclasses
 import fnmatch
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
@@ -17,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sbf_dist.compression.calibration import Calibration, device_of
 from sbf_dist.compression.candidates import kept_dense, uses
+from sbf_dist.compression.convertible import with_counts
 from sbf_dist.compression.cost import Cost, count
 from sbf_dist.compression.fitting.fidelity import Judge
 from sbf_dist.compression.fitting.prior import prior_variances
@@ -153,6 +155,19 @@ def _orders(
     return found
 
 
+def _nothing_to_remove(left: Mapping[str, str]) -> UserError:
+    """Return the error that lists, with counts, why layers keep their channels."""
+    reason = left.get("")
+    if reason is not None:
+        return UserError(
+            f"removal: no channel can be removed: {reason}; removal = 0 rebuilds channels alone"
+        )
+    if not left:
+        return UserError("removal: no channel can be removed: it has no layer that makes channels")
+    why = with_counts(Counter(left.values()))
+    return UserError(f"removal: no channel can be removed from its {len(left)} layers; {why}")
+
+
 @torch.no_grad()
 def remove(removable: Removable, settings: Compression, share: float) -> Removal:
     """Narrow a copy of the network until it costs `share` of what it did.
@@ -171,8 +186,7 @@ def remove(removable: Removable, settings: Compression, share: float) -> Removal
         raise UserError(f"removal: share = {share:g} of {of} must lie in (0, 1]")
     dense, groups = removable.dense, removable.groups
     if not groups and share < 1:
-        why = next(iter(removable.left.items()), ("", "it has no convolution or linear layer"))
-        raise UserError(f"removal: no channel can be removed: {': '.join(filter(None, why))}")
+        raise _nothing_to_remove(removable.left)
     limit = share * cost_of(removable.cost, of)
     # What no layer's widths say, such as products of features in attention, is counted at the end.
     excess = 0.0

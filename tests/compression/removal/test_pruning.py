@@ -158,8 +158,24 @@ def test_a_share_that_floors_forbid_is_refused_with_the_smallest_that_works():
 def test_a_network_that_cannot_be_followed_is_refused_with_the_reason():
     model = models.build("torchvision:shufflenet_v2_x0_5", 5)
     found = find_removable(model, pictures(4, 32))
-    with pytest.raises(UserError, match="no channel can be removed: torch-pruning cannot follow"):
+    with pytest.raises(
+        UserError, match="no channel can be removed: torch-pruning cannot follow"
+    ) as e:
         remove(found, share=0.5)
+    assert str(e.value).endswith("; removal = 0 rebuilds channels alone")
+
+
+def test_a_network_of_which_every_layer_must_stay_is_refused_with_all_reasons():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.GroupNorm(4, 8), nn.Conv2d(8, 8, 3, groups=2)),
+        *(nn.Conv2d(8, 8, 3, groups=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)),
+    ).eval()
+    with pytest.raises(UserError, match="no channel can be removed from its 4 layers; ") as e:
+        remove(find_removable(model, pictures(8, 16)), share=0.5)
+    assert "2 of them: it is a grouped convolution (2 groups)" in str(e.value)
+    assert "1 of them: its channels reach 1, a GroupNorm of 4 groups" in str(e.value)
+    assert "1 of them: nothing but the network's output reads it" in str(e.value)
 
 
 def test_what_remains_is_told_by_the_dense_networks_numbers():

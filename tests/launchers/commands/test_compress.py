@@ -139,7 +139,30 @@ def test_images_without_labels_serve_as_well(output: str, folder: Path, tmp_path
         cli.app, [*words, "--classes", "10", *SMALL], catch_exceptions=False
     )
     assert "accuracy not measured: the images have no labels" in result.output
+    assert "agreement and KL not measured" not in result.output
     assert load_card(tmp_path / "student").top1 is None
+
+
+@pytest.mark.parametrize(
+    ("number", "budget", "why"),
+    [
+        (12, "macs=1.0", "the student is the dense network, nothing was changed"),
+        (5, "macs=0.6", "no image could be held out of the calibration"),
+    ],
+)
+def test_why_the_student_was_not_compared_is_said(
+    folder: Path, tmp_path: Path, number: int, budget: str, why: str
+) -> None:
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for picture in sorted((folder / "digits" / "val" / "3").iterdir())[:number]:
+        (plain / picture.name).symlink_to(picture)
+    words = arguments(folder, data=str(plain), out=str(tmp_path / "student"), budget=budget)
+    result = CliRunner().invoke(
+        cli.app, [*words, "--classes", "10", *SMALL], catch_exceptions=False
+    )
+    assert f"agreement and KL not measured: {why}" in result.output
+    assert ("not judged: none of 5 calibration images" in result.output) == (number == 5)
 
 
 OWN = """
@@ -159,6 +182,23 @@ class Two(nn.Module):
     def forward(self, x):
         x = self.body(x)
         return {"map": x, "mean": x.mean((2, 3))}
+
+class Headed(Two):
+    \"\"\"Logits beside features.\"\"\"
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = self.body(x)
+        return self.fc(x.mean((2, 3))), x
+
+class Maps(Two):
+    \"\"\"A map of classes.\"\"\"
+
+    def forward(self, x):
+        return self.body(x)
 """
 
 
@@ -183,6 +223,42 @@ def test_a_network_of_ones_own_is_named_by_its_file_and_needs_no_classes(
     assert set(student(torch.zeros(1, 3, 20, 20))) == {"map", "mean"}
     with pytest.raises(ValueError, match="is not a classifier: it gives map, mean"):
         Student("student/student.onnx")
+
+
+def compress_own(folder: Path, place: Path, network: str, *settings: str) -> Plan:
+    """Compress a network of OWN on images of classes, in the folder `place`."""
+    (place / "own.py").write_text(OWN)
+    torch.manual_seed(0)
+    save_weights(models.build(f"own.py:{network}", None, {}), place / "own.safetensors")
+    words = arguments(folder, model=f"own.py:{network}", weights="own.safetensors", out="student")
+    result = CliRunner().invoke(cli.app, [*words, *SMALL, *settings], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return Plan.load(Path("student/plan.json"))
+
+
+@pytest.mark.parametrize("settings", [(), ("compress.outputs=[0]",)])
+def test_logits_among_other_outputs_are_compared_on_the_validation_part(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan = compress_own(folder, tmp_path, "Headed", *settings)
+    fidelity = load_card(Path("student")).fidelity
+    assert fidelity is not None and plan.fidelity is not None
+    assert fidelity.images > plan.fidelity.images
+    assert fidelity.agreement is not None and 0 < fidelity.agreement <= 1
+    assert (fidelity.error is None) == bool(settings), "of the features, unless they do not count"
+
+
+def test_maps_of_classes_agree_at_a_share_of_their_positions(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan = compress_own(folder, tmp_path, "Maps", "compress.divergence=kl")
+    fidelity = load_card(Path("student")).fidelity
+    assert fidelity is not None and plan.fidelity is not None
+    assert fidelity.agreement is not None and 0 < fidelity.agreement <= 1
+    assert fidelity.kl is not None and plan.fidelity.kl is not None
+    assert fidelity.kl < 10 * plan.fidelity.kl, "a mean over positions, as the plan's"
 
 
 def test_rounds_are_refused_where_nothing_is_trained_between_them(
