@@ -78,14 +78,14 @@ def frozen_bytes(
     with mode:
         largest = 0
 
-        def look(_: nn.Module, inputs: Any, output: Any) -> None:
+        def look(_: nn.Module, *given: Any) -> None:  # inputs, those by keyword, and the output
             nonlocal largest
-            tensors = [t for t in tree_flatten((inputs, output))[0] if isinstance(t, Tensor)]
+            tensors = [t for t in tree_flatten(given)[0] if isinstance(t, Tensor)]
             largest = max(largest, sum(t.numel() * t.element_size() for t in tensors))
 
         for module in fake.modules():
             if not list(module.children()):
-                module.register_forward_hook(look)
+                module.register_forward_hook(look, with_kwargs=True)
         with torch.no_grad(), _autocast(precision):
             fake(torch.empty(_TRACED_IMAGES[0], *input_shape))
     weights = sum(p.numel() * p.element_size() for p in model.parameters())

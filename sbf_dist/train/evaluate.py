@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sbf_dist.layout import needs_contiguous
+from sbf_dist.layout import contiguous, needs_contiguous
 
 
 @dataclass(frozen=True)
@@ -130,14 +130,14 @@ def outputs_of(
     """
     training = model.training
     model.eval()
-    contiguous: bool | None = None
+    needed: bool | None = None
     try:
         for batch in batches:
             images = batch["image"].to(device, non_blocking=True)
-            if contiguous is None:
-                contiguous = needs_contiguous(model, images[:1])
+            if needed is None:
+                needed = needs_contiguous(model, images[:1])
             with torch.no_grad():
-                outputs = model(images.contiguous() if contiguous else images)
+                outputs = model(contiguous(images) if needed else images)
             yield batch, outputs
     finally:
         model.train(training)
