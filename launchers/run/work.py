@@ -21,6 +21,7 @@ from pipelines.index import DataIndex
 from sbf_dist import tracking
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.cost import count
+from sbf_dist.compression.outputs import run_on
 from sbf_dist.compression.plan import DenseLayer, MeasuredFidelity, Plan
 from sbf_dist.compression.planning.latency import latencies_if_quiet
 from sbf_dist.compression.removal.zeroed import zero_channels
@@ -338,7 +339,7 @@ def _check_answers(session: Session, teacher: Network) -> None:
 @torch.no_grad()
 def _check_outputs(session: Session, teacher: Network, model: nn.Module) -> None:
     """UserError for other outputs than classes before a training, which would not miss them."""
-    answers = in_eval_mode(model)(torch.zeros(1, *teacher.input_shape))
+    answers = run_on(in_eval_mode(model), torch.zeros(1, *teacher.input_shape))
     found = answers.shape[1:] if isinstance(answers, torch.Tensor) else None
     if found == (session.num_classes,):
         return

@@ -24,6 +24,9 @@ def several():
             return [x, x]
     return Several()
 
+def grey(num_classes):
+    return nn.Sequential(nn.Conv2d(1, num_classes, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
 def right(num_classes):
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, num_classes))
 """
@@ -55,3 +58,9 @@ def test_a_model_with_other_outputs_than_classes_is_refused_before_its_training(
         "the images"
     )
     check(tmp_path, "right")
+
+
+def test_a_model_that_reads_other_channels_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot take images of 3 x 16 x 16: RuntimeError: ") as one:
+        check(tmp_path, "grey")
+    assert "\n" not in str(one.value)
