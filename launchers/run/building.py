@@ -71,6 +71,23 @@ def _lost(weights: Path) -> str:
     )
 
 
+def plan_that_is_kept(networks: Networks, display: Display) -> Plan | None:
+    """Return the plan of a stage compress of which nothing but its result, damaged, is missing.
+
+    Another plan, with times measured anew, would not fit the students that were trained since.
+    """
+    file, made = networks.folder.plan, (networks.one_shot.weights, networks.zeroed.weights)
+    if not (file.exists() and all(is_whole(weights) for weights in made)):
+        return None
+    try:
+        plan = Plan.load(file)
+    except UserError as error:
+        display.say(f"  warning: {error}: compressing anew")
+        return None
+    display.say(f"  {file.name} and its networks are there: they are kept")
+    return plan
+
+
 def build_member(network: Network, classes: Sequence[str]) -> Member:
     """Build a teacher with its weights, as a member of an ensemble for images of `classes`."""
     asked = network.asked

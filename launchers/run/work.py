@@ -9,7 +9,7 @@ from torch import nn
 from launchers.display import labels_table
 from launchers.images import calibration_images, evaluation_images, index_images
 from launchers.run import label_report, labelling, outcome, rounds, scoring, training
-from launchers.run.building import build_member, build_network
+from launchers.run.building import build_member, build_network, plan_that_is_kept
 from launchers.run.lengths import check_lengths
 from launchers.run.network import Network
 from launchers.run.networks import labels_of
@@ -40,7 +40,7 @@ from sbf_dist.heads import head_of
 from sbf_dist.report.chart import accuracy_and_cost
 from sbf_dist.surgery import in_eval_mode
 from sbf_dist.train.freezing import frozen_names
-from sbf_dist.weights import is_whole, save_weights
+from sbf_dist.weights import save_weights
 
 
 def prepare(session: Session, log: tracking.Run) -> Result:
@@ -141,7 +141,7 @@ def compress_teacher(session: Session, log: tracking.Run) -> Result:
     recipe, networks = session.recipe, session.networks
     dense = build_network(networks.compressed, session.num_classes, networks.compressed.weights)
     images = _calibration(session)
-    plan = _plan_that_is_kept(session)
+    plan = plan_that_is_kept(networks, session.display)
     student = None
     if plan is None:
         student, plan = make_student(
@@ -380,24 +380,6 @@ def _train(session: Session, group: str, log: tracking.Run) -> Result:
 def _train_round(session: Session, network: Network, log: tracking.Run) -> None:
     assert network.job is not None
     _train(session, network.job.group, log)
-
-
-def _plan_that_is_kept(session: Session) -> Plan | None:
-    """Return the plan of a stage of which nothing but its result is missing, which was damaged.
-
-    Another plan, with times measured anew, would not fit the students that were trained since.
-    """
-    folder, networks = session.folder, session.networks
-    made = (networks.one_shot.weights, networks.zeroed.weights)
-    if not (folder.plan.exists() and all(is_whole(weights) for weights in made)):
-        return None
-    try:
-        plan = Plan.load(folder.plan)
-    except UserError as error:
-        session.display.say(f"  warning: {error}: compressing anew")
-        return None
-    session.display.say(f"  {folder.plan.name} and its networks are there: they are kept")
-    return plan
 
 
 def _calibration(session: Session) -> Calibration:
