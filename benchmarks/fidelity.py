@@ -18,7 +18,8 @@ Batch norms are treated alike by all: their statistics are moved by what their i
 if that brings a network nearer to the dense one on crops held out. Measured anew on the crops, as
 is usual before a training, they would cost most of the network.
 
-Each row is kept in F/rows as soon as it is there: a benchmark that was cut goes on.
+Each row is kept in F/rows as soon as it is there, with the commit that it is of: a benchmark that
+was cut goes on.
 """
 
 import argparse
@@ -46,9 +47,11 @@ from sbf_dist.compression.fitting.fidelity import Wanted
 from sbf_dist.compression.one_shot import compress
 from sbf_dist.peers.low_rank import low_rank
 from sbf_dist.peers.pruned import prune
+from sbf_dist.provenance import origin
 from sbf_dist.settings import Compression
 
 BATCH = 16
+DRAWN_IMAGES = 128  # to calibrate on, of the rows that are drawn
 LAYOUT = torch.channels_last  # four times as fast on a CPU where convolutions are depthwise
 
 
@@ -150,6 +153,7 @@ def row(given: Problem, name: str, method: str, macs: float, images: int) -> dic
         **compare(given.network, student, given.others),
         "seconds": round(seconds, 1),
         "processor_seconds": round(spent, 1),
+        "commit": origin().get("mlflow.source.git.commit", "unknown")[:8],
     }
 
 
@@ -168,14 +172,13 @@ def draw(rows: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows = [one for one in rows if "agreement_sure" in one]
-    images = max(one["images"] for one in rows)
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for key, axis in zip(("agreement", "agreement_sure"), axes, strict=True):
         for method in METHODS:
             points = sorted(
                 (one["macs"], 100 * one[key])
                 for one in rows
-                if one["method"] == method and one["images"] == images
+                if one["method"] == method and one["images"] == DRAWN_IMAGES
             )
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", label=method)
@@ -184,7 +187,7 @@ def draw(rows: list[dict], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("%")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.suptitle(f"{rows[0]['network']}, {images} crops to calibrate on, no training")
+    figure.suptitle(f"{rows[0]['network']}, {DRAWN_IMAGES} crops to calibrate on, no training")
     figure.savefig(path, dpi=120)
 
 
