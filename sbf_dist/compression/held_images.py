@@ -12,7 +12,7 @@ MEMORY = 2**28  # bytes of images that were read; more of them lie in a temporar
 
 
 class HeldImages:
-    """Batches of `order`, numbers of images, which are given in any order and any number of times.
+    """All images in an `order` of their numbers, in batches of `size`, any number of times.
 
     given: the images' batches; what lies in memory already is not copied. read: gives them checked,
     once; each image is then kept. images_of: the images (N, …) of a batch.
@@ -35,14 +35,7 @@ class HeldImages:
             self._image = lambda number: places[number][0][places[number][1]]
             return
         shelf = Shelf(MEMORY)
-        wanted = set(order)
-        numbers = iter(range(max(order, default=-1) + 1))
-        kept = {
-            number: shelf.keep({"image": image.clone()})
-            for batch in read()
-            for image, number in zip(batch, numbers, strict=False)
-            if number in wanted
-        }
+        kept = [shelf.keep({"image": image.clone()}) for batch in read() for image in batch]
         self._image = lambda number: shelf.get(kept[number])["image"]
 
     def __iter__(self) -> Iterator[Tensor]:
