@@ -141,9 +141,10 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, archives: Path, out: Path, **ar
     """Prepare, and break off after some images of the second unit or so."""
     monkeypatch.setattr(units, "IMAGES_PER_UNIT", 7)
     monkeypatch.setattr(units, "IMAGES_PER_REPORT", 1)
+    # One unit after the other: of several at a time, none may be noted before all images are done.
+    monkeypatch.setattr(units, "_threads", lambda: 1)
 
     def progress(title: str, done: int, of: int, unit: str) -> None:
-        # On a busy machine more than half may be done before the first unit is noted.
         if title == "images" and done > of // 2 and any((out / WORK / "notes").iterdir()):
             raise KeyboardInterrupt
 
