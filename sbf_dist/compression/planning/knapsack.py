@@ -12,6 +12,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from sbf_dist.budget import ROUNDING, Budget
 
+TOLERANCE = 2e-6  # of the limit: HiGHS takes solutions that are over it by half as much
+
 
 @dataclass(frozen=True)
 class Option:
@@ -64,21 +66,26 @@ def allocate(
     for index, row in enumerate(rows):
         membership[index, start : start + len(row)] = 1
         start += len(row)
-    # Scaled to about one: HiGHS' tolerances are absolute.
-    with _silenced():
-        result = milp(
-            loss / max(loss.max(), 1e-30),
-            constraints=[
-                LinearConstraint(membership, 1, 1),
-                LinearConstraint(cost[None] / limit, -np.inf, 1 - fixed / limit + ROUNDING),
-            ],
-            integrality=np.ones(len(flat)),
-            bounds=Bounds(0, 1),
-            options={"mip_rel_gap": 1e-4},
-        )
-    assert result.success, result.message
-    chosen = np.flatnonzero(result.x > 0.5)
-    return {name: flat[index] for name, index in zip(options, chosen, strict=True)}
+    for slack in (ROUNDING, -TOLERANCE):
+        # Scaled to about one: HiGHS' tolerances are absolute.
+        with _silenced():
+            result = milp(
+                loss / max(loss.max(), 1e-30),
+                constraints=[
+                    LinearConstraint(membership, 1, 1),
+                    LinearConstraint(cost[None] / limit, -np.inf, 1 - fixed / limit + slack),
+                ],
+                integrality=np.ones(len(flat)),
+                bounds=Bounds(0, 1),
+                options={"mip_rel_gap": 1e-4},
+            )
+        if not result.success:  # within the tolerance of the limit there is the cheapest alone
+            assert slack < 0, result.message
+            break
+        chosen = np.flatnonzero(result.x > 0.5)
+        if fixed + cost[chosen].sum() <= limit * (1 + ROUNDING):
+            return {name: flat[index] for name, index in zip(options, chosen, strict=True)}
+    return {name: min(row, key=lambda o: (o.cost, o.loss)) for name, row in options.items()}
 
 
 @contextmanager
