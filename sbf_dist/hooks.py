@@ -1,6 +1,6 @@
 """Hooks on a network that are removed again, whatever happens."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -46,7 +46,7 @@ def on_output(module: nn.Module, look: Callable[..., Any]) -> RemovableHandle:
     """
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        return look(module, _first(args, kwargs), output)
+        return look(module, first_given(args, kwargs), output)
 
     return module.register_forward_hook(hook, with_kwargs=True)
 
@@ -58,7 +58,7 @@ class _OnInput:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        changed = self.look(module, _first(args, kwargs))
+        changed = self.look(module, first_given(args, kwargs))
         if changed is None:
             return None
         if args:
@@ -66,7 +66,8 @@ class _OnInput:
         return args, {**kwargs, next(iter(kwargs)): changed}
 
 
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def first_given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return the first argument of a call, by keyword as well; None without any."""
     return next(chain(args, kwargs.values()), None)
 
 

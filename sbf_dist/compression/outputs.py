@@ -16,7 +16,6 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -30,7 +29,7 @@ from sbf_dist.compression.finite import check_outputs
 from sbf_dist.compression.inputs import input_shapes
 from sbf_dist.compression.precision import widened
 from sbf_dist.errors import UserError
-from sbf_dist.hooks import leaves, registered
+from sbf_dist.hooks import first_given, leaves, registered
 from sbf_dist.settings import Compression, Divergence, DivergenceFunction
 
 Kind = Literal["kl", "error"]
@@ -354,9 +353,7 @@ class _LinearOutputs(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        # What a function is given first, by keyword as well.
-        first = next(chain(args, (kwargs or {}).values()), None)
-        passes = func in _PASSING and id(first) in self._given
+        passes = func in _PASSING and id(first_given(args, kwargs or {})) in self._given
         if (func in _LINEAR or passes) and isinstance(result, Tensor):
             self._given[id(result)] = result
         return result

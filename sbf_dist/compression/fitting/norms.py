@@ -92,27 +92,13 @@ def move_variance(norm: _BatchNorm, dense: Statistics, now: Statistics) -> None:
     norm.running_var *= ratio.clamp(MOST**-2, MOST**2).to(norm.running_var)
 
 
-def compared_parts(images: Calibration) -> list[int]:
-    """Numbers of the parts of `images` that `move_batch_norms` looks at, MOST_IMAGES in all.
-
-    They are spread evenly: neighbours are often alike, of one class or cut from one photograph.
-    """
-    sizes = images.part_sizes(images.part)
-    wanted = min(len(sizes), max(1, MOST_IMAGES // max(sizes)))
-    return [(2 * index + 1) * len(sizes) // (2 * wanted) for index in range(wanted)]
-
-
 @torch.no_grad()
-def move_batch_norms(
-    student: nn.Module,
-    reference: Reference,
-    images: Calibration,
-) -> None:
+def move_batch_norms(student: nn.Module, reference: Reference, images: Calibration) -> None:
     """Move the statistics of all batch norms of `student`, in place and in forward order.
 
     Each batch norm is moved on what those before it then give: batch by batch, and in the end by
-    the mean of all. Of many images some are looked at, those of `compared_parts`. `reference` names
-    the channels of a batch norm that are left by its name.
+    the mean of all. Of many images the first MOST_IMAGES are looked at. `reference` names the
+    channels of a batch norm that are left by its name.
     """
     modules_of_reference = dict(reference.module.named_modules())
     norms = {
@@ -157,7 +143,7 @@ def move_batch_norms(
 
     count = 0
     with registered(hooks()):
-        for batch in _compared(images):
+        for batch in images.parts(images.part, MOST_IMAGES):
             dense(batch)
             student(batch)
             count += len(batch)
@@ -167,13 +153,6 @@ def move_batch_norms(
         norm.running_mean, norm.running_var = mean, variance
         mean.copy_(sums[name][0] / count)
         variance.copy_(sums[name][1] / count)
-
-
-def _compared(images: Calibration) -> Iterator[Tensor]:
-    wanted = compared_parts(images)
-    for index, part in enumerate(images.parts(images.part)):
-        if index in wanted:
-            yield part
 
 
 def _of(features: Tensor) -> Statistics:

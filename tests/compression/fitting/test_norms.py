@@ -8,8 +8,6 @@ from torch import nn
 
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.fitting.norms import (
-    MOST_IMAGES,
-    compared_parts,
     movable,
     move_batch_norms,
 )
@@ -65,12 +63,10 @@ def test_only_channels_that_are_left_are_compared():
     assert not torch.equal(student.norm2.running_mean, model.norm2.running_mean)
 
 
-def test_of_many_images_some_are_compared_and_they_are_spread_evenly(monkeypatch):
+def test_of_many_images_the_first_are_compared(monkeypatch):
     for name, value in {"calibration.PIXELS": 4 * 100, "fitting.norms.MOST_IMAGES": 14}.items():
         monkeypatch.setattr(f"sbf_dist.compression.{name}", value)
     many = pictures(40)
-    images, parts = Calibration.of(many), many.split(4)
-    assert compared_parts(images) == [1, 5, 8]
     model = small()
     student, few = copy.deepcopy(model), copy.deepcopy(model)
     with torch.no_grad():
@@ -79,23 +75,13 @@ def test_of_many_images_some_are_compared_and_they_are_spread_evenly(monkeypatch
     seen = []
     for network in (model, student):
         network.stem.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
-    move_batch_norms(student, Reference(model), images)
-    assert len(seen) == 6
-    for index, one, other in zip([1, 5, 8], seen[::2], seen[1::2], strict=True):
-        assert torch.equal(one, parts[index]) and torch.equal(other, parts[index])
-    chosen = Calibration.of(torch.cat([parts[index] for index in (1, 5, 8)]))
-    move_batch_norms(few, Reference(model), chosen)
+    move_batch_norms(student, Reference(model), Calibration.of(many))
+    assert torch.equal(torch.cat(seen[::2]), many[:16])
+    assert torch.equal(torch.cat(seen[1::2]), many[:16])
+    monkeypatch.setattr("sbf_dist.compression.fitting.norms.MOST_IMAGES", 16)
+    move_batch_norms(few, Reference(model), Calibration.of(many[:16]))
     for key, value in few.state_dict().items():
         torch.testing.assert_close(student.state_dict()[key], value)
-
-
-def test_as_many_images_as_are_compared_at_most_are_all_looked_at(monkeypatch):
-    monkeypatch.setattr("sbf_dist.compression.calibration.PIXELS", 4 * 100)
-    assert compared_parts(Calibration.of(pictures(MOST_IMAGES))) == list(range(MOST_IMAGES // 4))
-    images = Calibration.of(pictures(5 * MOST_IMAGES))
-    assert len(compared_parts(images)) == MOST_IMAGES // 4
-    monkeypatch.undo()
-    assert compared_parts(Calibration.of(pictures(64 * 6))) == [1, 4]
 
 
 def test_a_batch_norm_that_two_layers_use_stays():
