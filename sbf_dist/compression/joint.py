@@ -26,7 +26,13 @@ from sbf_dist.compression.progress import Progress, report
 from sbf_dist.compression.reconstruct import rebuild
 from sbf_dist.compression.remembered import remember
 from sbf_dist.compression.removal.probe import Probe, train_briefly
-from sbf_dist.compression.removal.pruning import Criterion, Removable, find_removable, remove
+from sbf_dist.compression.removal.pruning import (
+    Criterion,
+    Removable,
+    find_removable,
+    finish,
+    remove,
+)
 from sbf_dist.compression.removal.widths import Measure, cost_of
 from sbf_dist.errors import UserError
 from sbf_dist.models import Architecture
@@ -183,13 +189,15 @@ class JointPlanner:
         limit, left = self.share * cost_of(cost, self.of), cost_of(removal.cost, self.of)
         if left <= limit * (1 + ROUNDING):
             student = removal.network
+            judge = finish(removal, self._removable, settings) if removal.removed else None
             plan = self._plan_without_rebuilding(student)
-            if removal.judge is not None:
-                reached = {"explanation": removal.judge.steps, "fidelity": removal.judge.record()}
+            if judge is not None:
+                reached = {"explanation": judge.steps, "fidelity": judge.record()}
                 plan = plan.model_copy(update=reached)
             elif removal.removed:
                 plan = plan.model_copy(update={"explanation": [not_judged(self.images)]})
         else:
+            removal = removal.without_fit()
             student, plan = rebuild(
                 removal.network,
                 self.images,

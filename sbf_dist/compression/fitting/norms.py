@@ -92,26 +92,39 @@ def move_variance(norm: _BatchNorm, dense: Statistics, now: Statistics) -> None:
     norm.running_var *= ratio.clamp(MOST**-2, MOST**2).to(norm.running_var)
 
 
+def statistics_in(reference: Reference, name: str) -> tuple[Tensor, Tensor] | None:
+    """Return running mean and variance of a batch norm in `reference`, of the channels left."""
+    try:
+        norm = reference.module.get_submodule(name)
+    except AttributeError:
+        return None
+    if not isinstance(norm, _BatchNorm) or norm.running_mean is None or norm.running_var is None:
+        return None
+    mean, variance = (
+        reference.select(name, s[None])[0] for s in (norm.running_mean, norm.running_var)
+    )
+    return mean, variance
+
+
 @torch.no_grad()
 def move_batch_norms(student: nn.Module, reference: Reference, images: Calibration) -> None:
     """Move the statistics of all batch norms of `student`, in place and in forward order.
 
-    Each batch norm is moved on what those before it then give: batch by batch, and in the end by
-    the mean of all. Of many images the first MOST_IMAGES are looked at. `reference` names the
-    channels of a batch norm that are left by its name.
+    Each gets the statistics of `reference` and what its inputs differ by from those there, for what
+    the batch norms before it then give: batch by batch, and in the end by the mean of all. What
+    fitting has left in them does not count twice so. Of many images the first MOST_IMAGES are
+    looked at. `reference` names the channels of a batch norm that are left by its name.
     """
-    modules_of_reference = dict(reference.module.named_modules())
     norms = {
         name: module
         for name, module in student.named_modules()
-        if isinstance(module, _BatchNorm)
-        and module.running_mean is not None
-        and isinstance(modules_of_reference.get(name), _BatchNorm)  # one in an SBF layer is new
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
     }
-    old: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, norm in norms.items():
-        assert norm.running_mean is not None and norm.running_var is not None
-        old[name] = norm.running_mean, norm.running_var
+    found = {name: statistics_in(reference, name) for name in norms}
+    # A batch norm in an SBF layer is new.
+    old = {name: both for name, both in found.items() if both is not None}
+    norms = {name: norms[name] for name in old}
+    own = {name: (norm.running_mean, norm.running_var) for name, norm in norms.items()}
     sums = {name: [torch.zeros_like(t, dtype=torch.double) for t in old[name]] for name in norms}
     given: dict[str, Statistics] = {}
 
@@ -148,11 +161,11 @@ def move_batch_norms(student: nn.Module, reference: Reference, images: Calibrati
             student(batch)
             count += len(batch)
     for name, norm in norms.items():
-        mean, variance = old[name]
         # The tensors that there were: others may hold them.
-        norm.running_mean, norm.running_var = mean, variance
-        mean.copy_(sums[name][0] / count)
-        variance.copy_(sums[name][1] / count)
+        norm.running_mean, norm.running_var = own[name]
+        for statistic, total in zip(own[name], sums[name], strict=True):
+            assert statistic is not None
+            statistic.copy_(total / count)
 
 
 def _of(features: Tensor) -> Statistics:

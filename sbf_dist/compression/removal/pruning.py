@@ -51,14 +51,19 @@ class Removal:
     """A narrowed network, in eval mode, and what was cut off.
 
     removed: by module name, what was cut off; left: layers of which no channel could be
-    removed, and why ('' is the network as a whole); cost: of the narrowed network.
+    removed, and why ('' is the network as a whole); cost: of the narrowed network; fit: of its
+    filters, where they were solved anew.
     """
 
     network: nn.Module
     removed: dict[str, Removed]
     left: dict[str, str]
     cost: Cost
-    judge: Judge | None = None
+    fit: SequentialFit | None = None
+
+    def without_fit(self) -> "Removal":
+        """Return it without its fit, whose passes hold features of all images."""
+        return dataclasses.replace(self, fit=None)
 
     def remaining(self, dense: nn.Module) -> dict[str, list[int]]:
         """Numbers in `dense` of the channels that narrowed layers and batch norms have left."""
@@ -177,9 +182,8 @@ def remove(removable: Removable, settings: Compression, share: float) -> Removal
     coupled channels keeps at least `floor` of its channels, and a multiple of `round_to`. What
     reads the rest has the removed channels' means added to its bias; with `refit` the filters that
     are left are solved anew, in forward order, so that they give what they gave in the dense
-    network. Statistics of batch norms are moved, and linear layers solved anew, if that brings the
-    predictions nearer to the dense network's on images held out. Raises UserError if the share
-    cannot be reached.
+    network. `finish` is what follows, unless layers are rebuilt as well. Raises UserError if the
+    share cannot be reached.
     """
     of: Measure = "params" if settings.budget.kind == "params" else "macs"
     if not 0 < share <= 1:
@@ -205,21 +209,30 @@ def remove(removable: Removable, settings: Compression, share: float) -> Removal
     removal = Removal(network, removed, removable.left, after)
     if not removed:
         return removal
+    if not settings.refit:
+        return removal
+    sides, reference = split(removable.images), Reference(dense, removal.remaining(dense))
+    fit = _refit(network, reference, sides, removed, settings.feature_bytes)
+    return dataclasses.replace(removal, fit=fit)
+
+
+def finish(removal: Removal, removable: Removable, settings: Compression) -> Judge | None:
+    """Move statistics of batch norms and solve linear layers anew, in place.
+
+    Each if that brings the predictions nearer to the dense network's on images held out (`settle`).
+    Not to be done before layers are rebuilt: what they are fitted to is read by batch norms as they
+    are in the dense network.
+    """
     images, held = split(removable.images)
-    reference = Reference(dense, removal.remaining(dense))
-    fit = None
-    if settings.refit:
-        fit = _refit(network, reference, (images, held), removed, settings.feature_bytes)
-    judge = settle(
-        network,
-        reference,
+    return settle(
+        removal.network,
+        Reference(removable.dense, removal.remaining(removable.dense)),
         images,
         held,
         refit=settings.refit,
         yardstick=removable.yardstick,
-        fit=fit,
+        fit=removal.fit,
     )
-    return dataclasses.replace(removal, judge=judge)
 
 
 def _refit(

@@ -63,6 +63,19 @@ def test_only_channels_that_are_left_are_compared():
     assert not torch.equal(student.norm2.running_mean, model.norm2.running_mean)
 
 
+def test_what_has_been_moved_already_does_not_count_twice():
+    model = small()
+    student = copy.deepcopy(model)
+    with torch.no_grad():
+        student.conv1.weight *= 1.2
+        student.conv2.weight += 0.05
+    move_batch_norms(student, Reference(model), IMAGES)
+    once = copy.deepcopy(student.state_dict())
+    move_batch_norms(student, Reference(model), IMAGES)
+    for key, value in once.items():
+        torch.testing.assert_close(student.state_dict()[key], value, atol=1e-5, rtol=1e-4)
+
+
 def test_of_many_images_the_first_are_compared(monkeypatch):
     for name, value in {"calibration.PIXELS": 4 * 100, "fitting.norms.MOST_IMAGES": 14}.items():
         monkeypatch.setattr(f"sbf_dist.compression.{name}", value)

@@ -74,6 +74,24 @@ def test_a_layer_that_stays_dense_mends_what_came_before():
     assert type(student.conv2) is nn.Conv2d
 
 
+@pytest.mark.parametrize("converted", [True, False])
+def test_what_an_earlier_fit_left_in_a_batch_norm_does_not_count_twice(converted):
+    model = small()
+    students = []
+    for shift in (0.0, 3.0):
+        student = copy.deepcopy(model)
+        student.norm2.running_mean += shift
+        student.norm2.running_var *= 1 + shift
+        sizes = {"conv2": 1}
+        fit = SequentialFit(student, Reference(model), sizes, Calibration.of(IMAGES), refit=True)
+        if converted:
+            fit.convert("conv2", rank, 8, 2, 1000)
+        else:
+            fit.mend("conv2")
+        students.append(student)
+    torch.testing.assert_close(students[1](IMAGES), students[0](IMAGES))
+
+
 def narrowed(model, left):
     """Cut channels off conv1, and what reads them."""
     narrow = copy.deepcopy(model)
