@@ -35,6 +35,9 @@ from sbf_dist.settings import Compression, Divergence, DivergenceFunction
 Kind = Literal["kl", "error"]
 
 ALONE = ""  # name of an output that is the only one
+# Of drawn losses of logits. A few images show few of the classes. At 1, an error in the logits of
+# all the others would count for nothing, though other images will have them.
+TEMPERATURE = 4.0
 IMAGES = 128  # on which the variance of outputs is measured
 
 _LINEAR = {F.linear, F.log_softmax, torch.log_softmax, Tensor.log_softmax}
@@ -145,9 +148,9 @@ class Output:
         """Give losses, drawn at random, with gradients g such that E⟨g, e⟩² / 2 is the divergence.
 
         Of an error e of the output, to second order, and of each image. For logits, the negative
-        log-probability of a class that is drawn from them, at each position; for others, a
-        normally distributed direction: a square root of the generalised Gauss-Newton matrix
-        (Martens, arXiv 1412.1193, sections 5 and 9).
+        log-probability of a class that is drawn from them, at each position, all at TEMPERATURE;
+        for others, a normally distributed direction: a square root of the generalised
+        Gauss-Newton matrix (Martens, arXiv 1412.1193, sections 5 and 9).
         """
         output = widened(output)
         if self.kind == "error":
@@ -156,14 +159,15 @@ class Output:
                 scale = 2 / (self.variance * output[0].numel())
                 yield (direction * output).sum() * scale**0.5
             return
-        logs = output.log_softmax(1).movedim(1, -1)
+        logs = (output / TEMPERATURE).log_softmax(1).movedim(1, -1)
         positions = logs[0].numel() // logs.shape[-1]
         logs = logs.reshape(-1, logs.shape[-1])
         drawn = torch.multinomial(
             logs.detach().exp().cpu(), draws, replacement=True, generator=generator
         )
         for classes in drawn.T.to(logs.device):
-            yield F.nll_loss(logs, classes, reduction="sum") / positions**0.5
+            loss = F.nll_loss(logs, classes, reduction="sum")
+            yield TEMPERATURE * loss / positions**0.5
 
 
 @dataclass(frozen=True)

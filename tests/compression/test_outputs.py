@@ -13,7 +13,13 @@ from torch.nn import functional as F
 from sbf_dist import models
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.fitting.fidelity import OutputsFor, Wanted
-from sbf_dist.compression.outputs import LOGITS, Output, Yardstick, named_tensors
+from sbf_dist.compression.outputs import (
+    LOGITS,
+    TEMPERATURE,
+    Output,
+    Yardstick,
+    named_tensors,
+)
 from sbf_dist.errors import UserError
 from sbf_dist.settings import Compression
 
@@ -183,10 +189,12 @@ def test_losses_drawn_at_random_tell_the_divergence_to_second_order(outputs, sha
         gradients = torch.autograd.grad(loss, given, retain_graph=True)
         products = sum((g * e).flatten(1).sum(1) for g, e in zip(gradients, errors, strict=True))
         estimates.append(float(products.square().mean()) / 2)
-    measured = [
-        float(output.distances(one, wanted.detach()).mean())
-        for output, one, wanted in zip(outputs, disturbed, given, strict=True)
-    ]
+    # Of logits, that of predictions at a temperature, as distillation measures it.
+    measured = []
+    for output, one, wanted in zip(outputs, disturbed, given, strict=True):
+        t = TEMPERATURE if output.kind == "kl" else 1.0
+        distance = output.distances(one / t, wanted.detach() / t).mean()
+        measured.append(t**2 * float(distance))
     wanted = sum(measured) / len(measured)
     assert sum(estimates) / len(estimates) == pytest.approx(wanted, rel=0.1)
 

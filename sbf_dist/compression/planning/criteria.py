@@ -4,9 +4,9 @@
 - l1, l2: the norms of the filters (Li et al., arXiv 1608.08710).
 - bn_scale: |gamma| of the batch norm that reads the layer's output (Liu et al., arXiv 1708.06519).
 - taylor: the squared sum over positions of gradient x activation, behind the batch norm where one
-  follows (Molchanov et al. 2019, arXiv 1906.10771, section 3.2), of the loss with labels drawn
-  from the network's own predictions: calibration images have no labels. Of outputs that are no
-  logits, of the loss that `outputs.Output.losses` draws.
+  follows (Molchanov et al. 2019, arXiv 1906.10771, section 3.2), of losses that
+  `outputs.Output.losses` draws. For logits these have labels from the network's own predictions:
+  calibration images have none.
 - random: an order drawn from the seed; what a criterion must beat.
 
 A criterion decides what is kept. How much is lost by it is estimated in the same way for all.

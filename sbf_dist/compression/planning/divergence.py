@@ -99,9 +99,10 @@ def divergences(
     """Estimate the divergence that each trial causes, all other layers being as they are.
 
     To second order, half of E⟨g, e⟩² with the gradient g of a loss that `yardstick` draws (of
-    logits, the log-probability of a label drawn from the network's own predictions) and the error e
-    in the layer's outputs. The product sums over channels and positions, so errors that add up
-    count as they do in the network. `draws` losses are drawn for each image.
+    logits, the log-probability of a label drawn from the network's own predictions, at a
+    temperature) and the error e in the layer's outputs. The product sums over channels and
+    positions, so errors that add up count as they do in the network. `draws` losses are drawn for
+    each image.
     """
     totals = {name: torch.zeros(len(row), dtype=torch.double) for name, row in trials.items()}
     count = 0

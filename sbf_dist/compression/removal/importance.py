@@ -31,11 +31,11 @@ def measure_importance(
 
     fisher: the root of the divergence that removing it causes, to second order. With g the
     gradient of the loss that `yardstick` draws (of logits, the log-probability of a label drawn
-    from the network's own predictions) and x the
-    channel where it is read, less its mean (which the next layer's bias or batch norm makes up
-    for), that is E⟨g, x⟩² up to a factor; products are summed over positions and over all layers
-    that read the channel before they are squared (Liu et al. 2021, Group Fisher Pruning, section
-    3.2). Roots, unlike squares, bound the effect of several channels by their sum (Minkowski).
+    from the network's own predictions, at a temperature) and x the channel where it is read, less
+    its mean (which the next layer's bias or batch norm makes up for), that is E⟨g, x⟩² up to a
+    factor; products are summed over positions and over all layers that read the channel before
+    they are squared (Liu et al. 2021, Group Fisher Pruning, section 3.2). Roots, unlike squares,
+    bound the effect of several channels by their sum (Minkowski).
     taylor: E|⟨g, x⟩| (Molchanov et al. 2017, section 2.2). l1, l2: norm of all weights that make
     or read it; bn_scale: sum of its batch norms' |weight|; both as a share of the group's mean
     (Fang et al. 2023, DepGraph, section 3.3).

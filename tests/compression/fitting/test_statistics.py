@@ -12,6 +12,7 @@ from sbf_dist.compression.fitting.statistics import (
     output_sensitivity,
     run_until,
 )
+from sbf_dist.compression.outputs import TEMPERATURE
 
 
 def by_slicing(features, size):
@@ -135,7 +136,7 @@ def test_sensitivity_of_logits_is_the_variance_of_their_label():
     image = torch.randn(1, 3, 2, 3)
     images = image.expand(5000, -1, -1, -1)
     found = output_sensitivity(model, ["0"], lambda: iter(images.split(1250)), seed=1)["0"]
-    probability = model(image)[0].softmax(0).detach()
+    probability = (model(image)[0] / TEMPERATURE).softmax(0).detach()
     expected = probability * (1 - probability) / 6
     torch.testing.assert_close(found, expected.double(), rtol=0.1, atol=1e-4)
 

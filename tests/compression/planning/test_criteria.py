@@ -10,6 +10,7 @@ from sbf_dist.compression.fitting.norms import following_norms
 from sbf_dist.compression.fitting.statistics import MomentSums, neighbourhoods, run_until
 from sbf_dist.compression.fitting.transforms import rank_channels
 from sbf_dist.compression.holding_out import split
+from sbf_dist.compression.outputs import TEMPERATURE
 from sbf_dist.compression.planning.criteria import CRITERIA, Ranking, rankings
 from sbf_dist.compression.prepared_images import calibration_for
 from sbf_dist.compression.reconstruct import rebuild
@@ -85,7 +86,8 @@ def test_taylor_is_the_change_of_the_loss_to_first_order_when_a_channel_is_scale
     generator = torch.Generator().manual_seed(0)
     totals = torch.zeros(16, dtype=torch.double)
     for images in batches():
-        drawn = torch.multinomial(model(images).softmax(1), 1, generator=generator)[:, 0]
+        predicted = (model(images) / TEMPERATURE).softmax(1)
+        drawn = torch.multinomial(predicted, 1, generator=generator)[:, 0]
         for image, label in zip(images, drawn, strict=True):
             gate = torch.ones(16, requires_grad=True)
 
@@ -93,7 +95,8 @@ def test_taylor_is_the_change_of_the_loss_to_first_order_when_a_channel_is_scale
                 return output * gate[:, None, None]
 
             handle = model.norm1.register_forward_hook(scale)
-            loss = F.cross_entropy(model(image[None]), label[None])
+            logits = model(image[None])
+            loss = TEMPERATURE * F.cross_entropy(logits / TEMPERATURE, label[None])
             handle.remove()
             totals += torch.autograd.grad(loss, gate)[0].double() ** 2
     torch.testing.assert_close(found, totals / 24, rtol=1e-3, atol=1e-9)

@@ -14,6 +14,7 @@ from sbf_dist.compression.convert import replace
 from sbf_dist.compression.fitting.layerwise import gather_layers
 from sbf_dist.compression.fitting.statistics import run_until
 from sbf_dist.compression.fitting.transforms import fit_transforms, rank_channels
+from sbf_dist.compression.outputs import TEMPERATURE
 from sbf_dist.compression.plan import SBFLayer
 from sbf_dist.compression.planning.divergence import Trial, divergences
 
@@ -76,7 +77,7 @@ def test_divergences_are_those_of_small_errors():
     images = IMAGES.double()
     trials = {name: trials_of(small(), name, 3, [8, 14]) for name in ("conv1", "conv2")}
     found = divergences(model, trials, images.split(16), seed=0, draws=60)
-    expected = model(images).log_softmax(1)
+    expected = (model(images) / TEMPERATURE).log_softmax(1)
     for name, row in trials.items():
         for trial, divergence in zip(row, found[name], strict=True):
 
@@ -87,10 +88,11 @@ def test_divergences_are_those_of_small_errors():
                 return disturbed
 
             handle = model.get_submodule(name).register_forward_hook(disturb)
-            changed = model(images).log_softmax(1)
+            changed = (model(images) / TEMPERATURE).log_softmax(1)
             handle.remove()
             measured = F.kl_div(changed, expected, reduction="batchmean", log_target=True)
-            assert divergence == pytest.approx(1e4 * float(measured), rel=0.25)
+            wanted = 1e4 * TEMPERATURE**2 * float(measured)
+            assert divergence == pytest.approx(wanted, rel=0.25)
         assert found[name][1] < found[name][0]  # more channels kept
 
 
