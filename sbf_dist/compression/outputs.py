@@ -38,6 +38,7 @@ ALONE = ""  # name of an output that is the only one
 # Of drawn losses of logits. A few images show few of the classes. At 1, an error in the logits of
 # all the others would count for nothing, though other images will have them.
 TEMPERATURE = 4.0
+LEAST_SCALE = 1e-3  # of drawn losses: what they say of channels beside each other is not lost
 IMAGES = 128  # on which the variance of outputs is measured
 
 _LINEAR = {F.linear, F.log_softmax, torch.log_softmax, Tensor.log_softmax}
@@ -129,11 +130,16 @@ def _is_in(name: str, place: str) -> bool:
 
 @dataclass(frozen=True)
 class Output:
-    """An output that counts. variance: the unit of a squared error, not used by a KL divergence."""
+    """An output that counts.
+
+    variance: the unit of a squared error, not used by a KL divergence; scale: of the losses that
+    are drawn for logits, see `losses`.
+    """
 
     name: str
     kind: Kind
     variance: float = 1.0
+    scale: float = 1.0
 
     def distances(self, found: Tensor, wanted: Tensor) -> Tensor:
         """Return how far `found` is from the dense network's `wanted`, of each image, (N,)."""
@@ -148,9 +154,10 @@ class Output:
         """Give losses, drawn at random, with gradients g such that E⟨g, e⟩² / 2 is the divergence.
 
         Of an error e of the output, to second order, and of each image. For logits, the negative
-        log-probability of a class that is drawn from them, at each position, all at TEMPERATURE;
-        for others, a normally distributed direction: a square root of the generalised
-        Gauss-Newton matrix (Martens, arXiv 1412.1193, sections 5 and 9).
+        log-probability of a class that is drawn from them, at each position; for others, a normally
+        distributed direction: a square root of the generalised Gauss-Newton matrix (Martens, arXiv
+        1412.1193, sections 5 and 9). Logits are divided by TEMPERATURE before, and the losses
+        multiplied by it and by `scale`, so that on average gradients are as large as without.
         """
         output = widened(output)
         if self.kind == "error":
@@ -167,7 +174,7 @@ class Output:
         )
         for classes in drawn.T.to(logs.device):
             loss = F.nll_loss(logs, classes, reduction="sum")
-            yield TEMPERATURE * loss / positions**0.5
+            yield self.scale * TEMPERATURE * loss / positions**0.5
 
 
 @dataclass(frozen=True)
@@ -192,11 +199,13 @@ class Yardstick:
         """
         kinds = _kinds(dense, images.first(2), settings.outputs, settings.divergence)
         others = [name for name, (kind, _) in kinds.items() if kind == "error"]
-        variances = _variances(dense, images, others)
+        logits = [name for name in kinds if name not in others]
+        variances, scales = _variances(dense, images, others), _scales(dense, images, logits)
         own = settings.divergence
         return cls(
             tuple(
-                Output(name, kind, variances.get(name, 1.0)) for name, (kind, _) in kinds.items()
+                Output(name, kind, variances.get(name, 1.0), scales.get(name, 1.0))
+                for name, (kind, _) in kinds.items()
             ),
             own if callable(own) else None,
         )
@@ -361,6 +370,28 @@ class _LinearOutputs(TorchFunctionMode):
         if (func in _LINEAR or passes) and isinstance(result, Tensor):
             self._given[id(result)] = result
         return result
+
+
+def _scales(dense: nn.Module, images: Calibration, names: list[str]) -> dict[str, float]:
+    """Return by how much drawn losses of logits are larger without a temperature than with it.
+
+    The mean square of a gradient is 1 - Σ p²: next to nothing where a network is sure, which is
+    what tells it from one whose outputs any error changes.
+    """
+    if not names:
+        return {}
+    doubts = {name: [0.0, 0.0] for name in names}
+    for batch in images.parts(images.part, IMAGES):
+        found = named_tensors(dense(batch))
+        for name in names:
+            logits = widened(found[name])
+            for index, temperature in enumerate((1.0, TEMPERATURE)):
+                squares = (logits / temperature).softmax(1).square().sum(1)
+                doubts[name][index] += float((1 - squares).double().sum())
+    return {
+        name: max(LEAST_SCALE, (one / other) ** 0.5) if other > 0 else 1.0
+        for name, (one, other) in doubts.items()
+    }
 
 
 def _variances(dense: nn.Module, images: Calibration, names: list[str]) -> dict[str, float]:

@@ -199,6 +199,24 @@ def test_losses_drawn_at_random_tell_the_divergence_to_second_order(outputs, sha
     assert sum(estimates) / len(estimates) == pytest.approx(wanted, rel=0.1)
 
 
+@pytest.mark.parametrize("sureness", [0.1, 1.0, 10.0])
+def test_drawn_gradients_are_on_average_as_large_as_without_a_temperature(sureness):
+    torch.manual_seed(0)
+    model = ready(small(), IMAGES)
+    model.head.weight.data *= sureness
+    images = pictures_of(3, count=64)
+    sticks = yardstick(model, images, divergence="kl")
+    logits = model(images).detach().requires_grad_()
+    wanted = float((1 - logits.detach().softmax(1).square().sum(1)).sum())
+    total, draws = 0.0, 200
+    for loss in sticks.losses(logits, torch.Generator().manual_seed(1), draws):
+        (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
+        total += float(gradient.square().sum()) / draws
+    assert total == pytest.approx(
+        float((1 - logits.detach().softmax(1).square().sum(1)).sum()), rel=0.05
+    )
+
+
 def test_fidelity_has_agreement_where_there_are_classes_and_errors_elsewhere():
     model, other = ready(Several(), IMAGES), ready(Several(), IMAGES)
     images = Calibration.of(IMAGES, batch=8)
