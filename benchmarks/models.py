@@ -31,8 +31,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sbf_dist.compression.cost import count
+from sbf_dist.compression.named_outputs import named_tensors
 from sbf_dist.compression.one_shot import compress
-from sbf_dist.compression.outputs import named_tensors
 from sbf_dist.compression.plan import DenseLayer, Plan, SBFLayer
 from sbf_dist.export.onnx import export_onnx, verify_onnx
 from sbf_dist.export.optimize import optimize

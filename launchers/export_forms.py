@@ -19,7 +19,7 @@ from launchers.display import Display
 from launchers.images import evaluation_images
 from launchers.labelled_images import Images
 from launchers.machine import available_cpus
-from sbf_dist.compression.outputs import named_tensors
+from sbf_dist.compression.named_outputs import named_tensors
 from sbf_dist.compression.plan import Plan
 from sbf_dist.export import exported_program, int8, onnx, sbf_student
 from sbf_dist.export.model_card import History

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from launchers.display import Display
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.likeness import UnlikeImages
+from sbf_dist.compression.named_outputs import named_tensors
 from sbf_dist.compression.one_shot import compress
-from sbf_dist.compression.outputs import named_tensors
 from sbf_dist.compression.plan import MeasuredFidelity, Plan
 from sbf_dist.compression.planning.latency_table import LatencyTable, Timing, default_path
 from sbf_dist.compression.progress import Progress

@@ -21,7 +21,7 @@ from pipelines.index import DataIndex
 from sbf_dist import tracking
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.cost import count
-from sbf_dist.compression.outputs import run_on
+from sbf_dist.compression.named_outputs import run_on
 from sbf_dist.compression.plan import DenseLayer, MeasuredFidelity, Plan
 from sbf_dist.compression.planning.latency import latencies_if_quiet
 from sbf_dist.compression.removal.zeroed import zero_channels

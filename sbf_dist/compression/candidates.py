@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from sbf_dist.compression.inputs import input_shapes, packing_of
-from sbf_dist.compression.outputs import counted, run_on
+from sbf_dist.compression.named_outputs import counted, run_on
 from sbf_dist.compression.recognition import UNLIKE, Recognised, is_same, recognise
 from sbf_dist.errors import UserError
 from sbf_dist.hooks import on_output, registered

@@ -1,8 +1,6 @@
-"""What a network's outputs are, and how far those of two networks are apart.
+"""How far the outputs of two networks are apart.
 
-Outputs are one tensor, or tensors in tuples, lists, dicts and dataclasses, in any depth; each has a
-name: 'out', '0', 'features.1'. Those that count are tensors of floating type that have a row for
-each image and depend on the network's weights. The divergence of each is one of two:
+The divergence of each output that counts (`named_outputs`) is one of two:
 
 kl      of logits (N, K, …): KL divergence from the dense network's predictions, mean over positions
 error   of anything else: mean squared error, in units of the variance of the dense network's output
@@ -12,7 +10,6 @@ and changes of shape or type may follow), or if K is the network's own attribute
 Several outputs count alike.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.finite import check_outputs
-from sbf_dist.compression.inputs import input_shapes
+from sbf_dist.compression.named_outputs import ALONE, counted, named_tensors, run_on
 from sbf_dist.compression.precision import widened
 from sbf_dist.errors import UserError
 from sbf_dist.hooks import first_given, leaves, registered
@@ -34,7 +31,6 @@ from sbf_dist.settings import Compression, Divergence, DivergenceFunction
 
 Kind = Literal["kl", "error"]
 
-ALONE = ""  # name of an output that is the only one
 # Of drawn losses of logits. A few images show few of the classes. At 1, an error in the logits of
 # all the others would count for nothing, though other images will have them.
 TEMPERATURE = 4.0
@@ -46,86 +42,6 @@ _PASSING = {
     *(Tensor.to, Tensor.float, Tensor.double, Tensor.clone, Tensor.contiguous, Tensor.view),
     *(Tensor.reshape, Tensor.flatten, torch.flatten, Tensor.squeeze, torch.squeeze),
 }
-
-
-def named_tensors(outputs: Any) -> dict[str, Tensor]:
-    """Map names to all tensors in a network's outputs, in order; a lone tensor's name is ALONE."""
-    return dict(_walk(outputs, ()))
-
-
-def _walk(value: Any, place: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield ".".join(place), value
-    for key, part in _parts(value):
-        yield from _walk(part, (*place, str(key)))
-
-
-def _parts(value: Any) -> Iterable[tuple[Any, Any]]:
-    if isinstance(value, Mapping):
-        return value.items()
-    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a namedtuple
-        return zip(value._fields, value, strict=True)
-    if isinstance(value, list | tuple):
-        return enumerate(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
-    return ()
-
-
-def run_on(model: nn.Module, images: Tensor) -> Any:
-    """Return what `model` gives for `images`; UserError, in one line, if it cannot take them."""
-    try:
-        return model(images)
-    except Exception as error:  # whatever the network's own code raises on what it cannot take
-        shapes = input_shapes(model, images)
-        size = " and ".join(" x ".join(map(str, shape)) for shape in shapes)
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"model {type(model).__name__} cannot take images of {size}: "
-            f"{type(error).__name__}: {reason}"
-        ) from error
-
-
-def counted(
-    model: nn.Module, outputs: Any, images: int, names: Sequence[str] | None
-) -> dict[str, Tensor]:
-    """Return the outputs of `model` for so many images that count: see the top of this file.
-
-    names: those that are to count, each an output or a structure of them; None for all. Raises
-    UserError if there is none, and for a name of none.
-    """
-    kind = type(model).__name__
-    everything = named_tensors(outputs)
-    rows = {
-        name: tensor
-        for name, tensor in everything.items()
-        if tensor.is_floating_point() and tensor.ndim > 0 and len(tensor) == images
-    }
-    if not rows:
-        found = ", ".join(
-            f"{name or 'one tensor'} {tuple(tensor.shape)}" for name, tensor in everything.items()
-        )
-        raise UserError(
-            f"model {kind} must return floats with a row for each image in evaluation mode; for "
-            f"{images} images it returns {found or type(outputs).__name__}; of a detector, give "
-            "the backbone"
-        )
-    if names is not None:
-        rows = {n: t for name in names for n, t in rows.items() if _is_in(n, name)}
-        for name in names:
-            if not any(_is_in(one, name) for one in rows):
-                known = ", ".join(n or "a single one without a name" for n in everything)
-                raise UserError(
-                    f"outputs: {name!r} is not an output of {kind} that can be compared; it has "
-                    f"{known}"
-                )
-    # Where no output depends on weights, as under no_grad, the reasons of layers say so.
-    learnt = {name: tensor for name, tensor in rows.items() if tensor.requires_grad}
-    return learnt or rows
-
-
-def _is_in(name: str, place: str) -> bool:
-    return name == place or name.startswith(f"{place}.")
 
 
 @dataclass(frozen=True)

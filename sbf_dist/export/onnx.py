@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sbf_dist.compression.outputs import named_tensors
+from sbf_dist.compression.named_outputs import named_tensors
 from sbf_dist.compression.remembered import plan_of
 from sbf_dist.errors import UserError
 from sbf_dist.export.portable import exporters_reason, free_batch, portable, program_of
@@ -43,10 +43,10 @@ def export_onnx(
     Input "images": float32 (N, *input_shape), (channels, height, width); N is free, or 1 if not
     `dynamic_batch`. Further inputs, of a student's plan, are "input_1", "input_2", … Output
     "logits": float32 (N, classes), or "output" where the card names no classes; several outputs
-    are named by `outputs.named_tensors`. A card gives the input shape, mean and std; it is stored
-    in the file's metadata under the keys sbf.FIELD, as JSON. The file is checked, and replaced in
-    one step. Raises UserError if the network cannot be exported, if both `card` and `input_shape`
-    are given, or if neither is given for a network that is not a student.
+    are named by `named_outputs.named_tensors`. A card gives the input shape, mean and std; it
+    is stored in the file's metadata under the keys sbf.FIELD, as JSON. The file is checked, and
+    replaced in one step. Raises UserError if the network cannot be exported, if both `card` and
+    `input_shape` are given, or if neither is given for a network that is not a student.
     """
     import onnx
 

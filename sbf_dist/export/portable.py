@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from sbf_dist.compression.outputs import named_tensors
+from sbf_dist.compression.named_outputs import named_tensors
 from sbf_dist.export.fold import fold_batchnorm
 from sbf_dist.export.standard_operators import with_standard_operators
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sbf_dist.compression.inputs import Described, Packing, number_of_inputs
-from sbf_dist.compression.outputs import named_tensors
+from sbf_dist.compression.named_outputs import named_tensors
 from sbf_dist.compression.remembered import plan_of
 from sbf_dist.errors import UserError
 from sbf_dist.export.unscaled import UnscaledSBFConv2d

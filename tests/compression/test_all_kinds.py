@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 import sbf_dist
 from sbf_dist import models
 from sbf_dist.compression.cost import count
-from sbf_dist.compression.outputs import named_tensors
+from sbf_dist.compression.named_outputs import named_tensors
 from sbf_dist.errors import UserError
 from sbf_dist.export.onnx import verify_onnx
 from sbf_dist.layers import SBFConv2d

@@ -1,6 +1,6 @@
 """What counts in a network's outputs, and how far those of two networks are apart."""
 
-from collections import OrderedDict, namedtuple
+from collections import namedtuple
 from dataclasses import dataclass
 
 import pytest
@@ -13,13 +13,7 @@ from torch.nn import functional as F
 from sbf_dist import models
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.fitting.fidelity import OutputsFor, Wanted
-from sbf_dist.compression.outputs import (
-    LOGITS,
-    TEMPERATURE,
-    Output,
-    Yardstick,
-    named_tensors,
-)
+from sbf_dist.compression.outputs import LOGITS, TEMPERATURE, Output, Yardstick
 from sbf_dist.errors import UserError
 from sbf_dist.settings import Compression
 
@@ -33,21 +27,6 @@ def yardstick(model: nn.Module, images=IMAGES, **settings) -> Yardstick:
 
 def kinds(model: nn.Module, images=IMAGES, **settings) -> dict[str, str]:
     return {output.name: output.kind for output in yardstick(model, images, **settings).outputs}
-
-
-def test_tensors_are_named_by_their_place_in_any_structure():
-    a, b, c = torch.zeros(3, 1), torch.zeros(3, 2), torch.zeros(3, 3)
-    names = {
-        "": a,
-        "x.0 x.1": {"x": [a, b]},
-        "0 1.y": (a, OrderedDict(y=b, z=None)),
-        "logits aux": Named(a, b),
-        "logits box more.0": Found(a, b, (c,)),
-    }
-    for wanted, outputs in names.items():
-        assert " ".join(named_tensors(outputs)) == wanted
-    assert named_tensors(Named(a, b))["aux"] is b
-    assert named_tensors({"n": 3, "name": "none"}) == {}
 
 
 class Ends(nn.Module):

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sbf_dist.compression.fitting.cuts import Blank, Cut, Keeping, Resuming, State
-from sbf_dist.compression.outputs import named_tensors
+from sbf_dist.compression.named_outputs import named_tensors
 from sbf_dist.hooks import registered
 
 logger = logging.getLogger(__name__)

@@ -51,11 +51,11 @@ def following_norms(model: nn.Module, images: Tensor) -> dict[str, str]:
     return following
 
 
-def movable(model: nn.Module, images: Tensor) -> dict[str, _BatchNorm]:
+def movable(model: nn.Module, images: Tensor) -> dict[str, str]:
     """Map each layer to the batch norm behind it, if that has statistics and no other user."""
     following = following_norms(model, images)
     users = list(following.values())
-    found: dict[str, _BatchNorm] = {}
+    found: dict[str, str] = {}
     for name, norm in following.items():
         module = model.get_submodule(norm)
         if (
@@ -64,7 +64,7 @@ def movable(model: nn.Module, images: Tensor) -> dict[str, _BatchNorm]:
             and module.running_mean is not None
             and module.running_var is not None
         ):
-            found[name] = module
+            found[name] = norm
     return found
 
 
@@ -92,18 +92,15 @@ def move_variance(norm: _BatchNorm, dense: Statistics, now: Statistics) -> None:
     norm.running_var *= ratio.clamp(MOST**-2, MOST**2).to(norm.running_var)
 
 
-def statistics_in(reference: Reference, name: str) -> tuple[Tensor, Tensor] | None:
-    """Return running mean and variance of a batch norm in `reference`, of the channels left."""
-    try:
-        norm = reference.module.get_submodule(name)
-    except AttributeError:
-        return None
-    if not isinstance(norm, _BatchNorm) or norm.running_mean is None or norm.running_var is None:
-        return None
-    mean, variance = (
-        reference.select(name, s[None])[0] for s in (norm.running_mean, norm.running_var)
-    )
-    return mean, variance
+def running_statistics(reference: Reference) -> dict[str, tuple[Tensor, Tensor]]:
+    """Map batch norms of `reference` to running mean and variance of the channels left."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, norm in reference.module.named_modules():
+        if isinstance(norm, _BatchNorm) and norm.running_mean is not None:
+            assert norm.running_var is not None
+            mean, variance = norm.running_mean[None], norm.running_var[None]
+            found[name] = reference.select(name, mean)[0], reference.select(name, variance)[0]
+    return found
 
 
 @torch.no_grad()
@@ -115,15 +112,14 @@ def move_batch_norms(student: nn.Module, reference: Reference, images: Calibrati
     fitting has left in them does not count twice so. Of many images the first MOST_IMAGES are
     looked at. `reference` names the channels of a batch norm that are left by its name.
     """
+    old = running_statistics(reference)
     norms = {
         name: module
         for name, module in student.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None
+        if isinstance(module, _BatchNorm)
+        and module.running_mean is not None
+        and name in old  # one in an SBF layer is new
     }
-    found = {name: statistics_in(reference, name) for name in norms}
-    # A batch norm in an SBF layer is new.
-    old = {name: both for name, both in found.items() if both is not None}
-    norms = {name: norms[name] for name in old}
     own = {name: (norm.running_mean, norm.running_var) for name, norm in norms.items()}
     sums = {name: [torch.zeros_like(t, dtype=torch.double) for t in old[name]] for name in norms}
     given: dict[str, Statistics] = {}

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Collection, Iterator, Mapping
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.candidates import convolution
 from sbf_dist.compression.fitting.layerwise import Draw, Targets, draws
 from sbf_dist.compression.fitting.mixture import MixtureSpace, best_space, install_mixture
-from sbf_dist.compression.fitting.norms import movable, statistics_in
+from sbf_dist.compression.fitting.norms import movable, running_statistics
 from sbf_dist.compression.fitting.prior import with_prior
 from sbf_dist.compression.fitting.reference import Reference
 from sbf_dist.compression.fitting.refit import (
@@ -56,7 +57,7 @@ class SequentialFit:
         self._student = student
         self._sizes = sizes
         self._refit = refit
-        self._reference = reference
+        self._statistics = running_statistics(reference)
         self._norms = movable(student, images.first(2))
         self._priors = priors or {}
         self.route = route or Route()
@@ -97,11 +98,11 @@ class SequentialFit:
 
         Means are left to its bias, or to the batch norm that reads its output.
         """
-        conv, norm = convolution(self._student, name), self._norms.get(name)
+        conv = convolution(self._student, name)
         if not self._can_solve(name):
             self._fit.skip(name)
             return
-        self._reset_norm(name)
+        norm = self._restored_norm(name)
         centred = conv.bias is not None or norm is not None
         held = None if self._held is None else self._held.batches(name)
         seen = self._seen(name, self._fit.batches(name), held)
@@ -140,21 +141,23 @@ class SequentialFit:
         )
         return install_mixture(self._student, name, space.fit(kept, among), moments, macs)
 
-    def _reset_norm(self, name: str) -> None:
-        """Give the batch norm behind a layer the statistics that it has in the reference.
+    def _restored_norm(self, name: str) -> _BatchNorm | None:
+        """Give the batch norm behind a layer the statistics of the reference again, and return it.
 
         The layer is fitted to what the reference's batch norm reads. An earlier fit may have left
         the means of its outputs there, which would count twice.
         """
-        norm = self._norms.get(name)
-        if norm is None:
-            return
-        own = next(n for n, module in self._student.named_modules() if module is norm)
-        statistics = statistics_in(self._reference, own)
-        if statistics is not None and norm.running_mean is not None:
-            assert norm.running_var is not None
-            norm.running_mean.copy_(statistics[0])
-            norm.running_var.copy_(statistics[1])
+        if name not in self._norms:
+            return None
+        own = self._norms[name]
+        norm = self._student.get_submodule(own)
+        assert isinstance(norm, _BatchNorm)
+        if own in self._statistics:
+            assert norm.running_mean is not None and norm.running_var is not None
+            mean, variance = self._statistics[own]
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(variance)
+        return norm
 
     def _moments(self, name: str, *, with_held: bool = False) -> tuple[Moments, Moments | None]:
         """Solve a layer's filters anew, if that can be done, and gather what they then give.
@@ -162,7 +165,7 @@ class SequentialFit:
         On the images to fit to and, if asked for, on those held out.
         """
         conv = make_plain(convolution(self._student, name), name)
-        self._reset_norm(name)
+        self._restored_norm(name)
         batches, solves = self._fit.batches(name), self._refit and self._can_solve(name)
         held = None
         if self._held is not None and (solves or with_held):  # else a pass for nothing

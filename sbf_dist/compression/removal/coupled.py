@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from sbf_dist.compression.named_outputs import named_tensors
 from sbf_dist.compression.narrow import cannot_narrow, is_depthwise, narrow
-from sbf_dist.compression.outputs import named_tensors
 from sbf_dist.compression.plan import Removed
 from sbf_dist.compression.recognition import freeze
 from sbf_dist.errors import UserError

@@ -207,9 +207,7 @@ def remove(removable: Removable, settings: Compression, share: float) -> Removal
         excess += over
     _absorb_means(dense, network, removed, removable.images)
     removal = Removal(network, removed, removable.left, after)
-    if not removed:
-        return removal
-    if not settings.refit:
+    if not removed or not settings.refit:
         return removal
     sides, reference = split(removable.images), Reference(dense, removal.remaining(dense))
     fit = _refit(network, reference, sides, removed, settings.feature_bytes)
