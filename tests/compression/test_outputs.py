@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from sbf_dist import models
 from sbf_dist.compression.calibration import Calibration
 from sbf_dist.compression.fitting.fidelity import OutputsFor, Wanted
-from sbf_dist.compression.outputs import LOGITS, TEMPERATURE, Output, Yardstick
+from sbf_dist.compression.outputs import LEAST_SCALE, LOGITS, TEMPERATURE, Output, Yardstick
 from sbf_dist.errors import UserError
 from sbf_dist.settings import Compression
 
@@ -192,6 +192,17 @@ def test_drawn_gradients_are_on_average_as_large_as_without_a_temperature(surene
         (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
         total += float(gradient.square().sum()) / draws
     assert total == pytest.approx(wanted, rel=0.05)
+
+
+def test_losses_of_a_network_that_is_sure_of_everything_are_not_nothing():
+    model = ready(small(), IMAGES)
+    model.head.weight.data *= 1e6
+    sticks = yardstick(model, divergence="kl")
+    assert sticks.outputs[0].scale == LEAST_SCALE
+    logits = model(IMAGES).detach() / 1e6
+    logits.requires_grad_()
+    (loss,) = sticks.losses(logits, torch.Generator().manual_seed(0))
+    assert torch.autograd.grad(loss, logits)[0].abs().min() > 0
 
 
 def test_fidelity_has_agreement_where_there_are_classes_and_errors_elsewhere():
