@@ -25,10 +25,10 @@ setup: .venv/built
 demo: setup
 	$(BIN)/sbf run recipes/digits.yaml
 
-# One thread: the tests' tensors are small, and threads cost more than they bring. Two processes:
-# tests/conftest.py says which tests are run beside which.
+# One thread: the tests' tensors are small, and threads cost more than they bring. Three processes,
+# as one mostly waits for Ray: tests/conftest.py says which tests are run beside which.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3
 
 lint: setup
 	$(BIN)/ruff check .

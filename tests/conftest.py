@@ -11,6 +11,7 @@ settings.load_profile("busy")
 
 ROOT = Path(__file__).parents[1]
 LAUNCHERS = "tests/launchers/"
+CLUSTER = "tests/launchers/test_cluster_onprem.py"  # on hosts of its own, and mostly waits
 
 
 @cache
@@ -31,12 +32,12 @@ def pytest_collection_modifyitems(items):
 class _Apart(LoadFileScheduling):
     """The files that start Ray one after another, as it takes the whole machine.
 
-    Beside them the others, file by file, by whichever process is free.
+    Beside them the others and the cluster's, file by file, by whichever process is free.
     """
 
     def _split_scope(self, nodeid):
         file = _file(nodeid)
-        return LAUNCHERS if _starts_ray(file) else file
+        return LAUNCHERS if _starts_ray(file) and file != CLUSTER else file
 
 
 def pytest_xdist_make_scheduler(config, log):

@@ -95,6 +95,7 @@ def run_workers(
                     raise RunError(_given_up(name, failure, "", log)) from None
                 again = budget.charge(failure)
                 if again:
+                    kept.end()
                     local_ray.restart()
             except StoppedError:
                 failure = AttemptError(lost=True, cause="a machine is being preempted", details="")

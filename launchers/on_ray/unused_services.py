@@ -10,6 +10,7 @@ once), Ray is up after 8 to 13 s instead of 14 to 15, and a training that does n
 50 to 54 s instead of 56 to 74.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -31,6 +32,11 @@ REQUESTS_FOR_NODES = (
     "_maybe_send_resource_request",
     "_cancel_resource_request",
 )
+_LOOK_SECONDS = 0.2
+
+
+class LeftError(Exception):
+    """A training was not waited for any longer; its workers may be there still."""
 
 
 def is_known_version() -> bool:
@@ -95,8 +101,11 @@ def read_environment_again() -> None:
     )
 
 
-def trainer_class(*, on_one_machine: bool) -> Any:
-    """Return Ray Train's TorchTrainer; on the known version, one without unused callbacks."""
+def trainer_class(*, on_one_machine: bool, leave: threading.Event) -> Any:
+    """Return Ray Train's TorchTrainer; on the known version, one without unused callbacks.
+
+    There its fit() raises LeftError soon after `leave` is set.
+    """
     from ray.train.torch import TorchTrainer
 
     if not is_known_version():
@@ -111,9 +120,46 @@ def trainer_class(*, on_one_machine: bool) -> Any:
             if on_one_machine:
                 for method in REQUESTS_FOR_NODES:
                     setattr(parts["scaling_policy"], method, _request_nothing)
-            return super()._initialize_and_run_controller(**parts)  # type: ignore[misc]
+            controller = _controller(parts)
+            _wait_for(controller.run.remote(), leave)
+            return _wait_for(controller.get_result.remote(), leave)
 
     return SmallTrainer
+
+
+def _controller(parts: dict[str, Any]) -> Any:
+    """Start Ray Train's controller on this node, as its trainer does."""
+    import ray
+    from ray.train.v2._internal import constants
+    from ray.train.v2._internal.execution.controller import TrainController
+
+    here = ray.get_runtime_context().get_node_id()
+    environment = {
+        constants.RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: (
+            constants.DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE
+        ),
+        **constants.get_env_vars_to_propagate(),
+    }
+    actor = ray.remote(
+        num_cpus=0,
+        label_selector={ray._raylet.RAY_NODE_ID_KEY: here},  # type: ignore[attr-defined]
+        runtime_env={"env_vars": environment},
+    )(TrainController)
+    return actor.remote(**parts)
+
+
+def _wait_for(answer: Any, leave: threading.Event) -> Any:
+    """Return the answer of an actor, or raise LeftError.
+
+    ray.get waits for good where the raylet has died. A thread that still waits there when Ray is
+    shut down uses what has been freed: it never returns, or the process dies.
+    """
+    import ray
+
+    while not ray.wait([answer], timeout=_LOOK_SECONDS)[0]:
+        if leave.is_set():
+            raise LeftError("nobody waits for the workers any more")
+    return ray.get(answer)
 
 
 def _request_nothing() -> None:

@@ -43,6 +43,7 @@ _POLL_SECONDS = 0.1
 _LOOKS_PER_CHECK = 5
 _END_SECONDS = 60.0  # for workers without work to end
 _CUT_OFF_SECONDS = 10.0  # and for all others
+_LEAVE_SECONDS = 10.0  # for the thread that waits in Ray's library
 _CONTROLLER = "controller"
 _WATCH_SECONDS = 2.0  # between looks at Ray's server while workers are idle
 _FILES_OF_RAY = ".ray-train"
@@ -71,6 +72,7 @@ class WorkerGroup:
         self._given = 0
         self._own_files = storage.absolute() / _FILES_OF_RAY
         self._outcome: futures.Future[Any] = futures.Future()
+        self._leave = threading.Event()
         self._is_idle = False  # before the first work they may be starting still
         self.is_at_work = False
         # In the main thread Ray Train would take Ctrl-C for itself, and nothing else could be
@@ -123,8 +125,8 @@ class WorkerGroup:
     def end(self) -> None:
         """Let the workers end, if they have no work; otherwise they are ended.
 
-        Not before the thread that waits for them in Ray's library has its answer, as far as that
-        comes within seconds: a Ray that is shut down meanwhile may end this process by SIGSEGV.
+        Then no thread waits for them in Ray's library any more: where one does, shutting Ray down
+        may end this process by SIGSEGV, or leave the thread there for good.
         """
         if self.is_alive:
             if self._is_idle:
@@ -134,8 +136,10 @@ class WorkerGroup:
                 self._cut_off()
             if local_ray.dead_server() is None:
                 ray_train.forget(self._key)
-        if self.is_alive:
-            _log.warning("Ray Train has not ended in time: Ray is ended without it")
+            if self.is_alive:
+                _log.warning("Ray Train has not ended in time: Ray is ended without it")
+        self._leave.set()
+        futures.wait([self._outcome], timeout=_LEAVE_SECONDS)
         shutil.rmtree(self._own_files, ignore_errors=True)
 
     def _cut_off(self) -> None:
@@ -149,7 +153,7 @@ class WorkerGroup:
 
     def _trainer(self) -> Any:
         workers = self._settings
-        return trainer_class(on_one_machine=runs_locally())(
+        return trainer_class(on_one_machine=runs_locally(), leave=self._leave)(
             ray_train.work_until_the_end,
             train_loop_config={"group": self._key},
             torch_config=ProcessGroupConfig("nccl" if workers.gpus else "gloo"),
@@ -209,7 +213,7 @@ class KeptWorkers:
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        self._end()
+        self.end()
 
     def _watch(self) -> None:
         """Say that the GCS has died while no workers are at work, for which run() looks itself.
@@ -237,12 +241,13 @@ class KeptWorkers:
         if server is not None:
             raise ServerDiedError(server)
         if self._group is not None and not (self._group.is_alive and self._group.count == count):
-            self._end()
+            self.end()
         if self._group is None:
             self._group = WorkerGroup(self.settings, count, storage)
         return self._group
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Let the workers end; those who ask for some next get new ones."""
         group, self._group = self._group, None
         if group is not None:
             group.end()

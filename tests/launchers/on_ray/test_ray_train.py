@@ -275,16 +275,28 @@ def test_workers_stay_for_the_next_stage_and_others_come_where_one_has_died(
     assert not (tmp_path / "runs" / ".ray-train").exists()
 
 
-def test_a_raylet_that_dies_while_workers_are_idle_is_started_again(
-    ray: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def waits_for_ray() -> bool:
+    return "ray-train" in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_raylet_that_dies_while_workers_are_idle_is_started_again_once_nobody_waits_for_it(
+    ray: None, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folders = {"storage": tmp_path / "runs", "logs": tmp_path / "logs"}
+    restart, waited = local_ray.restart, []
+
+    def watched_restart() -> None:
+        waited.append(waits_for_ray())
+        restart()
+
+    monkeypatch.setattr(local_ray, "restart", watched_restart)
     with KeptWorkers(Workers(count=1)) as kept:
         first = run_workers(tiny_worker.pids, {}, name="one", kept=kept, **folders)
         (raylet,) = [p for p in psutil.Process().children() if p.name() == local_ray.RAYLET]
         raylet.kill()
         eventually(lambda: local_ray.dead_server() == local_ray.RAYLET)
         assert run_workers(tiny_worker.pids, {}, name="two", kept=kept, **folders) != first
+    assert waited == [False]
     (message,) = caplog.messages
     assert message.startswith("two: Ray's raylet died, once without a new checkpoint")
 
@@ -307,7 +319,7 @@ def test_an_interrupt_while_workers_start_leaves_no_thread_that_waits_for_ray(
             logs=tmp_path / "logs",
             kept=kept,
         )
-    assert "ray-train" not in {thread.name for thread in threading.enumerate()}
+    assert not waits_for_ray()
 
 
 def test_what_rays_controller_imports_does_not_import_torch() -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -82,7 +83,8 @@ def test_another_version_of_ray_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch
     before = {method: getattr(Node, method) for method in unused_services.SERVICES}
     with unused_services.services_left_out():
         assert {method: getattr(Node, method) for method in before} == before
-    assert unused_services.trainer_class(on_one_machine=True) is TorchTrainer
+    trainer = unused_services.trainer_class(on_one_machine=True, leave=threading.Event())
+    assert trainer is TorchTrainer
 
 
 @pytest.mark.slow
