@@ -1,3 +1,4 @@
+import os
 from functools import cache
 from pathlib import Path
 
@@ -27,6 +28,18 @@ def _file(nodeid: str) -> str:
 def pytest_collection_modifyitems(items):
     """Begin with what takes longest."""
     items.sort(key=lambda item: not _starts_ray(_file(item.nodeid)))
+
+
+@cache
+def _give_way() -> None:
+    """Let processes that start Ray go before this one, whose tests wait for nothing."""
+    os.nice(10)
+
+
+def pytest_runtest_setup(item):
+    """Begin to give way with the first test that does not start Ray."""
+    if not _starts_ray(_file(item.nodeid)):
+        _give_way()
 
 
 class _Apart(LoadFileScheduling):

@@ -207,6 +207,8 @@ def tell(story: Story) -> None:
     story.pace.write_text(PACE)
     story.ray("get-auth-token", "--generate")
     story.ray("up", "-y", str(story.file))
+    # Workers come after the head; a training that began before would have one of them.
+    eventually(lambda: "/2.0 CPU" in story.ray("exec", str(story.file), "ray status"))
 
     job = story.start(*story.submission("--until", "teachers"))
     wait_for("training on two hosts", lambda: story.checkpoint() >= 2 * EVERY, job)
