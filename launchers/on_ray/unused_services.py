@@ -1,4 +1,4 @@
-"""Leaves out processes of Ray that a run on one machine does not use.
+"""Leaves out processes of Ray that a run on one machine does not use; lets a wait for it end.
 
 The only place that reaches into Ray's own parts. Ray has no public setting for any of this, so it
 is done for the version of Ray that it was written for, and for no other: there Ray starts
