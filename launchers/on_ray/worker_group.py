@@ -77,9 +77,10 @@ class WorkerGroup:
         self.is_at_work = False
         # In the main thread Ray Train would take Ctrl-C for itself, and nothing else could be
         # noticed.
-        threading.Thread(
+        self._thread = threading.Thread(
             target=self._fit, args=(self._trainer(),), name="ray-train", daemon=True
-        ).start()
+        )
+        self._thread.start()
 
     @property
     def is_alive(self) -> bool:
@@ -125,8 +126,9 @@ class WorkerGroup:
     def end(self) -> None:
         """Let the workers end, if they have no work; otherwise they are ended.
 
-        Then no thread waits for them in Ray's library any more: where one does, shutting Ray down
-        may end this process by SIGSEGV, or leave the thread there for good.
+        Then no thread waits for them in Ray's library any more, but on versions of Ray that
+        unused_services.py does not know: where one does, shutting Ray down may end this process by
+        SIGSEGV, or leave the thread there for good.
         """
         if self.is_alive:
             if self._is_idle:
@@ -139,7 +141,7 @@ class WorkerGroup:
             if self.is_alive:
                 _log.warning("Ray Train has not ended in time: Ray is ended without it")
         self._leave.set()
-        futures.wait([self._outcome], timeout=_LEAVE_SECONDS)
+        self._thread.join(_LEAVE_SECONDS)
         shutil.rmtree(self._own_files, ignore_errors=True)
 
     def _cut_off(self) -> None:
